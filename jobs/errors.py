@@ -1,0 +1,159 @@
+"""One exception per fact. The docstring is the message; keyword arguments fill it in.
+
+    RenalQError
+    ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
+    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse NoResults ResultGone
+    ├── Invalid             422   BadField NotAnImage BadArchive
+    │                       415   UnsupportedMedia
+    │                       413   TooLarge
+    ├── Unauthorized        401
+    ├── Forbidden           403   ScopeMissing
+    ├── Unavailable         503   TooManyWatchers
+    └── LeaseLost                 inside a worker only: another worker holds the unit now
+
+`status` is the HTTP status that the API answers with; `code` is a stable word for programs.
+"""
+
+from typing import Any
+
+
+class RenalQError(Exception):
+    """Something went wrong."""
+
+    status = 500
+    code = "INTERNAL"
+
+    def __init__(self, detail: str | None = None, **facts: Any) -> None:
+        self.facts = facts
+        text = detail or (self.__doc__ or "").strip()
+        super().__init__(text.format(**facts) if facts and not detail else text)
+
+
+class NotFound(RenalQError):
+    """There is no such thing, or it belongs to somebody else."""
+
+    status, code = 404, "NOT_FOUND"
+
+
+class JobNotFound(NotFound):
+    """No job has this id. List yours with GET /jobs."""
+
+
+class DatasetNotFound(NotFound):
+    """No dataset has this id. List yours with GET /datasets, or upload one with POST /datasets."""
+
+
+class ScanNotFound(NotFound):
+    """No scan has this id. Store one with POST /scans."""
+
+
+class ModelNotFound(NotFound):
+    """No model has this version. List them with GET /models."""
+
+
+class KeyNotFound(NotFound):
+    """No key has this id. List them with GET /keys."""
+
+
+class ArtifactNotFound(NotFound):
+    """This job has no artifact of that name. List them with GET /jobs/ID/artifacts."""
+
+
+class Conflict(RenalQError):
+    """The thing is in a state that does not allow this."""
+
+    status, code = 409, "CONFLICT"
+
+
+class WrongState(Conflict):
+    """The job is {state}: {verb} is possible only while it is {allowed}."""
+
+    code = "WRONG_STATE"
+
+
+class NoChampion(Conflict):
+    """No model is champion yet. Train one with POST /jobs/train, or name a version in `model`."""
+
+    code = "NO_CHAMPION"
+
+
+class DatasetNotReady(Conflict):
+    """The dataset is {state}. Wait until GET /datasets/ID says ready; if invalid, mend what it names and resend."""
+
+    code = "DATASET_NOT_READY"
+
+
+class DatasetInUse(Conflict):
+    """A job that has not ended needs this dataset. Cancel the job or wait for its end."""
+
+    code = "DATASET_IN_USE"
+
+
+class NoResults(Conflict):
+    """A {kind} job has no results per scan. Read GET /jobs/ID/metrics instead."""
+
+    code = "NO_RESULTS"
+
+
+class Invalid(RenalQError):
+    """The request cannot be understood as it stands."""
+
+    status, code = 422, "INVALID"
+
+    def __init__(self, detail: str | None = None, pointer: str | None = None, **facts: Any) -> None:
+        super().__init__(detail, **facts)
+        self.pointer = pointer
+
+
+class NotAnImage(Invalid):
+    """This is not an image that can be read: send PNG, JPEG or DICOM."""
+
+    code = "NOT_AN_IMAGE"
+
+
+class BadArchive(Invalid):
+    """The zip cannot be taken."""
+
+    code = "BAD_ARCHIVE"
+
+
+class UnsupportedMedia(RenalQError):
+    """This kind of file is not taken here."""
+
+    status, code = 415, "UNSUPPORTED_MEDIA_TYPE"
+
+
+class TooLarge(RenalQError):
+    """The upload is larger than the {limit} bytes that are taken. Split it, or raise {setting}."""
+
+    status, code = 413, "TOO_LARGE"
+
+
+class Unauthorized(RenalQError):
+    """Send a key: `Authorization: Bearer rq_…`. An administrator makes one with POST /keys."""
+
+    status, code = 401, "UNAUTHORIZED"
+
+
+class ScopeMissing(RenalQError):
+    """This key lacks the scope {scope}. Ask an administrator for a key that has it."""
+
+    status, code = 403, "SCOPE_MISSING"
+
+
+class Unavailable(RenalQError):
+    """This cannot be served now. Try again shortly."""
+
+    status, code = 503, "UNAVAILABLE"
+
+
+class TooManyWatchers(Unavailable):
+    """Too many clients wait for events at once. Poll GET /jobs/ID instead, or come back later."""
+
+    code = "TOO_MANY_WATCHERS"
+
+
+class LeaseLost(RenalQError):
+    """Another worker holds this unit now, or it has ended: nothing more may be written for it."""
+
+    code = "LEASE_LOST"

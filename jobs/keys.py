@@ -1,0 +1,89 @@
+"""API keys: made once, shown once, kept as a hash; and what each may do."""
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from jobs.errors import KeyNotFound
+from jobs.tables import ApiKey
+
+PREFIX = "rq_"
+DEFAULT_TENANT = "default"
+
+
+class Scope(StrEnum):
+    """What a key may do. `admin` includes all others."""
+
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    MODELS_WRITE = "models:write"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks: a key, the tenant that it belongs to, and its scopes."""
+
+    key_id: uuid.UUID
+    tenant_id: str
+    scopes: frozenset[str]
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the key holds the scope."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """A key with its secret, which cannot be shown again."""
+
+    key: ApiKey
+    secret: str
+
+
+def create(session: Session, name: str, scopes: Sequence[str], tenant_id: str = DEFAULT_TENANT) -> NewKey:
+    """Make a key of 256 random bits."""
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = ApiKey(
+        tenant_id=tenant_id, name=name, scopes=list(scopes), secret_sha256=_hash(secret), hint=secret[: len(PREFIX) + 4]
+    )
+    session.add(key)
+    session.flush()
+    return NewKey(key, secret)
+
+
+def authenticate(session: Session, secret: str) -> Principal | None:
+    """The principal of a key that is known and not revoked. Looked up by hash: nothing to time."""
+    key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret), ApiKey.revoked_at.is_(None)))
+    return Principal(key.id, key.tenant_id, frozenset(key.scopes)) if key else None
+
+
+def listed(session: Session, tenant_id: str) -> Sequence[ApiKey]:
+    """The tenant's keys, oldest first, revoked ones too."""
+    return session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)).all()
+
+
+def revoke(session: Session, tenant_id: str, key_id: uuid.UUID) -> None:
+    """End a key. Repeated: the same.
+
+    Raises:
+        KeyNotFound: no such key of this tenant.
+    """
+    found = session.scalar(
+        update(ApiKey)
+        .where(ApiKey.id == key_id, ApiKey.tenant_id == tenant_id)
+        .values(revoked_at=func.coalesce(ApiKey.revoked_at, func.clock_timestamp()))
+        .returning(ApiKey.id)
+    )
+    if found is None:
+        raise KeyNotFound
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

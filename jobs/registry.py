@@ -1,0 +1,136 @@
+"""Model versions: what trainings made, which one is champion, and the gate that decides it."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from jobs.errors import ModelNotFound, NoChampion
+from jobs.lifecycle import Claim
+from jobs.tables import Job, Json, ModelVersion
+
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """What a training made."""
+
+    weights_sha256: str
+    classes: list[str]
+    params: Json
+    metrics: Json
+    dataset_digest: str | None
+    code_revision: str | None
+    environment: Json = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's word, with its reasons in words that a person understands."""
+
+    promoted: bool
+    reasons: list[str]
+
+
+def gate(candidate: Json, champion: Json | None, wanted: str, min_f1: float) -> Verdict:
+    """Whether a new version becomes champion: a pure function of two sets of metrics and the policy.
+
+    Without a champion the F1 on scans that training never saw must reach `min_f1`; with one it must not be lower.
+    """
+    if wanted == "never":
+        return Verdict(False, ["The job asked for no promotion (promote: never)."])
+    f1 = float(candidate.get("f1", 0.0))
+    if champion is None:
+        sign = "≥" if f1 >= min_f1 else "<"
+        return Verdict(f1 >= min_f1, [f"There is no champion yet, and F1 {f1:.4f} {sign} the required {min_f1:.2f}."])
+    bar = float(champion.get("f1", 0.0))
+    return Verdict(f1 >= bar, [f"F1 {f1:.4f} {'≥' if f1 >= bar else '<'} the champion's {bar:.4f}."])
+
+
+def add(session: Session, held: Claim, new: NewModel, min_f1: float) -> ModelVersion:
+    """Insert the version that the held training made, promoted where the gate says so."""
+    # One at a time per tenant: version numbers have no gaps, and the champion is compared with the real one.
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtext("model_versions:" + held.tenant_id))))
+    job = session.get_one(Job, held.job_id)
+    champion = _champion(session, held.tenant_id)
+    verdict = gate(new.metrics, champion.metrics if champion else None, job.promote, min_f1)
+    if verdict.promoted:
+        session.execute(_champions(held.tenant_id).values(champion=False))
+    version = ModelVersion(
+        tenant_id=held.tenant_id,
+        version=_next_version(session, held.tenant_id),
+        champion=verdict.promoted,
+        promoted_at=session.scalar(select(func.clock_timestamp())) if verdict.promoted else None,
+        job_id=job.id,
+        dataset_id=job.dataset_id,
+        gate={"promoted": verdict.promoted, "reasons": verdict.reasons},
+        **vars(new),
+    )
+    session.add(version)
+    session.flush()
+    job.model_id, job.model_version = version.id, version.version
+    session.flush()
+    return version
+
+
+def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersion:
+    """The version that a prediction is pinned to: `champion` (the default) or a version's number.
+
+    Raises:
+        NoChampion, ModelNotFound
+    """
+    if wanted in (None, "", CHAMPION):
+        champion = _champion(session, tenant_id)
+        if champion is None:
+            raise NoChampion
+        return champion
+    found = session.scalar(
+        select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.version == _number(wanted))
+    )
+    if found is None:
+        raise ModelNotFound
+    return found
+
+
+def listed(session: Session, tenant_id: str) -> Sequence[ModelVersion]:
+    """The tenant's versions, newest first."""
+    return session.scalars(
+        select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version.desc())
+    ).all()
+
+
+def by_id(session: Session, model_id: uuid.UUID) -> ModelVersion:
+    """The version that a job was pinned to.
+
+    Raises:
+        ModelNotFound
+    """
+    found = session.get(ModelVersion, model_id)
+    if found is None:
+        raise ModelNotFound
+    return found
+
+
+def _number(wanted: Any) -> int:
+    try:
+        return int(wanted)
+    except (TypeError, ValueError):
+        raise ModelNotFound from None
+
+
+def _champion(session: Session, tenant_id: str) -> ModelVersion | None:
+    return session.scalar(select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion))
+
+
+def _champions(tenant_id: str) -> Any:
+    return update(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion)
+
+
+def _next_version(session: Session, tenant_id: str) -> int:
+    last = select(func.coalesce(func.max(ModelVersion.version), 0)).where(ModelVersion.tenant_id == tenant_id)
+    return (session.scalar(last) or 0) + 1

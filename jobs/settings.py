@@ -1,0 +1,91 @@
+"""All settings: each with its default, its unit and one line of help. Read from the environment, `RENALQ_…`.
+
+`Settings()` reads the environment anew; a process does so once, at its start, and hands the object on. No other module
+of ours reads `os.environ` for a setting.
+"""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+class Settings(BaseSettings):
+    """The settings of every process of a stack. `docs/settings.md` lists them; a test keeps the list whole."""
+
+    model_config = SettingsConfigDict(env_prefix="RENALQ_", extra="ignore")
+
+    home: Path = Field(Path(".renalq"), description="Folder that keeps all state of `renalq up`.")
+    host: str = Field("127.0.0.1", description="Address that the API binds.")
+    port: int = Field(8080, ge=1, le=65535, description="Port that the API binds.")
+    database_url: str = Field(
+        "postgresql+psycopg2://renalq@127.0.0.1:5432/renalq",
+        description="Postgres, as an SQLAlchemy URL. `renalq up` starts its own where this is not set.",
+    )
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis, Celery's broker. `renalq up` starts its own where this is not set.",
+    )
+    artifacts_url: str = Field(
+        "",
+        description="Where blobs are kept: a folder or an fsspec URL (s3://bucket/prefix). Empty: HOME/artifacts.",
+    )
+    mlflow_url: str = Field("", description="MLflow tracking server. Empty: runs are not tracked.")
+    mlflow_log_weights: bool = Field(True, description="Also copy each network's weights (537 MB) to MLflow.")
+    weights_dir: Path | None = Field(
+        None,
+        description="Folder with ImageNet weights (vgg16-397923af.pth) for networks that are closed off.",
+    )
+    work_dir: Path | None = Field(None, description="Scratch space of workers. Empty: HOME/work.")
+
+    lease_seconds: float = Field(45, gt=0, description="A claim is lost after this time without a beat (s).")
+    beat_seconds: float = Field(10, gt=0, description="Time between two beats of a worker (s).")
+    give_up_seconds: float = Field(30, gt=0, description="A worker that could not beat for so long stops its unit (s).")
+    stall_seconds: float = Field(900, gt=0, description="A unit without progress for so long is ended (s).")
+    sweep_seconds: float = Field(1.0, gt=0, description="Time between two sweeps of the dispatcher (s).")
+    ring_again_seconds: float = Field(
+        15,
+        gt=0,
+        description="A unit that nobody claimed is rung again after this, doubling up to eight times it (s).",
+    )
+    process_seconds: float = Field(5, gt=0, description="Time between two signs of life of a process (s).")
+    max_failures: int = Field(3, ge=1, description="A unit fails for good at this many failures.")
+    retry_base_seconds: float = Field(
+        2, ge=0, description="Full-jitter back-off after a first failure: at most this (s)."
+    )
+    retry_cap_seconds: float = Field(60, ge=0, description="Back-off never exceeds this (s).")
+    cancel_grace_seconds: float = Field(5, gt=0, description="A cancelled training is killed after this (s).")
+    chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch.")
+    chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
+
+    max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest request body that is taken (bytes).")
+    max_scan_bytes: int = Field(512 * MIB, gt=0, description="Largest single scan (bytes).")
+    max_pixels: int = Field(100_000_000, gt=0, description="Largest declared image (pixels).")
+    max_archive_members: int = Field(100_000, gt=0, description="Most files in one zip.")
+    max_archive_bytes: int = Field(20 * GIB, gt=0, description="Most bytes that a zip may unpack to.")
+    max_archive_ratio: float = Field(200, gt=1, description="Most times that a zip may be larger unpacked.")
+
+    api_threads: int = Field(256, ge=4, description="Threads of one API process; waiting clients hold one each.")
+    wait_slots: int = Field(200, ge=1, description="Clients that may wait (Prefer: wait, event streams) at once.")
+    db_pool: int = Field(16, ge=1, description="Database connections of one process.")
+    promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def artifacts(self) -> str:
+        """Where blobs are kept, resolved."""
+        return self.artifacts_url or str(self.home.resolve() / "artifacts")
+
+    @property
+    def work(self) -> Path:
+        """Scratch space of workers, resolved."""
+        return (self.work_dir or self.home / "work").resolve()
+
+
+def postgres_url(user: str, password: str, host: str, port: int, database: str) -> str:
+    """An SQLAlchemy URL that names psycopg2: since SQLAlchemy 2.1 plain `postgresql://` means psycopg 3."""
+    return f"postgresql+psycopg2://{quote(user)}:{quote(password, safe='')}@{host}:{port}/{database}"

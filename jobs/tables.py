@@ -1,0 +1,325 @@
+"""The tables. "Tables", because a model here is a network.
+
+What a CHECK, an index or a trigger can forbid is forbidden there; the triggers are in the migrations. Every row that
+belongs to somebody carries `tenant_id`.
+"""
+
+import datetime as dt
+import uuid
+from enum import StrEnum
+from typing import Any
+
+import uuid_utils
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    Sequence,
+    String,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.states import (
+    TERMINAL,
+    UNIT_TERMINAL,
+    DatasetState,
+    JobKind,
+    JobState,
+    Lane,
+    ResultState,
+    UnitState,
+)
+
+Json = dict[str, Any]
+FENCE = Sequence("unit_fence_seq", metadata=Base.metadata)
+"""Each claim takes the next number. A later write must name the number of its claim."""
+
+
+def new_id() -> uuid.UUID:
+    """A UUIDv7 (RFC 9562): ordered by time, so that keys page and index well."""
+    return uuid.UUID(bytes=uuid_utils.uuid7().bytes)
+
+
+def _one_of(column: str, words: type[StrEnum] | frozenset[Any]) -> str:
+    return f"{column} IN ({', '.join(sorted(repr(str(word)) for word in words))})"
+
+
+def _id() -> Mapped[uuid.UUID]:
+    return mapped_column(Uuid, primary_key=True, default=new_id)
+
+
+def _tenant() -> Mapped[str]:
+    return mapped_column(String(63), index=True)
+
+
+def _now() -> Mapped[dt.datetime]:
+    return mapped_column(DateTime(timezone=True), server_default=func.clock_timestamp())
+
+
+def _time() -> Mapped[dt.datetime | None]:
+    return mapped_column(DateTime(timezone=True))
+
+
+def _count() -> Mapped[int]:
+    return mapped_column(Integer, server_default="0", default=0)
+
+
+class ApiKey(Base):
+    """A key; only its SHA-256 is kept. A secret of 256 random bits needs no slow hash."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = _tenant()
+    name: Mapped[str] = mapped_column(String(200))
+    secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    hint: Mapped[str] = mapped_column(String(12))  # the first letters, for people to tell keys apart
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
+    created_at: Mapped[dt.datetime] = _now()
+    revoked_at: Mapped[dt.datetime | None] = _time()
+
+
+class Dataset(Base):
+    """An uploaded zip of labelled scans, one folder a class."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", DatasetState), name="state"),
+        CheckConstraint("(state = 'ready') <= (digest IS NOT NULL)", name="ready_has_digest"),
+    )
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = _tenant()
+    name: Mapped[str] = mapped_column(String(200))
+    state: Mapped[str] = mapped_column(String(20), default=DatasetState.CHECKING)
+    archive_sha256: Mapped[str] = mapped_column(String(64))
+    archive_bytes: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str | None] = mapped_column(String(64))  # of what is in it, whatever the zip's packing
+    classes: Mapped[dict[str, int] | None] = mapped_column(JSONB)
+    problems: Mapped[list[str]] = mapped_column(JSONB, default=list, server_default="[]")
+    job_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class Scan(Base):
+    """One stored image or DICOM file. The same bytes of one tenant are stored once."""
+
+    __tablename__ = "scans"
+    __table_args__ = (Index("uq_scans_tenant_id_sha256", "tenant_id", "sha256", unique=True),)
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(40))
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class ModelVersion(Base):
+    """What a successful training made. At most one a tenant is champion: the partial index says so."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (
+        Index("uq_model_versions_tenant_id_version", "tenant_id", "version", unique=True),
+        Index("uq_model_versions_champion", "tenant_id", unique=True, postgresql_where=text("champion")),
+    )
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    version: Mapped[int] = mapped_column(Integer)
+    champion: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"))
+    dataset_digest: Mapped[str | None] = mapped_column(String(64))
+    weights_sha256: Mapped[str] = mapped_column(String(64))
+    classes: Mapped[list[str]] = mapped_column(JSONB)
+    params: Mapped[Json] = mapped_column(JSONB)
+    metrics: Mapped[Json] = mapped_column(JSONB)
+    gate: Mapped[Json] = mapped_column(JSONB)  # {"promoted": bool, "reasons": [...]}
+    code_revision: Mapped[str | None] = mapped_column(String(64))
+    environment: Mapped[Json] = mapped_column(JSONB, default=dict)
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[dt.datetime] = _now()
+    promoted_at: Mapped[dt.datetime | None] = _time()
+
+
+class Job(Base):
+    """One request for work. `revision` grows with every change (a trigger), and is the ETag."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(_one_of("kind", JobKind), name="kind"),
+        CheckConstraint(_one_of("lane", Lane), name="lane"),
+        CheckConstraint(_one_of("state", JobState), name="state"),
+        CheckConstraint(f"({_one_of('state', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"),
+        CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
+        CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
+        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        Index(
+            "ix_jobs_metadata",
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    kind: Mapped[str] = mapped_column(String(20))
+    lane: Mapped[str] = mapped_column(String(20))
+    state: Mapped[str] = mapped_column(String(20), default=JobState.QUEUED)
+    revision: Mapped[int] = mapped_column(BigInteger, default=1, server_default="1")
+    name: Mapped[str | None] = mapped_column(String(200))
+    params: Mapped[Json] = mapped_column(JSONB, default=dict)
+    labels: Mapped[Json] = mapped_column("metadata", JSONB, default=dict)  # `metadata` is SQLAlchemy's own word
+    source_url: Mapped[str | None] = mapped_column(Text)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
+    model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
+    model_version: Mapped[int | None] = mapped_column(Integer)
+    promote: Mapped[str] = mapped_column(String(10), default="auto", server_default="auto")
+    cancel_requested_at: Mapped[dt.datetime | None] = _time()
+    stage: Mapped[str | None] = mapped_column(String(40))
+    stages: Mapped[list[Json]] = mapped_column(JSONB, default=list, server_default="[]")
+    progress: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    attempt: Mapped[int] = _count()
+    total: Mapped[int] = _count()
+    succeeded: Mapped[int] = _count()
+    failed: Mapped[int] = _count()
+    cancelled: Mapped[int] = _count()
+    metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    created_by: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    created_at: Mapped[dt.datetime] = _now()
+    started_at: Mapped[dt.datetime | None] = _time()
+    finished_at: Mapped[dt.datetime | None] = _time()
+
+
+class Unit(Base):
+    """What one worker claims at a time. A running unit is leased to the holder of its `fence`."""
+
+    __tablename__ = "units"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", UnitState), name="state"),
+        CheckConstraint(_one_of("lane", Lane), name="lane"),
+        CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="running_is_leased"),
+        CheckConstraint(
+            f"({_one_of('state', UNIT_TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"
+        ),
+        Index("uq_units_job_id_ordinal", "job_id", "ordinal", unique=True),
+        # The dispatcher's and the reaper's whole view: unfinished units only, so that history costs them nothing.
+        Index("ix_units_waiting", "lane", "id", postgresql_where=text("state IN ('queued', 'dispatched')")),
+        Index("ix_units_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
+    )
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    ordinal: Mapped[int] = mapped_column(Integer)
+    lane: Mapped[str] = mapped_column(String(20))
+    state: Mapped[str] = mapped_column(String(20), default=UnitState.QUEUED)
+    attempt: Mapped[int] = _count()
+    failures: Mapped[int] = _count()
+    rings: Mapped[int] = _count()
+    fence: Mapped[int | None] = mapped_column(BigInteger)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    not_before: Mapped[dt.datetime] = _now()
+    dispatched_at: Mapped[dt.datetime | None] = _time()
+    started_at: Mapped[dt.datetime | None] = _time()
+    lease_expires_at: Mapped[dt.datetime | None] = _time()
+    progress_at: Mapped[dt.datetime | None] = _time()
+    finished_at: Mapped[dt.datetime | None] = _time()
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+
+
+class ScanResult(Base):
+    """One scan's place in a prediction job: made with the job as pending, ended exactly once."""
+
+    __tablename__ = "scan_results"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", ResultState), name="state"),
+        CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_is_ended"),
+        CheckConstraint("(state = 'succeeded') = (label IS NOT NULL)", name="succeeded_has_label"),
+        Index("ix_scan_results_unit_id", "unit_id"),
+    )
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    unit_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("units.id", ondelete="CASCADE"))
+    scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: it could not be stored
+    name: Mapped[str | None] = mapped_column(String(500))
+    custom_id: Mapped[str | None] = mapped_column(String(200))
+    state: Mapped[str] = mapped_column(String(20), default=ResultState.PENDING)
+    label: Mapped[str | None] = mapped_column(String(100))
+    confidence: Mapped[float | None] = mapped_column(Double)
+    probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    finished_at: Mapped[dt.datetime | None] = _time()
+
+
+TERMINAL_EVENTS = frozenset(str(state) for state in TERMINAL)
+"""A job's last event bears its last state's name."""
+
+
+class JobEvent(Base):
+    """What happened, append-only. A job has exactly one terminal event: the partial index refuses a second."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (
+        Index("ix_job_events_job_id_id", "job_id", "id"),
+        Index(
+            "uq_job_events_terminal",
+            "job_id",
+            unique=True,
+            postgresql_where=text(_one_of("type", TERMINAL_EVENTS)),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[Json] = mapped_column(JSONB, default=dict)
+    at: Mapped[dt.datetime] = _now()
+
+
+class Artifact(Base):
+    """A named blob of a job."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class Process(Base):
+    """A worker's or dispatcher's sign of life. It belongs to no tenant: all of them are served by it."""
+
+    __tablename__ = "processes"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20))
+    lanes: Mapped[list[str]] = mapped_column(ARRAY(String(20)), default=list)
+    broker_reachable: Mapped[bool] = mapped_column(Boolean, default=False)
+    seen_at: Mapped[dt.datetime] = _now()

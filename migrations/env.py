@@ -1,0 +1,23 @@
+"""Runs migrations against RENALQ_DATABASE_URL, or against the connection that a test hands over."""
+
+from alembic import context
+from sqlalchemy import Connection
+
+import jobs.tables  # noqa: F401  (fills Base.metadata)
+from jobs.db import Base, make_engine
+from jobs.settings import Settings
+
+
+def run(connection: Connection) -> None:
+    """Run the asked migrations in one transaction."""
+    context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+given = context.config.attributes.get("connection")
+if given is not None:
+    run(given)
+else:
+    with make_engine(Settings().database_url, application="renalq-migrate").connect() as own:
+        run(own)
