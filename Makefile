@@ -1,0 +1,67 @@
+# RenalQ. `make` alone lists what there is; every target sets up what it needs.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.set-up
+EXTRAS := api,worker,monitor,cli,local,dvc,dev
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# What pip or a user has put into these would reach into the virtual environment.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help setup demo test up lint doctor clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Make the virtual environment .venv with everything in it (once).
+
+# The stamp is newer than both files when the environment holds what they ask for: later calls cost nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "RenalQ needs Python 3.11 or later, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { \
+	  echo "No virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV) (the first time this takes some minutes) …"
+	@python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## Train on synthetic CT and predict ten new scans, from nothing, in under five minutes.
+	@renalq demo
+
+up: setup ## Start the whole stack on this machine; Ctrl-C stops it.
+	@renalq up
+
+doctor: setup ## Say what is here, and what to do about what is not.
+	@renalq doctor
+
+lint: setup ## Style, types, and the arrows between packages.
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last.
+test: setup ## Lint, then all tests: the fast ones first.
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; broken=(); \
+	step() { printf '\n── %s\n' "$$*"; "$$@" || broken+=("$$*"); }; \
+	tests() { printf '\n── pytest -m "%s"\n' "$$1"; pytest -m "$$1" 2>&1 | tee "$$log" || broken+=("pytest -m \"$$1\""); \
+	  closing+=("$$(tail -n 1 "$$log")"); }; \
+	closing=(); \
+	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
+	tests "not slow"; tests "slow"; \
+	printf '\n'; \
+	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
+	printf '%s\n' "$${closing[@]}"; \
+	exit $$(( $${#broken[@]} > 0 ))
+
+bench-%: setup ## Run one benchmark, such as bench-train: a table, and bench/out/NAME.json.
+	@python -m bench.$(subst -,_,$*)
+
+clean: ## Remove what tools have left; .venv and the state in .renalq stay.
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis bench/out build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
