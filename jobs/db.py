@@ -42,6 +42,7 @@ def make_engine(url: str, pool_size: int = 5, application: str = "renalq") -> En
         max_overflow=0,
         pool_pre_ping=True,
         pool_timeout=10,
+        hide_parameters=True,  # an error's text must not carry what was in a row: it may be a file's name
         connect_args={
             "application_name": application,
             "connect_timeout": 5,
@@ -61,22 +62,23 @@ def session_factory(url: str, pool_size: int = 5, application: str = "renalq") -
 
 
 @contextmanager
-def listening(engine: Engine, *channels: str) -> Iterator["Doorbell"]:
+def listening(engine: Engine, *channels: str) -> Iterator["Notifications"]:
     """LISTEN on the channels with a connection of its own, outside the pool."""
     raw = engine.raw_connection()
+    driver = raw.driver_connection
     raw.detach()  # ours alone from here on: a listening connection must not return to the pool
     try:
-        raw.driver_connection.set_session(autocommit=True)  # type: ignore[union-attr]
+        driver.set_session(autocommit=True)  # type: ignore[union-attr]
         cursor = raw.cursor()
         for channel in channels:
             cursor.execute(f'LISTEN "{channel}"')
-        yield Doorbell(raw.driver_connection)
+        yield Notifications(driver)
     finally:
         raw.close()
 
 
-class Doorbell:
-    """Waits for notifications on one connection."""
+class Notifications:
+    """What NOTIFY brings to one connection."""
 
     def __init__(self, connection) -> None:  # type: ignore[no-untyped-def]
         self._connection = connection

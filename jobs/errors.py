@@ -2,12 +2,12 @@
 
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
-    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse NoResults ResultGone
-    ├── Invalid             422   BadField NotAnImage BadArchive
-    │                       415   UnsupportedMedia
-    │                       413   TooLarge
+    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse NoResults
+    ├── Invalid             422   NotAnImage BadArchive
+    ├── UnsupportedMedia    415
+    ├── TooLarge            413
     ├── Unauthorized        401
-    ├── Forbidden           403   ScopeMissing
+    ├── ScopeMissing        403
     ├── Unavailable         503   TooManyWatchers
     └── LeaseLost                 inside a worker only: another worker holds the unit now
 

@@ -87,3 +87,20 @@ def revoke(session: Session, tenant_id: str, key_id: uuid.UUID) -> None:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def main() -> None:
+    """`python -m jobs.keys NAME [SCOPE…]`: make a key (scope admin by default) and print its secret, once."""
+    import sys
+
+    from jobs.db import session_factory
+    from jobs.settings import Settings
+
+    name, *scopes = sys.argv[1:] or ["admin"]
+    wanted = [Scope(scope) for scope in scopes] or [Scope.ADMIN]
+    with session_factory(Settings().database_url).begin() as session:
+        print(create(session, name, wanted).secret)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ its units locks the job's row first, so that no two verbs can wait for each othe
 
 import datetime as dt
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, Update, and_, case, exists, func, insert, 
 from sqlalchemy.orm import Session
 
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.states import CLAIMABLE, TERMINAL, UNIT_TERMINAL, JobKind, JobState, Lane, ResultState, UnitState
-from jobs.tables import FENCE, Job, JobEvent, Json, ScanResult, Unit, new_id
+from jobs.states import CLAIMABLE, TERMINAL, UNIT_TERMINAL, JobKind, JobState, ResultState, UnitState
+from jobs.tables import FENCE, Job, JobEvent, Json, ScanResult, Unit
 
 UNITS_CHANNEL = "renalq_units"
 """NOTIFY channel: some unit waits for the dispatcher."""
@@ -23,34 +23,6 @@ JOBS_CHANNEL = "renalq_jobs"
 """NOTIFY channel: the job whose id is the payload has changed. A trigger sends it."""
 
 NOW = func.clock_timestamp()
-
-
-@dataclass(frozen=True)
-class NewJob:
-    """What a client asked for, checked."""
-
-    tenant_id: str
-    kind: JobKind
-    lane: Lane
-    name: str | None = None
-    params: Json | None = None
-    metadata: Json | None = None
-    dataset_id: uuid.UUID | None = None
-    source_url: str | None = None
-    model_id: uuid.UUID | None = None
-    model_version: int | None = None
-    promote: str = "auto"
-    created_by: uuid.UUID | None = None
-
-
-@dataclass(frozen=True)
-class NewResult:
-    """One scan of a prediction job. With an `error` it has failed before it began."""
-
-    scan_id: uuid.UUID | None
-    name: str | None = None
-    custom_id: str | None = None
-    error: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -87,121 +59,6 @@ class ScanOutcome:
 def seconds(value: float) -> ColumnElement[dt.timedelta]:
     """A Postgres interval of so many seconds."""
     return func.make_interval(0, 0, 0, 0, 0, 0, value)
-
-
-# --- submit ---
-
-
-def submit(session: Session, new: NewJob, scans: Sequence[NewResult] = (), chunk: int = 128) -> Job:
-    """Insert a job, its units, its pending results and its first event; ring the dispatcher at commit.
-
-    A prediction gets one unit for each `chunk` scans; any other job has one unit.
-    """
-    job = _new_job(new, total=len(scans) or 1)
-    session.add(job)
-    session.flush()
-    workable = [(ordinal, scan) for ordinal, scan in enumerate(scans) if scan.error is None]
-    chunks = [workable[i : i + chunk] for i in range(0, len(workable), chunk)] if scans else [[]]
-    units = [_unit(job, ordinal) for ordinal in range(len(chunks))]
-    if units:
-        session.execute(insert(Unit), units)
-    _insert_results(session, job, scans, {o: u["id"] for u, c in zip(units, chunks, strict=True) for o, _ in c})
-    record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
-    _end_job_if_done(session, job.id)  # a batch of broken scans alone has nothing to wait for
-    session.execute(select(func.pg_notify(UNITS_CHANNEL, "")))
-    session.refresh(job)
-    return job
-
-
-def _new_job(new: NewJob, total: int) -> Job:
-    return Job(
-        id=new_id(),
-        tenant_id=new.tenant_id,
-        kind=new.kind,
-        lane=new.lane,
-        name=new.name,
-        params=new.params or {},
-        labels=new.metadata or {},
-        dataset_id=new.dataset_id,
-        source_url=new.source_url,
-        model_id=new.model_id,
-        model_version=new.model_version,
-        promote=new.promote,
-        created_by=new.created_by,
-        total=total,
-    )
-
-
-def _unit(job: Job, ordinal: int) -> Json:
-    return {
-        "id": new_id(),
-        "tenant_id": job.tenant_id,
-        "job_id": job.id,
-        "ordinal": ordinal,
-        "lane": job.lane,
-    }
-
-
-def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit_of: Mapping[int, uuid.UUID]) -> None:
-    rows = [
-        {
-            "job_id": job.id,
-            "ordinal": ordinal,
-            "tenant_id": job.tenant_id,
-            "unit_id": unit_of.get(ordinal),
-            "scan_id": scan.scan_id,
-            "name": scan.name,
-            "custom_id": scan.custom_id,
-            "error": scan.error,
-            "state": ResultState.FAILED if scan.error else ResultState.PENDING,
-            "finished_at": dt.datetime.now(dt.UTC) if scan.error else None,
-        }
-        for ordinal, scan in enumerate(scans)
-    ]
-    if rows:
-        session.execute(insert(ScanResult), rows)
-        _count(session, job.id, failed=sum(scan.error is not None for scan in scans))
-
-
-# --- dispatch ---
-
-
-def dispatch(session: Session, ring_again: float, per_job: int, limit: int = 100) -> list[tuple[uuid.UUID, Lane]]:
-    """Mark the units whose doorbell is to be rung now, and return them: publish after the commit.
-
-    Units that nobody claimed in time are rung again, after twice the time at each ring up to eight times it. Rows
-    that another dispatcher holds are skipped. At most `per_job` units of a job are rung at the same time.
-    """
-    patience = seconds(ring_again) * func.least(func.power(2, Unit.rings - 1), 8)
-    unclaimed = and_(Unit.state == UnitState.DISPATCHED, Unit.dispatched_at < NOW - patience)
-    due = or_(and_(Unit.state == UnitState.QUEUED, Unit.not_before <= NOW), unclaimed)
-    first_of_job = Unit.ordinal < _first_unfinished(per_job)
-    chosen = select(Unit.id).where(due, first_of_job).order_by(Unit.id).limit(limit).with_for_update(skip_locked=True)
-    rows = session.execute(
-        update(Unit)
-        .where(Unit.id.in_(chosen), Unit.state.in_(CLAIMABLE))
-        .values(state=UnitState.DISPATCHED, dispatched_at=NOW, rings=Unit.rings + 1)
-        .returning(Unit.id, Unit.lane)
-        .execution_options(synchronize_session=False)
-    )
-    return [(row.id, Lane(row.lane)) for row in rows]
-
-
-def _first_unfinished(per_job: int) -> ColumnElement[int]:
-    """The ordinal before which units of the same job may be rung: its `per_job` first unfinished ones."""
-    other = Unit.__table__.alias("other")
-    first = select(func.min(other.c.ordinal)).where(other.c.job_id == Unit.job_id, other.c.state.not_in(UNIT_TERMINAL))
-    return first.correlate(Unit.__table__).scalar_subquery() + per_job
-
-
-def unring(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
-    """The doorbell could not be rung: the units wait `delay` seconds for the next try."""
-    session.execute(
-        update(Unit)
-        .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.DISPATCHED)
-        .values(state=UnitState.QUEUED, rings=0, dispatched_at=None, not_before=NOW + seconds(delay))
-        .execution_options(synchronize_session=False)
-    )
 
 
 # --- a worker's life with a unit ---
@@ -307,14 +164,14 @@ def succeed(
     if outcomes:
         _write_outcomes(session, held, outcomes)
         failed = sum(outcome.error is not None for outcome in outcomes)
-        _count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
+        count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
     else:
-        _count(session, held.job_id, succeeded=1)
+        count(session, held.job_id, succeeded=1)
     values: Json = {"device_seconds": Job.device_seconds + device_seconds}
     if metrics is not None:
         values["metrics"] = metrics
     session.execute(update(Job).where(Job.id == held.job_id).values(**values))
-    _end_job_if_done(session, held.job_id)
+    end_if_done(session, held.job_id)
 
 
 def _write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome]) -> None:
@@ -374,7 +231,7 @@ def _fail(
     else:
         _end_scans(session, held, ResultState.FAILED, error)
         session.execute(update(Job).where(Job.id == held.job_id).values(error=error))
-        _end_job_if_done(session, held.job_id)
+        end_if_done(session, held.job_id)
     return UnitState(state)
 
 
@@ -407,7 +264,7 @@ def cancelled(session: Session, held: Claim) -> None:
     _lock_job(session, held.job_id)
     _require_held(session, held, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
     _end_scans(session, held, ResultState.CANCELLED, None)
-    _end_job_if_done(session, held.job_id)
+    end_if_done(session, held.job_id)
 
 
 # --- others who may end a unit ---
@@ -430,7 +287,7 @@ def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
         session.flush()
         record(session, job.id, tenant_id, "cancel_requested", {})
         _cancel_unheld(session, job)
-        _end_job_if_done(session, job.id)
+        end_if_done(session, job.id)
         session.refresh(job)
     return job
 
@@ -489,7 +346,7 @@ def _end_reaped_as_cancelled(session: Session, held: Claim, lost: ColumnElement[
     """Whoever asked to cancel need not wait for another worker only to have it stop."""
     _require_held(session, held, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
     _end_scans(session, held, ResultState.CANCELLED, None)
-    _end_job_if_done(session, held.job_id)
+    end_if_done(session, held.job_id)
 
 
 WORKER_LOST: Json = {
@@ -545,16 +402,16 @@ def _end_scans(session: Session, held: Claim, state: ResultState, error: Json | 
             .values(state=state, error=error, finished_at=NOW)
             .execution_options(synchronize_session=False)
         ).rowcount  # type: ignore[attr-defined]
-    _count(session, held.job_id, **{str(state): ended})
+    count(session, held.job_id, **{str(state): ended})
 
 
-def _count(session: Session, job_id: uuid.UUID, **more: int) -> None:
+def count(session: Session, job_id: uuid.UUID, **more: int) -> None:
     values = {name: getattr(Job, name) + number for name, number in more.items() if number}
     if values:
         session.execute(update(Job).where(Job.id == job_id).values(**values))
 
 
-def _end_job_if_done(session: Session, job_id: uuid.UUID) -> None:
+def end_if_done(session: Session, job_id: uuid.UUID) -> None:
     """When no unit is left, the counters say how the job ended. The caller holds the job's lock."""
     unfinished = exists().where(Unit.job_id == job_id, Unit.state.not_in(UNIT_TERMINAL))
     verdict = case(

@@ -63,14 +63,15 @@ class Settings(BaseSettings):
     chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
 
     max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest request body that is taken (bytes).")
-    max_scan_bytes: int = Field(512 * MIB, gt=0, description="Largest single scan (bytes).")
-    max_pixels: int = Field(100_000_000, gt=0, description="Largest declared image (pixels).")
+    max_scan_bytes: int = Field(256 * MIB, gt=0, description="Largest single scan (bytes).")
+    max_pixels: int = Field(50_000_000, gt=0, description="Largest declared image (pixels).")
     max_archive_members: int = Field(100_000, gt=0, description="Most files in one zip.")
     max_archive_bytes: int = Field(20 * GIB, gt=0, description="Most bytes that a zip may unpack to.")
     max_archive_ratio: float = Field(200, gt=1, description="Most times that a zip may be larger unpacked.")
 
-    api_threads: int = Field(256, ge=4, description="Threads of one API process; waiting clients hold one each.")
-    wait_slots: int = Field(200, ge=1, description="Clients that may wait (Prefer: wait, event streams) at once.")
+    wait_slots: int = Field(
+        200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams) at once."
+    )
     db_pool: int = Field(16, ge=1, description="Database connections of one process.")
     promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
@@ -89,3 +90,21 @@ class Settings(BaseSettings):
 def postgres_url(user: str, password: str, host: str, port: int, database: str) -> str:
     """An SQLAlchemy URL that names psycopg2: since SQLAlchemy 2.1 plain `postgresql://` means psycopg 3."""
     return f"postgresql+psycopg2://{quote(user)}:{quote(password, safe='')}@{host}:{port}/{database}"
+
+
+def as_markdown() -> str:
+    """The table in `docs/settings.md`: `python -m jobs.settings > docs/settings.md` writes it anew."""
+    rows = [
+        f"| `RENALQ_{name.upper()}` | {_shown(field.default)} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    head = ["# Settings", "", "Read from the environment by every process, once, at its start.", ""]
+    return "\n".join([*head, "| variable | default | what it is |", "| --- | --- | --- |", *rows, ""])
+
+
+def _shown(default: object) -> str:
+    return "–" if default in (None, "") else f"`{default}`"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

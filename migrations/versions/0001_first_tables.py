@@ -41,13 +41,21 @@ BEGIN
 END $$;
 CREATE TRIGGER jobs_move_legally BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION jobs_move_legally();
 
--- Whoever waits for a job hears of each change. Postgres folds equal notifications of one transaction into one.
+-- Whoever waits for a job hears of each change and each event. Postgres folds
+-- equal notifications of one transaction into one.
 CREATE FUNCTION jobs_tell() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_notify('renalq_jobs', NEW.id::text);
     RETURN NULL;
 END $$;
 CREATE TRIGGER jobs_tell AFTER INSERT OR UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION jobs_tell();
+
+CREATE FUNCTION job_events_tell() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('renalq_jobs', NEW.job_id::text);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER job_events_tell AFTER INSERT ON job_events FOR EACH ROW EXECUTE FUNCTION job_events_tell();
 
 -- What happened cannot be rewritten.
 CREATE FUNCTION job_events_only_grow() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -363,5 +371,5 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_api_keys_tenant_id"), table_name="api_keys")
     op.drop_table("api_keys")
     op.execute(sa.schema.DropSequence(sa.Sequence("unit_fence_seq")))
-    for function in ("units_move_legally", "jobs_move_legally", "jobs_tell", "job_events_only_grow"):
+    for function in ("units_move_legally", "jobs_move_legally", "jobs_tell", "job_events_tell", "job_events_only_grow"):
         op.execute(f"DROP FUNCTION {function}()")

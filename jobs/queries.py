@@ -1,0 +1,237 @@
+"""Reads and paging: no writes. Everything is asked for by tenant, so that another's id is as good as an unknown one.
+
+Pages are by key, not by offset: `after` names the last row that the client has, so rows that arrive meanwhile shift
+nothing.
+"""
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ColumnElement, Select, cast, func, or_, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session
+
+from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
+from jobs.lifecycle import NOW
+from jobs.states import CLAIMABLE, TERMINAL, JobKind, JobState, ResultState
+from jobs.tables import Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult, Unit
+
+T = TypeVar("T")
+PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """Some rows. `next` is the `after` of the page that follows, null on the last one."""
+
+    data: Sequence[T]
+    has_more: bool
+    next: str | None
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job as it stands at `now` by Postgres' clock. `queue_position`: waiting units before its first one."""
+
+    job: Job
+    now: dt.datetime
+    queue_position: int | None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job has ended."""
+        return self.job.state in TERMINAL
+
+    @property
+    def pending(self) -> int:
+        """Parts that have not ended."""
+        job = self.job
+        return job.total - job.succeeded - job.failed - job.cancelled
+
+    @property
+    def progress(self) -> float:
+        """0 to 1. A batch's counters are truer than what its workers report, where they are ahead."""
+        job = self.job
+        done = 1 - self.pending / job.total if job.kind in PREDICTIONS and job.total else 0.0
+        return max(job.progress, done)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the end if work goes on as it did; null before anything can be said."""
+        if self.job.state != JobState.RUNNING or self.job.started_at is None or self.progress <= 0:
+            return None
+        elapsed = (self.now - self.job.started_at).total_seconds()
+        return round(max(0.0, elapsed * (1 - self.progress) / self.progress), 1)
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs to list. `metadata` holds words of a query string: `1` finds the number and the text."""
+
+    state: str | None = None
+    kind: str | None = None
+    created_after: dt.datetime | None = None
+    metadata: dict[str, str] | None = None
+
+    def clauses(self) -> list[ColumnElement[bool]]:
+        """The filter in SQL."""
+        found: list[ColumnElement[bool]] = []
+        if self.state:
+            found.append(Job.state == self.state)
+        if self.kind:
+            found.append(Job.kind == self.kind)
+        if self.created_after:
+            found.append(Job.created_at > self.created_after)
+        return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
+
+
+def _has_label(key: str, value: str) -> ColumnElement[bool]:
+    return or_(*(Job.labels.contains(cast({key: reading}, JSONB)) for reading in _readings(value)))
+
+
+def _readings(value: str) -> list[Any]:
+    """What a word of a query string may stand for in JSON: itself, and a boolean or number that is written so."""
+    if value in ("true", "false"):
+        return [value, value == "true"]
+    try:
+        number = float(value)
+    except ValueError:
+        return [value]
+    # NaN and infinity are words of Python, not of JSON.
+    return [value, int(number) if number.is_integer() else number] if abs(number) < 1e15 else [value]
+
+
+def job(session: Session, tenant_id: str, job_id: uuid.UUID) -> JobView:
+    """One job.
+
+    Raises:
+        JobNotFound
+    """
+    row = session.execute(_jobs(tenant_id).where(Job.id == job_id)).first()
+    if row is None:
+        raise JobNotFound
+    return _views(session, [row])[0]
+
+
+def jobs(session: Session, tenant_id: str, wanted: JobFilter, limit: int, after: uuid.UUID | None) -> Page[JobView]:
+    """The tenant's jobs, newest first."""
+    query = _jobs(tenant_id).where(*wanted.clauses()).order_by(Job.id.desc()).limit(limit + 1)
+    if after is not None:
+        query = query.where(Job.id < after)
+    return page(_views(session, session.execute(query).all()), limit, lambda view: view.job.id)
+
+
+def _jobs(tenant_id: str) -> Select[tuple[Job, dt.datetime]]:
+    return select(Job, NOW.label("now")).where(Job.tenant_id == tenant_id)
+
+
+def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
+    positions = queue_positions(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
+    return [JobView(job, now, positions.get(job.id)) for job, now in rows]
+
+
+def queue_positions(session: Session, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """For each job that waits: how many units of its lane, of anybody, wait before its first one."""
+    if not job_ids:
+        return {}
+    place = func.row_number().over(partition_by=Unit.lane, order_by=Unit.id) - 1
+    waiting = select(Unit.job_id, place.label("place")).where(Unit.state.in_(CLAIMABLE)).subquery()
+    first = select(waiting.c.job_id, func.min(waiting.c.place)).where(waiting.c.job_id.in_(job_ids))
+    return {row[0]: row[1] for row in session.execute(first.group_by(waiting.c.job_id))}
+
+
+def page(rows: Sequence[T], limit: int, key: Any) -> Page[T]:
+    """A page of `limit` rows out of `limit + 1` that were asked for: the last one says only that there are more."""
+    kept = rows[:limit]
+    more = len(rows) > limit
+    return Page(kept, more, str(key(kept[-1])) if more else None)
+
+
+# --- what a job has brought forth ---
+
+
+def results(
+    session: Session, view: JobView, state: str | None = None, limit: int = 100, after: int | None = None
+) -> Page[ScanResult]:
+    """A prediction's results in the order of its scans: those that have ended, unless `state` says otherwise.
+
+    Raises:
+        NoResults: the job predicts nothing.
+    """
+    if view.job.kind not in PREDICTIONS:
+        raise NoResults(kind=view.job.kind)
+    wanted = ScanResult.state == state if state else ScanResult.state != ResultState.PENDING
+    query = select(ScanResult).where(
+        ScanResult.job_id == view.job.id, wanted, ScanResult.ordinal > (-1 if after is None else after)
+    )
+    rows = session.scalars(query.order_by(ScanResult.ordinal).limit(limit + 1)).all()
+    return page(rows, limit, lambda row: row.ordinal)
+
+
+def classes(session: Session, view: JobView) -> list[str]:
+    """The classes of the model that the job is pinned to; none where it is pinned to nothing."""
+    model = session.get(ModelVersion, view.job.model_id) if view.job.model_id else None
+    return list(model.classes) if model else []
+
+
+def events(session: Session, job_id: uuid.UUID, limit: int = 100, after: int = 0) -> Page[JobEvent]:
+    """What happened to the job, oldest first. The verbs lock the job, so its events' ids follow their order."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
+    rows = session.scalars(query.order_by(JobEvent.id).limit(limit + 1)).all()
+    return page(rows, limit, lambda row: row.id)
+
+
+def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
+    """The epochs of a training's latest attempt; of an epoch that was repeated after a resume, the latest.
+
+    An attempt that resumed at epoch k continues the one before: its first k epochs are taken from there.
+    """
+    rows = session.scalars(
+        select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "epoch").order_by(JobEvent.id)
+    ).all()
+    latest: dict[int, Json] = {}
+    for data in rows:
+        number = int(data.get("epoch", 0))
+        # An attempt that starts again at 1 throws away what a lost one had reached.
+        latest = {**{n: e for n, e in latest.items() if n < number}, number: data}
+    return [latest[number] for number in sorted(latest)]
+
+
+def artifacts(session: Session, job_id: uuid.UUID) -> Sequence[Artifact]:
+    """The job's artifacts by name."""
+    return session.scalars(select(Artifact).where(Artifact.job_id == job_id).order_by(Artifact.name)).all()
+
+
+def artifact(session: Session, job_id: uuid.UUID, name: str) -> Artifact:
+    """One artifact.
+
+    Raises:
+        ArtifactNotFound
+    """
+    found = session.get(Artifact, (job_id, name))
+    if found is None:
+        raise ArtifactNotFound
+    return found
+
+
+# --- scans ---
+
+
+def scan(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
+    """One scan.
+
+    Raises:
+        ScanNotFound
+    """
+    found = session.scalar(select(Scan).where(Scan.id == scan_id, Scan.tenant_id == tenant_id))
+    if found is None:
+        raise ScanNotFound
+    return found
+
+
+def known_scans(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Which of the ids are scans of the tenant."""
+    return set(session.scalars(select(Scan.id).where(Scan.tenant_id == tenant_id, Scan.id.in_(scan_ids))))

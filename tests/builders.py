@@ -1,0 +1,110 @@
+"""Builders: rows as the verbs make them, in the state that a test asks for. Nothing here writes a state by hand."""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs import lifecycle
+from jobs.lifecycle import Claim, ScanOutcome
+from jobs.states import JobKind, JobState, Lane
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import Dataset, Job, Scan, ScanResult, Unit, new_id
+
+TENANT = "default"
+LANES = {
+    JobKind.TRAIN: Lane.TRAIN,
+    JobKind.INGEST: Lane.BATCH,
+    JobKind.PREDICT: Lane.URGENT,
+    JobKind.PREDICT_BATCH: Lane.BATCH,
+}
+BROKEN = {"code": "BROKEN", "detail": "It broke.", "retryable": False}
+TRANSIENT = {"code": "SHAKY", "detail": "Try again.", "retryable": True}
+
+
+def make_scan(session: Session, tenant_id: str = TENANT, sha256: str | None = None) -> Scan:
+    """A stored scan's row (no blob behind it)."""
+    scan = Scan(
+        tenant_id=tenant_id,
+        sha256=sha256 or uuid.uuid4().hex * 2,
+        size=1000,
+        media_type="image/png",
+        width=512,
+        height=512,
+    )
+    session.add(scan)
+    session.flush()
+    return scan
+
+
+def make_dataset(session: Session, tenant_id: str = TENANT, state: str = "ready") -> Dataset:
+    """A dataset's row (no blob behind it)."""
+    dataset = Dataset(
+        tenant_id=tenant_id,
+        name="kidneys",
+        state=state,
+        archive_sha256=uuid.uuid4().hex * 2,
+        archive_bytes=1000,
+        digest=uuid.uuid4().hex * 2 if state == "ready" else None,
+        classes={"Normal": 240, "Tumor": 225},
+    )
+    session.add(dataset)
+    session.flush()
+    return dataset
+
+
+def make_job(
+    session: Session,
+    kind: JobKind = JobKind.TRAIN,
+    state: JobState = JobState.QUEUED,
+    scans: int = 0,
+    chunk: int = 10,
+    tenant_id: str = TENANT,
+    **new: Any,
+) -> Job:
+    """A job, moved on by real verbs until it is in the asked state."""
+    results = [NewResult(make_scan(session, tenant_id).id, name=f"{i}.png") for i in range(scans)]
+    job = submit(session, NewJob(tenant_id, kind, LANES[kind], **new), results, chunk)
+    if state == JobState.QUEUED:
+        return job
+    if state == JobState.CANCELLED:
+        return lifecycle.cancel(session, tenant_id, job.id)
+    for unit in units_of(session, job):
+        held = claim(session, unit)
+        if state == JobState.SUCCEEDED:
+            lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+        elif state == JobState.FAILED:
+            lifecycle.fail(session, held, BROKEN)
+    session.refresh(job)
+    return job
+
+
+def units_of(session: Session, job: Job) -> list[Unit]:
+    """The job's units, first first."""
+    session.expire_all()
+    return list(session.scalars(select(Unit).where(Unit.job_id == job.id).order_by(Unit.ordinal)))
+
+
+def claim(session: Session, unit: Unit, worker: str = "worker-a", lease: float = 45) -> Claim:
+    """The unit, claimed; a refusal is a failed test."""
+    held = lifecycle.claim(session, unit.id, worker, lease)
+    assert held is not None
+    return held
+
+
+def outcomes_of(session: Session, held: Claim, failed: int = 0) -> list[ScanOutcome]:
+    """An outcome for each scan of the unit, of which the first `failed` could not be read."""
+    ordinals = session.scalars(
+        select(ScanResult.ordinal).where(ScanResult.unit_id == held.unit_id).order_by(ScanResult.ordinal)
+    ).all()
+    good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Normal": 0.1, "Tumor": 0.9}}
+    return [
+        ScanOutcome(ordinal, error=BROKEN) if number < failed else ScanOutcome(ordinal, **good)
+        for number, ordinal in enumerate(ordinals)
+    ]
+
+
+def unknown_id() -> uuid.UUID:
+    """An id that nothing has."""
+    return new_id()
