@@ -1,8 +1,8 @@
 """The one door to torchvision.
 
-torchvision's PyPI wheel is linked against CUDA torch. Beside a CPU build of torch its compiled operators cannot load, and
-`import torchvision` fails with "operator torchvision::nms does not exist". Nothing of ours uses those operators, so after
-(and only after) the plain import has failed, the two names that torchvision looks for are declared without an
+torchvision's PyPI wheel is linked against CUDA torch. Beside a CPU build of torch its compiled operators cannot load,
+and `import torchvision` fails with "operator torchvision::nms does not exist". Nothing of ours uses those operators, so
+after (and only after) the plain import has failed, the two names that torchvision looks for are declared without an
 implementation, and the import is tried again. Where the plain import works nothing is declared.
 """
 

@@ -1,0 +1,158 @@
+"""`python -m ml`: the pipeline without a server.
+
+run                  all four stages in one process
+data_ingestion …     one stage, reading from disk what the one before wrote
+predict MODEL FILE…  predictions as a table
+check FOLDER_OR_ZIP  what a dataset holds and what is wrong with it
+phantom …            synthetic CT (see `python -m ml phantom --help`)
+
+With --events, stdout carries one JSON object a line (ml.events) and nothing else; logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from ml.config import load_config
+from ml.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
+from ml.events import STAGES, Emit, Event, Failed, to_json
+from ml.params import load_params
+
+log = logging.getLogger("ml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 1 after a `failed` event, or 143 after SIGTERM."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["phantom"]:
+        from ml import phantom_files
+
+        return phantom_files.main(arguments[1:]) or 0
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ml", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in ("run", *STAGES):
+        command = commands.add_parser(name, help="all four stages" if name == "run" else f"the stage {name} alone")
+        command.add_argument("--config", type=Path, default=Path("config/config.yaml"))
+        command.add_argument("--params", type=Path, default=Path("params.yaml"))
+        command.add_argument("--events", action="store_true", help="JSON lines on stdout, for a parent process")
+        command.set_defaults(command=_pipeline, stage=name)
+    predict = commands.add_parser("predict", help="predict scans with a model file")
+    predict.add_argument("model", type=Path)
+    predict.add_argument("files", type=Path, nargs="+")
+    predict.set_defaults(command=_predict)
+    check = commands.add_parser("check", help="check a dataset")
+    check.add_argument("dataset", type=Path)
+    check.set_defaults(command=_check)
+    commands.add_parser("phantom", help="write synthetic CT")
+    return parser
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def _pipeline(parsed: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _end_at_once)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if parsed.events:
+        return _run(parsed, _json_lines(_own_stdout()))
+    from ml.console import Console
+
+    with Console() as console:
+        return _run(parsed, console.show)
+
+
+def _run(parsed: argparse.Namespace, emit: Emit) -> int:
+    try:
+        _run_stages(parsed, emit)
+    except Exception as error:
+        failure = as_pipeline_error(error)
+        if failure.code == PipelineError.code:
+            log.exception("the run failed")
+        emit(Failed(failure.code, str(failure), failure.retryable))
+        return 1
+    return 0
+
+
+def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
+    from ml import stages
+
+    config, params = load_config(parsed.config), load_params(parsed.params)
+    weights_dir = Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None
+    if parsed.stage == "run":
+        stages.run(config, params, emit, weights_dir)
+    else:
+        stages.run_stage(parsed.stage, stages.Run(config, params, emit, weights_dir))
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    # SystemExit runs the `finally` blocks, which remove temporary files; final files only ever appear by rename.
+    raise SystemExit(128 + number)
+
+
+def _own_stdout() -> TextIO:
+    """The real stdout for us alone: whatever else writes to it, C libraries included, lands on stderr."""
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return own
+
+
+def _json_lines(stream: TextIO) -> Emit:
+    def emit(event: Event) -> None:
+        stream.write(to_json(event) + "\n")
+        stream.flush()
+
+    return emit
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    from ml.console import prediction_table
+    from ml.predict import Predictor, ScanInput
+
+    try:
+        predictor = Predictor.load(parsed.model)
+    except ModelFileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    prediction_table(predictor.predict(ScanInput(str(path), path) for path in parsed.files))
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from ml.archives import extract_zip
+    from ml.console import dataset_table
+    from ml.data import check_dataset
+
+    if parsed.dataset.is_dir():
+        return dataset_table(check_dataset(parsed.dataset))
+    with tempfile.TemporaryDirectory(prefix="renalq-check-") as folder:
+        try:
+            extract_zip(parsed.dataset, Path(folder) / "images")
+        except (ArchiveError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        return dataset_table(check_dataset(Path(folder) / "images"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""Where the four stages read and write: config/config.yaml as frozen objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ml.errors import BadParams
+from ml.params import first_complaint, read_yaml
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class DataIngestion(_Section):
+    """`local_data_file` is used where it exists; otherwise `source_URL` is downloaded to it."""
+
+    root_dir: Path
+    source_url: str | None = Field(None, alias="source_URL")
+    local_data_file: Path
+    unzip_dir: Path
+
+    @property
+    def manifest_path(self) -> Path:
+        """What the folder holds: classes, files, labels, patients, digest."""
+        return self.root_dir / "manifest.json"
+
+    @property
+    def pixels_path(self) -> Path:
+        """Every scan decoded and resized once: uint8 [scans, height, width, 3]."""
+        return self.root_dir / "pixels.npy"
+
+
+class PrepareBaseModel(_Section):
+    """The network before training: as it came, and with the new head."""
+
+    root_dir: Path
+    base_model_path: Path
+    updated_base_model_path: Path
+
+
+class Training(_Section):
+    """The trained network."""
+
+    root_dir: Path
+    trained_model_path: Path
+
+    @property
+    def history_path(self) -> Path:
+        """One object an epoch, as in the `epoch` events."""
+        return self.root_dir / "history.json"
+
+
+class Evaluation(_Section):
+    """The scores on the held-out scans; the plots lie beside them."""
+
+    root_dir: Path
+    scores_path: Path
+
+
+class PipelineConfig(_Section):
+    """The whole of config.yaml. Relative paths are relative to the working directory."""
+
+    artifacts_root: Path
+    data_ingestion: DataIngestion
+    prepare_base_model: PrepareBaseModel
+    training: Training
+    evaluation: Evaluation
+
+
+def load_config(path: Path) -> PipelineConfig:
+    """The configuration of a YAML file; BadParams names the wrong field."""
+    try:
+        return PipelineConfig(**read_yaml(path))
+    except ValidationError as error:
+        raise BadParams(f"{path.name}: {first_complaint(error)}") from error

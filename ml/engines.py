@@ -1,0 +1,180 @@
+"""The frozen backbone on the fastest engine that is here. All of them take uint8 pixels and give float32 features.
+
+| engine | where | images/s here (2 cores with AMX) |
+|---|---|---|
+| torch-cuda-bf16 | a CUDA device | – |
+| openvino-bf16 | x86-64 with AMX or AVX-512 bf16 | 80 |
+| openvino-fp32 | x86-64 without them | 10 |
+| torch-fp32 | everywhere; the reference | 6 |
+
+`stream` keeps two batches in flight, so that the caller decodes or augments the next one meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ml.transforms import Transform
+
+Precision = Literal["auto", "fp32", "bf16"]
+BATCH = 16  # images for one call of the backbone: larger batches were no faster and cost memory
+
+
+class Backbone(Protocol):
+    """Pixels to features, never with gradients."""
+
+    name: str
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """uint8 [n, height, width, 3] batches (n may differ) → float32 [n, 25088], in the same order."""
+        ...
+
+
+def features_of(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """Features of images that are all at hand: uint8 [N, height, width, 3] → float32 [N, 25088]."""
+    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    return np.concatenate(list(backbone.stream(batches)))
+
+
+def open_backbone(network: nn.Module, transform: Transform, precision: Precision = "auto") -> Backbone:
+    """The fastest engine for `network.features` on this machine.
+
+    `precision` auto takes bf16 where the device multiplies it natively; fp32 is the reference; bf16 is taken at the
+    caller's word. The engine keeps no reference to the network on the CPU engines but its own copy of the weights.
+    """
+    if torch.cuda.is_available():
+        return TorchBackbone(network, transform, "cuda", bf16=precision != "fp32")
+    if precision != "fp32" and importlib.util.find_spec("openvino") and (precision == "bf16" or cpu_has_bf16()):
+        return OpenVinoBackbone(network, transform, bf16=True)
+    if importlib.util.find_spec("openvino"):
+        return OpenVinoBackbone(network, transform, bf16=False)
+    return TorchBackbone(network, transform, "cpu", bf16=precision == "bf16")
+
+
+def device_name() -> str:
+    """What the backbone will run on, in words (for `renalq doctor` and the model's metadata)."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads" + (", bf16" if cpu_has_bf16() else "")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; emulated bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+class TorchBackbone:
+    """torch itself: bf16 in channels_last on CUDA, eager fp32 on the CPU as the reference."""
+
+    def __init__(self, network: nn.Module, transform: Transform, device: str, bf16: bool) -> None:
+        self.name = f"torch-{'cuda-' if device == 'cuda' else ''}{'bf16' if bf16 else 'fp32'}"
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        features, pool = network.get_submodule("features"), nn.AdaptiveAvgPool2d((7, 7))
+        self._layers = nn.Sequential(features, pool, nn.Flatten())
+        self._transform, self._device = transform, device
+        if bf16 or device == "cuda":
+            self._layers = _copy_of(self._layers).to(device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """See `Backbone.stream`. CUDA queues the work, so the batch before is read back while the next one runs."""
+        pending: deque[torch.Tensor] = deque()
+        for batch in batches:
+            pending.append(self._forward(batch))
+            if len(pending) == 2:
+                yield pending.popleft().cpu().numpy()
+        while pending:
+            yield pending.popleft().cpu().numpy()
+
+    @torch.inference_mode()
+    def _forward(self, batch: np.ndarray) -> torch.Tensor:
+        images = self._transform.normalize(torch.from_numpy(batch).to(self._device)).to(self._dtype)
+        return self._layers(images.contiguous(memory_format=torch.channels_last)).float()  # type: ignore[no-any-return]
+
+
+def _copy_of(layers: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(layers)
+
+
+class OpenVinoBackbone:
+    """OpenVINO: two streams, any batch size up to what is asked, the normalization inside the graph."""
+
+    STREAMS = 2
+
+    def __init__(self, network: nn.Module, transform: Transform, bf16: bool) -> None:
+        import openvino as ov
+
+        self.name = "openvino-bf16" if bf16 else "openvino-fp32"
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "NUM_STREAMS": self.STREAMS,
+            "PERFORMANCE_HINT": "THROUGHPUT",
+        }
+        model = _openvino_graph(network.get_submodule("features"), transform)
+        compiled = ov.Core().compile_model(model, "CPU", options)
+        self._requests = [compiled.create_infer_request() for _ in range(self.STREAMS)]
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """See `Backbone.stream`. One stream at a time: the requests are shared."""
+        free, running = deque(self._requests), deque[Any]()
+        try:
+            for batch in batches:
+                if not free:
+                    yield self._collect(free, running)
+                request = free.popleft()
+                request.start_async({0: np.ascontiguousarray(batch)})
+                running.append(request)
+            while running:
+                yield self._collect(free, running)
+        finally:  # the caller may stop early: no request may still run when the next stream begins
+            for request in running:
+                request.wait()
+
+    @staticmethod
+    def _collect(free: deque[Any], running: deque[Any]) -> np.ndarray:
+        request = running.popleft()
+        request.wait()
+        features: np.ndarray = request.get_output_tensor(0).data.copy()
+        free.append(request)
+        return features
+
+
+def _openvino_graph(features: nn.Module, transform: Transform) -> Any:
+    """The graph, layer by layer from torch's weights: no tracing, which costs seconds and a second copy in memory."""
+    import openvino as ov
+    from openvino import opset15 as op
+
+    images = op.parameter([-1, transform.height, transform.width, 3], ov.Type.u8, name="images")
+    node = op.transpose(op.convert(images, "f32"), np.array([0, 3, 1, 2]))
+    mean, std = (255 * np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (transform.mean, transform.std))
+    node = op.divide(op.subtract(node, op.constant(mean)), op.constant(std))
+    for layer in features.children():
+        node = _openvino_layer(op, layer, node)
+    if (transform.height, transform.width) != (224, 224):  # at 224 the last map is 7 × 7 already
+        node = op.adaptive_avg_pool(node, op.constant(np.array([7, 7])))
+    return ov.Model([op.reshape(node, np.array([0, -1]), True)], [images], "backbone")
+
+
+def _openvino_layer(op: Any, layer: nn.Module, node: Any) -> Any:
+    if isinstance(layer, nn.Conv2d):
+        weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()  # type: ignore[union-attr]
+        node = op.convolution(node, op.constant(weight), [1, 1], [1, 1], [1, 1], [1, 1])
+        return op.add(node, op.constant(bias.reshape(1, -1, 1, 1)))
+    if isinstance(layer, nn.ReLU):
+        return op.relu(node)
+    if isinstance(layer, nn.MaxPool2d):
+        return op.max_pool(node, [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
+    raise TypeError(f"VGG16's features hold no {type(layer).__name__}.")

@@ -1,0 +1,98 @@
+"""What can go wrong in the pipeline, one exception for each fact.
+
+PipelineError
+├── BadDataset          BAD_DATASET       the scans cannot be trained on
+├── BadParams           BAD_PARAMS        a field of params or config is wrong
+├── DownloadFailed      DOWNLOAD_FAILED   the source did not hand out the file
+├── WeightsMissing      WEIGHTS_MISSING   ImageNet weights are nowhere to be had
+├── DeviceOutOfMemory   DEVICE_OOM        the device or the machine has too little memory
+└── StorageFull         STORAGE_FULL      the disk is full
+
+ValueError
+├── ImageError          one scan cannot be read
+├── ArchiveError        a zip is broken or unsafe
+└── ModelFileError      a model file is not one of ours
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class PipelineError(Exception):
+    """A failure with a stable code, a sentence that says what to do, and whether trying again can help."""
+
+    code = "INTERNAL"
+    retryable = False
+
+
+class BadDataset(PipelineError):
+    """The scans cannot be trained on; the message names the reasons and the files."""
+
+    code = "BAD_DATASET"
+
+
+class BadParams(PipelineError):
+    """A field of the parameters or of the configuration is wrong; the message names it."""
+
+    code = "BAD_PARAMS"
+
+
+class DownloadFailed(PipelineError):
+    """The source did not hand out the file. Networks recover, so trying again can help."""
+
+    code = "DOWNLOAD_FAILED"
+    retryable = True
+
+
+class WeightsMissing(PipelineError):
+    """ImageNet weights are in no cache and could not be downloaded; the message says what to put where."""
+
+    code = "WEIGHTS_MISSING"
+
+
+class DeviceOutOfMemory(PipelineError):
+    """The device or the machine has too little memory for this batch."""
+
+    code = "DEVICE_OOM"
+    retryable = True
+
+
+class StorageFull(PipelineError):
+    """The disk has no room left; files written before are whole."""
+
+    code = "STORAGE_FULL"
+    retryable = True
+
+
+class ImageError(ValueError):
+    """One scan cannot be read. The sentence carries neither patient data nor content of the file."""
+
+
+class ArchiveError(ValueError):
+    """A zip is broken or unsafe; nothing of it was kept."""
+
+
+class ModelFileError(ValueError):
+    """A model file is not a RenalQ safetensors file."""
+
+
+def as_pipeline_error(error: BaseException) -> PipelineError:
+    """The pipeline error that says the same as `error`; what nobody foresaw becomes INTERNAL, without its text."""
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull("The disk is full: free some space and start the job again.")
+    if isinstance(error, ArchiveError):
+        return BadDataset(str(error))
+    if isinstance(error, ModelFileError):
+        return BadParams(f"The stage before has left no network to use: {error}")
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return DeviceOutOfMemory("The device ran out of memory: use a smaller batch_size or a bigger device.")
+    return PipelineError(f"An unforeseen {type(error).__name__} ended the run; the log has its traceback.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch raises OutOfMemoryError on CUDA, but a plain RuntimeError from its CPU allocator, and OpenVINO likewise.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

@@ -1,0 +1,103 @@
+"""What a training child says to its parent: one JSON object a line on stdout, and nothing else there.
+
+The whole protocol between `python -m ml run --events` and the worker is in this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """One of the four stages begins."""
+
+    event: ClassVar[str] = "stage_started"
+    stage: str
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A stage is done, after `seconds` of wall-clock time."""
+
+    event: ClassVar[str] = "stage_finished"
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`fraction` (0–1) of this STAGE is done; at most about two of these a second."""
+
+    event: ClassVar[str] = "progress"
+    stage: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch: mean losses (cross-entropy, nats), accuracies 0–1, `seconds` of wall-clock time."""
+
+    event: ClassVar[str] = "epoch"
+    epoch: int
+    epochs: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The scores on the held-out scans: see `ml.metrics.Scores.as_dict`."""
+
+    event: ClassVar[str] = "evaluated"
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All four stages are done; `artifacts` maps a name to a path."""
+
+    event: ClassVar[str] = "finished"
+    model_path: str
+    artifacts: dict[str, str] = field(default_factory=dict)
+    device_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run ended without a model; exit code 1 follows."""
+
+    event: ClassVar[str] = "failed"
+    code: str
+    detail: str
+    retryable: bool = False
+
+
+Event = StageStarted | StageFinished | Progress | Epoch | Evaluated | Finished | Failed
+Emit = Callable[[Event], None]
+_KINDS: dict[str, type[Any]] = {
+    kind.event: kind for kind in (StageStarted, StageFinished, Progress, Epoch, Evaluated, Finished, Failed)
+}
+
+
+def to_json(event: Event) -> str:
+    """One line without its newline. NaN is refused: JSON has none, and a diverged run must fail by name."""
+    return json.dumps({"event": event.event, **asdict(event)}, allow_nan=False, separators=(",", ":"))
+
+
+def from_json(line: str) -> Event:
+    """The event of a line; ValueError for anything else."""
+    try:
+        fields = json.loads(line)
+        return _KINDS[fields.pop("event")](**fields)  # type: ignore[no-any-return]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError("This line is not an event of ml.events.") from error

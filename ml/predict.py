@@ -1,0 +1,116 @@
+"""Scans in, predictions out, in the same order. A broken scan gets a prediction that says so; nothing raises for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ml import network
+from ml.ahead import ahead, batched
+from ml.engines import BATCH, Backbone, Precision, open_backbone
+from ml.errors import ImageError
+from ml.images import decode
+from ml.transforms import Transform
+
+BAD_IMAGE = "BAD_IMAGE"
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class ScanInput:
+    """One scan: an id of the caller's choosing, and the file's bytes or its path."""
+
+    id: str
+    source: bytes | Path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of a scan, or (`error_code` set) why it could not look at it. Probabilities sum to 1."""
+
+    id: str
+    label: str | None = None
+    confidence: float | None = None
+    probabilities: dict[str, float] = field(default_factory=dict)
+    error_code: str | None = None
+    error_detail: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that stays loaded: backbone on the fastest engine, head in torch fp32. Not for two threads at once."""
+
+    classes: tuple[str, ...]
+    transform: Transform
+    backbone: Backbone
+    classifier: nn.Module
+
+    @classmethod
+    def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
+        """Load a model file once. ModelFileError for any other file."""
+        return cls.of(network.load(path), precision)
+
+    @classmethod
+    def of(cls, model: network.Model, precision: Precision = "auto") -> Predictor:
+        """A predictor of a model that is in memory."""
+        backbone = open_backbone(model.network, model.transform, precision)
+        return cls(model.classes, model.transform, backbone, model.network.get_submodule("classifier").eval())
+
+    def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
+        """Predictions in the order of `scans`, which may be endless: at most about 80 decoded scans are in memory."""
+        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * BATCH)
+        waiting: deque[list[_Decoded]] = deque()
+
+        def batches() -> Iterator[np.ndarray]:
+            for chunk in batched(decoded, BATCH):
+                waiting.append(chunk)
+                whole = [one.pixels for one in chunk if one.pixels is not None]
+                if whole:
+                    yield np.stack(whole)
+
+        for features in self.backbone.stream(batches()):
+            probabilities = iter(self._probabilities(features))
+            while True:
+                chunk = waiting.popleft()
+                yield from (self._prediction(one, probabilities) for one in chunk)
+                if any(one.pixels is not None for one in chunk):
+                    break
+        for chunk in waiting:  # chunks of broken scans alone at the end
+            yield from (self._prediction(one, iter(())) for one in chunk)
+
+    def _decode(self, scan: ScanInput) -> _Decoded:
+        try:
+            return _Decoded(scan.id, self.transform.resize(decode(scan.source)), None)
+        except ImageError as error:
+            return _Decoded(scan.id, None, str(error))
+
+    @torch.inference_mode()
+    def _probabilities(self, features: np.ndarray) -> np.ndarray:
+        return torch.softmax(self.classifier(torch.from_numpy(features)), dim=1).numpy()
+
+    def _prediction(self, one: _Decoded, probabilities: Iterator[np.ndarray]) -> Prediction:
+        if one.pixels is None:
+            return Prediction(one.id, error_code=BAD_IMAGE, error_detail=one.error)
+        values = next(probabilities)
+        best = int(values.argmax())
+        named = {name: float(value) for name, value in zip(self.classes, values, strict=True)}
+        return Prediction(one.id, self.classes[best], float(values[best]), named)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    id: str
+    pixels: np.ndarray | None
+    error: str | None
+
+
+def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
+    """Predictions of a model or of a predictor that stays loaded; see `Predictor.predict`."""
+    predictor = model if isinstance(model, Predictor) else Predictor.of(model)
+    return predictor.predict(scans)

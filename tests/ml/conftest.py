@@ -1,0 +1,79 @@
+"""A VGG16 and a whole small run, made once for all tests that only look at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch import nn
+
+from ml import network, stages
+from ml.config import load_config
+from ml.events import Event
+from ml.params import parse_params
+from tests.ml.builders import make_files, write_zip
+
+SIDE = 64
+SMALL = {"image_size": [SIDE, SIDE, 3], "weights": "none", "learning_rate": 0.01, "epochs": 3, "batch_size": 8}
+
+
+def write_config(folder: Path, archive: Path | None = None, source_url: str | None = None) -> Path:
+    """A config.yaml whose stages all write below `folder`."""
+    content: dict[str, Any] = {
+        "artifacts_root": str(folder),
+        "data_ingestion": {
+            "root_dir": str(folder / "data"),
+            "source_URL": source_url,
+            "local_data_file": str(archive or folder / "data" / "data.zip"),
+            "unzip_dir": str(folder / "data" / "images"),
+        },
+        "prepare_base_model": {
+            "root_dir": str(folder / "base"),
+            "base_model_path": str(folder / "base" / "base.safetensors"),
+            "updated_base_model_path": str(folder / "base" / "updated.safetensors"),
+        },
+        "training": {
+            "root_dir": str(folder / "training"),
+            "trained_model_path": str(folder / "training" / "model.safetensors"),
+        },
+        "evaluation": {
+            "root_dir": str(folder / "evaluation"),
+            "scores_path": str(folder / "evaluation" / "scores.json"),
+        },
+    }
+    path = folder / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A finished run on 40 small scans."""
+
+    folder: Path
+    archive: Path
+    events: list[Event]
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "training" / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def vgg() -> nn.Module:
+    """An untrained VGG16 for two classes. Not to be changed."""
+    return network.build(2, seed=0).eval()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """All four stages in this process."""
+    folder = tmp_path_factory.mktemp("small-run")
+    archive = write_zip(make_files(20, side=SIDE), folder / "data.zip")
+    events: list[Event] = []
+    stages.run(load_config(write_config(folder, archive)), parse_params(SMALL | {"augmentation": False}), events.append)
+    return SmallRun(folder, archive, events)

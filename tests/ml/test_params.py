@@ -1,0 +1,96 @@
+"""Parameters and configuration: what is accepted, and errors that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ml.config import load_config
+from ml.errors import BadParams
+from ml.params import Params, load_params, parse_params
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_defaults_are_document_000s():
+    params = Params()
+    assert params.image_size == (224, 224, 3)
+    assert (params.batch_size, params.epochs, params.learning_rate, params.momentum) == (32, 2, 0.001, 0.9)
+    assert (params.augmentation, params.include_top, params.weights) == (True, False, "imagenet")
+
+
+def test_params_yaml_says_the_defaults():
+    assert load_params(ROOT / "params.yaml") == Params(classes=2)
+
+
+def test_params_yaml_names_every_field():
+    assert {key.lower() for key in yaml.safe_load((ROOT / "params.yaml").read_text())} == set(Params.model_fields)
+
+
+def test_keys_in_either_case_are_the_same():
+    assert parse_params({"EPOCHS": 7}) == parse_params({"epochs": 7})
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"epoch": 3}, "epoch"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": "3"}, "epochs"),
+        ({"epochs": True}, "epochs"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"image_size": [224, 224]}, "image_size"),
+        ({"image_size": [224, 224, 1]}, "image_size"),
+        ({"image_size": [16, 224, 3]}, "image_size"),
+        ({"classes": 1}, "classes"),
+        ({"augmentation": "yes"}, "augmentation"),
+        ({"weights": "http://somewhere"}, "weights"),
+        ({"held_out": 0.9}, "held_out"),
+        ({"standardize": "maybe"}, "standardize"),
+        ({"include_top": True, "weights": "none"}, "include_top"),
+    ],
+)
+def test_a_wrong_field_is_named(fields, name):
+    with pytest.raises(BadParams, match=f"^{name}"):
+        parse_params(fields)
+
+
+@pytest.mark.parametrize(
+    ("weights", "standardize", "expected"),
+    [("none", "auto", True), ("imagenet", "auto", False), ("imagenet", True, True), ("none", False, False)],
+)
+def test_auto_standardizes_untrained_features_only(weights, standardize, expected):
+    assert parse_params({"weights": weights, "standardize": standardize}).standardizes is expected
+
+
+def test_the_config_in_the_repository_is_whole():
+    config = load_config(ROOT / "config" / "config.yaml")
+    assert config.training.trained_model_path == Path("artifacts/training/model.safetensors")
+
+
+def test_a_wrong_field_of_the_config_is_named(tmp_path):
+    content = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    del content["training"]["trained_model_path"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(BadParams, match=r"training\.trained_model_path"):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "{", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(BadParams, match=r"params\.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_dvc_stages_are_the_pipelines_and_name_params_that_exist():
+    from ml.events import STAGES
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert tuple(stages) == STAGES
+    for stage in stages.values():
+        assert {name.lower() for name in stage["params"]} <= set(Params.model_fields)
+        assert all((ROOT / path).exists() for path in stage["deps"] if not path.startswith("artifacts/"))

@@ -1,0 +1,102 @@
+"""Predictions: in order, the same as in training, and a broken scan is only its own loss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ml import network
+from ml.errors import ModelFileError
+from ml.predict import BAD_IMAGE, Predictor, ScanInput, predict
+from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels
+
+
+@pytest.fixture(scope="module")
+def predictor(small_run):
+    return Predictor.load(small_run.model_path)
+
+
+def test_predictions_come_in_the_order_of_the_scans(predictor):
+    scans = [ScanInput(f"scan {i}", encode(make_pixels(i, bright=i % 2 == 1))) for i in range(40)]
+    alone = {scan.id: next(predictor.predict([scan])) for scan in scans[:3]}
+    together = list(predictor.predict(iter(scans)))
+    assert [one.id for one in together] == [scan.id for scan in scans]
+    for one in together[:3]:
+        assert one.label == alone[one.id].label
+        assert one.probabilities == pytest.approx(alone[one.id].probabilities, abs=0.02)
+
+
+def test_a_prediction_names_the_likeliest_class_and_probabilities_sum_to_one(predictor):
+    one = next(predictor.predict([ScanInput("a", encode(make_pixels()))]))
+    assert set(one.probabilities) == {"Normal", "Tumor"}
+    assert sum(one.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert one.confidence == one.probabilities[one.label] == max(one.probabilities.values())
+    assert one.error_code is None
+
+
+def test_it_recognizes_what_it_was_trained_on(predictor):
+    scans = [ScanInput(name, content) for name, content in make_files(20, side=64).items()]
+    right = [one.id.startswith(one.label) for one in predictor.predict(scans)]
+    assert sum(right) >= 0.9 * len(right)
+
+
+def test_broken_scans_anywhere_are_errors_of_their_own(predictor, tmp_path):
+    good = encode(make_pixels())
+    sources = [b"junk", *[good] * 20, b"", tmp_path / "missing.png", good, *[b"x"] * 40]
+    found = list(predictor.predict(ScanInput(str(i), source) for i, source in enumerate(sources)))
+    assert [one.id for one in found] == [str(i) for i in range(len(sources))]
+    assert [one.error_code is None for one in found] == [source == good for source in sources]
+    assert {one.error_code for one in found} == {None, BAD_IMAGE}
+    assert all(one.error_detail.endswith(".") and one.label is None for one in found if one.error_code)
+
+
+def test_no_scans_give_no_predictions(predictor):
+    assert list(predictor.predict([])) == []
+
+
+def test_scans_are_taken_only_a_little_ahead(predictor):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ScanInput(str(taken), encode(make_pixels(side)))
+
+    side = 1
+    stream = predictor.predict(endless())
+    next(stream)
+    stream.close()
+    assert taken < 150
+
+
+def test_dicom_and_jpeg_are_predicted_alike_in_one_batch(predictor):
+    import numpy as np
+
+    scans = [ScanInput("d", make_dicom(np.full((40, 40), 40, np.int16))), ScanInput("j", encode(make_pixels(), "JPEG"))]
+    assert all(one.label for one in predictor.predict(scans))
+
+
+def test_a_loaded_model_can_be_used_without_a_predictor(small_run):
+    one = next(predict(network.load(small_run.model_path), [ScanInput("a", encode(make_pixels()))]))
+    assert one.label in ("Normal", "Tumor")
+
+
+def test_serving_and_training_agree_on_the_held_out_scans(small_run, predictor):
+    scores = json.loads((small_run.folder / "evaluation" / "scores.json").read_text())
+    assert scores["classes"] == list(predictor.classes)
+    assert predictor.transform.height == 64
+
+
+def test_a_real_ct_slice_is_predicted(predictor):
+    scan = DATA / "kidney-ct-one.jpg"
+    if not scan.exists():
+        pytest.skip("the shared data are not here")
+    assert next(predictor.predict([ScanInput("ct", scan)])).label in ("Normal", "Tumor")
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelFileError):
+        Predictor.load(tmp_path / "model.safetensors")
