@@ -1,0 +1,20 @@
+"""HTTP in, rows out. `create_app` makes the application; importing this package does nothing."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from jobs.settings import Settings
+
+
+def create_app(settings: "Settings | None" = None) -> "Flask":
+    """The application.
+
+    Args:
+        settings: read from the environment where none are given.
+    """
+    from api.application import build
+    from jobs.settings import Settings
+
+    return build(settings or Settings())

@@ -1,0 +1,86 @@
+"""How the pieces become one application."""
+
+import uuid
+from functools import partial
+from importlib.metadata import version
+
+from flask import Flask
+from flask_swagger_ui import get_swaggerui_blueprint
+from marshmallow import fields
+from werkzeug.routing import BaseConverter
+
+from api import auth, datasets, health, jobs, keys, models, problems, scans, telemetry
+from api.changes import Changes
+from api.fields import parse_uuid
+from api.services import EXTENSION, Services
+from api.uploads import INCOMING, MAX_PARTS, UploadRequest
+from jobs.artifacts import Artifacts
+from jobs.db import session_factory
+from jobs.settings import Settings
+
+BLUEPRINTS = (jobs, datasets, scans, models, keys, health)
+NOBODY = uuid.UUID(int=0)
+
+
+class Renalq(Flask):
+    """Flask with uploads in one temporary file."""
+
+    request_class = UploadRequest
+
+
+class IdConverter(BaseConverter):
+    """An id in a path. An ill-formed one becomes an id that nobody has: the same 404 as an unknown one."""
+
+    regex = r"(?!train\Z|predict\Z)[^/]+"  # the names of POST routes are no ids: another method there is 405
+
+    def to_python(self, value: str) -> uuid.UUID:
+        return parse_uuid(value) or NOBODY
+
+
+def build(settings: Settings) -> Flask:
+    """The application with these settings."""
+    app = Renalq("api", static_folder=None)
+    app.config.update(
+        MAX_CONTENT_LENGTH=settings.max_upload_bytes,
+        MAX_FORM_PARTS=MAX_PARTS,
+        SPOOL_FOLDER=settings.home / INCOMING,
+        OPENAPI_URL_PREFIX="/",
+        API_TITLE="RenalQ",
+        API_VERSION=version("renalq"),
+        OPENAPI_VERSION="3.1.0",
+        PROPAGATE_EXCEPTIONS=False,
+    )
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.converters["id"] = IdConverter
+    app.extensions[EXTENSION] = _services(settings)
+    telemetry.register(app)
+    auth.register(app)
+    problems.register(app)
+    _register_blueprints(app)
+    return app
+
+
+def _services(settings: Settings) -> Services:
+    sessions = session_factory(settings.database_url, settings.db_pool, "renalq-api")
+    changes = Changes(sessions.kw["bind"], settings.wait_slots)
+    return Services(settings, sessions, Artifacts(settings.artifacts), changes)
+
+
+def _register_blueprints(app: Flask) -> None:
+    api = problems.ProblemApi(app, spec_kwargs={"info": {"description": DESCRIPTION}})
+    api.register_converter(IdConverter, lambda converter: {"type": "string", "format": "uuid"})
+    api.ma_plugin.converter.add_parameter_attribute_function(_deep_object)
+    api.spec.components.security_scheme("key", {"type": "http", "scheme": "bearer", "description": "A key: rq_…"})
+    api.spec.options["security"] = [{"key": []}]
+    for module in BLUEPRINTS:
+        api.register_blueprint(module.blueprint)
+    app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.json", {"app_name": "RenalQ"}))
+    for endpoint in ("api-docs.openapi_json", "swagger_ui.show"):
+        app.view_functions[endpoint] = auth.public(partial(app.view_functions[endpoint]))
+
+
+def _deep_object(self: object, field: fields.Field, **kwargs: object) -> dict[str, object]:
+    return {"style": "deepObject", "explode": True} if isinstance(field, fields.Dict) else {}
+
+
+DESCRIPTION = "Train, track and use a kidney-CT classifier. Not for diagnosis. Errors are RFC 9457 problem details."

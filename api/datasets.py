@@ -1,0 +1,73 @@
+"""Datasets: upload, list, look, delete."""
+
+import uuid
+from pathlib import PurePosixPath
+from typing import Any
+
+from api import intake
+from api.auth import needs
+from api.bodies import Blueprint, takes
+from api.requests import DatasetUpload, PageQuery
+from api.schemas import DatasetSchema, DatasetsPage
+from api.services import principal, services, tenant, transaction
+from jobs import archives, datasets
+from jobs.archives import Limits
+from jobs.datasets import DatasetView
+from jobs.keys import Scope
+from jobs.queries import Page
+
+blueprint = Blueprint(
+    "datasets", __name__, url_prefix="/datasets", description="Zips with one folder a class, checked before use."
+)
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(multipart=DatasetUpload)
+@blueprint.response(202, DatasetSchema)
+@blueprint.doc(operationId="createDataset")
+def create_dataset(body: dict[str, Any]) -> tuple[DatasetView, int, dict[str, str]]:
+    """Upload a dataset; a job checks it."""
+    file, store = body["file"], services().artifacts
+    # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
+    archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)
+    file.stream.seek(0)
+    blob = store.put(file.stream)
+    name = body.get("name") or PurePosixPath(intake.file_name(file) or "dataset").stem[:200]
+    with transaction() as session:
+        datasets.keep_blob(session, store, blob, file.stream)
+        view, _ = datasets.create(session, tenant(), name, blob, principal().key_id)
+    return view, 202, {"Location": f"/datasets/{view.dataset.id}", "Retry-After": "1"}
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(PageQuery, location="query")
+@blueprint.response(200, DatasetsPage)
+@blueprint.doc(operationId="listDatasets")
+def list_datasets(query: dict[str, Any]) -> Page[DatasetView]:
+    """List datasets, newest first."""
+    with transaction() as session:
+        return datasets.listed(session, tenant(), **query)
+
+
+@blueprint.route("/<id:dataset_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, DatasetSchema)
+@blueprint.doc(operationId="getDataset")
+def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
+    """Show a dataset."""
+    with transaction() as session:
+        return datasets.get(session, tenant(), dataset_id)
+
+
+@blueprint.route("/<id:dataset_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(204)
+@blueprint.doc(operationId="deleteDataset")
+def delete_dataset(dataset_id: uuid.UUID) -> None:
+    """Delete a dataset that no job needs."""
+    with transaction() as session:
+        sha256 = datasets.delete(session, tenant(), dataset_id)
+    with transaction() as session:  # only now: a row never names bytes that are gone
+        datasets.free_blob(session, services().artifacts, sha256)

@@ -1,0 +1,190 @@
+"""Jobs: submit, list, look, follow, cancel."""
+
+import uuid
+from typing import Any
+
+from flask import Response, send_file
+
+from api import streams, waiting
+from api.auth import needs
+from api.bodies import Blueprint, takes
+from api.predictions import predict_many, predict_one
+from api.requests import (
+    BatchJson,
+    BatchUpload,
+    JobsQuery,
+    NumberedQuery,
+    PredictJson,
+    PredictUpload,
+    ResultsQuery,
+    TrainRequest,
+)
+from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema, ResultsPage
+from api.services import principal, services, tenant, transaction
+from jobs import datasets, lifecycle, queries
+from jobs.errors import ArtifactNotFound
+from jobs.keys import Scope
+from jobs.queries import JobFilter, Page
+from jobs.states import JobKind, Lane
+from jobs.submission import NewJob, submit
+
+blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
+
+
+@blueprint.route("/train", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=TrainRequest)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="train")
+def train(body: dict[str, Any]) -> waiting.Answer:
+    """Train a network on a dataset."""
+    new = NewJob(
+        tenant_id=tenant(),
+        kind=JobKind.TRAIN,
+        lane=Lane(body["lane"]),
+        name=body.get("name"),
+        params=body.get("params", {}),
+        metadata=body["metadata"],
+        dataset_id=body.get("dataset_id"),
+        source_url=body.get("source_url"),
+        promote=body["promote"],
+        created_by=principal().key_id,
+    )
+    with transaction() as session:
+        if new.dataset_id is not None:
+            datasets.ready(session, tenant(), new.dataset_id)
+        job_id = submit(session, new).id
+    return waiting.accepted(job_id)
+
+
+@blueprint.route("/predict", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=PredictJson, multipart=PredictUpload)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="predict")
+def predict(body: dict[str, Any]) -> waiting.Answer:
+    """Classify one scan."""
+    return waiting.accepted(predict_one(body))
+
+
+@blueprint.route("/predict/batch", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=BatchJson, multipart=BatchUpload)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="predictBatch")
+def predict_batch(body: dict[str, Any]) -> waiting.Answer:
+    """Classify many scans."""
+    return waiting.accepted(predict_many(body))
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(JobsQuery, location="query")
+@blueprint.response(200, JobsPage)
+@blueprint.doc(operationId="listJobs")
+def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
+    """List jobs, newest first."""
+    limit, after = query.pop("limit"), query.pop("after")
+    with transaction() as session:
+        return queries.jobs(session, tenant(), JobFilter(**query), limit, after)
+
+
+@blueprint.route("/<id:job_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, JobSchema)
+@blueprint.alt_response(304, description="The client has this revision.", success=True)
+@blueprint.doc(operationId="getJob")
+def get_job(job_id: uuid.UUID) -> waiting.Answer | Response:
+    """Show a job."""
+    return waiting.unless_known(waiting.job(job_id))
+
+
+@blueprint.route("/<id:job_id>/metrics")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, MetricsSchema)
+@blueprint.doc(operationId="getJobMetrics")
+def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
+    """Show a training's epochs so far, and its final metrics."""
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        return {"epochs": queries.epochs(session, job_id), "final": view.job.metrics}
+
+
+@blueprint.route("/<id:job_id>/results")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(ResultsQuery, location="query")
+@blueprint.response(200, ResultsPage)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.NDJSON, success=True)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.CSV, success=True)
+@blueprint.doc(operationId="listResults")
+def list_results(query: dict[str, Any], job_id: uuid.UUID) -> dict[str, Any] | Response:
+    """List a prediction's results so far; all of them as NDJSON or CSV."""
+    kind = streams.wanted(streams.NDJSON, streams.CSV)
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        found = queries.results(session, view, **query)
+    if kind != "application/json":
+        return streams.results(view, kind, query["state"])
+    rows = [streams.result(view, row) for row in found.data]
+    return {"data": rows, "has_more": found.has_more, "next": found.next}
+
+
+@blueprint.route("/<id:job_id>/events")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(NumberedQuery, location="query")
+@blueprint.response(200, EventsPage)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.SSE, success=True)
+@blueprint.doc(operationId="listEvents")
+def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Response:
+    """List what happened to a job; as text/event-stream, follow it to its end."""
+    waiting.job(job_id)
+    if streams.wanted(streams.SSE) == streams.SSE:
+        return streams.events(job_id)
+    with transaction() as session:
+        return queries.events(session, job_id, query["limit"], query["after"] or 0)
+
+
+@blueprint.route("/<id:job_id>/artifacts")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, ArtifactsPage)
+@blueprint.doc(operationId="listArtifacts")
+def list_artifacts(job_id: uuid.UUID) -> dict[str, Any]:
+    """List the files that a job made."""
+    with transaction() as session:
+        queries.job(session, tenant(), job_id)
+        return waiting.one_page(queries.artifacts(session, job_id))
+
+
+@blueprint.route("/<id:job_id>/artifacts/<path:name>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, {"type": "string", "format": "binary"}, content_type="application/octet-stream")
+@blueprint.alt_response(304, description="The client has these bytes.", success=True)
+@blueprint.doc(operationId="getArtifact")
+def get_artifact(job_id: uuid.UUID, name: str) -> Response:
+    """Download a file that a job made."""
+    with transaction() as session:
+        queries.job(session, tenant(), job_id)
+        found = queries.artifact(session, job_id, name)
+    try:
+        stream = services().artifacts.open(found.sha256)
+    except FileNotFoundError:
+        raise ArtifactNotFound("This artifact's bytes are no longer stored.") from None
+    response = send_file(stream, found.media_type, True, name.rpartition("/")[2], etag=found.sha256)
+    if response.status_code == 200:
+        response.content_length = found.size
+    return response
+
+
+@blueprint.route("/<id:job_id>/cancel", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.doc(operationId="cancelJob")
+def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Ask for a job's end."""
+    with transaction() as session:
+        lifecycle.cancel(session, tenant(), job_id)
+    view = waiting.job(job_id)
+    return view, 202, {"Location": f"/jobs/{job_id}", "Retry-After": "1"}

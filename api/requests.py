@@ -1,0 +1,220 @@
+"""What comes in: these schemas check requests and describe them in the OpenAPI document."""
+
+from typing import Any
+
+import marshmallow as ma
+from flask_smorest.fields import Upload
+from marshmallow import fields, validate
+from werkzeug.datastructures import FileStorage
+
+from api.fields import Base64, Boolean, Float, HttpUrl, ImageOrScanId, Integer, Metadata, Time, words
+from jobs.keys import Scope
+from jobs.states import JobKind, JobState, Lane, ResultState
+
+BIGINT = 2**63 - 1
+MAX_SCANS = 10_000
+"""Most scans in one request."""
+
+
+class File(Upload):
+    """A file of a multipart body."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> FileStorage:
+        if not isinstance(value, FileStorage):
+            raise ma.ValidationError("Send it as a file, with a file name.")
+        return value
+
+
+class ModelChoice(fields.String):
+    """`champion`, or a version's number as text."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        checks = validate.Regexp(r"\A(champion|[1-9][0-9]{0,8})\Z", error="Must be `champion` or a version's number.")
+        super().__init__(validate=checks, metadata={"example": "champion"}, **kwargs)
+
+
+# --- requests: training ---
+
+
+class StandardizeField(fields.Field):
+    """`auto`, true or false."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise ma.ValidationError("Must be `auto`, true or false.")
+
+
+class ImageSizeField(fields.List):
+    """[height, width, 3]."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(Integer(3, 1024), validate=[validate.Length(equal=3), _is_image_size], **kwargs)
+
+
+def _is_image_size(value: list[int]) -> None:
+    if min(value[:2]) < 32 or value[2] != 3:
+        raise ma.ValidationError("Must be [height, width, 3], with 32 to 1024 pixels each way.")
+
+
+class ParamsSchema(ma.Schema):
+    """A training's parameters: the keys of params.yaml. The worker's `ml.params` has the same; a test compares them."""
+
+    image_size = ImageSizeField(metadata={"example": [224, 224, 3]})
+    batch_size = Integer(1, 1024)
+    epochs = Integer(1, 1000)
+    learning_rate = Float(validate=validate.Range(0, 10, min_inclusive=False))
+    momentum = Float(validate=validate.Range(0, 1, max_inclusive=False))
+    classes = Integer(2, 1000, allow_none=True)
+    augmentation = Boolean()
+    include_top = Boolean()
+    weights = fields.String(validate=validate.OneOf(["imagenet", "none"]))
+    seed = Integer(0, 2**31 - 1)
+    held_out = Float(validate=validate.Range(0.05, 0.5))
+    standardize = StandardizeField(metadata={"enum": ["auto", True, False]})
+
+    @ma.validates_schema
+    def _top_needs_imagenet(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if data.get("include_top") and data.get("weights") == "none":
+            raise ma.ValidationError("There is no ImageNet classifier to keep when weights is none.", "include_top")
+
+
+class TrainRequest(ma.Schema):
+    """A training on a stored dataset, or on one to be fetched."""
+
+    dataset_id = fields.UUID()
+    source_url = HttpUrl()
+    params = fields.Nested(ParamsSchema, unknown=ma.RAISE)
+    name = fields.String(validate=validate.Length(1, 200))
+    promote = fields.String(validate=validate.OneOf(["auto", "never"]), load_default="auto")
+    lane = fields.String(validate=validate.OneOf([str(Lane.TRAIN)]), load_default=str(Lane.TRAIN))
+    metadata = Metadata(load_default=dict)
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        _exactly_one(data, "dataset_id", "source_url")
+
+
+def _exactly_one(data: dict[str, Any], *names: str) -> None:
+    given = [name for name in names if name in data]
+    if len(given) != 1:
+        raise ma.ValidationError(f"Give exactly one of {', '.join(names)}.", given[-1] if given else names[0])
+
+
+# --- requests: predictions ---
+
+
+class _Prediction(ma.Schema):
+    model = ModelChoice()
+    metadata = Metadata(load_default=dict)
+    lane = fields.String(validate=validate.OneOf([str(Lane.URGENT), str(Lane.BATCH)]))
+
+
+class PredictJson(_Prediction):
+    """One scan: its bytes in base64, or the id of a stored one."""
+
+    image = ImageOrScanId()
+    scan_id = fields.UUID()
+    custom_id = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_scan(self, data: dict[str, Any], **kwargs: Any) -> None:
+        _exactly_one(data, "image", "scan_id")
+
+
+class PredictUpload(_Prediction):
+    """One scan as a file."""
+
+    file = File(required=True)
+    custom_id = fields.String(validate=validate.Length(1, 200))
+
+
+class _CustomIds(_Prediction):
+    custom_ids = fields.List(fields.String(validate=validate.Length(1, 200)))
+
+
+class BatchJson(_CustomIds):
+    """Scans that are stored already, or all of a dataset. `custom_ids` follow the order of `scan_ids`."""
+
+    scan_ids = fields.List(fields.UUID(), validate=validate.Length(1, MAX_SCANS))
+    dataset_id = fields.UUID()
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        _exactly_one(data, "scan_ids", "dataset_id")
+        if "custom_ids" in data and len(data["custom_ids"]) != len(data.get("scan_ids", ())):
+            raise ma.ValidationError("Must be as many as scan_ids.", "custom_ids")
+
+
+class BatchUpload(_CustomIds):
+    """Many files, or one zip of them. `custom_ids` follow the order of the files."""
+
+    files: Any = fields.List(File(), required=True, validate=validate.Length(1, MAX_SCANS))
+
+    @ma.validates_schema
+    def _as_many_ids(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "custom_ids" in data and len(data["custom_ids"]) != len(data["files"]):
+            raise ma.ValidationError("Must be as many as files.", "custom_ids")
+
+
+# --- requests: the rest ---
+
+
+class DatasetUpload(ma.Schema):
+    """A zip with one folder a class."""
+
+    file = File(required=True)
+    name = fields.String(validate=validate.Length(1, 200))
+
+
+class ScanUpload(ma.Schema):
+    """One image or DICOM file."""
+
+    file = File(required=True)
+
+
+class ScanJson(ma.Schema):
+    """One image or DICOM file in base64."""
+
+    image = Base64(required=True)
+
+
+class KeyRequest(ma.Schema):
+    """A new key."""
+
+    name = fields.String(required=True, validate=validate.Length(1, 200))
+    scopes = fields.List(fields.String(validate=words(Scope)), required=True, validate=validate.Length(1, 4))
+
+
+class PageQuery(ma.Schema):
+    """A page of a list in the order of its ids."""
+
+    limit = fields.Integer(load_default=50, validate=validate.Range(1, 100))
+    after = fields.UUID(load_default=None, metadata={"description": "`next` of the page before."})
+
+
+class JobsQuery(PageQuery):
+    """Which jobs to list."""
+
+    state = fields.String(validate=words(JobState))
+    kind = fields.String(validate=words(JobKind))
+    created_after = Time()
+    metadata = fields.Dict(
+        keys=fields.String(),
+        values=fields.String(),
+        metadata={"description": "Labels that the job must carry: `metadata[study]=7`."},
+    )
+
+
+class NumberedQuery(ma.Schema):
+    """A page of a list in the order of its numbers."""
+
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
+    after = fields.Integer(load_default=None, validate=validate.Range(0, BIGINT))
+
+
+class ResultsQuery(NumberedQuery):
+    """Which results to list: without `state`, those that have ended."""
+
+    after = fields.Integer(load_default=None, validate=validate.Range(0, 2**31 - 1))
+    state = fields.String(load_default=None, validate=words(ResultState))

@@ -1,0 +1,40 @@
+"""Scans: one image or DICOM file each, stored once."""
+
+import io
+import uuid
+from typing import Any
+
+from api import intake
+from api.auth import needs
+from api.bodies import Blueprint, takes
+from api.requests import ScanJson, ScanUpload
+from api.schemas import ScanSchema
+from api.services import tenant, transaction
+from jobs import queries
+from jobs.keys import Scope
+from jobs.tables import Scan
+
+blueprint = Blueprint("scans", __name__, url_prefix="/scans", description="Single images and DICOM files.")
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=ScanJson, multipart=ScanUpload)
+@blueprint.response(201, ScanSchema)
+@blueprint.alt_response(200, schema=ScanSchema, description="These bytes are stored already.", success=True)
+@blueprint.doc(operationId="createScan")
+def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
+    """Store a scan. The same bytes give the same id."""
+    stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
+    scan, new = intake.keep(stream, intake.check(stream, "/file" if "file" in body else "/image"))
+    return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
+
+
+@blueprint.route("/<id:scan_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, ScanSchema)
+@blueprint.doc(operationId="getScan")
+def get_scan(scan_id: uuid.UUID) -> Scan:
+    """Show a scan."""
+    with transaction() as session:
+        return queries.scan(session, tenant(), scan_id)

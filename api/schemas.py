@@ -1,0 +1,244 @@
+"""What comes out as JSON: these schemas write the answers and describe them in the OpenAPI document."""
+
+from typing import Any
+
+import marshmallow as ma
+from marshmallow import fields
+
+from api.fields import Time, words
+from jobs.keys import Scope
+from jobs.states import DatasetState, JobKind, JobState, ResultState
+
+
+class _Page(ma.Schema):
+    has_more = fields.Boolean(required=True)
+    next = fields.String(required=True, allow_none=True, metadata={"description": "`after` of the next page."})
+
+
+class StageSchema(ma.Schema):
+    """One stage of a training."""
+
+    name = fields.String()
+    state = fields.String()
+    started_at = fields.String(allow_none=True)
+    finished_at = fields.String(allow_none=True)
+
+
+class ErrorSchema(ma.Schema):
+    """Why a job, or one scan of it, failed."""
+
+    code = fields.String()
+    detail = fields.String()
+    retryable = fields.Boolean()
+
+
+class CountsSchema(ma.Schema):
+    """Parts of a job by how they ended."""
+
+    total = fields.Integer(attribute="job.total")
+    succeeded = fields.Integer(attribute="job.succeeded")
+    failed = fields.Integer(attribute="job.failed")
+    cancelled = fields.Integer(attribute="job.cancelled")
+    pending = fields.Integer(attribute="pending")
+
+
+class JobSchema(ma.Schema):
+    """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
+
+    id = fields.UUID(attribute="job.id")
+    kind = fields.String(attribute="job.kind", validate=words(JobKind))
+    state = fields.String(attribute="job.state", validate=words(JobState))
+    terminal = fields.Boolean()
+    cancel_requested = fields.Function(
+        lambda view: view.job.cancel_requested_at is not None, metadata={"type": "boolean"}
+    )
+    name = fields.String(attribute="job.name", allow_none=True)
+    stage = fields.String(attribute="job.stage", allow_none=True)
+    stages = fields.List(fields.Nested(StageSchema), attribute="job.stages")
+    progress = fields.Float()
+    eta_seconds = fields.Float(allow_none=True)
+    queue_position = fields.Integer(allow_none=True)
+    attempt = fields.Integer(attribute="job.attempt")
+    counts = fields.Function(lambda view: CountsSchema().dump(view), metadata={"type": "object"})
+    params = fields.Dict(attribute="job.params")
+    dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
+    model_version = fields.String(attribute="job.model_version", allow_none=True)
+    metrics = fields.Dict(attribute="job.metrics", allow_none=True)
+    error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
+    metadata = fields.Dict(attribute="job.labels")
+    created_at = Time(attribute="job.created_at")
+    started_at = Time(attribute="job.started_at", allow_none=True)
+    finished_at = Time(attribute="job.finished_at", allow_none=True)
+    device_seconds = fields.Float(attribute="job.device_seconds")
+    links = fields.Function(lambda view: links(view.job.id), metadata={"type": "object"})
+
+
+LINKED = ("events", "metrics", "results", "artifacts", "cancel")
+
+
+def links(job_id: Any) -> dict[str, str]:
+    """A job's addresses."""
+    own = f"/jobs/{job_id}"
+    return {"self": own, **{name: f"{own}/{name}" for name in LINKED}}
+
+
+class JobsPage(_Page):
+    """Jobs, newest first."""
+
+    data = fields.List(fields.Nested(JobSchema), required=True)
+
+
+class MetricsSchema(ma.Schema):
+    """A training's epochs so far, and its metrics on held-out scans once it has them."""
+
+    epochs = fields.List(fields.Dict(), required=True)
+    final = fields.Dict(required=True, allow_none=True)
+
+
+class ResultSchema(ma.Schema):
+    """A prediction for one scan."""
+
+    scan_id = fields.UUID(allow_none=True)
+    name = fields.String(allow_none=True)
+    custom_id = fields.String(allow_none=True)
+    state = fields.String(validate=words(ResultState))
+    label = fields.String(allow_none=True)
+    confidence = fields.Float(allow_none=True)
+    probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
+    model_version = fields.String(allow_none=True)
+    error = fields.Nested(ErrorSchema)
+
+
+class ResultsPage(_Page):
+    """Predictions in the order of their scans."""
+
+    data = fields.List(fields.Nested(ResultSchema), required=True)
+
+
+class EventSchema(ma.Schema):
+    """Something that happened to a job."""
+
+    id = fields.Integer()
+    type = fields.String()
+    at = Time()
+    data = fields.Dict()
+
+
+class EventsPage(_Page):
+    """Events, oldest first."""
+
+    data = fields.List(fields.Nested(EventSchema), required=True)
+
+
+class ArtifactSchema(ma.Schema):
+    """A file that a job made."""
+
+    name = fields.String()
+    size = fields.Integer()
+    sha256 = fields.String()
+    media_type = fields.String()
+    created_at = Time()
+    links = fields.Function(
+        lambda row: {"self": f"/jobs/{row.job_id}/artifacts/{row.name}"}, metadata={"type": "object"}
+    )
+
+
+class ArtifactsPage(_Page):
+    """A job's artifacts by name."""
+
+    data = fields.List(fields.Nested(ArtifactSchema), required=True)
+
+
+class DatasetSchema(ma.Schema):
+    """A dataset: `problems` says why it is invalid."""
+
+    id = fields.UUID(attribute="dataset.id")
+    name = fields.String(attribute="dataset.name")
+    state = fields.String(validate=words(DatasetState))
+    digest = fields.String(attribute="dataset.digest", allow_none=True)
+    classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
+    problems = fields.List(fields.String())
+    size = fields.Integer(attribute="dataset.archive_bytes")
+    job_id = fields.UUID(attribute="dataset.job_id", allow_none=True)
+    created_at = Time(attribute="dataset.created_at")
+
+
+class DatasetsPage(_Page):
+    """Datasets, newest first."""
+
+    data = fields.List(fields.Nested(DatasetSchema), required=True)
+
+
+class ScanSchema(ma.Schema):
+    """A stored scan: nothing of the file's name or its patient is kept with it."""
+
+    id = fields.UUID()
+    sha256 = fields.String()
+    size = fields.Integer()
+    media_type = fields.String()
+    width = fields.Integer()
+    height = fields.Integer()
+    created_at = Time()
+
+
+class GateSchema(ma.Schema):
+    """The promotion gate's verdict."""
+
+    promoted = fields.Boolean()
+    reasons = fields.List(fields.String())
+
+
+class ModelSchema(ma.Schema):
+    """A model version: what a training made, and all that it was made of."""
+
+    version = fields.String()
+    champion = fields.Boolean()
+    job_id = fields.UUID()
+    dataset_id = fields.UUID(allow_none=True)
+    dataset_digest = fields.String(allow_none=True)
+    weights_sha256 = fields.String()
+    classes = fields.List(fields.String())
+    params = fields.Dict()
+    metrics = fields.Dict()
+    gate = fields.Nested(GateSchema)
+    code_revision = fields.String(allow_none=True)
+    environment = fields.Dict()
+    mlflow_run_id = fields.String(allow_none=True)
+    created_at = Time()
+    promoted_at = Time(allow_none=True)
+
+
+class ModelsPage(_Page):
+    """Model versions, newest first."""
+
+    data = fields.List(fields.Nested(ModelSchema), required=True)
+
+
+class KeySchema(ma.Schema):
+    """A key, without its secret."""
+
+    id = fields.UUID()
+    name = fields.String()
+    scopes = fields.List(fields.String(validate=words(Scope)))
+    hint = fields.String(metadata={"description": "How the secret begins."})
+    created_at = Time()
+    revoked_at = Time(allow_none=True)
+
+
+class NewKeySchema(KeySchema):
+    """A key with its secret, which is shown this once."""
+
+    secret = fields.String()
+
+
+class KeysPage(_Page):
+    """Keys, oldest first."""
+
+    data = fields.List(fields.Nested(KeySchema), required=True)
+
+
+class HealthSchema(ma.Schema):
+    """Whether the stack works."""
+
+    status = fields.String()
+    reasons = fields.List(fields.String())

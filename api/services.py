@@ -1,0 +1,47 @@
+"""What a view reaches for: the settings, the database, the store, and the bell of changes; and who asks."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from flask import current_app, g
+from sqlalchemy.orm import Session
+
+from api.changes import Changes
+from jobs.artifacts import Artifacts
+from jobs.db import Sessions
+from jobs.keys import Principal
+from jobs.settings import Settings
+
+EXTENSION = "renalq"
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that one API process holds on to."""
+
+    settings: Settings
+    sessions: Sessions
+    artifacts: Artifacts
+    changes: Changes
+
+
+def services() -> Services:
+    """The services of the application that answers now."""
+    found: Services = current_app.extensions[EXTENSION]
+    return found
+
+
+def transaction() -> AbstractContextManager[Session]:
+    """A session with one transaction, committed at the end of the block; nothing is held after it."""
+    return services().sessions.begin()
+
+
+def principal() -> Principal:
+    """Who asks. Only views that are not public may ask this."""
+    found: Principal = g.principal
+    return found
+
+
+def tenant() -> str:
+    """The tenant of whoever asks."""
+    return principal().tenant_id

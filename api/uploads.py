@@ -1,0 +1,108 @@
+"""Uploads in one temporary file a request, however many parts they have: memory stays flat, and one descriptor is open.
+
+werkzeug would keep up to 500 kB of every part in memory: 5 GB for ten thousand scans.
+"""
+
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from flask import Request, current_app
+
+MAX_PARTS = 20_000
+"""Parts of one multipart body: ten thousand scans with a custom id each."""
+JSON_BYTES = 32 * 1024 * 1024
+"""Largest JSON body (bytes): it is held in memory, so larger scans come as multipart."""
+INCOMING = "incoming"
+
+
+class Section(io.RawIOBase):
+    """One part: a stretch of the request's spool, written once from its start, then read."""
+
+    def __init__(self, descriptor: int, start: int) -> None:
+        self._descriptor = descriptor
+        self._start = start
+        self._size = 0
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return self._size
+
+    def write(self, data: Any) -> int:
+        written = os.pwrite(self._descriptor, data, self._start + self._position)
+        self._position += written
+        self._size = max(self._size, self._position)
+        return written
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        data = os.pread(self._descriptor, max(wanted, 0), self._start + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError(errno.EINVAL, "negative seek position")  # as files do; zipfile relies on it
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+class Spool:
+    """The one file of a request, unnamed: it is gone with its last descriptor, whatever happens to us."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with the request)
+        self._sections: list[Section] = []
+
+    def section(self) -> Section:
+        """Room for the next part. The one before has been written whole: parts do not interleave."""
+        start = self._sections[-1]._start + self._sections[-1].size if self._sections else 0
+        self._sections.append(Section(self._file.fileno(), start))
+        return self._sections[-1]
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._file.close()
+
+
+class UploadRequest(Request):
+    """A request whose files go to one spool."""
+
+    max_form_parts = MAX_PARTS
+    _spool: Spool | None = None
+
+    def _get_file_stream(
+        self,
+        total_content_length: int | None,
+        content_type: str | None,
+        filename: str | None = None,
+        content_length: int | None = None,
+    ) -> IO[bytes]:
+        if self._spool is None:
+            self._spool = Spool(current_app.config["SPOOL_FOLDER"])
+        return self._spool.section()  # type: ignore[return-value]
+
+    def close(self) -> None:
+        super().close()
+        if self._spool is not None:
+            self._spool.close()

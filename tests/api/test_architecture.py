@@ -1,0 +1,114 @@
+"""The house rules of the API, as tests."""
+
+import subprocess
+import sys
+import uuid
+
+from flask import Flask
+from flask.testing import FlaskClient
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+from api import auth
+from jobs.keys import Scope
+from tests.api.conftest import Door
+
+HEAVY = ("torch", "torchvision", "celery", "redis", "mlflow", "numpy", "openvino", "pydicom", "pandas")
+OPEN_TO_ALL = {"health.live", "health.ready", "api-docs.openapi_json", "swagger_ui.show"}
+
+
+def test_importing_the_api_pulls_in_nothing_heavy() -> None:
+    script = (
+        "import sys; from api import create_app; assert 'flask' not in sys.modules; create_app();"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_endpoint_declares_who_may_use_it(app: Flask) -> None:
+    declared = {endpoint: auth.access_of(app, endpoint) for endpoint in app.view_functions}
+    assert {endpoint for endpoint, access in declared.items() if access == auth.PUBLIC} == OPEN_TO_ALL
+    assert {access for endpoint, access in declared.items() if endpoint not in OPEN_TO_ALL} <= set(map(str, Scope))
+
+
+def test_a_view_that_declares_nothing_is_refused_even_to_an_administrator(app: Flask, door: Door) -> None:
+    app.add_url_rule("/forgotten", "forgotten", lambda: "secret")
+    assert app.test_client().get("/forgotten").status_code == 401
+    assert door.client().get("/forgotten").status_code == 403
+
+
+def test_every_route_but_the_open_ones_refuses_a_request_without_a_key(app: Flask) -> None:
+    stranger = app.test_client()
+    for rule in app.url_map.iter_rules():
+        if rule.endpoint in OPEN_TO_ALL:
+            continue
+        path = rule.rule
+        for argument in rule.arguments:
+            path = path.replace(next(part for part in path.split("/") if f":{argument}>" in part), str(uuid.uuid4()))
+        if "int(" in rule.rule:
+            path = "/models/1"
+        for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
+            answer = stranger.open(path, method=method)
+            assert (answer.status_code, answer.mimetype) == (401, "application/problem+json"), (method, path)
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_the_openapi_document_is_valid_and_names_every_operation_once(client: FlaskClient) -> None:
+    document = client.get("/openapi.json").get_json()
+    OPENAPI_31_VALIDATOR.validate(document)
+    assert document["openapi"].startswith("3.1")
+    names = [
+        operation["operationId"]
+        for path in document["paths"].values()
+        for operation in path.values()
+        if isinstance(operation, dict) and "responses" in operation
+    ]
+    assert len(names) == len(set(names)) > 20
+    assert document["security"] == [{"key": []}]
+    assert set(document["paths"]["/jobs/predict"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "application/json",
+    }
+
+
+def test_the_documentation_page_asks_no_other_host_for_anything(client: FlaskClient) -> None:
+    page = client.get("/docs/").get_data(as_text=True)
+    assert "http://" not in page.replace("http://localhost", "")
+    assert "https://" not in page
+    assert client.get("/docs/swagger-ui-bundle.js").status_code == 200
+
+
+def test_the_training_parameters_are_those_of_the_worker() -> None:
+    import pytest
+
+    params = pytest.importorskip("ml.params")
+    from api.requests import ParamsSchema
+
+    assert set(ParamsSchema().fields) == set(params.Params.model_fields)
+    bounds = {
+        "epochs": (0, 1, 1000, 1001),
+        "batch_size": (0, 1, 1024, 1025),
+        "learning_rate": (0, 0.001, 10, 11),
+        "momentum": (-0.1, 0, 0.9, 1),
+        "classes": (1, 2, 1000, 1001),
+        "seed": (-1, 0, 2**31 - 1, 2**31),
+        "held_out": (0.01, 0.05, 0.5, 0.51),
+        "image_size": ([224, 224, 1], [32, 32, 3], [1024, 1024, 3], [16, 16, 3]),
+        "weights": ("imagenet21k", "none", "imagenet", None),
+        "standardize": ("yes", "auto", True, 1),
+        "augmentation": (1, True, False, "true"),
+        "include_top": (1, True, False, "true"),
+    }
+    assert set(bounds) == set(params.Params.model_fields)
+    for name, values in bounds.items():
+        for value in values:
+            here = not ParamsSchema().validate({name: value})
+            assert here == _worker_takes(params, name, value), (name, value)
+
+
+def _worker_takes(params, name: str, value: object) -> bool:  # type: ignore[no-untyped-def]
+    try:
+        params.Params(**{name: value})
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""The OpenAPI document against the application: no generated request finds an answer that it does not name."""
+
+from contextlib import suppress
+
+import pytest
+import schemathesis
+from flask import Flask
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.api.conftest import Door
+
+pytestmark = pytest.mark.slow
+CHECKS = [
+    allow_header_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+]
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
+    app: Flask, door: Door, champion: object, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", app)
+    key = {"Authorization": door.client().environ_base["HTTP_AUTHORIZATION"]}
+    tried: set[int] = set()
+    for operation in schema.get_all_operations():
+        found = operation.ok()
+
+        @settings(
+            max_examples=10,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=found.as_strategy(generation_mode=mode))
+        def ask(case: Case) -> None:
+            answer = case.call(headers=key)
+            tried.add(answer.status_code)
+            assert answer.status_code < 500 or case.path == "/health/ready", (case.as_curl_command(), answer.text)
+            case.validate_response(answer, checks=CHECKS)
+            if answer.status_code >= 400:
+                assert answer.json()["code"], case.as_curl_command()
+
+        with suppress(Unsatisfiable):  # some operations take nothing that could be wrong
+            ask()
+    assert {200, 422} <= tried

@@ -1,0 +1,223 @@
+"""One error shape, whatever goes wrong and wherever."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from api import create_app
+from api.auth import public
+from jobs import logs
+from jobs.settings import Settings
+from tests import builders
+from tests.api.conftest import Door, file, png, zipped
+
+UNKNOWN = str(builders.unknown_id())
+
+
+def assert_problem(answer: TestResponse, status: int, code: str | None = None) -> dict:
+    """The answer is a problem of this status, whole and without a trace of our insides."""
+    assert answer.status_code == status, answer.get_data(as_text=True)
+    assert answer.mimetype == "application/problem+json"
+    body = answer.get_json()
+    assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
+    assert body["status"] == status
+    assert body["request_id"] == answer.headers["X-Request-Id"]
+    assert "Traceback" not in answer.get_data(as_text=True)
+    assert code in (None, body["code"])
+    return body
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing/here", 404),
+        ("GET", f"/jobs/{UNKNOWN}", 404),
+        ("GET", "/jobs/not-an-id", 404),
+        ("GET", f"/jobs/{UNKNOWN}/nothing", 404),
+        ("GET", f"/datasets/{UNKNOWN}", 404),
+        ("GET", f"/scans/{UNKNOWN}", 404),
+        ("GET", "/models/7", 404),
+        ("GET", "/models/champion", 404),
+        ("GET", "/models/99999999999999999999", 404),
+        ("DELETE", f"/keys/{UNKNOWN}", 404),
+        ("GET", "/docs/../../etc/passwd", 404),
+        ("DELETE", "/jobs", 405),
+        ("PUT", f"/jobs/{UNKNOWN}", 405),
+        ("GET", "/jobs/train", 405),
+        ("GET", f"/jobs/{UNKNOWN}/cancel", 405),
+        ("POST", "/health/live", 405),
+        ("GET", "/jobs?limit=0", 422),
+        ("GET", "/jobs?limit=101", 422),
+        ("GET", "/jobs?limit=ten", 422),
+        ("GET", "/jobs?colour=red", 422),
+        ("GET", "/jobs?state=tired", 422),
+        ("GET", "/jobs?after=x", 422),
+        ("GET", "/jobs?created_after=0001-01-01T00:00:00%2B10:00", 422),
+        ("GET", "/jobs?metadata[a]=%00", 422),
+        ("GET", f"/jobs/{UNKNOWN}/events?after=99999999999999999999", 422),
+    ],
+)
+def test_every_refusal_has_the_one_shape(client: FlaskClient, method: str, path: str, status: int) -> None:
+    assert_problem(client.open(path, method=method), status)
+
+
+def test_a_refused_method_says_which_are_allowed(client: FlaskClient) -> None:
+    assert "GET" in client.delete("/jobs").headers["Allow"]
+    assert set(client.get("/jobs/predict").headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
+
+
+def test_an_ill_formed_id_answers_like_an_unknown_one(client: FlaskClient) -> None:
+    def told(path: str) -> dict:
+        body = client.get(path).get_json()
+        return {key: value for key, value in body.items() if key not in ("instance", "request_id")}
+
+    assert told("/jobs/not-an-id") == told(f"/jobs/{UNKNOWN}")
+
+
+@pytest.mark.parametrize("given", ["", "Basic abc", "Bearer", "Bearer rq_wrong", "Bearer \u00ff"])
+def test_a_bad_key_is_401_and_says_how_to_send_one(app: Flask, given: str) -> None:
+    answer = app.test_client().get("/jobs", headers={"Authorization": given.encode("latin-1").decode("latin-1")})
+    assert_problem(answer, 401, "UNAUTHORIZED")
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_a_revoked_key_is_401_at_once(client: FlaskClient) -> None:
+    made = client.post("/keys", json={"name": "short", "scopes": ["jobs:read"]}).get_json()
+    bearer = {"Authorization": f"Bearer {made['secret']}"}
+    assert client.get("/jobs", headers=bearer).status_code == 200
+    assert client.delete(f"/keys/{made['id']}").status_code == 204
+    assert_problem(client.get("/jobs", headers=bearer), 401)
+
+
+def test_a_missing_scope_is_403_and_named(door: Door) -> None:
+    reader = door.client("jobs:read")
+    assert "jobs:write" in assert_problem(reader.post("/jobs/train", json={}), 403, "SCOPE_MISSING")["detail"]
+    assert_problem(reader.get("/keys"), 403)
+    assert_problem(door.client("jobs:write").get("/jobs"), 403)
+
+
+def test_fields_are_named_by_pointers(client: FlaskClient) -> None:
+    body = {"params": {"epochs": "2", "xyz": 1, "image_size": [224, 224, 4]}, "source_url": "ftp://x", "colour": "red"}
+    problem = assert_problem(client.post("/jobs/train", json=body), 422)
+    pointers = {error["pointer"] for error in problem["errors"]}
+    assert {"/params/epochs", "/params/xyz", "/params/image_size", "/source_url", "/colour"} <= pointers
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        (b"{", ""),
+        (b"[]", ""),
+        (b'{"a": NaN}', ""),
+        (b"[" * 100_000, ""),
+        (b'{"source_url": "http://x/\\u0000"}', "/source_url"),
+        (b'{"source_url": "http://x/", "metadata": {"a": "\\ud800"}}', "/metadata/a"),
+        (b'{"source_url": "http://x/", "metadata": {"a": 1e999}}', "/metadata/a"),
+        (b'{"source_url": "http://x/", "metadata": {"a": {"b": 1}}}', "/metadata/a"),
+        (b'{"source_url": "http://x/", "dataset_id": "01a1fa6e-f03d-7721-8a01-cea4209be2a8"}', "/source_url"),
+        (b"{}", "/dataset_id"),
+        (b"", "/dataset_id"),
+    ],
+)
+def test_a_body_that_cannot_be_kept_is_422(client: FlaskClient, body: bytes, pointer: str) -> None:
+    problem = assert_problem(client.post("/jobs/train", data=body, content_type="application/json"), 422)
+    assert pointer in {error["pointer"] for error in problem["errors"]}
+
+
+def test_another_kind_of_body_is_415(client: FlaskClient) -> None:
+    assert_problem(client.post("/jobs/train", data="a=b", content_type="text/plain"), 415)
+    assert_problem(client.post("/jobs/train", data={"file": file(png())}), 415)
+    assert_problem(client.post("/datasets", json={}), 415)
+
+
+def test_a_body_that_is_too_large_is_413_and_names_the_setting(settings: Settings, door: Door) -> None:
+    door = Door(create_app(settings.model_copy(update={"max_upload_bytes": 1000})), door.sessions)
+    answer = door.client().post("/scans", data={"file": file(bytes(2000))})
+    assert "RENALQ_MAX_UPLOAD_BYTES" in assert_problem(answer, 413, "TOO_LARGE")["detail"]
+    answer = door.client().post("/jobs/train", json={"name": "x" * 2000})
+    assert_problem(answer, 413, "TOO_LARGE")
+
+
+def test_a_scan_that_is_too_large_is_413(settings: Settings, door: Door) -> None:
+    door = Door(create_app(settings.model_copy(update={"max_scan_bytes": 10})), door.sessions)
+    assert_problem(door.client().post("/scans", data={"file": file(png())}), 413)
+
+
+def test_a_defect_of_ours_is_500_and_tells_nobody_what_it_was_about(
+    app: Flask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    logs.configure("api")
+    try:
+
+        @public
+        def broken() -> None:
+            raise RuntimeError("patient Canary^Name")
+
+        app.add_url_rule("/broken", "broken", broken)
+        answer = app.test_client().get("/broken?name=Canary")
+        body = assert_problem(answer, 500, "INTERNAL")
+        assert "Canary" not in json.dumps(body)
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    finally:
+        root.handlers[:], root.level = before
+    assert "Canary" not in json.dumps(lines)
+    assert any(line.get("error") == "RuntimeError" for line in lines)
+
+
+def test_without_postgres_the_answer_is_503_and_the_process_still_lives(tmp_path: Path) -> None:
+    away = Settings(home=tmp_path, database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
+    client = create_app(away).test_client()
+    answer = client.get("/jobs", headers={"Authorization": "Bearer rq_x"})
+    assert_problem(answer, 503)
+    assert int(answer.headers["Retry-After"]) > 0
+    assert client.get("/health/live").status_code == 200
+    ready = client.get("/health/ready")
+    assert "database" in assert_problem(ready, 503)["reasons"][0]
+
+
+def test_names_and_labels_of_clients_are_in_no_log(
+    client: FlaskClient, champion: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    logs.configure("api", "DEBUG")
+    try:
+        archive = zipped({"Normal/Canary^Patient.png": png()})
+        client.post("/datasets", data={"file": file(archive, "Canary.zip"), "name": "Canary"})
+        client.post("/jobs/predict", data={"file": file(png(), "Canary\r\nset.png"), "metadata": '{"p": "Canary"}'})
+        client.post("/jobs/predict", data={"file": file(b"Canary", "Canary.png")})
+        client.get("/jobs?metadata[p]=Canary")
+        client.get("/Canary", headers={"X-Request-Id": "Canary\x1b[31m"})
+        logged = capsys.readouterr()
+    finally:
+        root.handlers[:], root.level = before
+    lines = [json.loads(line) for line in logged.err.splitlines()]
+    assert len([line for line in lines if line["event"] == "request"]) == 5
+    assert "Canary" not in logged.err + logged.out
+
+
+def test_a_client_may_bring_its_own_request_id(client: FlaskClient) -> None:
+    assert client.get("/jobs", headers={"X-Request-Id": "trace-12345"}).headers["X-Request-Id"] == "trace-12345"
+    assert client.get("/jobs", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"] != "a b"
+
+
+def test_ten_thousand_parts_need_no_memory_and_one_descriptor(settings: Settings) -> None:
+    from api.uploads import Spool
+
+    spool = Spool(settings.home / "incoming")
+    for number in range(1000):
+        section = spool.section()
+        section.write(b"%04d" % number)
+        section.seek(0)
+    assert [io.BufferedReader(section).read() for section in spool._sections[:2]] == [b"0000", b"0001"]
+    assert spool._sections[999].read() == b"0999"
+    assert list((settings.home / "incoming").iterdir()) == []
+    spool.close()

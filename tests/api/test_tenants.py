@@ -1,0 +1,119 @@
+"""Who sees what; models and keys; whether the stack is ready."""
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from jobs import processes
+from jobs.db import Sessions
+from jobs.processes import SignOfLife
+from jobs.states import JobKind, JobState
+from jobs.tables import Artifact, ModelVersion
+from tests import builders
+from tests.api.conftest import Door, file, png
+from tests.api.test_errors import assert_problem
+
+
+def told(client: FlaskClient, method: str, path: str) -> dict:
+    body = assert_problem(client.open(path, method=method), 404)
+    return {key: value for key, value in body.items() if key not in ("instance", "request_id")}
+
+
+def routes_with_an_id(app: Flask) -> list[tuple[str, str]]:
+    """Every method and rule that names something by its id: new routes are tested without being listed here."""
+    return [
+        (method, rule.rule)
+        for rule in app.url_map.iter_rules()
+        if "<id:" in rule.rule
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
+    ]
+
+
+def test_what_belongs_to_another_tenant_answers_like_what_does_not_exist(
+    client: FlaskClient, stranger: FlaskClient, sessions: Sessions, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        job = builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1)
+        session.add(
+            Artifact(
+                job_id=job.id, name="a.png", tenant_id=job.tenant_id, sha256="a" * 64, size=1, media_type="image/png"
+            )
+        )
+        dataset = builders.make_dataset(session)
+        scan = builders.make_scan(session)
+    assert len(routes_with_an_id(client.application)) >= 11
+    key = client.get("/keys").get_json()["data"][0]["id"]
+    ids = {"job_id": job.id, "dataset_id": dataset.id, "scan_id": scan.id, "key_id": key}
+    for method, rule in routes_with_an_id(client.application):
+        name = next(name for name in ids if f"<id:{name}>" in rule)
+        path = rule.replace("<path:name>", "a.png")
+        theirs, nobodys = (path.replace(f"<id:{name}>", str(id_)) for id_ in (ids[name], builders.unknown_id()))
+        assert told(stranger, method, theirs) == told(stranger, method, nobodys), (method, rule)
+    assert told(stranger, "GET", "/models/1") == told(stranger, "GET", "/models/2")
+    for path in ("/jobs", "/datasets", "/models"):
+        assert stranger.get(path).get_json()["data"] == []
+    for body in ({"scan_id": str(scan.id)}, {"image": str(scan.id)}):
+        with_model = stranger.post("/jobs/predict", json=body)
+        assert with_model.status_code in (404, 409)
+    accept = {"Accept": "text/event-stream"}
+    assert_problem(stranger.get(f"/jobs/{job.id}/events", headers=accept), 404)
+    assert client.get(f"/jobs/{job.id}").status_code == 200
+
+
+def test_a_model_says_what_it_was_made_of(client: FlaskClient, champion: ModelVersion) -> None:
+    model = client.get("/models/champion").get_json()
+    assert model == client.get("/models/1").get_json() == client.get("/models").get_json()["data"][0]
+    assert (model["version"], model["champion"], model["metrics"]) == ("1", True, {"f1": 0.97})
+    assert model["gate"]["promoted"] is True
+    assert client.get(f"/jobs/{model['job_id']}").get_json()["model_version"] == model["version"]
+
+
+def test_a_key_is_shown_once_and_makes_no_more_of_itself(client: FlaskClient, door: Door) -> None:
+    made = client.post("/keys", json={"name": "reader", "scopes": ["jobs:read"]})
+    assert made.status_code == 201
+    assert made.get_json()["secret"].startswith("rq_")
+    listed = client.get("/keys").get_json()["data"]
+    assert [key["name"] for key in listed] == ["test", "reader"]
+    assert not any("secret" in key for key in listed)
+    assert_problem(door.client("jobs:write", "jobs:read", "models:write").post("/keys", json={}), 403)
+
+
+@pytest.mark.parametrize("body", [{}, {"name": "x", "scopes": []}, {"name": "x", "scopes": ["god"]}, {"name": 1}])
+def test_an_ill_typed_key_is_422(client: FlaskClient, body: dict) -> None:
+    assert_problem(client.post("/keys", json=body), 422)
+
+
+def test_readiness_names_what_is_missing(client: FlaskClient, sessions: Sessions) -> None:
+    def reasons() -> str:
+        return " ".join(client.get("/health/ready").get_json()["reasons"])
+
+    assert "no dispatcher" in reasons()
+    with sessions.begin() as session:
+        processes.alive(session, SignOfLife("d", processes.DISPATCHER, broker_reachable=False))
+    assert "cannot reach Redis" in reasons()
+    with sessions.begin() as session:
+        processes.alive(session, SignOfLife("d", processes.DISPATCHER, broker_reachable=True))
+        processes.alive(session, SignOfLife("p", processes.WORKER, ["urgent", "batch"]))
+    assert reasons() == "worker: no live worker serves the lane train."
+    assert_problem(client.get("/health/ready"), 503, "NOT_READY")
+    with sessions.begin() as session:
+        processes.alive(session, SignOfLife("t", processes.WORKER, ["train"]))
+    answer = client.get("/health/ready")
+    assert (answer.status_code, answer.get_json()) == (200, {"status": "ready", "reasons": []})
+
+
+def test_probes_need_no_key(door: Door) -> None:
+    probe = door.app.test_client()
+    assert probe.get("/health/live").status_code == 200
+    assert probe.get("/health/ready").status_code == 503
+    assert probe.get("/openapi.json").status_code == 200
+
+
+def test_uploads_leave_nothing_behind(client: FlaskClient, settings) -> None:  # type: ignore[no-untyped-def]
+    client.post("/scans", data={"file": file(b"no image")})
+    client.post("/datasets", data={"file": file(b"no zip")})
+    left = [path for path in settings.home.rglob("*") if path.is_file()]
+    assert left == []
+    client.post("/scans", data={"file": file(png())})
+    left = [path for path in settings.home.rglob("*") if path.is_file()]
+    assert len(left) == 1
