@@ -1,0 +1,1 @@
+"""The doers: the dispatcher rings, the workers claim units and run them."""

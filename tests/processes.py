@@ -1,0 +1,118 @@
+"""Real processes for tests: a dispatcher and Celery workers on the test's own Postgres and Redis, with short clocks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+from sqlalchemy import text
+
+from jobs.db import Sessions
+from jobs.settings import Settings
+from jobs.tables import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+@dataclass
+class Stack:
+    """The processes of one test. Each may be killed and started again."""
+
+    settings: Settings
+    sessions: Sessions
+    running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        """Start `dispatcher`, `predict` or `train`; its log is HOME/NAME.log."""
+        commands = {
+            "dispatcher": ["-m", "worker.dispatcher"],
+            "predict": _celery("predict", "urgent,batch"),
+            "train": _celery("train", "train"),
+        }
+        with (self.settings.home / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, *commands[name]],
+                cwd=ROOT,
+                env=self.environ(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self, name: str) -> None:
+        """kill -9 of the whole tree, children that moved to other sessions too."""
+        started = self.running.pop(name)
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(started.pid)
+            for process in [parent, *parent.children(recursive=True)]:
+                process.kill()
+        started.wait(10)
+
+    def stop(self, name: str) -> int:
+        """SIGTERM, and the exit code."""
+        process = self.running.pop(name)
+        process.send_signal(signal.SIGTERM)
+        return process.wait(30)
+
+    def environ(self) -> dict[str, str]:
+        """The settings as environment variables."""
+        fields = self.settings.model_dump(mode="json", exclude_none=True)
+        return {**os.environ, **{f"RENALQ_{name.upper()}": str(value) for name, value in fields.items()}}
+
+    def job(self, job_id: uuid.UUID) -> Job:
+        """The job's row now."""
+        with self.sessions() as session:
+            return session.get_one(Job, job_id)
+
+    def wait_for(self, job_id: uuid.UUID, seconds: float = 60) -> Job:
+        """The job, once it has ended."""
+        return eventually(lambda: job if (job := self.job(job_id)).finished_at else None, seconds, self.logs)
+
+    def logs(self) -> str:
+        """The last lines of every log, for a failed test's message."""
+        return "\n".join(f"== {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.settings.home.glob("*.log")))
+
+
+def _celery(name: str, queues: str) -> list[str]:
+    arguments = ["-m", "celery", "-A", "worker.app", "worker", "-Q", queues, "-c", "1", "-n", f"{name}@test"]
+    return [*arguments, "--without-gossip", "--without-mingle", "-l", "INFO"]
+
+
+@contextmanager
+def stack(settings: Settings, sessions: Sessions, *names: str) -> Iterator[Stack]:
+    """Processes that do not outlive the block."""
+    processes = Stack(settings, sessions)
+    try:
+        for name in names:
+            processes.start(name)
+        yield processes
+    finally:
+        for name in list(processes.running):
+            processes.kill(name)
+
+
+def eventually(question: Callable[[], T | None], seconds: float = 30, why: Callable[[], str] = str) -> T:
+    """The first answer that is not None or False; a failed test when none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"It did not come about within {seconds} s.\n{why()}")
+        time.sleep(0.05)
+
+
+def count(sessions: Sessions, question: str) -> int:
+    """A number from the database."""
+    with sessions() as session:
+        return int(session.execute(text(question)).scalar() or 0)

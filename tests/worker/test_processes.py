@@ -1,0 +1,209 @@
+"""Dispatcher and workers as real processes: what is submitted gets done, whoever dies meanwhile."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import text
+
+from jobs import lifecycle
+from jobs.artifacts import Artifacts
+from jobs.db import Sessions
+from jobs.settings import Settings
+from jobs.states import JobKind, Lane
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult
+from ml import phantom_files
+from tests.builders import TENANT, units_of
+from tests.jobs.checker import faults
+from tests.processes import Stack, count, eventually, stack
+
+pytestmark = pytest.mark.slow
+
+PARAMS = {"weights": "none", "epochs": 2, "augmentation": False, "learning_rate": 0.01, "image_size": [64, 64, 3]}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of synthetic CT: 12 patients, 3 slices each."""
+    path = tmp_path_factory.mktemp("phantom") / "kidneys.zip"
+    phantom_files.write_zip(path, patients=12, slices=3, seed=7)
+    return path
+
+
+@pytest.fixture
+def fast(settings: Settings) -> Settings:
+    """Clocks that a loaded test machine still keeps."""
+    return settings.model_copy(update={"lease_seconds": 4, "give_up_seconds": 3, "cancel_grace_seconds": 1})
+
+
+def test_a_dataset_is_checked_then_trained_on_then_used(sessions: Sessions, fast: Settings, archive: Path) -> None:
+    with stack(fast, sessions, "dispatcher", "predict", "train") as processes:
+        dataset, ingest = upload(processes, archive)
+        assert processes.wait_for(ingest).state == "succeeded", processes.logs()
+        with sessions() as session:
+            checked = session.get_one(Dataset, dataset)
+            assert (checked.state, checked.classes) == ("ready", {"Normal": 18, "Tumor": 18})
+
+        job = processes.wait_for(train(processes, dataset), 120)
+        assert job.state == "succeeded", (job.error, processes.logs())
+        assert job.metrics is not None
+        assert set(job.metrics) >= {"accuracy", "precision", "recall", "f1", "confusion_matrix"}
+        assert [stage["state"] for stage in job.stages] == ["succeeded"] * 4
+        with sessions() as session:
+            version = session.query(ModelVersion).one()
+            assert (version.job_id, version.version, job.model_version) == (job.id, 1, 1)
+            assert version.params["momentum"] == 0.9, "defaults are recorded too"
+            epochs = session.query(JobEvent).filter_by(job_id=job.id, type="epoch").all()
+            assert [event.data["epoch"] for event in epochs] == [1, 2]
+
+        batch = processes.wait_for(predict(processes, version, archive.parent), 60)
+        assert (batch.state, batch.succeeded, batch.failed) == ("partially_succeeded", 4, 1), batch.error
+        with sessions() as session:
+            results = session.query(ScanResult).order_by(ScanResult.ordinal).all()
+            assert all(sum(r.probabilities.values()) == pytest.approx(1) for r in results[:4] if r.probabilities)
+            assert results[4].error is not None
+            assert faults(session) == []
+
+
+def test_a_training_whose_whole_worker_tree_is_killed_ends_well_at_attempt_2(
+    sessions: Sessions, fast: Settings, archive: Path
+) -> None:
+    with stack(fast, sessions, "dispatcher", "train") as processes:
+        dataset = ready_dataset(processes, archive)
+        job_id = train(processes, dataset, epochs=3)
+        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
+        children = psutil.Process(processes.running["train"].pid).children(recursive=True)
+        processes.kill("train")
+        assert not psutil.wait_procs(children, timeout=5)[1], "nobody trains on for a lease that is lost"
+        processes.start("train")
+        job = processes.wait_for(job_id, 120)
+        assert (job.state, job.attempt) == ("succeeded", 2), (job.error, processes.logs())
+        with sessions() as session:
+            assert faults(session) == []
+
+
+def test_when_only_the_celery_parent_is_killed_its_children_die_with_it(
+    sessions: Sessions, fast: Settings, archive: Path
+) -> None:
+    with stack(fast, sessions, "dispatcher", "train") as processes:
+        train(processes, ready_dataset(processes, archive), epochs=50)
+        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
+        parent = psutil.Process(processes.running["train"].pid)
+        children = parent.children(recursive=True)
+        assert len(children) >= 2, "the pool's child, and the training"
+        parent.kill()
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_a_cancelled_training_stops_within_its_grace(sessions: Sessions, fast: Settings, archive: Path) -> None:
+    with stack(fast, sessions, "dispatcher", "train") as processes:
+        job_id = train(processes, ready_dataset(processes, archive), epochs=500)
+        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
+        with sessions.begin() as session:
+            lifecycle.cancel(session, TENANT, job_id)
+        asked = time.monotonic()
+        assert processes.wait_for(job_id, 20).state == "cancelled"
+        assert time.monotonic() - asked < fast.beat_seconds + fast.cancel_grace_seconds + 3
+        tree = psutil.Process(processes.running["train"].pid).children(recursive=True)
+        assert not [process for process in tree if "ml" in process.cmdline()], "the device is free"
+        with sessions() as session:
+            assert faults(session) == []
+
+
+def test_a_worker_told_to_stop_hands_its_unit_back_at_once(sessions: Sessions, fast: Settings, archive: Path) -> None:
+    with stack(fast, sessions, "dispatcher", "train") as processes:
+        job_id = train(processes, ready_dataset(processes, archive), epochs=500)
+        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
+        assert processes.stop("train") == 0
+        with sessions() as session:
+            (unit,) = units_of(session, session.get_one(Job, job_id))
+            assert unit.state in ("queued", "dispatched")
+            assert unit.failures == 0, "a drain is not a failure"
+
+
+def test_a_job_submitted_while_redis_is_away_runs_when_it_is_back(
+    sessions: Sessions, fast: Settings, archive: Path, redis_url: str
+) -> None:
+    redis = next(c for c in psutil.net_connections("tcp") if c.laddr and f":{c.laddr.port}/" in redis_url and c.pid)
+    server = psutil.Process(redis.pid)
+    with stack(fast, sessions, "dispatcher", "predict") as processes:
+        eventually(lambda: count(sessions, "SELECT count(*) FROM processes WHERE kind = 'worker'"), 30, processes.logs)
+        server.send_signal(signal.SIGSTOP)
+        try:
+            _, job_id = upload(processes, archive)
+            time.sleep(2)
+            assert processes.job(job_id).state == "queued"
+        finally:
+            server.send_signal(signal.SIGCONT)
+        assert processes.wait_for(job_id, 60).state == "succeeded", processes.logs()
+
+
+def test_bad_params_and_broken_weights_end_the_job_with_a_code(
+    sessions: Sessions, fast: Settings, archive: Path
+) -> None:
+    with stack(fast, sessions, "dispatcher", "train") as processes:
+        dataset = ready_dataset(processes, archive)
+        closed = fast.home / "no-weights"
+        closed.mkdir()
+        wanted = train(processes, dataset, weights="imagenet")
+        job = processes.wait_for(wanted, 90)
+        assert job.error is not None
+        assert job.error["code"] == "WEIGHTS_MISSING", processes.logs()
+        assert job.attempt == 1, "trying again would not help"
+        assert [stage["state"] for stage in job.stages] == ["succeeded", "failed", "queued", "queued"]
+
+
+# --- what the tests submit ---
+
+
+def ready_dataset(processes: Stack, archive: Path) -> object:
+    """A dataset that needs no check."""
+    dataset, job_id = upload(processes, archive)
+    with processes.sessions.begin() as session:
+        lifecycle.cancel(session, TENANT, job_id)
+        session.execute(text("UPDATE datasets SET state = 'ready', digest = repeat('0', 64)"))
+    return dataset
+
+
+def upload(processes: Stack, archive: Path) -> tuple:  # type: ignore[type-arg]
+    """A dataset with its ingest job."""
+    blob = Artifacts(processes.settings.artifacts).put_file(archive)
+    with processes.sessions.begin() as session:
+        dataset = Dataset(tenant_id=TENANT, name="kidneys", archive_sha256=blob.sha256, archive_bytes=blob.size)
+        session.add(dataset)
+        session.flush()
+        job = submit(session, NewJob(TENANT, JobKind.INGEST, Lane.BATCH, dataset_id=dataset.id))
+        dataset.job_id = job.id
+        return dataset.id, job.id
+
+
+def train(processes: Stack, dataset: object, **params: object):  # type: ignore[no-untyped-def]
+    """A training's job id."""
+    new = NewJob(TENANT, JobKind.TRAIN, Lane.TRAIN, params={**PARAMS, **params}, dataset_id=dataset)  # type: ignore[arg-type]
+    with processes.sessions.begin() as session:
+        return submit(session, new).id
+
+
+def predict(processes: Stack, version: ModelVersion, folder: Path):  # type: ignore[no-untyped-def]
+    """A batch of four slices and a text file in two chunks."""
+    phantom_files.write_dataset(folder / "new", patients=2, slices=2, seed=99)
+    files = sorted((folder / "new").rglob("*.png"))
+    (folder / "new" / "broken.png").write_bytes(b"this is no image")
+    store = Artifacts(processes.settings.artifacts)
+    with processes.sessions.begin() as session:
+        scans = []
+        for path in [*files[:4], folder / "new" / "broken.png"]:
+            blob = store.put_file(path)
+            scan = Scan(
+                tenant_id=TENANT, sha256=blob.sha256, size=blob.size, media_type="image/png", width=512, height=512
+            )
+            session.add(scan)
+            session.flush()
+            scans.append(NewResult(scan.id, name=path.name))
+        shutil.rmtree(folder / "new")
+        new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version.id, model_version=version.version)
+        return submit(session, new, scans, chunk=3).id

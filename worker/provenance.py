@@ -1,0 +1,41 @@
+"""Where a network comes from: the revision of our code, and the versions of what it ran on."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("renalq", "torch", "torchvision", "openvino", "numpy", "pillow", "pydicom", "scikit-learn", "mlflow")
+
+
+@cache
+def code_revision() -> str | None:
+    """The git commit of the checkout that runs, `+changed` behind it where files differ; in an image, what its build
+    wrote down (RENALQ_CODE_REVISION); None where nobody knows."""
+    if "RENALQ_CODE_REVISION" in os.environ:
+        return os.environ["RENALQ_CODE_REVISION"]
+    commit = _git("rev-parse", "HEAD")
+    return commit and commit + ("+changed" if _git("status", "--porcelain") else "")
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Python, the machine, and the packages that decide a network's numbers."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

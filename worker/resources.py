@@ -1,0 +1,34 @@
+"""What a worker's process holds for as long as it lives: settings, database sessions, the store of blobs."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from jobs.artifacts import Artifacts
+from jobs.db import Sessions, session_factory
+from jobs.settings import Settings
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Opened once a process."""
+
+    settings: Settings
+    sessions: Sessions
+    beats: Sessions  # a connection of the heartbeat's own: a busy pool must never cost the lease
+    artifacts: Artifacts
+
+
+def open_resources(settings: Settings) -> Resources:
+    """Open them from the given settings."""
+    return Resources(
+        settings=settings,
+        sessions=session_factory(settings.database_url, pool_size=3, application="renalq-worker"),
+        beats=session_factory(settings.database_url, pool_size=1, application="renalq-beat"),
+        artifacts=Artifacts(settings.artifacts),
+    )
+
+
+@cache
+def resources() -> Resources:
+    """This process's resources, from the environment."""
+    return open_resources(Settings())
