@@ -76,9 +76,7 @@ def bound_and_unprivileged(command: list[str], on_death: signal.Signals) -> list
         return bound_to_us(command, on_death)
     setpriv = _setpriv()
     if setpriv is None:
-        raise CannotStartError(
-            f"Postgres refuses to run as root, and util-linux' setpriv is missing. {_REMEDY}"
-        )
+        raise CannotStartError(f"Postgres refuses to run as root, and util-linux' setpriv is missing. {_REMEDY}")
     return [
         setpriv,
         f"--reuid={ids[0]}",
@@ -86,6 +84,9 @@ def bound_and_unprivileged(command: list[str], on_death: signal.Signals) -> list
         "--clear-groups",
         "--inh-caps=+dac_override",
         "--ambient-caps=+dac_override",
+        # Else access(2) leaves that capability out of account, and initdb finds no `postgres` beside itself when the
+        # virtual environment, too, lies below such a folder.
+        "--securebits=+no_setuid_fixup",
         f"--pdeathsig={on_death.name.removeprefix('SIG')}",
         "--",
         *command,

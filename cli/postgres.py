@@ -99,9 +99,7 @@ def postgres_environ() -> dict[str, str]:
 
 
 def _check_version(binaries: Path, data: Path) -> None:
-    printed = subprocess.run(
-        [str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=False
-    )
+    printed = subprocess.run([str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=False)
     ours = printed.stdout.split()[-1].split(".")[0] if printed.stdout else "?"
     theirs = (data / "PG_VERSION").read_text().strip()
     if ours != theirs:
@@ -135,9 +133,7 @@ def _clear_stale_lock(data: Path) -> None:
     except (FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
         pass
     except psutil.TimeoutExpired as error:
-        raise CannotStartError(
-            f"An older Postgres (process {pid}) still uses {data} and does not stop."
-        ) from error
+        raise CannotStartError(f"An older Postgres (process {pid}) still uses {data} and does not stop.") from error
     lock.unlink(missing_ok=True)
 
 

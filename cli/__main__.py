@@ -1,0 +1,58 @@
+"""The command `renalq`. Each command imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from cli import commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """RenalQ: train, track and use a kidney-CT classifier. Not for diagnosis."""
+
+
+@main.command()
+@click.option("--flower/--no-flower", default=True, help="Celery's monitor.")
+@click.option("--mlflow/--no-mlflow", default=True, help="The tracking server.")
+def up(flower: bool, mlflow: bool) -> None:
+    """Start everything on this machine; Ctrl-C stops it."""
+    from rich.console import Console
+
+    from cli.devstack import Options, up
+    from cli.launch import CannotStartError
+
+    try:
+        sys.exit(up(Options(flower=flower, mlflow=mlflow), Console()))
+    except CannotStartError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.option("--keep", is_flag=True, help="Leave the folder with its data, network and logs.")
+def demo(keep: bool) -> None:
+    """Make synthetic CT, train on it, predict ten new scans; all in a stack of its own."""
+    from rich.console import Console
+
+    from cli.demo import demo
+
+    sys.exit(demo(Console(), keep))
+
+
+@main.command()
+@commands.as_json
+def doctor(as_json: bool) -> None:
+    """Say what is here, and what to do about what is not."""
+    from cli.doctor import doctor
+
+    sys.exit(doctor(machine=as_json))
+
+
+for _command in commands.ALL:
+    main.add_command(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The REST API as Python: one method a call, frozen dataclasses out, every refusal as one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import requests
+
+from jobs.settings import Settings
+
+Json = dict[str, Any]
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 120.0
+
+
+class ApiError(Exception):
+    """The API refused, or did not answer; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the API shows it (`design/API.md`); `raw` is all of it."""
+
+    id: str
+    kind: str
+    state: str
+    terminal: bool
+    stage: str | None
+    progress: float
+    eta_seconds: float | None
+    raw: Json
+
+    @classmethod
+    def of(cls, raw: Json) -> Self:
+        """From the API's JSON."""
+        names = ("id", "kind", "state", "terminal", "stage", "progress", "eta_seconds")
+        return cls(**{name: raw[name] for name in names}, raw=raw)
+
+    @property
+    def failure(self) -> str | None:
+        """The error in one line, if there is one."""
+        error = self.raw.get("error")
+        return f"{error['code']}: {error['detail']}" if error else None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a training; accuracies 0 to 1."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    seconds: float
+
+    @classmethod
+    def of(cls, raw: Json) -> Self:
+        """From the API's JSON."""
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scan's answer; `label` and `confidence` (0 to 1) are None where it failed."""
+
+    name: str
+    state: str
+    label: str | None
+    confidence: float | None
+    failure: str | None
+
+    @classmethod
+    def of(cls, raw: Json) -> Self:
+        """From the API's JSON."""
+        error = raw.get("error")
+        failure = f"{error['code']}: {error['detail']}" if isinstance(error, dict) else error
+        return cls(raw["name"] or raw["scan_id"], raw["state"], raw.get("label"), raw.get("confidence"), failure)
+
+
+class Upload:
+    """A multipart body that is read from disk as it is sent: a data set need not fit into memory.
+
+    `requests` takes an iterable with a length and then sends Content-Length instead of chunks.
+    """
+
+    CHUNK = 1024**2
+
+    def __init__(self, field: str, files: Sequence[Path], form: dict[str, str] | None = None) -> None:
+        boundary = secrets.token_hex(16)
+        self.content_type = f"multipart/form-data; boundary={boundary}"
+        self._end = f"--{boundary}--\r\n".encode()
+        self._fields = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+            for name, value in (form or {}).items()
+        ]
+        self._parts = [(self._head(boundary, field, path), path, path.stat().st_size) for path in files]
+
+    @staticmethod
+    def _head(boundary: str, field: str, path: Path) -> bytes:
+        name = path.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+        return (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        ).encode()
+
+    def __len__(self) -> int:
+        files = sum(len(head) + size + 2 for head, _, size in self._parts)
+        return sum(map(len, self._fields)) + files + len(self._end)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._fields
+        for head, path, _ in self._parts:
+            yield head
+            with path.open("rb") as stream:
+                while chunk := stream.read(self.CHUNK):
+                    yield chunk
+            yield b"\r\n"
+        yield self._end
+
+
+def default_url() -> str:
+    """RENALQ_URL, else the local stack's."""
+    settings = Settings()
+    return os.environ.get("RENALQ_URL") or f"http://127.0.0.1:{settings.port}"
+
+
+def default_key() -> str:
+    """RENALQ_KEY, else the local stack's admin key. Raises `ApiError` where neither is there."""
+    given = os.environ.get("RENALQ_KEY")
+    if given:
+        return given
+    file = Settings().home / "admin.key"
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise ApiError(f"No key: set RENALQ_KEY, or start `renalq up`, which writes {file}.") from error
+
+
+class Client:
+    """Speaks to one RenalQ with one key."""
+
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+        self.url = (url or default_url()).rstrip("/")
+        self._session = requests.Session()
+        self._session.headers["Authorization"] = f"Bearer {key or default_key()}"
+        # A proxy of the environment is meant for the world outside, not for this machine.
+        self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
+
+    def call(self, method: str, path: str, **options: Any) -> Json:
+        """One request. Raises `ApiError` for every answer that is not 2xx, and where nobody answers."""
+        try:
+            answer = self._session.request(
+                method, self.url + path, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options
+            )
+        except requests.ConnectionError as error:
+            raise ApiError(f"Nobody answers at {self.url}: start `renalq up`, or set RENALQ_URL.") from error
+        except requests.RequestException as error:
+            raise ApiError(f"{method} {path} at {self.url} failed: {error}") from error
+        if not answer.ok:
+            raise ApiError(_refusal(answer))
+        return dict(answer.json()) if answer.content else {}
+
+    def _upload(self, path: str, upload: Upload, **headers: str) -> Json:
+        return self.call("POST", path, data=upload, headers={"Content-Type": upload.content_type, **headers})
+
+    def pages(self, path: str, **query: Any) -> Iterator[Json]:
+        """Every entry of a list, page after page."""
+        query = {name: value for name, value in query.items() if value is not None}
+        while True:
+            page = self.call("GET", path, params=query)
+            yield from page["data"]
+            if not page.get("has_more"):
+                return
+            query["after"] = page["next"]
+
+    # Jobs
+
+    def job(self, job_id: str) -> Job:
+        """One job now."""
+        return Job.of(self.call("GET", f"/jobs/{job_id}"))
+
+    def train(self, source: Json, params: Json, **more: Any) -> Job:
+        """Submit a training of `{"dataset_id": …}` or `{"source_url": …}`."""
+        body = {**source, "params": params, **{key: value for key, value in more.items() if value is not None}}
+        return Job.of(self.call("POST", "/jobs/train", json=body))
+
+    def predict(self, scan: Path, wait_seconds: int = 0, model: str | None = None) -> Job:
+        """Submit one scan; with `wait_seconds` the answer may be the finished job."""
+        upload = Upload("file", [scan], {"model": model} if model else None)
+        headers = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
+        return Job.of(self._upload("/jobs/predict", upload, **headers))
+
+    def predict_batch(self, files: Sequence[Path], model: str | None = None) -> Job:
+        """Submit many scans, or one zip of them."""
+        upload = Upload("files", files, {"model": model} if model else None)
+        return Job.of(self._upload("/jobs/predict/batch", upload))
+
+    def epochs(self, job_id: str) -> list[Epoch]:
+        """The epochs so far."""
+        return [Epoch.of(raw) for raw in self.call("GET", f"/jobs/{job_id}/metrics")["epochs"]]
+
+    def results(self, job_id: str) -> list[Prediction]:
+        """The predictions so far."""
+        return [Prediction.of(raw) for raw in self.pages(f"/jobs/{job_id}/results", limit=100)]
+
+    def wait(self, job_id: str, each: Callable[[Job], None] = lambda job: None) -> Job:
+        """Poll until the job has ended, showing it to `each` every time."""
+        while True:
+            job = self.job(job_id)
+            each(job)
+            if job.terminal:
+                return job
+            time.sleep(POLL_SECONDS)
+
+    # Datasets
+
+    def add_dataset(self, archive: Path, name: str | None = None) -> Json:
+        """Upload a zip with one folder a class; its ingest job is in `job_id`."""
+        return self._upload("/datasets", Upload("file", [archive], {"name": name} if name else None))
+
+    def ready_dataset(self, archive: Path, name: str | None = None) -> Json:
+        """Upload a zip and wait until it is checked. Raises `ApiError` with the reasons where it is invalid."""
+        dataset = self.add_dataset(archive, name)
+        if dataset.get("state") == "checking":
+            self.wait(dataset["job_id"])
+            dataset = self.call("GET", f"/datasets/{dataset['id']}")
+        if dataset["state"] != "ready":
+            problems = "; ".join(_text(problem) for problem in dataset.get("problems") or ["no reason given"])
+            raise ApiError(f"Dataset {dataset['id']} is {dataset['state']}: {problems}")
+        return dataset
+
+
+def _text(problem: Any) -> str:
+    return problem if isinstance(problem, str) else json.dumps(problem, ensure_ascii=False)
+
+
+def _refusal(answer: requests.Response) -> str:
+    """problem+json (RFC 9457) as one line."""
+    try:
+        problem = dict(answer.json())
+    except ValueError:
+        return f"{answer.status_code} {answer.reason}: {answer.text[:200]}"
+    fields = [f"{error.get('pointer')}: {error.get('detail')}" for error in problem.get("errors") or []]
+    line = f"{answer.status_code} {problem.get('title') or answer.reason}"
+    line += f": {problem['detail']}" if problem.get("detail") else ""
+    line += f" [{'; '.join(fields)}]" if fields else ""
+    return f"{line} (request {problem['request_id']})" if problem.get("request_id") else line

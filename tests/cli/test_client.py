@@ -1,0 +1,107 @@
+"""The client's own work: bodies that stream from disk, refusals as one line, where key and address come from."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import requests
+from click import BadParameter
+from werkzeug.formparser import parse_form_data
+
+from cli.client import ApiError, Client, Upload, _refusal, default_key, default_url
+from cli.commands import parsed_params, scan_files
+from cli.plans import free_port
+
+
+def received(upload: Upload) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
+    """What a server reads from the body: fields, and files as (field, name, bytes)."""
+    body = b"".join(upload)
+    assert len(upload) == len(body), "Content-Length must be the body's"
+    environ = {
+        "REQUEST_METHOD": "POST",
+        "CONTENT_TYPE": upload.content_type,
+        "CONTENT_LENGTH": str(len(upload)),
+        "wsgi.input": io.BytesIO(body),
+    }
+    _, form, files = parse_form_data(environ)
+    listed = [(field, str(file.filename), file.read()) for field, file in files.items(multi=True)]
+    return form.to_dict(), listed
+
+
+def test_an_upload_carries_fields_and_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\r\n--not a boundary\r\n")
+    (tmp_path / "b.dcm").write_bytes(bytes(range(256)) * 9000)
+    form, files = received(Upload("files", [tmp_path / "a.png", tmp_path / "b.dcm"], {"model": "champion"}))
+    assert form == {"model": "champion"}
+    assert [(field, name) for field, name, _ in files] == [("files", "a.png"), ("files", "b.dcm")]
+    assert [len(data) for _, _, data in files] == [20, 256 * 9000]
+
+
+def test_a_hostile_file_name_cannot_break_out_of_its_header(tmp_path: Path) -> None:
+    hostile = tmp_path / 'x"\r\nX-Evil: 1.png'
+    hostile.write_bytes(b"1")
+    _, files = received(Upload("file", [hostile]))
+    assert [(field, data) for field, _, data in files] == [("file", b"1")]
+
+
+def test_a_problem_is_one_line_with_its_pointers() -> None:
+    answer = requests.Response()
+    answer.status_code, answer.reason = 422, "Unprocessable Content"
+    answer._content = (
+        b'{"title": "Invalid request", "status": 422, "detail": "One field is wrong.", "request_id": "r1",'
+        b' "errors": [{"pointer": "/params/epochs", "detail": "Must be at least 1."}]}'
+    )
+    assert _refusal(answer) == (
+        "422 Invalid request: One field is wrong. [/params/epochs: Must be at least 1.] (request r1)"
+    )
+
+
+def test_an_answer_that_is_no_problem_is_one_line_still() -> None:
+    answer = requests.Response()
+    answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", b"<html>"
+    assert _refusal(answer) == "502 Bad Gateway: <html>"
+
+
+def test_nobody_answering_says_what_to_do() -> None:
+    with pytest.raises(ApiError, match="renalq up"):
+        Client(f"http://127.0.0.1:{free_port()}", "rq_x").call("GET", "/jobs")
+
+
+def test_key_and_address_come_from_the_environment_else_from_the_local_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RENALQ_HOME", str(tmp_path))
+    monkeypatch.setenv("RENALQ_PORT", "8123")
+    monkeypatch.delenv("RENALQ_KEY", raising=False)
+    monkeypatch.delenv("RENALQ_URL", raising=False)
+    with pytest.raises(ApiError, match="RENALQ_KEY"):
+        default_key()
+    (tmp_path / "admin.key").write_text("rq_local\n")
+    assert (default_key(), default_url()) == ("rq_local", "http://127.0.0.1:8123")
+    monkeypatch.setenv("RENALQ_KEY", "rq_given")
+    monkeypatch.setenv("RENALQ_URL", "https://renalq.example")
+    assert (default_key(), default_url()) == ("rq_given", "https://renalq.example")
+
+
+def test_params_are_json_where_they_can_be_and_text_elsewhere() -> None:
+    pairs = ("epochs=5", "weights=none", "augmentation=false", "image_size=[224,224,3]", "learning_rate=1e-2")
+    assert parsed_params(pairs) == {
+        "epochs": 5,
+        "weights": "none",
+        "augmentation": False,
+        "image_size": [224, 224, 3],
+        "learning_rate": 0.01,
+    }
+
+
+def test_a_param_without_a_value_is_refused() -> None:
+    with pytest.raises(BadParameter, match="NAME=VALUE"):
+        parsed_params(("epochs",))
+
+
+def test_of_a_folder_the_images_are_taken_in_order(tmp_path: Path) -> None:
+    for name in ("b.dcm", "a.png", "notes.txt", "IM0001"):
+        (tmp_path / name).touch()
+    assert [file.name for file in scan_files([tmp_path])] == ["IM0001", "a.png", "b.dcm"]

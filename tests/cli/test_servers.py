@@ -1,0 +1,138 @@
+"""Postgres and Redis as our children: they serve, they stop, and what they need to keep secret stays so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+from sqlalchemy.engine import make_url
+
+from cli.launch import bound_and_unprivileged
+from cli.plans import free_port
+from cli.postgres import create_database, postgres_version, prepare_postgres
+from cli.private import secret_file, write_private
+from cli.redis_server import ask_redis, redis_answers
+from cli.servers import embedded_postgres, embedded_redis
+from tests.cli.processes import eventually, speaking_of
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_postgres_serves_below_a_folder_that_only_its_owner_may_enter(tmp_path: Path) -> None:
+    closed = tmp_path / "closed to others"
+    closed.mkdir(mode=0o700)
+    with embedded_postgres(closed, fsync=False) as url:
+        assert int(postgres_version(url).split(".")[0]) >= 14
+        create_database(url, "another")
+        create_database(url, "another")
+    assert mode(closed) == 0o700
+
+
+def test_a_program_below_such_a_folder_is_found_as_well(tmp_path: Path) -> None:
+    """initdb looks for `postgres` beside itself with access(2), also where the virtual environment is root's alone."""
+    program = tmp_path / "closed" / "program"
+    program.parent.mkdir(mode=0o700)
+    program.touch(mode=0o700)
+    asks = "import os, sys; sys.exit(not os.access(sys.argv[1], os.X_OK))"
+    command = bound_and_unprivileged([sys.executable, "-c", asks, str(program)], signal.SIGTERM)
+    assert subprocess.run(command).returncode == 0
+
+
+def test_postgres_keeps_its_data_from_one_start_to_the_next(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path, fsync=False) as url:
+        create_database(url, "kept")
+    with embedded_postgres(tmp_path, fsync=False) as again:
+        assert postgres_version(make_url(again).set(database="kept").render_as_string(hide_password=False))
+
+
+def test_postgres_starts_over_a_stale_lock_file_that_names_a_stranger(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path, fsync=False):
+        pass
+    (tmp_path / "postgres" / "postmaster.pid").write_text(f"{os.getpid()}\n/somewhere\n0\n5432\n")
+    with embedded_postgres(tmp_path, fsync=False) as url:
+        assert postgres_version(url)
+
+
+def test_an_orphan_postgres_on_the_same_folder_is_stopped_first(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path, fsync=False), embedded_postgres(tmp_path, fsync=False) as url:
+        assert postgres_version(url)
+
+
+def test_postgres_refuses_a_wrong_password(tmp_path: Path) -> None:
+    with (
+        embedded_postgres(tmp_path, fsync=False) as url,
+        pytest.raises(psycopg2.OperationalError, match="password"),
+    ):
+        postgres_version(make_url(url).set(password="wrong").render_as_string(hide_password=False))
+
+
+def test_redis_serves_with_its_password_and_refuses_others(tmp_path: Path) -> None:
+    with embedded_redis(tmp_path) as url:
+        assert redis_answers(url)
+        assert not redis_answers(url.replace("redis://:", "redis://:not"))
+        assert "redis_version" in ask_redis(url, "INFO server")
+    assert not redis_answers(url)
+
+
+def test_redis_keeps_its_data_from_one_start_to_the_next(tmp_path: Path) -> None:
+    with embedded_redis(tmp_path) as url:
+        assert "+OK" in ask_redis(url, "SET kept yes")
+    with embedded_redis(tmp_path) as again:
+        assert "yes" in ask_redis(again, "GET kept")
+
+
+def test_no_password_stands_in_a_command_line_or_in_a_file_for_others(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path, fsync=False), embedded_redis(tmp_path):
+        secrets = [(tmp_path / f"{name}.password").read_text().strip() for name in ("postgres", "redis")]
+        lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert lines
+    assert not [line for line in lines for secret in secrets if secret in line]
+    private = ["postgres.password", "redis.password", "redis/redis.conf"]
+    assert {name: mode(tmp_path / name) for name in private} == dict.fromkeys(private, 0o600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_both_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from cli.servers import *\n"
+        "home = Path(sys.argv[1])\n"
+        "with embedded_postgres(home, fsync=False), embedded_redis(home):\n"
+        "    (home / 'up').touch(); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    eventually(lambda: (tmp_path / "up").exists(), what="both serve")
+    process.send_signal(number)
+    process.wait(20)
+    eventually(lambda: not speaking_of(tmp_path), 10, "both are gone")
+
+
+def test_an_initdb_that_was_killed_leaves_nothing_that_is_taken_for_a_data_folder(tmp_path: Path) -> None:
+    half = tmp_path / "postgres.new"
+    half.mkdir()
+    (half / "PG_VERSION").write_text("18\n")
+    prepare_postgres(tmp_path, fsync=False)
+    assert (tmp_path / "postgres" / "global").is_dir()
+    assert not half.exists()
+
+
+def test_a_private_file_is_written_once_with_mode_0600(tmp_path: Path) -> None:
+    first = secret_file(tmp_path / "secret")
+    assert secret_file(tmp_path / "secret") == first
+    assert mode(tmp_path / "secret") == 0o600
+    write_private(tmp_path / "secret", "another\n")
+    assert (secret_file(tmp_path / "secret"), mode(tmp_path / "secret")) == ("another", 0o600)
+
+
+def test_free_ports_differ() -> None:
+    assert len({free_port() for _ in range(5)}) > 1
