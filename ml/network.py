@@ -29,7 +29,6 @@ FEATURES = 25088  # 512 × 7 × 7 after adaptive average pooling
 HIDDEN = 4096
 IMAGENET_FILE = "vgg16-397923af.pth"
 IMAGENET_HASH = "397923af"  # the start of its sha256, as torchvision publishes it in the name
-IMAGENET_URL = f"https://download.pytorch.org/models/{IMAGENET_FILE}"
 _METADATA_KEY = "renalq"
 
 
@@ -100,13 +99,18 @@ def imagenet_weights(weights_dir: Path | None = None) -> Path:
         if place.is_file() and _hash_matches(place):
             return place
     try:
-        fetch(IMAGENET_URL, cache, max_bytes=2**30)
+        fetch(imagenet_url(), cache, max_bytes=2**30)
     except DownloadFailed as error:
         raise WeightsMissing(_where_to_put(weights_dir)) from error
     if not _hash_matches(cache):
         cache.unlink()
         raise WeightsMissing(_where_to_put(weights_dir))
     return cache
+
+
+def imagenet_url() -> str:
+    """Where torchvision publishes them."""
+    return str(torchvision().models.VGG16_Weights.IMAGENET1K_V1.url)
 
 
 def _where_to_put(weights_dir: Path | None) -> str:

@@ -18,6 +18,10 @@ def make_model(net, **metadata) -> network.Model:
     return network.Model(net, ("Normal", "Tumor"), Transform(64, 64), metadata)
 
 
+def test_the_weights_that_torchvision_publishes_are_the_file_that_is_looked_for():
+    assert network.imagenet_url().endswith(f"/{network.IMAGENET_FILE}")
+
+
 def test_the_head_is_document_000s(vgg):
     layers = [str(layer) for layer in vgg.classifier]
     assert [layer.split("(")[0] for layer in layers] == [
@@ -101,7 +105,7 @@ def test_other_files_are_no_models(tmp_path, write):
 
 
 def test_weights_with_the_wrong_hash_are_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(network, "IMAGENET_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(network, "imagenet_url", lambda: "http://127.0.0.1:9/none")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / network.IMAGENET_FILE).write_bytes(b"not the weights")
     with pytest.raises(WeightsMissing, match=f"put torchvision's {network.IMAGENET_FILE} into {tmp_path}"):
