@@ -126,7 +126,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
 
 
 def test_without_imagenet_weights_the_stage_says_what_to_put_where(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(network, "IMAGENET_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(network, "imagenet_url", lambda: "http://127.0.0.1:9/none")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     config = load_config(write_config(tmp_path, small_run.archive))
     state = stages.Run(config, parse_params({**SMALL, "weights": "imagenet"}), lambda event: None, tmp_path / "weights")
