@@ -4,7 +4,7 @@ import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import MetaData, create_engine, text
+from sqlalchemy import MetaData, create_engine
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
@@ -95,13 +95,3 @@ class Notifications:
         payloads = [notice.payload for notice in self._connection.notifies]
         self._connection.notifies.clear()
         return payloads
-
-
-def is_reachable(sessions: Sessions) -> bool:
-    """Whether Postgres answers now."""
-    try:
-        with sessions() as session:
-            session.execute(text("SELECT 1"))
-    except Exception:
-        return False
-    return True

@@ -5,7 +5,6 @@ of ours reads `os.environ` for a setting.
 """
 
 from pathlib import Path
-from urllib.parse import quote
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -85,11 +84,6 @@ class Settings(BaseSettings):
     def work(self) -> Path:
         """Scratch space of workers, resolved."""
         return (self.work_dir or self.home / "work").resolve()
-
-
-def postgres_url(user: str, password: str, host: str, port: int, database: str) -> str:
-    """An SQLAlchemy URL that names psycopg2: since SQLAlchemy 2.1 plain `postgresql://` means psycopg 3."""
-    return f"postgresql+psycopg2://{quote(user)}:{quote(password, safe='')}@{host}:{port}/{database}"
 
 
 def as_markdown() -> str:
