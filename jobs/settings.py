@@ -58,8 +58,25 @@ class Settings(BaseSettings):
     )
     retry_cap_seconds: float = Field(60, ge=0, description="Back-off never exceeds this (s).")
     cancel_grace_seconds: float = Field(5, gt=0, description="A cancelled training is killed after this (s).")
+    watch_seconds: float = Field(
+        0.25, gt=0, description="Time between two looks of a worker at whether its unit is still wanted (s)."
+    )
+    checkpoint_seconds: float = Field(
+        30, ge=0, description="A training writes a checkpoint at an epoch's end once so much time has passed (s)."
+    )
     chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch.")
     chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
+    rung_ahead_seconds: float = Field(
+        0.25, ge=0, description="Work that is rung beyond what idle workers can take at once (s)."
+    )
+    newcomer_seconds: float = Field(
+        5, ge=0, description="A tenant that had nothing rung for so long need not wait for a chunk's end (s)."
+    )
+
+    quota_scans: int = Field(200_000, ge=1, description="Most scans that one tenant may have in the queue.")
+    quota_batches: int = Field(100, ge=1, description="Most batches that one tenant may have in the queue.")
+    queue_ceiling: int = Field(1_000_000, ge=1, description="Most scans in the queue, of all tenants.")
+    idempotency_hours: float = Field(24, gt=0, description="An Idempotency-Key is remembered for so long (h).")
 
     max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest request body that is taken (bytes).")
     max_scan_bytes: int = Field(256 * MIB, gt=0, description="Largest single scan (bytes).")

@@ -169,6 +169,19 @@ class Job(Base):
         CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
         CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        # The dispatcher's way to work, and the way to a place in the queue: history costs them nothing.
+        Index("ix_jobs_unfinished", "lane", "tenant_id", "id", postgresql_where=text("finished_at IS NULL")),
+        Index("ix_jobs_queued", "lane", "tenant_id", "id", postgresql_where=text("state = 'queued'")),
+        # One key of a client makes one job, and one job is retried as one: whatever the API's processes do.
+        Index(
+            "uq_jobs_tenant_id_idempotency_key",
+            "tenant_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+        Index("uq_jobs_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
+        Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",
             "metadata",
@@ -204,6 +217,9 @@ class Job(Base):
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    tracked_at: Mapped[dt.datetime | None] = _time()  # when MLflow had all of an ended training
+    idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
+    retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
     created_by: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     created_at: Mapped[dt.datetime] = _now()
     started_at: Mapped[dt.datetime | None] = _time()
@@ -222,9 +238,12 @@ class Unit(Base):
             f"({_one_of('state', UNIT_TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"
         ),
         Index("uq_units_job_id_ordinal", "job_id", "ordinal", unique=True),
-        # The dispatcher's and the reaper's whole view: unfinished units only, so that history costs them nothing.
-        Index("ix_units_waiting", "lane", "id", postgresql_where=text("state IN ('queued', 'dispatched')")),
+        # The dispatcher's and the reaper's whole view: what waits of one job, what is rung, what runs.
+        Index("ix_units_unfinished", "job_id", "ordinal", postgresql_where=text("finished_at IS NULL")),
+        Index("ix_units_rung", "lane", postgresql_where=text("state = 'dispatched'")),
         Index("ix_units_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
+        # How long a lane's latest units took: the ETA of what waits, and how far ahead to ring.
+        Index("ix_units_succeeded", "lane", "finished_at", postgresql_where=text("state = 'succeeded'")),
     )
 
     id: Mapped[uuid.UUID] = _id()
@@ -232,6 +251,7 @@ class Unit(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     ordinal: Mapped[int] = mapped_column(Integer)
     lane: Mapped[str] = mapped_column(String(20))
+    scans: Mapped[int] = mapped_column(Integer, default=1, server_default="1")  # its share of a lane, in scans
     state: Mapped[str] = mapped_column(String(20), default=UnitState.QUEUED)
     attempt: Mapped[int] = _count()
     failures: Mapped[int] = _count()
@@ -243,6 +263,7 @@ class Unit(Base):
     started_at: Mapped[dt.datetime | None] = _time()
     lease_expires_at: Mapped[dt.datetime | None] = _time()
     progress_at: Mapped[dt.datetime | None] = _time()
+    yield_requested_at: Mapped[dt.datetime | None] = _time()  # somebody with a better right waits for this worker
     finished_at: Mapped[dt.datetime | None] = _time()
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
 
@@ -311,6 +332,50 @@ class Artifact(Base):
     size: Mapped[int] = mapped_column(BigInteger)
     media_type: Mapped[str] = mapped_column(String(100))
     created_at: Mapped[dt.datetime] = _now()
+
+
+class Checkpoint(Base):
+    """A training's state after an epoch, in the store of artifacts. Path and row carry the fence of its writer."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("ix_checkpoints_job_id", "job_id"),)
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    fence: Mapped[int] = mapped_column(BigInteger)
+    epoch: Mapped[int] = mapped_column(Integer)
+    path: Mapped[str] = mapped_column(Text)  # within the store
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class TenantLoad(Base):
+    """What a tenant has in the queue: kept by the verbs that submit and end jobs, so that a quota costs one row."""
+
+    __tablename__ = "tenant_loads"
+    __table_args__ = (CheckConstraint("scans >= 0 AND batches >= 0", name="counts"),)
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    scans: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")  # of jobs that have not ended
+    batches: Mapped[int] = mapped_column(Integer, default=0, server_default="0")  # batches that have not ended
+
+
+class IdempotencyKey(Base):
+    """A client's Idempotency-Key: what it was sent with, and the first answer once there is one."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))  # of the request: method, path, fields and files
+    status: Mapped[int | None] = mapped_column(Integer)  # null: the first request has not been answered yet
+    headers: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    body: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[dt.datetime] = _now()
+    locked_at: Mapped[dt.datetime] = _now()
 
 
 class Process(Base):
