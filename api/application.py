@@ -4,7 +4,7 @@ import uuid
 from functools import partial
 from importlib.metadata import version
 
-from flask import Flask
+from flask import Flask, Response
 from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
@@ -56,8 +56,16 @@ def build(settings: Settings) -> Flask:
     telemetry.register(app)
     auth.register(app)
     problems.register(app)
+    app.after_request(_bare)
     _register_blueprints(app)
     return app
+
+
+def _bare(response: Response) -> Response:
+    """What has no body has no kind of body either."""
+    if response.status_code in (204, 304):
+        response.headers.pop("Content-Type", None)
+    return response
 
 
 def _services(settings: Settings) -> Services:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import structlog
 from sqlalchemy.engine import Engine
 
+from jobs.bookkeeping import JOBS_CHANNEL
 from jobs.db import listening
 from jobs.errors import TooManyWatchers
-from jobs.lifecycle import JOBS_CHANNEL
 
 POLL_SECONDS = 2.0
 """How often a waiter looks for itself while no listener is connected."""

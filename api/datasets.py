@@ -7,10 +7,11 @@ from typing import Any
 from api import intake
 from api.auth import needs
 from api.bodies import Blueprint, takes
+from api.idempotency import idempotent, key
 from api.requests import DatasetUpload, PageQuery
 from api.schemas import DatasetSchema, DatasetsPage
-from api.services import principal, services, tenant, transaction
-from jobs import archives, datasets
+from api.services import admit, principal, quota, services, tenant, transaction
+from jobs import archives, datasets, queries
 from jobs.archives import Limits
 from jobs.datasets import DatasetView
 from jobs.keys import Scope
@@ -21,23 +22,38 @@ blueprint = Blueprint(
 )
 
 
+Accepted = tuple[DatasetView, int, dict[str, str]]
+
+
+def _accepted(view: DatasetView) -> Accepted:
+    return view, 202, {"Location": f"/datasets/{view.dataset.id}", "Retry-After": "1"}
+
+
+def _checked_by(job_id: uuid.UUID) -> Accepted:
+    with transaction() as session:
+        dataset_id = queries.job(session, tenant(), job_id).job.dataset_id
+        return _accepted(datasets.get(session, tenant(), dataset_id or job_id))  # deleted since: 404
+
+
 @blueprint.route("", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
 @takes(multipart=DatasetUpload)
 @blueprint.response(202, DatasetSchema)
 @blueprint.doc(operationId="createDataset")
-def create_dataset(body: dict[str, Any]) -> tuple[DatasetView, int, dict[str, str]]:
+@idempotent(_checked_by)
+def create_dataset(body: dict[str, Any]) -> Accepted:
     """Upload a dataset; a job checks it."""
     file, store = body["file"], services().artifacts
     # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
     archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)
+    admit()
     file.stream.seek(0)
     blob = store.put(file.stream)
     name = body.get("name") or PurePosixPath(intake.file_name(file) or "dataset").stem[:200]
     with transaction() as session:
         datasets.keep_blob(session, store, blob, file.stream)
-        view, _ = datasets.create(session, tenant(), name, blob, principal().key_id)
-    return view, 202, {"Location": f"/datasets/{view.dataset.id}", "Retry-After": "1"}
+        view, _ = datasets.create(session, tenant(), name, blob, principal().key_id, key(), quota())
+    return _accepted(view)
 
 
 @blueprint.route("")

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look, follow, cancel."""
+"""Jobs: submit, list, look, follow, cancel, retry."""
 
 import uuid
 from typing import Any
@@ -8,6 +8,7 @@ from flask import Response, send_file
 from api import streams, waiting
 from api.auth import needs
 from api.bodies import Blueprint, takes
+from api.idempotency import idempotent, key
 from api.predictions import predict_many, predict_one
 from api.requests import (
     BatchJson,
@@ -20,13 +21,13 @@ from api.requests import (
     TrainRequest,
 )
 from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema, ResultsPage
-from api.services import principal, services, tenant, transaction
-from jobs import datasets, lifecycle, queries
+from api.services import principal, quota, services, tenant, transaction
+from jobs import datasets, lifecycle, queries, submission
 from jobs.errors import ArtifactNotFound
 from jobs.keys import Scope
 from jobs.queries import JobFilter, Page
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, submit
+from jobs.submission import NewJob
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
 
@@ -37,6 +38,7 @@ blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainin
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="train")
+@idempotent(waiting.accepted)
 def train(body: dict[str, Any]) -> waiting.Answer:
     """Train a network on a dataset."""
     new = NewJob(
@@ -50,11 +52,12 @@ def train(body: dict[str, Any]) -> waiting.Answer:
         source_url=body.get("source_url"),
         promote=body["promote"],
         created_by=principal().key_id,
+        idempotency_key=key(),
     )
     with transaction() as session:
         if new.dataset_id is not None:
             datasets.ready(session, tenant(), new.dataset_id)
-        job_id = submit(session, new).id
+        job_id = submission.submit(session, new, quota=quota()).id
     return waiting.accepted(job_id)
 
 
@@ -64,6 +67,7 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="predict")
+@idempotent(waiting.accepted)
 def predict(body: dict[str, Any]) -> waiting.Answer:
     """Classify one scan."""
     return waiting.accepted(predict_one(body))
@@ -75,6 +79,7 @@ def predict(body: dict[str, Any]) -> waiting.Answer:
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="predictBatch")
+@idempotent(waiting.accepted)
 def predict_batch(body: dict[str, Any]) -> waiting.Answer:
     """Classify many scans."""
     return waiting.accepted(predict_many(body))
@@ -188,3 +193,16 @@ def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
         lifecycle.cancel(session, tenant(), job_id)
     view = waiting.job(job_id)
     return view, 202, {"Location": f"/jobs/{job_id}", "Retry-After": "1"}
+
+
+@blueprint.route("/<id:job_id>/retry", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="retryJob")
+@idempotent(waiting.accepted)
+def retry_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
+    with transaction() as session:
+        new_id = submission.retry(session, tenant(), job_id, services().settings.chunk_scans, quota()).id
+    return waiting.accepted(new_id)

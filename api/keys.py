@@ -5,6 +5,7 @@ from typing import Any
 
 from api.auth import needs
 from api.bodies import Blueprint, takes
+from api.idempotency import idempotent
 from api.requests import KeyRequest
 from api.schemas import KeySchema, KeysPage, NewKeySchema
 from api.services import tenant, transaction
@@ -20,6 +21,7 @@ blueprint = Blueprint("keys", __name__, url_prefix="/keys", description="Who may
 @takes(json=KeyRequest)
 @blueprint.response(201, NewKeySchema)
 @blueprint.doc(operationId="createKey")
+@idempotent(secrets=["secret"])
 def create_key(body: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
     """Make a key. Its secret is shown this once."""
     with transaction() as session:

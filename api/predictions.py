@@ -3,13 +3,14 @@
 import io
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api import intake
-from api.services import principal, services, tenant, transaction
+from api.idempotency import key
+from api.services import admit, principal, quota, services, tenant, transaction
 from jobs import archives, datasets, registry
 from jobs.archives import Limits
 from jobs.errors import BadArchive
@@ -24,7 +25,7 @@ def predict_one(body: Body) -> uuid.UUID:
     """Submit one scan: a file, bytes, or a stored one. Returns the job's id.
 
     Raises:
-        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound
+        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound, QuotaExceeded, QueueFull
     """
     source: Any = body["file"].stream if "file" in body else body.get("image", body.get("scan_id"))
     name = intake.file_name(body["file"]) if "file" in body else None
@@ -38,6 +39,7 @@ def predict_one(body: Body) -> uuid.UUID:
         # Before the model: what is no image is no image whether or not there is one.
         looked = intake.check(stream, "/file" if "file" in body else "/image")
         model = _pinned(body)
+        admit()
         scan_id = intake.keep(stream, looked)[0].id
     return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
 
@@ -46,27 +48,37 @@ def predict_many(body: Body) -> uuid.UUID:
     """Submit a batch: files, one zip, stored scans, or a dataset. Returns the job's id.
 
     Raises:
-        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound
+        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, QuotaExceeded, QueueFull
     """
-    files: list[FileStorage] = body.get("files", [])
-    zipped = len(files) == 1 and archives.is_zip(files[0].stream)
     limits = Limits.of(services().settings)
-    if zipped:
-        archives.check(files[0].stream, limits)  # before the model, as above
+    number = _announced(body, limits)  # looks into a zip before the model is asked for, as above
     model = _pinned(body)
-    dataset_id = None
-    if zipped:
-        with archives.opened(files[0].stream, limits) as members:
-            scans = intake.keep_all(intake.unpacked(members))
-    elif files:
-        scans = intake.keep_all(intake.uploaded(files, body.get("custom_ids", ())))
-    elif "scan_ids" in body:
-        with transaction() as session:
-            scans = intake.known(session, body["scan_ids"], body.get("custom_ids", ()))
-    else:
-        dataset_id = body["dataset_id"]
-        scans = _of_dataset(dataset_id, limits)
-    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, dataset_id)
+    admit(number, batches=1)
+    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, _taken(body, limits), body.get("dataset_id"))
+
+
+def _announced(body: Body, limits: Limits) -> int:
+    """How many scans will be in the job; of a dataset, `submit` finds out."""
+    if zipped := _zip(body):
+        return archives.check(zipped, limits)
+    return len(body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
+
+
+def _taken(body: Body, limits: Limits) -> list[NewResult]:
+    if zipped := _zip(body):
+        with archives.opened(zipped, limits) as members:
+            return intake.keep_all(intake.unpacked(members))
+    if "files" in body:
+        return intake.keep_all(intake.uploaded(body["files"], body.get("custom_ids", ())))
+    if "dataset_id" in body:
+        return _of_dataset(body["dataset_id"], limits)
+    with transaction() as session:
+        return intake.known(session, body["scan_ids"], body.get("custom_ids", ()))
+
+
+def _zip(body: Body) -> IO[bytes] | None:
+    files: list[FileStorage] = body.get("files", [])
+    return files[0].stream if len(files) == 1 and archives.is_zip(files[0].stream) else None
 
 
 def _of_dataset(dataset_id: uuid.UUID, limits: Limits) -> list[NewResult]:
@@ -105,8 +117,9 @@ def _submit(
         model_id=model.id,
         model_version=model.version,
         created_by=principal().key_id,
+        idempotency_key=key(),
     )
     with transaction() as session:
         if dataset_id is not None:
             datasets.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted under the new job
-        return submit(session, new, scans, services().settings.chunk_scans).id
+        return submit(session, new, scans, services().settings.chunk_scans, quota()).id

@@ -14,10 +14,12 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from jobs.errors import Invalid, RenalQError, TooLarge, Unauthorized, Unavailable
+from jobs.errors import IdempotencyInFlight, Invalid, QuotaExceeded, RenalQError, TooLarge, Unauthorized, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
+COME_BACK = (QuotaExceeded, Unavailable, IdempotencyInFlight)
+"""Errors that time mends."""
 
 log = structlog.get_logger()
 
@@ -94,8 +96,8 @@ def answer_error(error: RenalQError) -> Response:
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
-    if error.status in (429, 503):
-        headers["Retry-After"] = str(RETRY_SECONDS)
+    if isinstance(error, COME_BACK):
+        headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
     return problem(error.status, error.code, str(error), headers, errors=_field_errors(error))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from api import intake
 from api.auth import needs
 from api.bodies import Blueprint, takes
+from api.idempotency import idempotent
 from api.requests import ScanJson, ScanUpload
 from api.schemas import ScanSchema
 from api.services import tenant, transaction
@@ -23,6 +24,7 @@ blueprint = Blueprint("scans", __name__, url_prefix="/scans", description="Singl
 @blueprint.response(201, ScanSchema)
 @blueprint.alt_response(200, schema=ScanSchema, description="These bytes are stored already.", success=True)
 @blueprint.doc(operationId="createScan")
+@idempotent()
 def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     """Store a scan. The same bytes give the same id."""
     stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])

@@ -1,13 +1,12 @@
 """What comes out as JSON: these schemas write the answers and describe them in the OpenAPI document."""
 
-from typing import Any
-
 import marshmallow as ma
 from marshmallow import fields
 
 from api.fields import Time, words
 from jobs.keys import Scope
 from jobs.states import DatasetState, JobKind, JobState, ResultState
+from jobs.tables import Job
 
 
 class _Page(ma.Schema):
@@ -29,7 +28,9 @@ class ErrorSchema(ma.Schema):
 
     code = fields.String()
     detail = fields.String()
-    retryable = fields.Boolean()
+    retryable = fields.Boolean(
+        metadata={"description": "The same work may go well if it is done again; it was, up to the limit, already."}
+    )
 
 
 class CountsSchema(ma.Schema):
@@ -56,12 +57,16 @@ class JobSchema(ma.Schema):
     stage = fields.String(attribute="job.stage", allow_none=True)
     stages = fields.List(fields.Nested(StageSchema), attribute="job.stages")
     progress = fields.Float()
-    eta_seconds = fields.Float(allow_none=True)
-    queue_position = fields.Integer(allow_none=True)
+    eta_seconds = fields.Float(allow_none=True, metadata={"description": "Seconds until its end, as far as known."})
+    queue_position = fields.Integer(
+        allow_none=True,
+        metadata={"description": "Waiting jobs that are served before this one; 1000 means 1000 or more."},
+    )
     attempt = fields.Integer(attribute="job.attempt")
     counts = fields.Function(lambda view: CountsSchema().dump(view), metadata={"type": "object"})
     params = fields.Dict(attribute="job.params")
     dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
+    retry_of = fields.UUID(attribute="job.retry_of", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
@@ -70,16 +75,17 @@ class JobSchema(ma.Schema):
     started_at = Time(attribute="job.started_at", allow_none=True)
     finished_at = Time(attribute="job.finished_at", allow_none=True)
     device_seconds = fields.Float(attribute="job.device_seconds")
-    links = fields.Function(lambda view: links(view.job.id), metadata={"type": "object"})
+    links = fields.Function(lambda view: links(view.job), metadata={"type": "object"})
 
 
-LINKED = ("events", "metrics", "results", "artifacts", "cancel")
+LINKED = ("events", "artifacts", "cancel", "retry")
+LINKED_BY_KIND = {JobKind.TRAIN: "metrics", JobKind.PREDICT: "results", JobKind.PREDICT_BATCH: "results"}
 
 
-def links(job_id: Any) -> dict[str, str]:
+def links(job: Job) -> dict[str, str]:
     """A job's addresses."""
-    own = f"/jobs/{job_id}"
-    return {"self": own, **{name: f"{own}/{name}" for name in LINKED}}
+    own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind))
+    return {"self": own, **{name: f"{own}/{name}" for name in (special, *LINKED) if name}}
 
 
 class JobsPage(_Page):
@@ -226,9 +232,9 @@ class KeySchema(ma.Schema):
 
 
 class NewKeySchema(KeySchema):
-    """A key with its secret, which is shown this once."""
+    """A key with its secret, which is shown this once: null where an answer comes again by its Idempotency-Key."""
 
-    secret = fields.String()
+    secret = fields.String(allow_none=True)
 
 
 class KeysPage(_Page):

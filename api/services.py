@@ -7,10 +7,12 @@ from flask import current_app, g
 from sqlalchemy.orm import Session
 
 from api.changes import Changes
+from jobs import submission
 from jobs.artifacts import Artifacts
 from jobs.db import Sessions
 from jobs.keys import Principal
 from jobs.settings import Settings
+from jobs.submission import Quota
 
 EXTENSION = "renalq"
 
@@ -34,6 +36,21 @@ def services() -> Services:
 def transaction() -> AbstractContextManager[Session]:
     """A session with one transaction, committed at the end of the block; nothing is held after it."""
     return services().sessions.begin()
+
+
+def quota() -> Quota:
+    """What a tenant, and all together, may have in the queue."""
+    return Quota.of(services().settings)
+
+
+def admit(scans: int = 1, batches: int = 0) -> None:
+    """Refuse early what the queue has no room for: before an upload is stored.
+
+    Raises:
+        QuotaExceeded, QueueFull
+    """
+    with transaction() as session:
+        submission.admit(session, tenant(), quota(), scans, batches)
 
 
 def principal() -> Principal:

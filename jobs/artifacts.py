@@ -4,8 +4,10 @@ A blob is written whole to a temporary file, flushed to the disk, and only then 
 one. The same bytes are stored once.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +81,45 @@ class Artifacts:
         if self.exists(sha256):
             self._fs.rm_file(self._key(sha256))
 
+    # --- files under a name of their own, which are hashed but not found by their hash: checkpoints ---
+
+    def take_in(self, path: Path, name: str) -> Blob:
+        """Move a whole, flushed file into the store under a name. On one file system it is not copied."""
+        blob = _hashed(path)
+        target = f"{self._root}/{name}"
+        self._fs.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH120  (a name is a URL's path, not ours)
+        if self._local is None:
+            self._fs.put_file(str(path), target)
+            path.unlink()
+        else:
+            _move(path, Path(target))
+        return blob
+
+    def fetch_named(self, name: str, sha256: str, folder: Path) -> Path | None:
+        """A local file with that name's content; None where it is missing or its content is another."""
+        target = Path(self._root) / name if self._local is not None else folder / Path(name).name
+        try:
+            if self._local is None:
+                self._fs.get_file(f"{self._root}/{name}", str(target))
+            return target if _hashed(target).sha256 == sha256 else None
+        except FileNotFoundError:
+            return None
+
+    def remove_named(self, name: str) -> None:
+        """Remove a file; one that is not here is removed already."""
+        if self._fs.exists(f"{self._root}/{name}"):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def folders(self, name: str) -> list[str]:
+        """The names of the folders in a folder."""
+        if not self._fs.exists(f"{self._root}/{name}"):
+            return []
+        return [Path(entry).name for entry in self._fs.ls(f"{self._root}/{name}", detail=False)]
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder with all that is in it."""
+        self._fs.rm(f"{self._root}/{name}", recursive=True)
+
     def _key(self, sha256: str) -> str:
         # Two levels of folders: a single one with a million files is slow to walk on most file systems.
         return f"{self._root}/{sha256[:2]}/{sha256[2:4]}/{sha256}"
@@ -109,6 +150,30 @@ class Artifacts:
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _hashed(path: Path) -> Blob:
+    with path.open("rb") as file:
+        return Blob(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename, by way of a copy beside the target where they lie on two file systems."""
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.copyfile(path, beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+        path.unlink()
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

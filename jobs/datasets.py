@@ -12,7 +12,7 @@ from jobs.artifacts import Artifacts, Blob
 from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady
 from jobs.queries import Page, page
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
-from jobs.submission import NewJob, submit
+from jobs.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.tables import Artifact, Dataset, Job, ModelVersion, Scan
 
 
@@ -26,14 +26,27 @@ class DatasetView:
 
 
 def create(
-    session: Session, tenant_id: str, name: str, blob: Blob, created_by: uuid.UUID | None = None
+    session: Session,
+    tenant_id: str,
+    name: str,
+    blob: Blob,
+    created_by: uuid.UUID | None = None,
+    idempotency_key: str | None = None,
+    quota: Quota = UNLIMITED,
 ) -> tuple[DatasetView, Job]:
     """Register a stored zip, and submit the job that checks it. Call `keep_blob` in the same transaction."""
     dataset = Dataset(tenant_id=tenant_id, name=name, archive_sha256=blob.sha256, archive_bytes=blob.size)
     session.add(dataset)
     session.flush()
-    new = NewJob(tenant_id, JobKind.INGEST, Lane.BATCH, dataset_id=dataset.id, created_by=created_by)
-    job = submit(session, new)
+    new = NewJob(
+        tenant_id,
+        JobKind.INGEST,
+        Lane.BATCH,
+        dataset_id=dataset.id,
+        created_by=created_by,
+        idempotency_key=idempotency_key,
+    )
+    job = submit(session, new, quota=quota)
     dataset.job_id = job.id
     session.flush()
     session.refresh(dataset)

@@ -3,12 +3,14 @@
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
     ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse NoResults
-    ├── Invalid             422   NotAnImage BadArchive
+    │                             IdempotencyInFlight
+    ├── Invalid             422   NotAnImage BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
     ├── TooLarge            413
     ├── Unauthorized        401
     ├── ScopeMissing        403
-    ├── Unavailable         503   TooManyWatchers
+    ├── QuotaExceeded       429
+    ├── Unavailable         503   TooManyWatchers QueueFull
     └── LeaseLost                 inside a worker only: another worker holds the unit now
 
 `status` is the HTTP status that the API answers with; `code` is a stable word for programs.
@@ -95,6 +97,12 @@ class NoResults(Conflict):
     code = "NO_RESULTS"
 
 
+class IdempotencyInFlight(Conflict):
+    """The first request with this Idempotency-Key is still being answered. Send the same again shortly."""
+
+    code = "IDEMPOTENCY_IN_FLIGHT"
+
+
 class Invalid(RenalQError):
     """The request cannot be understood as it stands."""
 
@@ -115,6 +123,12 @@ class BadArchive(Invalid):
     """The zip cannot be taken."""
 
     code = "BAD_ARCHIVE"
+
+
+class IdempotencyConflict(Invalid):
+    """This Idempotency-Key came with another request before. Take a new key for a new request."""
+
+    code = "IDEMPOTENCY_KEY_REUSED"
 
 
 class UnsupportedMedia(RenalQError):
@@ -141,6 +155,12 @@ class ScopeMissing(RenalQError):
     status, code = 403, "SCOPE_MISSING"
 
 
+class QuotaExceeded(RenalQError):
+    """You have {queued} unfinished {what}; {limit} are allowed. Wait for some to end, cancel them, or send fewer."""
+
+    status, code = 429, "QUOTA_EXCEEDED"
+
+
 class Unavailable(RenalQError):
     """This cannot be served now. Try again shortly."""
 
@@ -151,6 +171,12 @@ class TooManyWatchers(Unavailable):
     """Too many clients wait for events at once. Poll GET /jobs/ID instead, or come back later."""
 
     code = "TOO_MANY_WATCHERS"
+
+
+class QueueFull(Unavailable):
+    """The queue of all tenants together is full. Nothing was stored: send the same again later."""
+
+    code = "QUEUE_FULL"
 
 
 class LeaseLost(RenalQError):

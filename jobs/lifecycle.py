@@ -1,124 +1,147 @@
 """The verbs that move jobs and units on. Each takes a session and never commits: the caller owns the transaction.
 
 Every change of state is one guarded UPDATE, and zero rows changed means "refused". A verb that touches both a job and
-its units locks the job's row first, so that no two verbs can wait for each other. Only Postgres' clock decides.
+its units locks the job's row first, and no transaction touches two jobs, so that no two verbs can wait for each other.
+Only Postgres' clock decides.
 """
 
-import datetime as dt
+import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Update, and_, case, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, update
 from sqlalchemy.orm import Session
 
+from jobs.bookkeeping import (
+    NOW,
+    PREDICTIONS,
+    Claim,
+    ScanOutcome,
+    end_if_done,
+    end_scans,
+    holds,
+    lock_job,
+    locking,
+    record,
+    require_held,
+    seconds,
+    wake_dispatcher,
+    write_outcomes,
+)
+from jobs.db import Prepared
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.states import CLAIMABLE, TERMINAL, UNIT_TERMINAL, JobKind, JobState, ResultState, UnitState
-from jobs.tables import FENCE, Job, JobEvent, Json, ScanResult, Unit
-
-UNITS_CHANNEL = "renalq_units"
-"""NOTIFY channel: some unit waits for the dispatcher."""
-JOBS_CHANNEL = "renalq_jobs"
-"""NOTIFY channel: the job whose id is the payload has changed. A trigger sends it."""
-
-NOW = func.clock_timestamp()
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A unit under lease. `fence` must be named by every later write."""
-
-    unit_id: uuid.UUID
-    job_id: uuid.UUID
-    tenant_id: str
-    kind: JobKind
-    attempt: int
-    fence: int
+from jobs.poison import is_suspect, split
+from jobs.settings import Settings
+from jobs.states import CLAIMABLE, TERMINAL, JobKind, JobState, Lane, ResultState, UnitState
+from jobs.tables import Job, Json, Unit
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a beat learns: whether the lease is still held, and whether somebody asked to cancel."""
+    """What a worker learns of its unit: whether it still holds it, and whether the work is still wanted of it."""
 
     held: bool
-    cancel_requested: bool
+    cancel_requested: bool = False
+    yield_requested: bool = False
 
 
 @dataclass(frozen=True)
-class ScanOutcome:
-    """The end of one scan: a label with its probabilities, or an error."""
+class RetryPolicy:
+    """How often a unit may fail, and how long it waits in between: evenly between 0 and a bound that doubles from
+    `base` to `cap` seconds (full jitter), so that retries never march in step."""
 
-    ordinal: int
-    label: str | None = None
-    confidence: float | None = None
-    probabilities: Mapping[str, float] | None = None
-    error: Json | None = None
+    max_failures: int = 3
+    base: float = 0.0
+    cap: float = 60.0
 
+    @classmethod
+    def of(cls, settings: Settings) -> "RetryPolicy":
+        """The policy of the settings."""
+        return cls(settings.max_failures, settings.retry_base_seconds, settings.retry_cap_seconds)
 
-def seconds(value: float) -> ColumnElement[dt.timedelta]:
-    """A Postgres interval of so many seconds."""
-    return func.make_interval(0, 0, 0, 0, 0, 0, value)
+    def wait(self) -> ColumnElement[Any]:
+        """A unit's wait before its next try, in SQL."""
+        return seconds(func.random() * func.least(self.cap, self.base * func.power(2, Unit.failures)))
 
 
 # --- a worker's life with a unit ---
 
 
+# Locks the job, then the unit, like every verb. What both waited for is seen: an UPDATE looks at the latest row again.
+CLAIM = """
+WITH wanted AS ({wanted}), job AS MATERIALIZED (
+    SELECT jobs.id, jobs.kind, jobs.tenant_id, wanted.id AS unit_id
+    FROM wanted JOIN jobs ON jobs.id = wanted.job_id
+    WHERE jobs.finished_at IS NULL AND jobs.cancel_requested_at IS NULL
+    FOR NO KEY UPDATE OF jobs{skip}
+), claimed AS (
+    UPDATE units SET state = 'running', attempt = attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
+        lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
+        progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
+    FROM job
+    WHERE units.id = job.unit_id AND state IN ('queued', 'dispatched') AND not_before <= clock_timestamp()
+    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence
+), started AS (
+    UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
+        attempt = greatest(jobs.attempt, claimed.attempt)
+    FROM claimed WHERE jobs.id = claimed.job_id
+), told AS (
+    INSERT INTO job_events (job_id, tenant_id, type, data)
+    SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
+)
+SELECT unit_id, job_id, tenant_id, kind, attempt, fence, pg_notify('renalq_units', '') FROM claimed
+"""
+CLAIM_UNIT = Prepared(
+    "claim_unit",
+    "uuid, text, float8",
+    CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
+)
+PROMISED = """
+SELECT id, job_id FROM units WHERE state = 'dispatched' AND lane = $1 AND rings = 0 ORDER BY dispatched_at, id LIMIT 1
+"""
+CLAIM_NEXT = Prepared(
+    "claim_next",
+    "text, text, float8",
+    CLAIM.format(wanted=PROMISED, skip=" SKIP LOCKED"),
+)
+
+
 def claim(session: Session, unit_id: uuid.UUID, worker: str, lease: float) -> Claim | None:
     """Take the unit under lease. None means refused: it is taken, ended, cancelled, or not due yet."""
-    job = session.execute(
-        _locking(select(Job.id, Job.kind, Job.tenant_id).join(Unit, Unit.job_id == Job.id).where(Unit.id == unit_id))
-    ).first()
-    if job is None:
-        return None
-    row = session.execute(
-        update(Unit)
-        .where(
-            Unit.id == unit_id,
-            Unit.state.in_(CLAIMABLE),
-            Unit.not_before <= NOW,
-            exists().where(Job.id == Unit.job_id, Job.state.not_in(TERMINAL), Job.cancel_requested_at.is_(None)),
-        )
-        .values(
-            state=UnitState.RUNNING,
-            attempt=Unit.attempt + 1,
-            fence=FENCE.next_value(),
-            worker=worker,
-            lease_expires_at=NOW + seconds(lease),
-            started_at=NOW,
-            progress_at=NOW,
-            error=None,
-        )
-        .returning(Unit.attempt, Unit.fence)
-        .execution_options(synchronize_session=False)
-    ).first()
+    return _claimed(CLAIM_UNIT(session, str(unit_id), worker, lease).first())
+
+
+def claim_next(session: Session, lane: Lane, worker: str, lease: float) -> Claim | None:
+    """Take the next unit that the dispatcher has promised to the lane's busy workers (see `jobs/doorbells.py`)."""
+    return _claimed(CLAIM_NEXT(session, str(lane), worker, lease).first())
+
+
+def _claimed(row: Any) -> Claim | None:
     if row is None:
         return None
-    _start_job(session, job.id, job.tenant_id, row.attempt, worker)
-    return Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), row.attempt, row.fence)
+    ids = uuid.UUID(str(row.unit_id)), uuid.UUID(str(row.job_id))
+    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence)
 
 
-def _start_job(session: Session, job_id: uuid.UUID, tenant_id: str, attempt: int, worker: str) -> None:
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-        .values(
-            state=JobState.RUNNING,
-            started_at=func.coalesce(Job.started_at, NOW),
-            attempt=func.greatest(Job.attempt, attempt),
-        )
-        .execution_options(synchronize_session=False)
-    )
-    record(session, job_id, tenant_id, "claimed", {"attempt": attempt, "worker": worker})
+def beat(session: Session, held: Claim, lease: float) -> bool:
+    """Renew the lease; False: it is lost. It touches the unit's row alone, so that a busy job never delays it."""
+    try:
+        require_held(session, held, lease_expires_at=NOW + seconds(lease))
+    except LeaseLost:
+        return False
+    return True
 
 
-def beat(session: Session, held: Claim, lease: float) -> Standing:
-    """Renew the lease. It touches the unit's row alone, so that a busy job never delays it."""
-    wanted = select(Job.cancel_requested_at.is_not(None)).where(Job.id == held.job_id).scalar_subquery()
-    cancel = session.execute(
-        _fenced(update(Unit), held).values(lease_expires_at=NOW + seconds(lease)).returning(wanted)
-    ).scalar()
-    return Standing(held=cancel is not None, cancel_requested=bool(cancel))
+def standing(session: Session, held: Claim) -> Standing:
+    """How the unit stands for its holder: a read by two primary keys."""
+    row = session.execute(
+        select(Job.cancel_requested_at.is_not(None), Unit.yield_requested_at.is_not(None))
+        .join(Job, Job.id == Unit.job_id)
+        .where(holds(held))
+    ).first()
+    return Standing(False) if row is None else Standing(True, *row)
 
 
 def report(
@@ -136,14 +159,32 @@ def report(
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    _lock_job(session, held.job_id)
-    _require_held(session, held, progress_at=NOW)
+    lock_job(session, held.job_id)
+    require_held(session, held, progress_at=NOW)
     said = {"stage": stage, "stages": stages, "progress": progress, "mlflow_run_id": mlflow_run_id}
     values = {name: value for name, value in said.items() if value is not None}
     if values:
         session.execute(update(Job).where(Job.id == held.job_id).values(**values))
     if event is not None:
         record(session, held.job_id, held.tenant_id, event[0], {**event[1], "attempt": held.attempt})
+
+
+SUCCEED = Prepared(
+    "succeed_unit",
+    "uuid, uuid, bigint, int, int, float8, jsonb",
+    """
+WITH job AS MATERIALIZED (SELECT id FROM jobs WHERE id = $1 FOR NO KEY UPDATE),
+succeeded AS (
+    UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL
+    FROM job WHERE units.id = $2 AND fence = $3 AND state = 'running' AND units.job_id = job.id
+    RETURNING units.job_id
+)
+UPDATE jobs SET succeeded = jobs.succeeded + $4, failed = jobs.failed + $5,
+    device_seconds = device_seconds + $6, metrics = coalesce($7, metrics)
+FROM succeeded WHERE jobs.id = succeeded.job_id
+RETURNING pg_notify('renalq_units', '')
+""",
+)
 
 
 def succeed(
@@ -159,111 +200,111 @@ def succeed(
     Raises:
         LeaseLost: another worker holds the unit, or it has ended; nothing was written.
     """
-    _lock_job(session, held.job_id)
-    _require_held(session, held, state=UnitState.SUCCEEDED, finished_at=NOW, lease_expires_at=None)
-    if outcomes:
-        _write_outcomes(session, held, outcomes)
-        failed = sum(outcome.error is not None for outcome in outcomes)
-        count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
-    else:
-        count(session, held.job_id, succeeded=1)
-    values: Json = {"device_seconds": Job.device_seconds + device_seconds}
-    if metrics is not None:
-        values["metrics"] = metrics
-    session.execute(update(Job).where(Job.id == held.job_id).values(**values))
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    succeeded = 1 if held.kind not in PREDICTIONS else len(outcomes) - failed
+    figures = None if metrics is None else json.dumps(metrics)
+    ids = str(held.job_id), str(held.unit_id)
+    if SUCCEED(session, *ids, held.fence, succeeded, failed, device_seconds, figures).first() is None:
+        raise LeaseLost
+    write_outcomes(session, held, outcomes, counted=True)
     end_if_done(session, held.job_id)
 
 
-def _write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome]) -> None:
-    now = session.scalar(select(NOW))
-    session.execute(
-        update(ScanResult),
-        [
-            {
-                "job_id": held.job_id,
-                "ordinal": outcome.ordinal,
-                "state": ResultState.FAILED if outcome.error else ResultState.SUCCEEDED,
-                "label": outcome.label,
-                "confidence": outcome.confidence,
-                "probabilities": dict(outcome.probabilities) if outcome.probabilities else None,
-                "error": outcome.error,
-                "finished_at": now,
-            }
-            for outcome in outcomes
-        ],
-    )
+def fail(
+    session: Session,
+    held: Claim,
+    error: Json,
+    retry: RetryPolicy = RetryPolicy(),
+    outcomes: Sequence[ScanOutcome] = (),
+) -> UnitState:
+    """A failure of the unit: back to the queue after a wait when it may be tried again, else its end.
 
-
-def fail(session: Session, held: Claim, error: Json, *, max_failures: int = 3, backoff: float = 0.0) -> UnitState:
-    """A failure of the unit: back to the queue after `backoff` seconds when it may be tried again, else its end.
-
-    `error` is `{"code", "detail", "retryable"}`. Returns the state that the unit has now.
+    `error` is `{"code", "detail", "retryable"}`; `outcomes` are the scans that were done before it. Returns the state
+    that the unit has now.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    _lock_job(session, held.job_id)
-    return _fail(session, held, error, max_failures, backoff, guard=_holds(held))
+    lock_job(session, held.job_id)
+    return _fail(session, held, error, retry, holds(held), outcomes)
 
 
 def _fail(
-    session: Session, held: Claim, error: Json, max_failures: int, backoff: float, guard: ColumnElement[bool]
+    session: Session,
+    held: Claim,
+    error: Json,
+    retry: RetryPolicy,
+    guard: ColumnElement[bool],
+    outcomes: Sequence[ScanOutcome] = (),
 ) -> UnitState:
-    again = and_(literal(bool(error.get("retryable"))), Unit.failures + 1 < max_failures)
-    state = session.execute(
+    again = and_(literal(bool(error.get("retryable"))), Unit.failures + 1 < retry.max_failures)
+    row = session.execute(
         update(Unit)
         .where(guard)
         .values(
             state=case((again, UnitState.QUEUED.value), else_=UnitState.FAILED.value),
             failures=Unit.failures + 1,
             finished_at=case((again, None), else_=NOW),
-            not_before=NOW + seconds(backoff),
+            not_before=NOW + retry.wait(),
+            scans=func.greatest(1, Unit.scans - len(outcomes)),
             **_let_go(),
             error=error,
         )
-        .returning(Unit.state)
+        .returning(Unit.state, Unit.failures)
         .execution_options(synchronize_session=False)
-    ).scalar()
-    if state is None:
+    ).first()
+    if row is None:
         raise LeaseLost
-    if state == UnitState.QUEUED:
+    write_outcomes(session, held, outcomes)
+    if row.state == UnitState.QUEUED:
+        if is_suspect(held.kind, error, row.failures, retry.max_failures):
+            split(session, held, failures=max(0, retry.max_failures - 2))
         _handed_back(session, held, error)
     else:
-        _end_scans(session, held, ResultState.FAILED, error)
+        end_scans(session, held, ResultState.FAILED, error)
         session.execute(update(Job).where(Job.id == held.job_id).values(error=error))
         end_if_done(session, held.job_id)
-    return UnitState(state)
+    return UnitState(row.state)
 
 
-def requeue(session: Session, held: Claim, reason: str) -> None:
-    """Hand the unit back as it is, with no failure counted (a drain).
+def requeue(session: Session, held: Claim, reason: str, outcomes: Sequence[ScanOutcome] = ()) -> None:
+    """Hand the unit back, with no failure counted (a drain, or a yield). `outcomes`: the scans that are done.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    _lock_job(session, held.job_id)
-    _require_held(session, held, state=UnitState.QUEUED, not_before=NOW, **_let_go())
+    lock_job(session, held.job_id)
+    left = func.greatest(1, Unit.scans - len(outcomes))
+    require_held(session, held, state=UnitState.QUEUED, not_before=NOW, scans=left, **_let_go())
+    write_outcomes(session, held, outcomes)
     _handed_back(session, held, {"code": reason})
 
 
 def _let_go() -> Json:
-    return {"lease_expires_at": None, "dispatched_at": None, "rings": 0}
+    return {"lease_expires_at": None, "dispatched_at": None, "yield_requested_at": None, "rings": 0}
 
 
 def _handed_back(session: Session, held: Claim, why: Json) -> None:
+    """The unit waits again; or it ends, where the job's end was asked for meanwhile: nobody could claim it any more."""
     record(session, held.job_id, held.tenant_id, "requeued", {"attempt": held.attempt, "reason": why.get("code")})
-    session.execute(select(func.pg_notify(UNITS_CHANNEL, "")))
+    unwanted = session.scalar(select(Job).where(Job.id == held.job_id, Job.cancel_requested_at.is_not(None)))
+    if unwanted is None:
+        wake_dispatcher(session)
+    else:
+        _cancel_unheld(session, unwanted)
+        end_if_done(session, held.job_id)
 
 
-def cancelled(session: Session, held: Claim) -> None:
-    """The worker has stopped because somebody asked for it.
+def cancelled(session: Session, held: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
+    """The worker has stopped because somebody asked for it. `outcomes`: the scans that were done by then.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    _lock_job(session, held.job_id)
-    _require_held(session, held, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
-    _end_scans(session, held, ResultState.CANCELLED, None)
+    lock_job(session, held.job_id)
+    require_held(session, held, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
+    write_outcomes(session, held, outcomes)
+    end_scans(session, held, ResultState.CANCELLED, None)
     end_if_done(session, held.job_id)
 
 
@@ -277,7 +318,7 @@ def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
         JobNotFound: no such job of this tenant.
         WrongState: the job has ended otherwise.
     """
-    job = session.scalar(_locking(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
+    job = session.scalar(locking(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
     if job is None:
         raise JobNotFound
     if job.state in TERMINAL and job.state != JobState.CANCELLED:
@@ -302,41 +343,35 @@ def _cancel_unheld(session: Session, job: Job) -> None:
     ).all()
     for unit_id in stopped:
         held = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0)
-        _end_scans(session, held, ResultState.CANCELLED, None)
+        end_scans(session, held, ResultState.CANCELLED, None)
 
 
-def reap(session: Session, *, max_failures: int, stall: float, limit: int = 100) -> int:
-    """Take units back from workers that stopped beating, or whose work has not moved for `stall` seconds.
+def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
+    """Take one unit back from a worker that stopped beating, or whose work has not moved for `stall` seconds.
 
     A candidate is only a candidate: state, fence AND expiry are checked again in the UPDATE that takes it, since its
-    worker may beat or end it in between. Returns how many were taken.
+    worker may beat or end it in between. Returns how many were taken, 0 or 1: one job a transaction.
     """
     lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
-    candidates = session.execute(
+    row = session.execute(
         select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Job.kind, Job.cancel_requested_at)
         .add_columns((Unit.lease_expires_at < NOW).label("silent"))
         .join(Job, Job.id == Unit.job_id)
         .where(Unit.state == UnitState.RUNNING, lost)
-        .limit(limit)
-    ).all()
-    return sum(_reap_one(session, row, lost, max_failures) for row in candidates)
+        .order_by(func.random())  # one that is always refused must not hide the others
+        .limit(1)
+    ).first()
+    return 0 if row is None else int(_reap_one(session, row, lost, retry))
 
 
-def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], max_failures: int) -> bool:
+def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
     held = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence)
-    _lock_job(session, held.job_id)
+    lock_job(session, held.job_id)
     try:
         if row.cancel_requested_at is not None:
             _end_reaped_as_cancelled(session, held, lost)
         else:
-            _fail(
-                session,
-                held,
-                WORKER_LOST if row.silent else STALLED,
-                max_failures,
-                0,
-                and_(_holds(held), lost),
-            )
+            _fail(session, held, WORKER_LOST if row.silent else STALLED, retry, and_(holds(held), lost))
     except LeaseLost:
         return False
     return True
@@ -344,8 +379,8 @@ def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], max_failure
 
 def _end_reaped_as_cancelled(session: Session, held: Claim, lost: ColumnElement[bool]) -> None:
     """Whoever asked to cancel need not wait for another worker only to have it stop."""
-    _require_held(session, held, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
-    _end_scans(session, held, ResultState.CANCELLED, None)
+    require_held(session, held, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
+    end_scans(session, held, ResultState.CANCELLED, None)
     end_if_done(session, held.job_id)
 
 
@@ -359,92 +394,3 @@ STALLED: Json = {
     "detail": "The work made no progress in the stall limit. See the worker's log, or raise RENALQ_STALL_SECONDS.",
     "retryable": True,
 }
-
-
-# --- pieces ---
-
-
-def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data: Json) -> None:
-    """Append an event."""
-    session.execute(insert(JobEvent).values(job_id=job_id, tenant_id=tenant_id, type=type_, data=data))
-
-
-def _locking(statement: Any) -> Any:
-    """With the job's row locked. NO KEY UPDATE: rows that refer to the job can still be inserted meanwhile."""
-    return statement.with_for_update(of=Job, key_share=True)
-
-
-def _lock_job(session: Session, job_id: uuid.UUID) -> None:
-    session.execute(_locking(select(Job.id).where(Job.id == job_id)))
-
-
-def _holds(held: Claim) -> ColumnElement[bool]:
-    return and_(Unit.id == held.unit_id, Unit.fence == held.fence, Unit.state == UnitState.RUNNING)
-
-
-def _fenced(statement: Update, held: Claim, *guards: ColumnElement[bool]) -> Update:
-    return statement.where(_holds(held), *guards).execution_options(synchronize_session=False)
-
-
-def _require_held(session: Session, held: Claim, *guards: ColumnElement[bool], **values: Any) -> None:
-    if session.execute(_fenced(update(Unit), held, *guards).values(**values)).rowcount == 0:  # type: ignore[attr-defined]
-        raise LeaseLost
-
-
-def _end_scans(session: Session, held: Claim, state: ResultState, error: Json | None) -> None:
-    """End a unit's pending scans alike, and count them. A unit without scans counts as one."""
-    if held.kind not in (JobKind.PREDICT, JobKind.PREDICT_BATCH):
-        ended = 1
-    else:
-        ended = session.execute(
-            update(ScanResult)
-            .where(ScanResult.unit_id == held.unit_id, ScanResult.state == ResultState.PENDING)
-            .values(state=state, error=error, finished_at=NOW)
-            .execution_options(synchronize_session=False)
-        ).rowcount  # type: ignore[attr-defined]
-    count(session, held.job_id, **{str(state): ended})
-
-
-def count(session: Session, job_id: uuid.UUID, **more: int) -> None:
-    values = {name: getattr(Job, name) + number for name, number in more.items() if number}
-    if values:
-        session.execute(update(Job).where(Job.id == job_id).values(**values))
-
-
-def end_if_done(session: Session, job_id: uuid.UUID) -> None:
-    """When no unit is left, the counters say how the job ended. The caller holds the job's lock."""
-    unfinished = exists().where(Unit.job_id == job_id, Unit.state.not_in(UNIT_TERMINAL))
-    verdict = case(
-        (Job.succeeded == Job.total, JobState.SUCCEEDED.value),
-        (and_(Job.cancel_requested_at.is_not(None), Job.cancelled > 0), JobState.CANCELLED.value),
-        (Job.succeeded == 0, JobState.FAILED.value),
-        else_=JobState.PARTIALLY_SUCCEEDED.value,
-    )
-    ended = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state.not_in(TERMINAL), ~unfinished)
-        .values(state=verdict, finished_at=NOW, progress=case((verdict == "succeeded", 1.0), else_=Job.progress))
-        .returning(Job.tenant_id, Job.state, Job.total, Job.succeeded, Job.failed, Job.cancelled, Job.error)
-        .execution_options(synchronize_session=False)
-    ).first()
-    if ended is None:
-        return
-    counts = {
-        "total": ended.total,
-        "succeeded": ended.succeeded,
-        "failed": ended.failed,
-        "cancelled": ended.cancelled,
-    }
-    if ended.state == JobState.FAILED and ended.error is None:
-        session.execute(update(Job).where(Job.id == job_id).values(error=_error_of_scans(session, job_id, ended.total)))
-    record(session, job_id, ended.tenant_id, ended.state, {"counts": counts})
-
-
-def _error_of_scans(session: Session, job_id: uuid.UUID, total: int) -> Json:
-    if total == 1:
-        return session.scalars(select(ScanResult.error).where(ScanResult.job_id == job_id)).one() or {}
-    return {
-        "code": "ALL_SCANS_FAILED",
-        "detail": f"None of the {total} scans could be read. GET /jobs/ID/results?state=failed says why for each.",
-        "retryable": False,
-    }

@@ -7,7 +7,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from jobs.lifecycle import NOW, seconds
+from jobs.bookkeeping import NOW, seconds
 from jobs.tables import Process
 
 DISPATCHER, WORKER = "dispatcher", "worker"

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Select, cast, func, or_, select
+from sqlalchemy import ColumnElement, Select, cast, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from jobs.bookkeeping import NOW, PREDICTIONS
 from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
-from jobs.lifecycle import NOW
-from jobs.states import CLAIMABLE, TERMINAL, JobKind, JobState, ResultState
-from jobs.tables import Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult, Unit
+from jobs.places import Place, places
+from jobs.states import TERMINAL, JobState, ResultState
+from jobs.tables import Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
 
 T = TypeVar("T")
-PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as it stands at `now` by Postgres' clock. `queue_position`: waiting units before its first one."""
+    """A job as it stands at `now` by Postgres' clock. `place` is where it waits, if it does."""
 
     job: Job
     now: dt.datetime
-    queue_position: int | None
+    place: Place | None
 
     @property
     def terminal(self) -> bool:
@@ -59,8 +59,18 @@ class JobView:
         return max(job.progress, done)
 
     @property
+    def queue_position(self) -> int | None:
+        """How many waiting jobs are served before it, 1000 at most; null once it does not wait."""
+        return self.place.position if self.place else None
+
+    @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the end if work goes on as it did; null before anything can be said."""
+        """Seconds until the end if work goes on as it did; null before anything can be said.
+
+        A running job goes by its own pace so far, a waiting one by that of its lane's latest units.
+        """
+        if self.place is not None:
+            return self.place.eta_seconds
         if self.job.state != JobState.RUNNING or self.job.started_at is None or self.progress <= 0:
             return None
         elapsed = (self.now - self.job.started_at).total_seconds()
@@ -129,18 +139,8 @@ def _jobs(tenant_id: str) -> Select[tuple[Job, dt.datetime]]:
 
 
 def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
-    positions = queue_positions(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
-    return [JobView(job, now, positions.get(job.id)) for job, now in rows]
-
-
-def queue_positions(session: Session, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, int]:
-    """For each job that waits: how many units of its lane, of anybody, wait before its first one."""
-    if not job_ids:
-        return {}
-    place = func.row_number().over(partition_by=Unit.lane, order_by=Unit.id) - 1
-    waiting = select(Unit.job_id, place.label("place")).where(Unit.state.in_(CLAIMABLE)).subquery()
-    first = select(waiting.c.job_id, func.min(waiting.c.place)).where(waiting.c.job_id.in_(job_ids))
-    return {row[0]: row[1] for row in session.execute(first.group_by(waiting.c.job_id))}
+    found = places(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
+    return [JobView(job, now, found.get(job.id)) for job, now in rows]
 
 
 def page(rows: Sequence[T], limit: int, key: Any) -> Page[T]:

@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     )
     mlflow_url: str = Field("", description="MLflow tracking server. Empty: runs are not tracked.")
     mlflow_log_weights: bool = Field(True, description="Also copy each network's weights (537 MB) to MLflow.")
+    track_again_seconds: float = Field(
+        60, gt=0, description="Time between two tries to record what MLflow missed while it was away (s)."
+    )
     weights_dir: Path | None = Field(
         None,
         description="Folder with ImageNet weights (vgg16-397923af.pth) for networks that are closed off.",

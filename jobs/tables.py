@@ -171,7 +171,6 @@ class Job(Base):
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
         # The dispatcher's way to work, and the way to a place in the queue: history costs them nothing.
         Index("ix_jobs_unfinished", "lane", "tenant_id", "id", postgresql_where=text("finished_at IS NULL")),
-        Index("ix_jobs_queued", "lane", "tenant_id", "id", postgresql_where=text("state = 'queued'")),
         # One key of a client makes one job, and one job is retried as one: whatever the API's processes do.
         Index(
             "uq_jobs_tenant_id_idempotency_key",

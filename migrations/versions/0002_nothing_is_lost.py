@@ -70,13 +70,6 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("idempotency_key", sa.String(length=64), nullable=True))
     op.add_column("jobs", sa.Column("retry_of", sa.Uuid(), nullable=True))
     op.create_index(
-        "ix_jobs_queued",
-        "jobs",
-        ["lane", "tenant_id", "id"],
-        unique=False,
-        postgresql_where=sa.text("state = 'queued'"),
-    )
-    op.create_index(
         "ix_jobs_unfinished",
         "jobs",
         ["lane", "tenant_id", "id"],
@@ -144,7 +137,6 @@ def downgrade() -> None:
         "ix_jobs_untracked", table_name="jobs", postgresql_where=sa.text("kind = 'train' AND tracked_at IS NULL")
     )
     op.drop_index("ix_jobs_unfinished", table_name="jobs", postgresql_where=sa.text("finished_at IS NULL"))
-    op.drop_index("ix_jobs_queued", table_name="jobs", postgresql_where=sa.text("state = 'queued'"))
     op.drop_column("jobs", "retry_of")
     op.drop_column("jobs", "idempotency_key")
     op.drop_column("jobs", "tracked_at")

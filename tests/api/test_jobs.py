@@ -20,8 +20,8 @@ from tests.api.test_errors import assert_problem
 
 KEYS = {
     "id", "kind", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress", "eta_seconds",
-    "queue_position", "attempt", "counts", "params", "dataset_id", "model_version", "metrics", "error", "metadata",
-    "created_at", "started_at", "finished_at", "device_seconds", "links",
+    "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "model_version", "metrics", "error",
+    "metadata", "created_at", "started_at", "finished_at", "device_seconds", "links",
 }  # fmt: skip
 TRAIN = {"source_url": "https://example.org/ct.zip"}
 
@@ -45,7 +45,7 @@ def test_a_training_is_accepted_with_its_address(client: FlaskClient) -> None:
     assert uuid.UUID(job["id"]).version == 7
     assert job["created_at"].endswith("Z")
     for name, link in job["links"].items():
-        assert client.open(link, method="POST" if name == "cancel" else "GET").status_code < 410
+        assert client.open(link, method="POST" if name in ("cancel", "retry") else "GET").status_code < 410
 
 
 def test_a_training_needs_a_dataset_that_is_ready(client: FlaskClient, sessions: Sessions) -> None:

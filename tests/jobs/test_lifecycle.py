@@ -2,19 +2,20 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import lifecycle
-from jobs.db import Sessions, listening
-from jobs.doorbells import dispatch
+from jobs import bookkeeping, lifecycle
+from jobs.db import Prepared, Sessions, listening
 from jobs.errors import JobNotFound, LeaseLost, WrongState
+from jobs.lifecycle import RetryPolicy
 from jobs.states import TERMINAL, TRANSITIONS, JobKind, JobState, Lane, UnitState
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import Job, JobEvent, Unit
+from jobs.tables import Job, JobEvent, ScanResult, Unit
 from tests.builders import (
     BROKEN,
     TENANT,
@@ -55,43 +56,6 @@ def test_a_batch_of_broken_scans_alone_has_failed_before_it_began(sessions: Sess
         assert not faults(session)
 
 
-def test_dispatch_rings_each_unit_once_and_not_again_too_soon(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        job = make_job(session)
-        (bell,) = dispatch(session, ring_again=15, per_job=4)
-        assert (bell.unit_id, bell.lane, bell.kind) == (units_of(session, job)[0].id, "train", "train")
-        assert dispatch(session, ring_again=15, per_job=4) == []
-
-
-def test_a_doorbell_that_nobody_answers_is_rung_again(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        make_job(session)
-        dispatch(session, ring_again=15, per_job=4)
-        session.execute(text("UPDATE units SET dispatched_at = dispatched_at - interval '16 seconds'"))
-        assert len(dispatch(session, ring_again=15, per_job=4)) == 1
-        session.execute(text("UPDATE units SET dispatched_at = dispatched_at - interval '16 seconds'"))
-        assert dispatch(session, ring_again=15, per_job=4) == [], "the second wait is twice as long"
-
-
-def test_only_a_few_units_of_one_job_are_rung_at_a_time(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=10)
-        assert len(dispatch(session, ring_again=15, per_job=4)) == 4
-        held = claim(session, units_of(session, job)[0])
-        assert dispatch(session, ring_again=15, per_job=4) == []
-        lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
-        assert len(dispatch(session, ring_again=15, per_job=4)) == 1
-
-
-def test_two_dispatchers_never_ring_the_same_unit(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        for _ in range(20):
-            make_job(session)
-    with sessions.begin() as one, sessions.begin() as other:
-        rung = dispatch(one, 15, 4, limit=12) + dispatch(other, 15, 4, limit=12)
-    assert len(rung) == len({bell.unit_id for bell in rung}) == 20
-
-
 def test_of_fifty_workers_one_gets_the_unit(sessions: Sessions) -> None:
     with sessions.begin() as session:
         unit = units_of(session, make_job(session))[0]
@@ -121,17 +85,22 @@ def test_a_claim_starts_the_job_and_raises_its_attempt(sessions: Sessions) -> No
 def test_a_unit_that_is_not_due_is_refused(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
-        lifecycle.fail(session, claim(session, units_of(session, job)[0]), TRANSIENT, backoff=60)
-        assert lifecycle.claim(session, units_of(session, job)[0].id, "w", 45) is None
+        lifecycle.fail(session, claim(session, units_of(session, job)[0]), TRANSIENT, RetryPolicy(base=60))
+        (unit,) = units_of(session, job)
+        wait = unit.not_before - session.scalar(select(lifecycle.NOW))
+        assert timedelta(0) < wait < timedelta(seconds=60), "evenly between nothing and the bound"
+        assert lifecycle.claim(session, unit.id, "w", 45) is None
 
 
-def test_a_beat_renews_the_lease_and_hears_of_a_cancel(sessions: Sessions) -> None:
+def test_a_beat_renews_the_lease_and_a_look_hears_of_a_cancel(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
-        assert lifecycle.beat(session, held, 45) == lifecycle.Standing(held=True, cancel_requested=False)
+        assert lifecycle.beat(session, held, 45)
+        assert lifecycle.standing(session, held) == lifecycle.Standing(held=True)
         lifecycle.cancel(session, TENANT, job.id)
-        assert lifecycle.beat(session, held, 45) == lifecycle.Standing(held=True, cancel_requested=True)
+        assert lifecycle.beat(session, held, 45)
+        assert lifecycle.standing(session, held) == lifecycle.Standing(held=True, cancel_requested=True)
 
 
 def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
@@ -139,10 +108,11 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
-        assert lifecycle.reap(session, max_failures=3, stall=900) == 1
+        assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence > stale.fence
-        assert not lifecycle.beat(session, stale, 45).held
+        assert not lifecycle.beat(session, stale, 45)
+        assert not lifecycle.standing(session, stale).held
         for write in (
             lambda: lifecycle.report(session, stale, progress=0.5),
             lambda: lifecycle.succeed(session, stale),
@@ -160,14 +130,15 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
 
 def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: without the fence in the guard, the stale worker's write goes through."""
-    from sqlalchemy import and_
-
-    monkeypatch.setattr(lifecycle, "_holds", lambda held: and_(Unit.id == held.unit_id, Unit.state == "running"))
+    unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3", "")
+    assert unfenced != lifecycle.SUCCEED.sql
+    types = "uuid, uuid, bigint, int, int, float8, jsonb"
+    monkeypatch.setattr(lifecycle, "SUCCEED", Prepared("succeed_unfenced", types, unfenced))
     with sessions.begin() as session:
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
-        lifecycle.reap(session, max_failures=3, stall=900)
+        lifecycle.reap(session, retry=RetryPolicy(), stall=900)
         claim(session, units_of(session, job)[0], "worker-b")
         lifecycle.succeed(session, stale)
         session.refresh(job)
@@ -180,7 +151,7 @@ def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> No
         held = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
     candidate, beaten, done = threading.Event(), threading.Event(), []
-    real_lock = lifecycle._lock_job
+    real_lock = lifecycle.lock_job
 
     def pausing_lock(session: Session, job_id: object) -> None:
         candidate.set()
@@ -189,14 +160,14 @@ def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> No
 
     def reap() -> None:
         with pytest.MonkeyPatch.context() as patch, sessions.begin() as session:
-            patch.setattr(lifecycle, "_lock_job", pausing_lock)
-            done.append(lifecycle.reap(session, max_failures=3, stall=900))
+            patch.setattr(lifecycle, "lock_job", pausing_lock)
+            done.append(lifecycle.reap(session, retry=RetryPolicy(), stall=900))
 
     thread = threading.Thread(target=reap)
     thread.start()
     candidate.wait(10)
     with sessions.begin() as session:
-        assert lifecycle.beat(session, held, 45).held
+        assert lifecycle.beat(session, held, 45)
     beaten.set()
     thread.join(10)
     assert done == [0], "the expiry is checked again in the UPDATE"
@@ -208,7 +179,7 @@ def test_a_lost_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> Non
         for _ in range(3):
             claim(session, units_of(session, job)[0])
             _let_the_lease_run_out(session)
-            lifecycle.reap(session, max_failures=3, stall=900)
+            lifecycle.reap(session, retry=RetryPolicy(), stall=900)
         session.refresh(job)
         assert job.state == "failed"
         assert job.error is not None
@@ -222,7 +193,7 @@ def test_a_beating_unit_without_progress_is_stalled(sessions: Sessions) -> None:
         job = make_job(session)
         claim(session, units_of(session, job)[0])
         session.execute(text("UPDATE units SET progress_at = progress_at - interval '1000 seconds'"))
-        assert lifecycle.reap(session, max_failures=1, stall=900) == 1
+        assert lifecycle.reap(session, retry=RetryPolicy(1), stall=900) == 1
         session.refresh(job)
         assert job.error is not None
         assert job.error["code"] == "STALLED"
@@ -234,6 +205,77 @@ def test_a_drained_unit_goes_back_without_a_failure(sessions: Sessions) -> None:
         lifecycle.requeue(session, claim(session, units_of(session, job)[0]), "DRAINED")
         (unit,) = units_of(session, job)
         assert (unit.state, unit.failures, unit.attempt) == ("queued", 0, 1)
+
+
+def test_what_was_done_before_a_drain_is_kept(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
+        first = claim(session, units_of(session, job)[0])
+        lifecycle.requeue(session, first, "DRAINED", outcomes_of(session, first)[:4])
+        (unit,) = units_of(session, job)
+        assert (unit.state, unit.scans) == ("queued", 6)
+        second = claim(session, unit)
+        lifecycle.succeed(session, second, outcomes=outcomes_of(session, second)[4:])
+        session.refresh(job)
+        assert (job.state, job.succeeded) == ("succeeded", 10)
+        assert not faults(session)
+
+
+def test_a_cancel_keeps_what_was_done(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
+        held = claim(session, units_of(session, job)[0])
+        lifecycle.cancel(session, TENANT, job.id)
+        lifecycle.cancelled(session, held, outcomes_of(session, held)[:4])
+        session.refresh(job)
+        assert (job.state, job.succeeded, job.cancelled) == ("cancelled", 4, 6)
+        assert not faults(session)
+
+
+@pytest.mark.parametrize("hand_back", ["drain", "failure"])
+def test_a_unit_handed_back_after_a_cancel_ends(sessions: Sessions, hand_back: str) -> None:
+    """Nobody could claim it any more: it would wait for ever."""
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
+        held = claim(session, units_of(session, job)[0])
+        lifecycle.cancel(session, TENANT, job.id)
+        if hand_back == "drain":
+            lifecycle.requeue(session, held, "DRAINED")
+        else:
+            lifecycle.fail(session, held, TRANSIENT)
+        session.refresh(job)
+        assert (job.state, job.cancelled) == ("cancelled", 10)
+        assert not faults(session)
+
+
+def test_a_chunk_that_lost_its_worker_twice_is_split_until_the_poison_is_alone(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=100)
+        deaths = 0
+        while waiting := [unit for unit in units_of(session, job) if unit.finished_at is None]:
+            held = claim(session, waiting[0])
+            outcomes = outcomes_of(session, held)
+            if 70 in [outcome.ordinal for outcome in outcomes]:
+                _let_the_lease_run_out(session)
+                assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
+                deaths += 1
+            else:
+                lifecycle.succeed(session, held, outcomes=outcomes)
+        session.refresh(job)
+        assert (job.state, job.succeeded, job.failed) == ("partially_succeeded", 99, 1)
+        poison = session.get_one(ScanResult, (job.id, 70))
+        assert poison.error is not None
+        assert poison.error["code"] == "WORKER_LOST"
+        assert deaths == 6, "twice as a chunk, once as an eighth of it, once in two scans, then alone until the third"
+        assert not faults(session)
+
+
+def test_an_error_that_is_no_scans_fault_splits_nothing(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=100)
+        for _ in range(2):
+            lifecycle.fail(session, claim(session, units_of(session, job)[0]), TRANSIENT)
+        assert len(units_of(session, job)) == 1
 
 
 def test_a_permanent_failure_ends_the_job_at_once(sessions: Sessions) -> None:
@@ -313,7 +355,7 @@ def test_a_cancelled_unit_is_refused_and_a_dead_worker_does_not_hold_the_cancel_
         claim(session, units_of(session, job)[0])
         lifecycle.cancel(session, TENANT, job.id)
         _let_the_lease_run_out(session)
-        lifecycle.reap(session, max_failures=3, stall=900)
+        lifecycle.reap(session, retry=RetryPolicy(), stall=900)
         session.refresh(job)
         assert job.state == "cancelled"
         assert lifecycle.claim(session, units_of(session, job)[0].id, "w", 45) is None
@@ -375,7 +417,7 @@ def test_events_only_grow_and_the_end_comes_once(sessions: Sessions) -> None:
         session.execute(update(JobEvent).values(type="other"))
     for state in TERMINAL:
         with pytest.raises(IntegrityError, match="uq_job_events_terminal"), sessions.begin() as session:
-            lifecycle.record(session, job.id, TENANT, state, {})
+            bookkeeping.record(session, job.id, TENANT, state, {})
 
 
 def test_a_running_unit_without_a_lease_is_refused(sessions: Sessions) -> None:
@@ -386,14 +428,14 @@ def test_a_running_unit_without_a_lease_is_refused(sessions: Sessions) -> None:
 
 
 def test_every_change_of_a_job_is_told_and_gives_it_a_new_revision(sessions: Sessions) -> None:
-    with listening(sessions.kw["bind"], lifecycle.JOBS_CHANNEL, lifecycle.UNITS_CHANNEL) as bell:
+    with listening(sessions.kw["bind"], bookkeeping.JOBS_CHANNEL, bookkeeping.UNITS_CHANNEL) as bell:
         with sessions.begin() as session:
             job = make_job(session)
             before = job.revision
         assert str(job.id) in bell.wait(5)
         with sessions.begin() as session:
             claim(session, units_of(session, job)[0])
-        assert bell.wait(5) == [str(job.id)]
+        assert set(bell.wait(5)) == {str(job.id), ""}, "the claim leaves room for another ring"
         with sessions() as session:
             assert session.get_one(Job, job.id).revision > before
 

@@ -1,0 +1,193 @@
+"""What the verbs share: the lock and the fence, events, counters, a unit's scans, and the end of a job.
+
+Everything here is called inside a verb's transaction, with the job's row locked.
+"""
+
+import datetime as dt
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from jobs.db import Prepared
+from jobs.errors import LeaseLost
+from jobs.states import JobKind, ResultState, UnitState
+from jobs.tables import Job, JobEvent, Json, ScanResult, Unit
+
+UNITS_CHANNEL = "renalq_units"
+"""NOTIFY channel: a unit waits for the dispatcher, or a worker has room for one."""
+JOBS_CHANNEL = "renalq_jobs"
+"""NOTIFY channel: the job whose id is the payload has changed. A trigger sends it."""
+
+NOW = func.clock_timestamp()
+PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A unit under lease. `fence` must be named by every later write."""
+
+    unit_id: uuid.UUID
+    job_id: uuid.UUID
+    tenant_id: str
+    kind: JobKind
+    attempt: int
+    fence: int
+
+
+@dataclass(frozen=True)
+class ScanOutcome:
+    """The end of one scan: a label with its probabilities, or an error."""
+
+    ordinal: int
+    label: str | None = None
+    confidence: float | None = None
+    probabilities: Mapping[str, float] | None = None
+    error: Json | None = None
+
+
+def seconds(value: Any) -> ColumnElement[dt.timedelta]:
+    """A Postgres interval of so many seconds."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, value)
+
+
+# --- the lock and the fence ---
+
+
+def locking(statement: Any) -> Any:
+    """With the job's row locked. NO KEY UPDATE: rows that refer to the job can still be inserted meanwhile."""
+    return statement.with_for_update(of=Job, key_share=True)
+
+
+def lock_job(session: Session, job_id: uuid.UUID) -> None:
+    """Wait for whoever changes this job, and keep others out until the transaction's end."""
+    session.execute(locking(select(Job.id).where(Job.id == job_id)))
+
+
+def holds(held: Claim) -> ColumnElement[bool]:
+    """The fence: true only for the claim that is in force."""
+    return and_(Unit.id == held.unit_id, Unit.fence == held.fence, Unit.state == UnitState.RUNNING)
+
+
+def require_held(session: Session, held: Claim, *guards: ColumnElement[bool], **values: Any) -> None:
+    """Write to the unit under its fence.
+
+    Raises:
+        LeaseLost: another worker holds the unit, or it has ended; nothing was written.
+    """
+    written = session.execute(
+        update(Unit).where(holds(held), *guards).values(**values).execution_options(synchronize_session=False)
+    )
+    if written.rowcount == 0:  # type: ignore[attr-defined]
+        raise LeaseLost
+
+
+# --- events, bells, counters ---
+
+
+def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data: Json) -> None:
+    """Append an event."""
+    session.execute(insert(JobEvent).values(job_id=job_id, tenant_id=tenant_id, type=type_, data=data))
+
+
+def wake_dispatcher(session: Session) -> None:
+    """Ring the dispatcher at commit."""
+    session.execute(select(func.pg_notify(UNITS_CHANNEL, "")))
+
+
+def count(session: Session, job_id: uuid.UUID, **more: int) -> None:
+    """Raise the job's counters."""
+    values = {name: getattr(Job, name) + number for name, number in more.items() if number}
+    if values:
+        session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+# --- a unit's scans ---
+
+
+def write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome], counted: bool = False) -> None:
+    """Write the ends of scans of the unit, and count them where the caller has not."""
+    if not outcomes:
+        return
+    now = session.scalar(select(NOW))
+    session.execute(update(ScanResult), [_result(held, outcome, now) for outcome in outcomes])
+    if not counted:
+        failed = sum(outcome.error is not None for outcome in outcomes)
+        count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
+
+
+def _result(held: Claim, outcome: ScanOutcome, now: Any) -> Json:
+    return {
+        "job_id": held.job_id,
+        "ordinal": outcome.ordinal,
+        "state": ResultState.FAILED if outcome.error else ResultState.SUCCEEDED,
+        "label": outcome.label,
+        "confidence": outcome.confidence,
+        "probabilities": dict(outcome.probabilities) if outcome.probabilities else None,
+        "error": outcome.error,
+        "finished_at": now,
+    }
+
+
+def end_scans(session: Session, held: Claim, state: ResultState, error: Json | None) -> None:
+    """End a unit's pending scans alike, and count them. A unit without scans counts as one."""
+    ended = 1
+    if held.kind in PREDICTIONS:
+        ended = session.execute(
+            update(ScanResult)
+            .where(ScanResult.unit_id == held.unit_id, ScanResult.state == ResultState.PENDING)
+            .values(state=state, error=error, finished_at=NOW)
+            .execution_options(synchronize_session=False)
+        ).rowcount  # type: ignore[attr-defined]
+    count(session, held.job_id, **{str(state): ended})
+
+
+# --- the end of a job ---
+
+
+END_JOB = Prepared(
+    "end_job",
+    "uuid",
+    """
+WITH ended AS (
+    UPDATE jobs SET finished_at = clock_timestamp(),
+        progress = CASE WHEN succeeded = total THEN 1 ELSE progress END,
+        state = CASE
+            WHEN succeeded = total THEN 'succeeded'
+            WHEN cancel_requested_at IS NOT NULL AND cancelled > 0 THEN 'cancelled'
+            WHEN succeeded = 0 THEN 'failed'
+            ELSE 'partially_succeeded' END
+    WHERE id = $1 AND finished_at IS NULL
+        AND NOT EXISTS (SELECT FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL)
+    RETURNING id, tenant_id, kind, state, total, succeeded, failed, cancelled, error
+), told AS (
+    INSERT INTO job_events (job_id, tenant_id, type, data)
+    SELECT id, tenant_id, state, jsonb_build_object('counts', jsonb_build_object(
+        'total', total, 'succeeded', succeeded, 'failed', failed, 'cancelled', cancelled)) FROM ended
+), unloaded AS (
+    UPDATE tenant_loads SET scans = scans - total, batches = batches - (kind = 'predict_batch')::int
+    FROM ended WHERE tenant_loads.tenant_id = ended.tenant_id
+)
+SELECT total, state = 'failed' AND error IS NULL AS unexplained FROM ended
+""",
+)
+
+
+def end_if_done(session: Session, job_id: uuid.UUID) -> None:
+    """When no unit is left, the counters say how the job ended; its event is written and its tenant's load falls."""
+    ended = END_JOB(session, str(job_id)).first()
+    if ended is not None and ended.unexplained:
+        session.execute(update(Job).where(Job.id == job_id).values(error=_error_of_scans(session, job_id, ended.total)))
+
+
+def _error_of_scans(session: Session, job_id: uuid.UUID, total: int) -> Json:
+    if total == 1:
+        return session.scalars(select(ScanResult.error).where(ScanResult.job_id == job_id)).one() or {}
+    return {
+        "code": "ALL_SCANS_FAILED",
+        "detail": f"None of the {total} scans has a result. GET /jobs/ID/results?state=failed says why for each.",
+        "retryable": False,
+    }

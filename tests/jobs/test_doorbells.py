@@ -1,0 +1,179 @@
+"""What the dispatcher sees in the tables, and what it marks."""
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import text, update
+from sqlalchemy.orm import Session
+
+from jobs import doorbells, lifecycle, processes
+from jobs.db import Sessions
+from jobs.doorbells import View
+from jobs.processes import SignOfLife
+from jobs.states import JobKind, Lane
+from jobs.tables import Unit
+from tests.builders import claim, make_job, outcomes_of, units_of
+
+
+def look(session: Session, per_job: int = 4) -> View:
+    """The dispatcher's view with usual clocks."""
+    return doorbells.look(session, ring_again=15, per_job=per_job, alive_seconds=15)
+
+
+def ring_all(session: Session, per_job: int = 4) -> int:
+    """Ring whatever waits; how many that were."""
+    return len(doorbells.dispatch(session, [unit.unit_id for unit in look(session, per_job).waiting], 15))
+
+
+def test_a_waiting_unit_is_seen_and_rung_once(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session)
+        (unit,) = look(session).waiting
+        assert (unit.unit_id, unit.lane, unit.kind) == (units_of(session, job)[0].id, "train", "train")
+        assert ring_all(session) == 1
+        assert look(session).waiting == ()
+        assert doorbells.dispatch(session, [unit.unit_id], 15) == set(), "not again so soon, whoever asks"
+
+
+def test_a_doorbell_that_nobody_answers_is_rung_again_and_waits_twice_as_long(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_job(session)
+        ring_all(session)
+        _let_pass(session, 16)
+        (unit,) = look(session).waiting
+        assert unit.again
+        assert ring_all(session) == 1
+        _let_pass(session, 16)
+        assert ring_all(session) == 0
+        _let_pass(session, 16)
+        assert ring_all(session) == 1
+
+
+def test_only_a_few_units_of_one_job_wait_for_a_worker_at_a_time(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=10)
+        assert ring_all(session) == 4
+        held = claim(session, units_of(session, job)[0])
+        assert ring_all(session) == 1, "what runs does not keep others from being rung: a job may have many workers"
+        lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+        assert ring_all(session) == 0
+
+
+def test_two_dispatchers_never_ring_the_same_unit(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for _ in range(20):
+            make_job(session)
+        waiting = [unit.unit_id for unit in look(session).waiting]
+    with sessions.begin() as one, sessions.begin() as other:
+        first = doorbells.dispatch(one, waiting[:12], 15)
+        second = doorbells.dispatch(other, waiting, 15)
+    assert first.isdisjoint(second)
+    assert len(first | second) == 20
+
+
+def test_every_tenant_of_every_lane_is_seen_behind_a_large_batch(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_job(session, JobKind.PREDICT_BATCH, scans=300, chunk=1, tenant_id="large")
+        for tenant in ("b", "c", "zz"):
+            make_job(session, JobKind.PREDICT_BATCH, scans=1, tenant_id=tenant)
+        make_job(session, JobKind.PREDICT, scans=1, tenant_id="b")
+        seen = {(unit.lane, unit.tenant_id) for unit in look(session).waiting}
+    assert seen == {("batch", "large"), ("batch", "b"), ("batch", "c"), ("batch", "zz"), ("urgent", "b")}
+
+
+def test_what_runs_is_seen_with_its_worker(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        batch = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
+        held = claim(session, units_of(session, batch)[0], "predict@here/41")
+        processes.alive(session, SignOfLife("predict@here/40", processes.WORKER, ["urgent", "batch"]))
+        view = look(session)
+        (running,) = view.running
+        assert (running.worker, running.yields, running.asked) == ("predict@here", True, False)
+        assert view.workers == [doorbells.Worker("predict@here", frozenset({Lane.URGENT, Lane.BATCH}))]
+        doorbells.ask_to_yield(session, [held.unit_id])
+        assert lifecycle.standing(session, held).yield_requested
+        assert look(session).running[0].asked
+
+
+def test_a_unit_that_could_not_be_rung_waits_a_little(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session)
+        ring_all(session)
+        doorbells.unring(session, [units_of(session, job)[0].id], delay=5)
+        assert look(session).waiting == ()
+        session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
+        assert ring_all(session) == 1
+
+
+def test_the_pace_of_a_lane_is_that_of_its_latest_units(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=30, chunk=10)
+        for unit in units_of(session, job):
+            held = claim(session, unit)
+            session.execute(text("UPDATE units SET started_at = started_at - interval '2 s' WHERE state = 'running'"))
+            lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+        pace = doorbells.pace(session)
+    assert pace == {Lane.BATCH: pytest.approx(2, abs=0.5)}
+
+
+def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None:
+    """10,000 waiting jobs: each plan goes by an index."""
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=10, chunk=1)
+        claim(session, units_of(session, job)[0])
+        session.execute(text("CREATE TEMP TABLE wide AS SELECT uuidv7() AS id FROM generate_series(1, 10000)"))
+        session.execute(
+            text(
+                "INSERT INTO jobs (id, tenant_id, kind, lane, state, params, metadata, total)"
+                " SELECT id, 'other', 'predict', 'batch', 'queued', '{}', '{}', 1 FROM wide"
+            )
+        )
+        session.execute(
+            text(
+                "INSERT INTO units (id, tenant_id, job_id, ordinal, lane, state, attempt, failures, rings)"
+                " SELECT uuidv7(), 'other', id, 0, 'batch', 'queued', 0, 0, 0 FROM wide"
+            )
+        )
+        session.execute(text("ANALYZE jobs, units"))
+        look(session)
+        doorbells.promise(session, [])
+        doorbells.dispatch(session, [], 15)
+        lifecycle.claim_next(session, Lane.TRAIN, "w", 45)
+        questions = [
+            "EXECUTE waiting (4, 15, 64)",
+            "EXECUTE room (15)",
+            f"EXECUTE ring ('{{{job.id}}}', 15)",
+            f"EXECUTE promise ('{{{job.id}}}')",
+            f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
+            "EXECUTE claim_next ('batch', 'w', 45)",
+            doorbells.PACE.replace(":lanes", "'{batch,train,urgent}'"),
+        ]
+        for question in questions:
+            plan = "\n".join(session.scalars(text("EXPLAIN " + question)))
+            assert "Seq Scan on units" not in plan, plan
+            assert "Seq Scan on jobs" not in plan, plan
+            assert "waiting" not in question or "pk_jobs" not in plan, plan
+
+
+def test_a_promised_unit_is_taken_by_the_next_that_asks_and_not_twice(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        first, second = make_job(session), make_job(session)
+        waiting = [unit.unit_id for unit in look(session).waiting]
+        doorbells.promise(session, waiting)
+        assert [unit.promised for unit in look(session).waiting] == [True, True]
+        taken = [lifecycle.claim_next(session, Lane.TRAIN, "w", 45) for _ in range(3)]
+        assert [held and held.job_id for held in taken] == [first.id, second.id, None]
+        assert lifecycle.claim_next(session, Lane.BATCH, "w", 45) is None
+
+
+def test_a_promised_unit_can_be_rung_and_one_that_is_rung_is_nobodys_promise(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_job(session)
+        (unit,) = look(session).waiting
+        doorbells.promise(session, [unit.unit_id])
+        assert doorbells.dispatch(session, [unit.unit_id], 15) == {unit.unit_id}
+        assert lifecycle.claim_next(session, Lane.TRAIN, "w", 45) is None
+
+
+def _let_pass(session: Session, seconds: int) -> None:
+    session.execute(update(Unit).values(dispatched_at=Unit.dispatched_at - timedelta(seconds=seconds)))
