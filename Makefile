@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What pip or a user has put into these would reach into the virtual environment.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test up lint doctor clean
+.PHONY: help setup demo test faults storm up lint doctor clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,7 +59,14 @@ test: setup ## Lint, then all tests: the fast ones first.
 	printf '%s\n' "$${closing[@]}"; \
 	exit $$(( $${#broken[@]} > 0 ))
 
+faults: setup ## Every case of the fault list: real processes, killed in every way.
+	@pytest -m faults
+
+storm: setup ## Kill everything for a while, then count: make storm SEED=1 MINUTES=10.
+	@python -m tests.faults.storm --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
+
 bench-%: setup ## Run one benchmark, such as bench-train: a table, and bench/out/NAME.json.
+	@python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@python -m bench.$(subst -,_,$*)
 
 clean: ## Remove what tools have left; .venv and the state in .renalq stay.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,18 +31,24 @@ class Stack:
     sessions: Sessions
     running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
-    def start(self, name: str) -> None:
-        """Start `dispatcher`, `predict` or `train`; its log is HOME/NAME.log."""
+    def start(self, name: str, alias: str = "", environ: Mapping[str, str] | None = None) -> None:
+        """Start `dispatcher`, `predict` or `train`; its log is HOME/NAME.log.
+
+        Args:
+            alias: its name here and to Celery, where several of a kind run.
+            environ: beside the settings; `tests.faults.sabotage` makes one.
+        """
+        alias = alias or name
         commands = {
             "dispatcher": ["-m", "worker.dispatcher"],
-            "predict": _celery("predict", "urgent,batch"),
-            "train": _celery("train", "train"),
+            "predict": _celery(alias, "urgent,batch"),
+            "train": _celery(alias, "train"),
         }
-        with (self.settings.home / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
+        with (self.settings.home / f"{alias}.log").open("ab") as log:
+            self.running[alias] = subprocess.Popen(
                 [sys.executable, *commands[name]],
                 cwd=ROOT,
-                env=self.environ(),
+                env={**self.environ(), **(environ or {})},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -62,6 +68,29 @@ class Stack:
         process = self.running.pop(name)
         process.send_signal(signal.SIGTERM)
         return process.wait(30)
+
+    def pause(self, name: str) -> None:
+        """SIGSTOP to the whole tree."""
+        self._signal(name, signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """SIGCONT to the whole tree."""
+        self._signal(name, signal.SIGCONT)
+
+    def log(self, name: str) -> str:
+        """All that a process and its children have logged."""
+        return (self.settings.home / f"{name}.log").read_text()
+
+    def alive(self, workers: int = 1) -> None:
+        """Wait until so many workers have shown that they live."""
+        question = "SELECT count(*) FROM processes WHERE kind = 'worker'"
+        eventually(lambda: count(self.sessions, question) >= workers, 60, self.logs)
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.running[name].pid)
+            for process in [parent, *parent.children(recursive=True)]:
+                process.send_signal(number)
 
     def environ(self) -> dict[str, str]:
         """The settings as environment variables."""

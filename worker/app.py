@@ -22,6 +22,9 @@ TASK_OF = {
     JobKind.INGEST: "renalq.ingest",
 }
 
+TRACK = "renalq.track"
+"""Records in MLflow what it missed. It belongs to no unit, and doing it twice does no harm."""
+
 app = Celery("renalq", broker=SETTINGS.redis_url, include=["worker.tasks"])
 
 app.conf.update(
@@ -74,6 +77,12 @@ app.conf.update(
 def ring(task: str, lane: Lane, unit_id: str) -> None:
     """Publish a unit's doorbell. Raises kombu's OperationalError where Redis cannot be reached."""
     app.send_task(task, kwargs={"unit_id": unit_id}, queue=lane.value, retry=False, ignore_result=True)
+
+
+def ring_tracking(expires: float) -> None:
+    """Ask a training worker to record what MLflow missed. Unheard for `expires` seconds, the message is void: else they
+    would pile up while all workers train. Raises kombu's OperationalError."""
+    app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True, expires=expires)
 
 
 def worker_name(task: Task[Any, Any]) -> str:

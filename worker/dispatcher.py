@@ -1,4 +1,4 @@
-"""The only publisher. It rings doorbells for units that nobody has claimed, and takes back lost leases.
+"""The only publisher. It rings doorbells in a fair order, takes back lost leases, and forgets what is old.
 
 It listens for NOTIFY, and sweeps behind that: a notification may be missed, a sweep is not. Several dispatchers may run
 at once; each row is rung by one of them (SKIP LOCKED). Run it with `python -m worker.dispatcher`.
@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,15 +19,21 @@ import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import doorbells, lifecycle, logs, processes
-from jobs.db import Sessions, listening, session_factory
+from jobs import bookkeeping, checkpoints, doorbells, idempotency, lifecycle, logs, processes
+from jobs.artifacts import Artifacts
+from jobs.db import Sessions, committing_at_once, listening, session_factory
 from jobs.settings import Settings
 from jobs.states import Lane
-from worker.app import TASK_OF, ring
+from worker.app import TASK_OF, ring, ring_tracking
+from worker.tracking import is_behind
+from worker.turns import Plan, Turns
 
 log = structlog.get_logger()
 
 Ring = Callable[[str, Lane, str], None]
+GATHERING = 0.004
+"""Seconds after a step in which notifications gather: under load one look answers many of them."""
+BROKER_AWAY = (BrokerError, redis.RedisError, OSError)
 LOST_DATABASE = (SQLAlchemyError, psycopg2.Error)
 
 
@@ -50,9 +57,20 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, sessions: Sessions, ring: Ring = ring) -> None:
         self._settings, self._sessions, self._ring = settings, sessions, ring
+        # If a mark is lost in a crash of Postgres, the unit is rung once more: no need to wait for the disk.
+        lazy = session_factory(
+            settings.database_url, 1, "renalq-bells", pre_ping=False, options="-c synchronous_commit=off"
+        )
+        self._marks = committing_at_once(lazy)
+        self._artifacts = Artifacts(settings.artifacts)
         self._stop = threading.Event()
         self._reaping = Every(min(5.0, settings.lease_seconds / 4))
         self._living = Every(settings.process_seconds)
+        self._pacing = Every(1.0)
+        self._forgetting = Every(600.0)
+        self._tracking = Every(settings.track_again_seconds)
+        self._pace: dict[Lane, float] = {}
+        self._turns = Turns(settings.chunk_scans, settings.rung_ahead_seconds, settings.newcomer_seconds)
         self._name = f"dispatcher@{socket.gethostname()}/{os.getpid()}"
 
     def run(self) -> None:
@@ -71,53 +89,90 @@ class Dispatcher:
         self._stop.set()
 
     def step(self) -> None:
-        """Ring what waits; at its time reap what is lost and give a sign of life."""
-        while self._ring_waiting():
-            pass
+        """Ring what waits; at its time reap what is lost, give a sign of life, and forget what is old."""
+        self._ring_waiting()
         if self._reaping.due():
             self._reap()
         if self._living.due():
             self._show_life()
+        if self._forgetting.due():
+            self._forget()
+        if self._settings.mlflow_url and self._tracking.due():
+            self._ring_tracking()
 
     def _serve(self) -> None:
-        with listening(self._sessions.kw["bind"], lifecycle.UNITS_CHANNEL) as bell:
+        with listening(self._sessions.kw["bind"], bookkeeping.UNITS_CHANNEL) as bell:
             while not self._stop.is_set():
                 self.step()
+                self._stop.wait(GATHERING)
                 bell.wait(self._settings.sweep_seconds)
 
-    def _ring_waiting(self) -> bool:
-        """Mark, commit, then publish: a doorbell is never rung for a row that may still vanish. True: there may be
-        more."""
-        settings = self._settings
-        with self._sessions.begin() as session:
-            marked = doorbells.dispatch(session, settings.ring_again_seconds, settings.chunks_rung_per_job)
-        for number, bell in enumerate(marked):
-            if not self._published(bell):
-                with self._sessions.begin() as session:
-                    doorbells.unring(session, [row.unit_id for row in marked[number:]], settings.sweep_seconds)
-                return False
-        return bool(marked)
+    def _ring_waiting(self) -> None:
+        """Mark, commit, then publish: a doorbell is never rung for a row that may still vanish."""
+        plan, marked = self._plan(), set[uuid.UUID]()
+        with self._marks.begin() as session:
+            if plan.yields:
+                doorbells.ask_to_yield(session, [unit.unit_id for unit in plan.yields])
+            if plan.promises:
+                doorbells.promise(session, [unit.unit_id for unit in plan.promises])
+            if plan.rings:
+                ring_again = self._settings.ring_again_seconds
+                marked = doorbells.dispatch(session, [unit.unit_id for unit in plan.rings], ring_again)
+        left = [unit for unit in plan.rings if unit.unit_id in marked]
+        while left and self._published(left[0]):
+            left.pop(0)
+        if left:
+            with self._sessions.begin() as session:
+                doorbells.unring(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
 
-    def _published(self, bell: doorbells.Ring) -> bool:
+    def _plan(self) -> Plan:
+        settings = self._settings
+        with self._marks.begin() as session:
+            if self._pacing.due():
+                self._pace = doorbells.pace(session)
+            alive = 3 * settings.process_seconds
+            view = doorbells.look(session, settings.ring_again_seconds, settings.chunks_rung_per_job, alive)
+        return self._turns.plan(view, self._pace)
+
+    def _published(self, bell: doorbells.Waiting) -> bool:
         try:
             self._ring(TASK_OF[bell.kind], bell.lane, str(bell.unit_id))
-        except (BrokerError, redis.RedisError, OSError) as error:
+        except BROKER_AWAY as error:
             log.warning("broker_unreachable", error=type(error).__name__)
             return False
         return True
 
     def _reap(self) -> None:
-        settings = self._settings
-        with self._sessions.begin() as session:
-            taken = lifecycle.reap(session, max_failures=settings.max_failures, stall=settings.stall_seconds)
+        retry, taken = lifecycle.RetryPolicy.of(self._settings), 0
+        while self._reap_one(retry):
+            taken += 1
         if taken:
             log.warning("reaped", units=taken)
+
+    def _reap_one(self, retry: lifecycle.RetryPolicy) -> bool:
+        with self._sessions.begin() as session:
+            return bool(lifecycle.reap(session, retry=retry, stall=self._settings.stall_seconds))
+
+    def _ring_tracking(self) -> None:
+        with self._sessions.begin() as session:
+            behind = is_behind(session)
+        if behind:
+            try:
+                ring_tracking(expires=self._settings.track_again_seconds)
+            except BROKER_AWAY as error:
+                log.warning("broker_unreachable", error=type(error).__name__)
+
+    def _forget(self) -> None:
+        with self._sessions.begin() as session:
+            idempotency.prune(session, self._settings.idempotency_hours)
+            processes.forget(session)
+        with self._sessions.begin() as session:
+            checkpoints.prune(session, self._artifacts)
 
     def _show_life(self) -> None:
         sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())
         with self._sessions.begin() as session:
             processes.alive(session, sign)
-            processes.forget(session)
 
     def _broker_answers(self) -> bool:
         try:

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from sqlalchemy.orm import Session
+
 from jobs import datasets, lifecycle
 from jobs.tables import Dataset, Job, Json
 from ml.archives import extract_zip
@@ -22,25 +24,27 @@ INVALID: Json = {
 
 def check_upload(held: Held) -> None:
     """Look through the zip, and write the verdict and the job's end in one transaction."""
-    sha256 = _read_archive(held)
+    sha256 = held.in_transaction(lambda session: _read_archive(session, held))
     with held.workspace() as folder:
         report = _check(held, held.resources.artifacts.fetch(sha256, folder), folder / "unpacked")
-    with held.transaction() as session:
-        digest = None if report.problems else report.digest
-        datasets.finish_check(session, held.claim.job_id, report.classes, digest, list(report.problems))
-        if report.problems:
-            lifecycle.fail(session, held.claim, INVALID)
-        else:
-            lifecycle.succeed(session, held.claim, metrics={"classes": report.classes, "images": report.images})
+    held.in_transaction(lambda session: _write_verdict(session, held, report), to_the_end=True)
 
 
-def _read_archive(held: Held) -> str:
-    with held.transaction() as session:
-        job = session.get_one(Job, held.claim.job_id)
-        dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
-        if dataset is None:
-            raise WorkFailed("BAD_DATASET", "The dataset was deleted before it was checked. Upload it again.")
-        return dataset.archive_sha256
+def _write_verdict(session: Session, held: Held, report: DatasetReport) -> None:
+    digest = None if report.problems else report.digest
+    datasets.finish_check(session, held.claim.job_id, report.classes, digest, list(report.problems))
+    if report.problems:
+        lifecycle.fail(session, held.claim, INVALID)
+    else:
+        lifecycle.succeed(session, held.claim, metrics={"classes": report.classes, "images": report.images})
+
+
+def _read_archive(session: Session, held: Held) -> str:
+    job = session.get_one(Job, held.claim.job_id)
+    dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
+    if dataset is None:
+        raise WorkFailed("BAD_DATASET", "The dataset was deleted before it was checked. Upload it again.")
+    return dataset.archive_sha256
 
 
 def _check(held: Held, archive: Path, folder: Path) -> DatasetReport:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import structlog
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from jobs import lifecycle, registry
-from jobs.lifecycle import ScanOutcome
+from jobs.bookkeeping import ScanOutcome
 from jobs.states import ResultState
 from jobs.tables import Job, Scan, ScanResult
 from ml.errors import ModelFileError
@@ -60,28 +61,33 @@ def networks() -> Networks:
 
 def predict_chunk(held: Held) -> None:
     """Predict the unit's scans, and end it with all its results in one transaction."""
-    chunk = _read_chunk(held)
+    chunk = held.in_transaction(lambda session: _read_chunk(session, held))
+    started = time.monotonic()
     with held.workspace() as folder:
-        started = time.monotonic()
-        outcomes = list(_predictions(held, chunk, folder))
-        seconds = time.monotonic() - started
-    with held.transaction() as session:
-        lifecycle.succeed(session, held.claim, outcomes=outcomes, device_seconds=seconds)
+        for outcome in _predictions(held, chunk, folder):
+            held.outcomes.append(outcome)
+            if len(held.outcomes) < len(chunk.scans):  # what is complete has nothing to hand back
+                held.check()
+    seconds = time.monotonic() - started
+
+    def end(session: Session) -> None:
+        lifecycle.succeed(session, held.claim, outcomes=held.outcomes, device_seconds=seconds)
+
+    held.in_transaction(end, to_the_end=True)
 
 
-def _read_chunk(held: Held) -> Chunk:
-    with held.transaction() as session:
-        job = session.get_one(Job, held.claim.job_id)
-        if job.model_id is None:
-            raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
-        version = registry.by_id(session, job.model_id)
-        rows = session.execute(
-            select(ScanResult.ordinal, Scan.sha256)
-            .join(Scan, Scan.id == ScanResult.scan_id)
-            .where(ScanResult.unit_id == held.claim.unit_id, ScanResult.state == ResultState.PENDING)
-            .order_by(ScanResult.ordinal)
-        )
-        return Chunk(version.weights_sha256, [(row.ordinal, row.sha256) for row in rows])
+def _read_chunk(session: Session, held: Held) -> Chunk:
+    job = session.get_one(Job, held.claim.job_id)
+    if job.model_id is None:
+        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
+    version = registry.by_id(session, job.model_id)
+    rows = session.execute(
+        select(ScanResult.ordinal, Scan.sha256)
+        .join(Scan, Scan.id == ScanResult.scan_id)
+        .where(ScanResult.unit_id == held.claim.unit_id, ScanResult.state == ResultState.PENDING)
+        .order_by(ScanResult.ordinal)
+    )
+    return Chunk(version.weights_sha256, [(row.ordinal, row.sha256) for row in rows])
 
 
 def _predictions(held: Held, chunk: Chunk, folder: Path) -> Iterator[ScanOutcome]:
@@ -93,7 +99,6 @@ def _predictions(held: Held, chunk: Chunk, folder: Path) -> Iterator[ScanOutcome
     scans = (ScanInput(str(ordinal), store.fetch(sha256, folder)) for ordinal, sha256 in chunk.scans)
     reported = time.monotonic()
     for prediction in predictor.predict(scans):
-        held.check()
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.artifacts import Artifacts
-from jobs.db import Sessions, session_factory
+from jobs.db import Sessions, committing_at_once, session_factory
 from jobs.settings import Settings
 
 
@@ -14,15 +14,18 @@ class Resources:
 
     settings: Settings
     sessions: Sessions
+    singles: Sessions  # the same connections, each statement committed at once
     beats: Sessions  # a connection of the heartbeat's own: a busy pool must never cost the lease
     artifacts: Artifacts
 
 
 def open_resources(settings: Settings) -> Resources:
-    """Open them from the given settings."""
+    """Open them from the given settings. Lost connections are noticed when they are used: what fails is repeated."""
+    sessions = session_factory(settings.database_url, pool_size=3, application="renalq-worker", pre_ping=False)
     return Resources(
         settings=settings,
-        sessions=session_factory(settings.database_url, pool_size=3, application="renalq-worker"),
+        sessions=sessions,
+        singles=committing_at_once(sessions),
         beats=session_factory(settings.database_url, pool_size=1, application="renalq-beat"),
         artifacts=Artifacts(settings.artifacts),
     )

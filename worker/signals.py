@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import signals
@@ -14,6 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import logs, processes
 from jobs.settings import Settings
+from worker import workspaces
+
+if TYPE_CHECKING:
+    from worker.resources import Resources
 
 DRAIN_FILE = "RENALQ_DRAIN_FILE"
 """Set by a worker's parent process for its children, who look whether the file exists: a signal would reach the parent
@@ -58,6 +62,7 @@ def _keep_alive(sign: processes.SignOfLife) -> None:
     from worker.resources import resources
 
     held = resources()
+    _sweep(held)
     while True:
         try:
             with held.beats.begin() as session:
@@ -66,6 +71,16 @@ def _keep_alive(sign: processes.SignOfLife) -> None:
             structlog.get_logger().warning("sign_of_life_failed", error=type(error).__name__)
         if _stopping.wait(held.settings.process_seconds):
             return
+
+
+def _sweep(held: "Resources") -> None:
+    """What attempts that died have left behind on this machine goes."""
+    try:
+        removed = workspaces.sweep(held.settings.work, held.sessions)
+    except SQLAlchemyError:
+        return  # the next start does it
+    if removed:
+        structlog.get_logger().info("workspaces_removed", count=removed)
 
 
 @signals.worker_shutting_down.connect

@@ -1,48 +1,85 @@
-"""The Celery tasks: claim the unit, and hand it to the room that does it.
+"""The Celery tasks: claim the unit, and hand it to the room that does it."""
 
-Rooms are imported when first needed: a child that only looks after trainings never loads torch.
-"""
-
+import time
 import uuid
 from typing import Any
 
 from celery import Task
 
-from jobs.states import JobKind
-from worker.app import TASK_OF, app, worker_name
+from jobs.lifecycle import claim_next
+from jobs.states import JobKind, Lane
+from worker.app import TASK_OF, TRACK, app, worker_name
 from worker.resources import resources
-from worker.running import Held, running
+from worker.running import Held, claimed, holding, running
 from worker.signals import draining
+
+GOES_ON_SECONDS = 0.5
+"""A task goes on with units that were promised to its worker for so long; then Flower sees another task."""
 
 
 @app.task(name=TASK_OF[JobKind.TRAIN], bind=True)
 def train(self: "Task[Any, Any]", unit_id: str) -> None:
     """Run a training in a child process of its own."""
-    from worker.train import run_training
-
-    _hold(self, unit_id, run_training)
+    _work_on(self, unit_id)
 
 
 @app.task(name=TASK_OF[JobKind.PREDICT], bind=True)
 def predict(self: "Task[Any, Any]", unit_id: str) -> None:
     """Predict a chunk of scans; the network stays loaded."""
-    from worker.predict import predict_chunk
-
-    _hold(self, unit_id, predict_chunk)
+    _work_on(self, unit_id)
 
 
 @app.task(name=TASK_OF[JobKind.INGEST], bind=True)
 def ingest(self: "Task[Any, Any]", unit_id: str) -> None:
     """Check an uploaded dataset."""
-    from worker.ingest import check_upload
-
-    _hold(self, unit_id, check_upload)
+    _work_on(self, unit_id)
 
 
-def _hold(task: "Task[Any, Any]", unit_id: str, work: Any) -> None:
-    """Do the work with the unit held. While draining nothing new is begun: the dispatcher rings again elsewhere."""
+@app.task(name=TRACK)
+def track() -> None:
+    """Record in MLflow what it missed while it was away."""
+    from worker.tracking import catch_up
+
+    catch_up(resources())
+
+
+def _work_on(task: "Task[Any, Any]", unit_id: str) -> None:
+    """Do the unit, and for a while what was promised to this lane. While draining nothing new is begun: the dispatcher
+    rings again elsewhere."""
     if draining():
         return
+    deadline = time.monotonic() + GOES_ON_SECONDS
     with running(uuid.UUID(unit_id), worker_name(task), resources()) as held:
-        if isinstance(held, Held):
-            work(held)
+        if held is not None:
+            _do(held)
+    while held is not None and time.monotonic() < deadline and not draining():
+        held = _do_next(task)
+
+
+def _do_next(task: "Task[Any, Any]") -> Held | None:
+    delivered: Any = task.request.delivery_info
+    lane, lease = Lane(delivered["routing_key"]), resources().settings.lease_seconds
+    following = claimed(resources(), lambda session: claim_next(session, lane, worker_name(task), lease))
+    if following is None:
+        return None
+    with holding(following, resources()) as held:
+        _do(held)
+    return held
+
+
+def _do(held: Held) -> None:
+    """Hand the unit to the room that does it. Rooms are imported when first needed: a child that only looks after
+    trainings never loads torch."""
+    match held.claim.kind:
+        case JobKind.TRAIN:
+            from worker.train import run_training
+
+            run_training(held)
+        case JobKind.INGEST:
+            from worker.ingest import check_upload
+
+            check_upload(held)
+        case _:
+            from worker.predict import predict_chunk
+
+            predict_chunk(held)

@@ -4,6 +4,8 @@ import datetime as dt
 import json
 import mimetypes
 import shutil
+import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,18 +13,19 @@ from typing import Any
 
 import structlog
 import yaml
+from sqlalchemy.orm import Session
 
-from jobs import lifecycle, registry
+from jobs import checkpoints, lifecycle, queries, registry
 from jobs.errors import LeaseLost
 from jobs.states import Stage
-from jobs.tables import Artifact, Dataset, Job, Json
+from jobs.tables import Artifact, Checkpoint, Dataset, Job, Json
 from ml import events
 from ml.errors import BadParams
 from ml.params import parse_params
+from worker import tracking
 from worker.child import Child, child
 from worker.provenance import code_revision, environment
 from worker.running import CancelRequested, Held, WorkFailed
-from worker.tracking import PATIENCE, Run
 
 log = structlog.get_logger()
 
@@ -35,19 +38,17 @@ WEIGHT = {
 }
 
 
-PUBLIC = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png")
-"""What MLflow may show to everybody who can open it. The manifest is not among them: it names files, and files are
-named after patients."""
-
-
 @dataclass(frozen=True)
 class Order:
-    """What is to be trained, read from the rows once."""
+    """What is to be trained, read from the rows once; and where an attempt before this one had come to."""
 
     params: Json
     archive_sha256: str | None
     dataset_digest: str | None
     source_url: str | None
+    mlflow_run_id: str | None
+    retry_of: uuid.UUID | None
+    checkpoints: Sequence[Checkpoint]
 
 
 @dataclass
@@ -70,34 +71,40 @@ def run_training(held: Held) -> None:
     Raises:
         WorkFailed: the child said why it could not, or died.
     """
-    order = _read_order(held)
-    tags = {"renalq.job_id": str(held.claim.job_id), "mlflow.source.git.commit": code_revision() or "unknown"}
-    tags |= {f"environment.{name}": value for name, value in environment().items()}
-    tags |= {"renalq.dataset_digest": order.dataset_digest or "", "renalq.attempt": str(held.claim.attempt)}
-    run = Run(held.resources.settings, str(held.claim.job_id), tags, lambda run_id: _tell_run(held, run_id))
-    run.params(order.params)
+    order = held.in_transaction(lambda session: _read_order(session, held))
+    run = tracking.Run(
+        held.resources.settings, _run_of(held, order), lambda run_id: _tell_run(held, run_id), order.mlflow_run_id
+    )
     try:
         with held.workspace() as folder:
             told = _follow_child(held, order, run, folder)
             _finish(held, order, run, told)
-            run.end("FINISHED", PATIENCE)  # while the files still stand
+            run.end("FINISHED", tracking.PATIENCE)  # while the files still stand
     except Exception:
         run.end("KILLED" if held.interrupted else "FAILED")  # waits for nobody: the job's end is still to be written
         raise
+    if run.is_complete:
+        held.in_transaction(lambda session: tracking.mark(session, held.claim.job_id), to_the_end=True)
 
 
-def _read_order(held: Held) -> Order:
-    with held.transaction() as session:
-        job = session.get_one(Job, held.claim.job_id)
-        dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
-        if dataset is None and job.source_url is None:
-            raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
-        return Order(
-            params=_complete(job.params),
-            archive_sha256=dataset.archive_sha256 if dataset else None,
-            dataset_digest=dataset.digest if dataset else None,
-            source_url=job.source_url,
-        )
+def _read_order(session: Session, held: Held) -> Order:
+    job = session.get_one(Job, held.claim.job_id)
+    dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
+    if dataset is None and job.source_url is None:
+        raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
+    return Order(
+        params=_complete(job.params),
+        archive_sha256=dataset.archive_sha256 if dataset else None,
+        dataset_digest=dataset.digest if dataset else None,
+        source_url=job.source_url,
+        mlflow_run_id=job.mlflow_run_id,
+        retry_of=job.retry_of,
+        checkpoints=checkpoints.latest(session, job.id, job.retry_of),
+    )
+
+
+def _run_of(held: Held, order: Order) -> tracking.Description:
+    return tracking.describe(held.claim.job_id, order.params, order.dataset_digest)
 
 
 def _complete(params: Json) -> Json:
@@ -116,16 +123,19 @@ def _tell_run(held: Held, run_id: str) -> None:
 # --- the child ---
 
 
-def _follow_child(held: Held, order: Order, run: Run, folder: Path) -> Told:
+def _follow_child(held: Held, order: Order, run: tracking.Run, folder: Path) -> Told:
     config, params = _write_config(held, order, folder)
     arguments = ["run", "--config", str(config), "--params", str(params), "--events"]
+    pause = held.resources.settings.checkpoint_seconds
+    arguments += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(pause)]
+    arguments += _resume(held, order, folder)
     log_file = folder / "training.log"
     told = Told()
     with child(arguments, held.resources.settings.cancel_grace_seconds, log_file) as process:
         held.when_interrupted(process.stop)
         try:
             for event in process.events():
-                _hear(held, run, told, event)
+                _hear(held, order, run, told, event)
             held.check()
             _judge_end(held, told, process, log_file)
         except (WorkFailed, CancelRequested) as why:
@@ -190,10 +200,50 @@ def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
     return files
 
 
+# --- checkpoints ---
+
+
+def _resume(held: Held, order: Order, folder: Path) -> list[str]:
+    """The child's arguments to go on from the furthest checkpoint that is whole; none where there is none."""
+    for row in order.checkpoints:
+        path = held.resources.artifacts.fetch_named(row.path, row.sha256, folder)
+        if path is not None:
+            log.info("resuming", epoch=row.epoch)
+            return ["--resume", str(path)]
+        log.error("checkpoint_broken", epoch=row.epoch, path=row.path)
+        held.in_transaction(lambda session, row=row: checkpoints.discard(session, row.id))  # type: ignore[misc]
+    return []
+
+
+def _keep(held: Held, said: events.Checkpointed) -> None:
+    """The child's file goes into the store; only then a row names it. A full store costs no training."""
+    store = held.resources.artifacts
+    path = checkpoints.path_of(held.claim, said.epoch)
+    try:
+        stored = checkpoints.Stored(said.epoch, path, store.take_in(Path(said.path), path))
+    except OSError as error:
+        log.error("checkpoint_not_kept", epoch=said.epoch, error=type(error).__name__)
+        return
+    for old in held.in_transaction(lambda session: checkpoints.keep(session, held.claim, stored)):
+        store.remove_named(old)
+
+
+def _continue(held: Held, order: Order, epoch: int) -> None:
+    """Say that the training goes on. A retry is another job: it takes over the epochs of the one that it retries."""
+    held.report(event=("resumed", {"epoch": epoch}))
+
+    def take_over(session: Session) -> None:
+        if order.retry_of is not None and not queries.epochs(session, held.claim.job_id):
+            for data in queries.epochs(session, order.retry_of)[:epoch]:
+                lifecycle.report(session, held.claim, event=("epoch", data))
+
+    held.in_transaction(take_over)
+
+
 # --- what the child says becomes rows ---
 
 
-def _hear(held: Held, run: Run, told: Told, event: events.Event) -> None:
+def _hear(held: Held, order: Order, run: tracking.Run, told: Told, event: events.Event) -> None:
     match event:
         case events.StageStarted():
             _stage(held, told, event.stage, "running", "started_at", progress=_progress(event.stage, 0.0))
@@ -204,6 +254,10 @@ def _hear(held: Held, run: Run, told: Told, event: events.Event) -> None:
         case events.Epoch():
             held.report(event=("epoch", asdict(event)))
             run.epoch(event)
+        case events.Checkpointed():
+            _keep(held, event)
+        case events.Resumed():
+            _continue(held, order, event.epoch)
         case events.Evaluated():
             told.metrics = event.metrics
             run.final(event.metrics)
@@ -230,13 +284,13 @@ def _progress(stage: str, fraction: float) -> float:
 # --- the end ---
 
 
-def _finish(held: Held, order: Order, run: Run, told: Told) -> None:
+def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
     """Store the files, then write version, artifacts and the job's end in ONE transaction."""
     assert told.finished is not None
     assert told.metrics is not None
     weights = Path(told.finished.model_path)
     files = {name: Path(path) for name, path in told.finished.artifacts.items()}
-    run.artifacts([files[name] for name in PUBLIC], weights)
+    run.artifacts([files[name] for name in tracking.PUBLIC], weights)
     store = held.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
     blob = stored["model.safetensors"] = store.put_file(weights)
@@ -250,11 +304,15 @@ def _finish(held: Held, order: Order, run: Run, told: Told) -> None:
         environment=environment(),
         mlflow_run_id=run.run_id,
     )
-    with held.transaction() as session:
+
+    def end(session: Session) -> None:
         registry.add(session, held.claim, new, held.resources.settings.promote_min_f1)
         for name, kept in stored.items():
             session.add(_artifact(held, name, kept.sha256, kept.size))
+        assert told.finished is not None
         lifecycle.succeed(session, held.claim, metrics=told.metrics, device_seconds=told.finished.device_seconds)
+
+    held.in_transaction(end, to_the_end=True)
 
 
 def _artifact(held: Held, name: str, sha256: str, size: int) -> Artifact:

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from cli.plans import free_port
 from jobs.settings import Settings
 from ml.events import Epoch
 from tests.processes import eventually
-from worker.tracking import EXPERIMENT, Run
+from worker.tracking import EXPERIMENT, Run, describe
 
+WHAT = describe(uuid.uuid4(), {"epochs": 2, "weights": "none"}, None)
 EPOCH = Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5)
 
 
@@ -41,8 +44,7 @@ def test_a_run_carries_params_epochs_artifacts_and_weights(server: str, tmp_path
     scores.write_text("{}")
     weights.write_bytes(b"w" * 1000)
     told: list[str] = []
-    run = Run(Settings(mlflow_url=server), "a name", {"renalq.job_id": "42"}, told.append)
-    run.params({"epochs": 2, "weights": "none"})
+    run = Run(Settings(mlflow_url=server), WHAT, told.append)
     run.epoch(EPOCH)
     run.final({"f1": 0.95, "classes": ["Normal", "Tumor"]})
     run.artifacts([scores], weights)
@@ -53,16 +55,17 @@ def test_a_run_carries_params_epochs_artifacts_and_weights(server: str, tmp_path
     client = MlflowClient(tracking_uri=server)
     seen = client.get_run(told[0])
     assert client.get_experiment(seen.info.experiment_id).name == EXPERIMENT
-    assert (seen.info.status, seen.info.run_name) == ("FINISHED", "a name")
+    assert (seen.info.status, seen.info.run_name) == ("FINISHED", str(WHAT.job_id))
     assert seen.data.params == {"epochs": "2", "weights": "none"}
-    assert seen.data.tags["renalq.job_id"] == "42"
+    assert seen.data.tags["renalq.job_id"] == str(WHAT.job_id)
+    assert run.is_complete
     assert seen.data.metrics["val_accuracy"] == 0.75
     assert seen.data.metrics["test_f1"] == 0.95
     assert {file.path for file in client.list_artifacts(told[0])} == {"scores.json", "model.safetensors"}
 
 
 def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
-    run = Run(Settings(mlflow_url=""), "a name", {}, lambda _: pytest.fail("no run was to begin"))
+    run = Run(Settings(mlflow_url=""), WHAT, lambda _: pytest.fail("no run was to begin"))
     run.epoch(EPOCH)
     started = time.monotonic()
     run.end("FINISHED")
@@ -71,7 +74,7 @@ def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
 
 @pytest.mark.slow
 def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
-    run = Run(Settings(mlflow_url=f"http://127.0.0.1:{free_port()}"), "a name", {}, lambda _: None)
+    run = Run(Settings(mlflow_url=f"http://127.0.0.1:{free_port()}"), WHAT, lambda _: None)
     run.epoch(EPOCH)
     run.artifacts([tmp_path / "scores.json"], tmp_path / "weights")
     started = time.monotonic()
@@ -79,6 +82,22 @@ def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
     assert time.monotonic() - started < 1, "a job's end waits for nobody"
     run.end("FAILED", patience=60)
     assert run.run_id is None
+    assert not run.is_complete
+
+
+@pytest.mark.slow
+def test_a_resumed_training_goes_on_in_the_same_run(server: str) -> None:
+    told: list[str] = []
+    for run_id, epochs in ((None, [EPOCH]), ("told", [replace(EPOCH, epoch=2)])):
+        run = Run(Settings(mlflow_url=server), WHAT, told.append, run_id and told[0])
+        for epoch in epochs:
+            run.epoch(epoch)
+        run.end("FINISHED" if run_id else "KILLED", patience=60)
+
+    from mlflow import MlflowClient
+
+    assert told[0] == told[1]
+    assert [point.step for point in MlflowClient(tracking_uri=server).get_metric_history(told[0], "val_loss")] == [1, 2]
 
 
 def _healthy(url: str) -> bool:
