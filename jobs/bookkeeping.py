@@ -18,7 +18,7 @@ from jobs.states import JobKind, ResultState, UnitState
 from jobs.tables import Job, JobEvent, Json, ScanResult, Unit
 
 UNITS_CHANNEL = "renalq_units"
-"""NOTIFY channel: a unit waits for the dispatcher, or a worker has room for one."""
+"""NOTIFY channel: a unit waits for the dispatcher, or a worker is done with one."""
 JOBS_CHANNEL = "renalq_jobs"
 """NOTIFY channel: the job whose id is the payload has changed. A trigger sends it."""
 

@@ -11,7 +11,6 @@ first few rows of it.
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
@@ -20,9 +19,6 @@ from jobs.bookkeeping import NOW, seconds
 from jobs.db import Prepared
 from jobs.states import JobKind, Lane, UnitState
 from jobs.tables import Unit
-
-LOOK_AHEAD = 64
-"""Most waiting units that are looked at, of each tenant in each lane."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,9 @@ class View:
 # The tenants that have something in a lane are found by jumping from one to the next in the index (a "loose index
 # scan"); then the first jobs of each, and of each job its first units that nobody holds. Whole rows are compared, since
 # with `lane = …` the planner may walk the primary key for the order of ids, past all jobs that ever were.
-WAITING = Prepared(
-    "waiting",
-    "int, float8, int",
+LOOK = Prepared(
+    "look",
+    "int, float8, int, float8",
     """
 WITH RECURSIVE tenants AS (
     (SELECT lane, tenant_id FROM jobs WHERE finished_at IS NULL ORDER BY lane, tenant_id LIMIT 1)
@@ -83,28 +79,23 @@ WITH RECURSIVE tenants AS (
         SELECT lane, tenant_id FROM jobs
         WHERE finished_at IS NULL AND (lane, tenant_id) > (tenants.lane, tenants.tenant_id)
         ORDER BY lane, tenant_id LIMIT 1) AS following
+), waiting AS (
+    SELECT jsonb_agg(jsonb_build_array(due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
+        due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0)) AS units
+    FROM tenants CROSS JOIN LATERAL (
+        SELECT unit.id, unit.scans, unit.state, unit.rings, jobs.kind
+        FROM jobs CROSS JOIN LATERAL (
+            SELECT id, scans, state, ordinal, not_before, dispatched_at, rings FROM units
+            WHERE units.job_id = jobs.id AND finished_at IS NULL AND state IN ('queued', 'dispatched')
+            ORDER BY ordinal LIMIT $1) AS unit
+        WHERE (jobs.lane, jobs.tenant_id) >= (tenants.lane, tenants.tenant_id)
+            AND (jobs.lane, jobs.tenant_id) <= (tenants.lane, tenants.tenant_id) AND jobs.finished_at IS NULL
+            AND CASE WHEN unit.state = 'queued' THEN unit.not_before <= clock_timestamp()
+                ELSE unit.rings = 0 OR unit.dispatched_at < clock_timestamp()
+                    - make_interval(secs => $2 * least(power(2, unit.rings - 1), 8)) END
+        ORDER BY jobs.lane, jobs.tenant_id, jobs.id, unit.ordinal LIMIT $3) AS due
 )
-SELECT due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
-    due.state = 'dispatched' AND due.rings > 0 AS again, due.state = 'dispatched' AND due.rings = 0 AS promised
-FROM tenants CROSS JOIN LATERAL (
-    SELECT unit.id, unit.scans, unit.state, unit.rings, jobs.kind
-    FROM jobs CROSS JOIN LATERAL (
-        SELECT id, scans, state, ordinal, not_before, dispatched_at, rings FROM units
-        WHERE units.job_id = jobs.id AND finished_at IS NULL AND state IN ('queued', 'dispatched')
-        ORDER BY ordinal LIMIT $1) AS unit
-    WHERE (jobs.lane, jobs.tenant_id) >= (tenants.lane, tenants.tenant_id)
-        AND (jobs.lane, jobs.tenant_id) <= (tenants.lane, tenants.tenant_id) AND jobs.finished_at IS NULL
-        AND CASE WHEN unit.state = 'queued' THEN unit.not_before <= clock_timestamp()
-            ELSE unit.rings = 0 OR unit.dispatched_at < clock_timestamp()
-                - make_interval(secs => $2 * least(power(2, unit.rings - 1), 8)) END
-    ORDER BY jobs.lane, jobs.tenant_id, jobs.id, unit.ordinal LIMIT $3) AS due
-""",
-)
-ROOM = Prepared(
-    "room",
-    "float8",
-    """
-SELECT
+SELECT waiting.units AS waiting,
     (SELECT jsonb_object_agg(lane, number) FROM (
         SELECT lane, count(*) AS number FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted
     ) AS rung,
@@ -113,7 +104,8 @@ SELECT
             yield_requested_at IS NOT NULL))
         FROM units JOIN jobs ON jobs.id = units.job_id WHERE units.state = 'running') AS running,
     (SELECT jsonb_agg(jsonb_build_array(split_part(name, '/', 1), lanes))
-        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $1)) AS workers
+        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $4)) AS workers
+FROM waiting WHERE waiting.units IS NOT NULL
 """,
 )
 PACE = """
@@ -125,26 +117,21 @@ GROUP BY lanes.name
 """
 
 
-def look(session: Session, ring_again: float, per_job: int, alive_seconds: float) -> View:
-    """What waits, and for whom there is room. Of each job at most `per_job` units are rung at the same time.
+def look(session: Session, ring_again: float, per_job: int, alive_seconds: float, ahead: int = 64) -> View:
+    """What waits, and for whom there is room. Of each job at most `per_job` units are rung at the same time; of each
+    tenant in each lane the first `ahead` waiting units are seen.
 
     A worker is known by its Celery name: claims carry it with its child's number, signs of life with its own.
     """
-    waiting = WAITING(session, per_job, ring_again, LOOK_AHEAD).all()
-    if not waiting:
+    seen = LOOK(session, per_job, ring_again, ahead, alive_seconds).first()
+    if seen is None:
         return View((), {}, (), ())
-    room = ROOM(session, alive_seconds).one()
     return View(
-        waiting=[_waiting(row) for row in waiting],
-        rung={Lane(lane): number for lane, number in (room.rung or {}).items()},
-        running=[Running(uuid.UUID(id_), Lane(lane), *rest) for id_, lane, *rest in room.running or ()],
-        workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in room.workers or ()],
+        waiting=[Waiting(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in seen.waiting],
+        rung={Lane(lane): number for lane, number in (seen.rung or {}).items()},
+        running=[Running(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in seen.running or ()],
+        workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in seen.workers or ()],
     )
-
-
-def _waiting(row: Any) -> Waiting:
-    unit_id, lane, tenant_id, kind, scans, again, promised = row
-    return Waiting(uuid.UUID(str(unit_id)), Lane(lane), tenant_id, JobKind(kind), scans, again, promised)
 
 
 def pace(session: Session) -> dict[Lane, float]:

@@ -91,7 +91,7 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
 )
-SELECT unit_id, job_id, tenant_id, kind, attempt, fence, pg_notify('renalq_units', '') FROM claimed
+SELECT unit_id, job_id, tenant_id, kind, attempt, fence FROM claimed
 """
 CLAIM_UNIT = Prepared(
     "claim_unit",

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from ml.config import load_config
+from ml.config import CheckpointPlan, load_config
 from ml.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
 from ml.events import STAGES, Emit, Event, Failed, to_json
 from ml.params import load_params
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", type=Path, default=Path("config/config.yaml"))
         command.add_argument("--params", type=Path, default=Path("params.yaml"))
         command.add_argument("--events", action="store_true", help="JSON lines on stdout, for a parent process")
-        command.set_defaults(command=_pipeline, stage=name)
+        command.set_defaults(command=_pipeline, stage=name, checkpoints=None, checkpoint_seconds=0.0, resume=None)
+        if name in ("run", "training"):
+            _add_checkpoints(command)
     predict = commands.add_parser("predict", help="predict scans with a model file")
     predict.add_argument("model", type=Path)
     predict.add_argument("files", type=Path, nargs="+")
@@ -62,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     commands.add_parser("phantom", help="write synthetic CT")
     return parser
+
+
+def _add_checkpoints(command: argparse.ArgumentParser) -> None:
+    default = CheckpointPlan.seconds
+    command.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="write checkpoints there")
+    command.add_argument(
+        "--checkpoint-seconds", type=float, default=default, metavar="S",
+        help="at the end of an epoch, when the last one is S seconds old; 0: of each epoch (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--resume", type=Path, metavar="FILE", help="go on from this checkpoint")
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
@@ -94,11 +106,12 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
     from ml import stages
 
     config, params = load_config(parsed.config), load_params(parsed.params)
+    plan = CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume)
     weights_dir = Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None
     if parsed.stage == "run":
-        stages.run(config, params, emit, weights_dir)
+        stages.run(config, params, emit, weights_dir, plan)
     else:
-        stages.run_stage(parsed.stage, stages.Run(config, params, emit, weights_dir))
+        stages.run_stage(parsed.stage, stages.Run(config, params, emit, weights_dir, checkpoints=plan))
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -68,6 +69,15 @@ class PipelineConfig(_Section):
     prepare_base_model: PrepareBaseModel
     training: Training
     evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Where checkpoints go, how often, and which one to go on from. The defaults: nowhere, and from the beginning."""
+
+    folder: Path | None = None
+    seconds: float = 60.0  # at least, between two of them; 0: after each epoch
+    resume: Path | None = None
 
 
 def load_config(path: Path) -> PipelineConfig:

@@ -57,6 +57,10 @@ def _line(event: events.Event) -> str:
                 f"{event.train_accuracy:.3f}  held out loss {event.val_loss:.4f} accuracy {event.val_accuracy:.3f}"
                 f"  {event.seconds:.1f} s"
             )
+        case events.Resumed(epoch):
+            return f"resumed after epoch {epoch}"
+        case events.Checkpointed(_, path, seconds):
+            return f"checkpoint: {escape(path)}  {seconds:.1f} s"
         case events.Evaluated(metrics):
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "precision", "recall", "f1"))
             return f"[bold]{shown}[/bold]  on {metrics['held_out']} held-out scans"

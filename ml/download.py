@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
-from ml.errors import DownloadFailed
+from ml.errors import DownloadFailed, is_storage_full
 
 MAX_BYTES = 20 * 2**30
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces
@@ -99,6 +99,8 @@ def _fetch_drive(drive_id: str, partial: Path, max_bytes: int, report: Report | 
             progress=on_piece, cancel=too_large, timeout=_TIMEOUT,
         )  # fmt: skip
     except Exception as error:  # gdown raises its own errors, requests' and OSError
+        if is_storage_full(error):
+            raise
         if too_large.is_set():
             _refuse_beyond(max_bytes + 1, max_bytes)
         raise DownloadFailed(_DRIVE_REFUSED) from error

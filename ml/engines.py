@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ml.halving import HalvingBackbone
 from ml.transforms import Transform
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -45,11 +46,15 @@ def features_of(backbone: Backbone, images: np.ndarray) -> np.ndarray:
 
 
 def open_backbone(network: nn.Module, transform: Transform, precision: Precision = "auto") -> Backbone:
-    """The fastest engine for `network.features` on this machine.
+    """The fastest engine for `network.features` on this machine; batches that are too large for it are halved.
 
     `precision` auto takes bf16 where the device multiplies it natively; fp32 is the reference; bf16 is taken at the
     caller's word. The engine keeps no reference to the network on the CPU engines but its own copy of the weights.
     """
+    return HalvingBackbone(_fastest(network, transform, precision))
+
+
+def _fastest(network: nn.Module, transform: Transform, precision: Precision) -> Backbone:
     if torch.cuda.is_available():
         return TorchBackbone(network, transform, "cuda", bf16=precision != "fp32")
     if precision != "fp32" and importlib.util.find_spec("openvino") and (precision == "bf16" or cpu_has_bf16()):

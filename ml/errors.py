@@ -5,6 +5,7 @@ PipelineError
 ├── BadParams           BAD_PARAMS        a field of params or config is wrong
 ├── DownloadFailed      DOWNLOAD_FAILED   the source did not hand out the file
 ├── WeightsMissing      WEIGHTS_MISSING   ImageNet weights are nowhere to be had
+├── BadCheckpoint       BAD_CHECKPOINT    a checkpoint is torn, foreign, or of another training
 ├── DeviceOutOfMemory   DEVICE_OOM        the device or the machine has too little memory
 └── StorageFull         STORAGE_FULL      the disk is full
 
@@ -17,6 +18,8 @@ ValueError
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -51,11 +54,24 @@ class WeightsMissing(PipelineError):
     code = "WEIGHTS_MISSING"
 
 
+class BadCheckpoint(PipelineError):
+    """A checkpoint is torn, is no checkpoint of ours, or belongs to another training; the message says which.
+
+    Not retryable with the same file: whoever has an older checkpoint resumes from that one, else from the beginning.
+    """
+
+    code = "BAD_CHECKPOINT"
+
+
 class DeviceOutOfMemory(PipelineError):
-    """The device or the machine has too little memory for this batch."""
+    """The device or the machine has too little memory, also for half a batch. The same again would end the same."""
 
     code = "DEVICE_OOM"
-    retryable = True
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The device ran out of memory: use a smaller batch_size or image_size, or wait until the device is free."
+        )
 
 
 class StorageFull(PipelineError):
@@ -81,18 +97,41 @@ def as_pipeline_error(error: BaseException) -> PipelineError:
     """The pipeline error that says the same as `error`; what nobody foresaw becomes INTERNAL, without its text."""
     if isinstance(error, PipelineError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_storage_full(error):
         return StorageFull("The disk is full: free some space and start the job again.")
     if isinstance(error, ArchiveError):
         return BadDataset(str(error))
     if isinstance(error, ModelFileError):
         return BadParams(f"The stage before has left no network to use: {error}")
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
-        return DeviceOutOfMemory("The device ran out of memory: use a smaller batch_size or a bigger device.")
+    if is_out_of_memory(error):
+        return DeviceOutOfMemory()
     return PipelineError(f"An unforeseen {type(error).__name__} ended the run; the log has its traceback.")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch raises OutOfMemoryError on CUDA, but a plain RuntimeError from its CPU allocator, and OpenVINO likewise.
+@contextmanager
+def naming_out_of_memory() -> Iterator[None]:
+    """DeviceOutOfMemory in place of whatever torch, OpenVINO or numpy raise for want of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise DeviceOutOfMemory from error
+        raise
+
+
+def is_storage_full(error: BaseException) -> bool:
+    """Whether the disk, or the owner's quota on it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine.
+
+    torch raises OutOfMemoryError (a RuntimeError) on CUDA, but a plain RuntimeError from its CPU allocator and from
+    cuBLAS and cuDNN; OpenVINO says it in a RuntimeError's text, or passes C++'s bad_alloc on.
+    """
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+
+
+_SIGNS = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc", "alloc_failed")

@@ -6,9 +6,10 @@ The whole protocol between `python -m ml run --events` and the worker is in this
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
 
@@ -55,6 +56,27 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A training goes on from a checkpoint: the epochs up to this one were done, and told, before."""
+
+    event: ClassVar[str] = "resumed"
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """The training can go on after `epoch` from the file at `path`, which took `seconds` to write.
+
+    The file is the reader's: it may be moved away at once.
+    """
+
+    event: ClassVar[str] = "checkpointed"
+    epoch: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The scores on the held-out scans: see `ml.metrics.Scores.as_dict`."""
 
@@ -82,11 +104,22 @@ class Failed:
     retryable: bool = False
 
 
-Event = StageStarted | StageFinished | Progress | Epoch | Evaluated | Finished | Failed
+Event = StageStarted | StageFinished | Progress | Epoch | Resumed | Checkpointed | Evaluated | Finished | Failed
 Emit = Callable[[Event], None]
-_KINDS: dict[str, type[Any]] = {
-    kind.event: kind for kind in (StageStarted, StageFinished, Progress, Epoch, Evaluated, Finished, Failed)
-}
+_KINDS: dict[str, type[Any]] = {kind.event: kind for kind in get_args(Event)}
+
+
+def reporter(emit: Emit, stage: str, every: float = 0.5) -> Callable[[float], None]:
+    """A function of the fraction done that emits at most one `progress` event in `every` seconds."""
+    last = time.monotonic()
+
+    def tell(fraction: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            emit(Progress(stage, round(fraction, 4)))
+
+    return tell
 
 
 def to_json(event: Event) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ml.engines import BATCH, Backbone
 from ml.network import FEATURES
+from ml.tensorfile import reserve
 from ml.transforms import Augmentation, augment, draw
 
 IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked temporary file
@@ -33,13 +34,17 @@ class Features:
 
     def plain(self, scans: np.ndarray) -> np.ndarray:
         """float32 [len(scans), 25088] of the scans as they are; computed on first use, then kept."""
+        return np.asarray(self.keep(scans)[scans])
+
+    def keep(self, scans: np.ndarray) -> np.ndarray:
+        """Compute what is missing of the scans' plain features, and keep it. The answer has a row for every scan."""
         if self._kept is None:
             self._kept = _store((len(self._pixels), FEATURES))
         missing = scans[~self._known[scans]]
         for rows, features in self._computed(missing, lambda rows: self._pixels[rows]):
             self._kept[missing[rows]] = features
             self._known[missing[rows]] = True
-        return np.asarray(self._kept[scans])
+        return self._kept
 
     def augmented(self, scans: np.ndarray, seed: int, epoch: int, augmentation: Augmentation) -> np.ndarray:
         """float32 [len(scans), 25088] of the scans as `epoch` changes them, by seed, epoch and scan alone."""
@@ -70,4 +75,5 @@ def _store(shape: tuple[int, int]) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= IN_MEMORY:
         return np.empty(shape, np.float32)  # pages are taken only when they are written
     file = tempfile.TemporaryFile(prefix="renalq-features-")  # noqa: SIM115 - the map keeps it open; unlinked already
+    reserve(file.fileno(), 4 * shape[0] * shape[1])
     return np.memmap(file, np.float32, "w+", shape=shape)

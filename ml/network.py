@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ml import tensorfile
 from ml.download import fetch
 from ml.errors import DownloadFailed, ModelFileError, WeightsMissing
 from ml.torchvision_ops import torchvision
@@ -131,15 +130,7 @@ def _hash_matches(path: Path) -> bool:
 
 def save(model: Model, path: Path) -> None:
     """Write a model file at once: a temporary file beside it, fsync, rename. A reader never sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        state = {name: value.detach().contiguous() for name, value in model.network.state_dict().items()}
-        save_file(state, str(partial), metadata={"format": "pt", _METADATA_KEY: json.dumps(_described(model))})
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensorfile.write(model.network.state_dict(), path, {_METADATA_KEY: json.dumps(_described(model))})
 
 
 def _described(model: Model) -> dict[str, Any]:
@@ -150,14 +141,6 @@ def _described(model: Model) -> dict[str, Any]:
         "transform": model.transform.as_dict(),
     }
     return {**model.metadata, **own}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

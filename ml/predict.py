@@ -14,7 +14,7 @@ from torch import nn
 from ml import network
 from ml.ahead import ahead, batched
 from ml.engines import BATCH, Backbone, Precision, open_backbone
-from ml.errors import ImageError
+from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
 from ml.transforms import Transform
 
@@ -53,17 +53,21 @@ class Predictor:
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
-        """Load a model file once. ModelFileError for any other file."""
+        """Load a model file once. ModelFileError for any other file, DeviceOutOfMemory where it finds no room."""
         return cls.of(network.load(path), precision)
 
     @classmethod
     def of(cls, model: network.Model, precision: Precision = "auto") -> Predictor:
         """A predictor of a model that is in memory."""
-        backbone = open_backbone(model.network, model.transform, precision)
+        with naming_out_of_memory():
+            backbone = open_backbone(model.network, model.transform, precision)
         return cls(model.classes, model.transform, backbone, model.network.get_submodule("classifier").eval())
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
-        """Predictions in the order of `scans`, which may be endless: at most about 80 decoded scans are in memory."""
+        """Predictions in the order of `scans`, which may be endless: at most about 80 decoded scans are in memory.
+
+        DeviceOutOfMemory where the device has too little memory, also for half a batch (see ml.halving).
+        """
         decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * BATCH)
         waiting: deque[list[_Decoded]] = deque()
 
@@ -90,6 +94,7 @@ class Predictor:
         except ImageError as error:
             return _Decoded(scan.id, None, str(error))
 
+    @naming_out_of_memory()
     @torch.inference_mode()
     def _probabilities(self, features: np.ndarray) -> np.ndarray:
         return torch.softmax(self.classifier(torch.from_numpy(features)), dim=1).numpy()

@@ -14,6 +14,8 @@ compares the two). `settle` writes W and the momentum back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -27,6 +29,12 @@ class SpanLinear:
         self._velocity: torch.Tensor | None = None  # V₀ [out, in]; only once a window has been settled with momentum
         self._bias_velocity = torch.zeros_like(self._bias)
         self._inputs: torch.Tensor | None = None
+        self._moved = False  # whether a window's change has been written into the weight
+
+    @property
+    def in_window(self) -> bool:
+        """Whether a window was entered and not settled."""
+        return self._inputs is not None
 
     def enter(self, inputs: torch.Tensor) -> None:
         """Begin a window of inputs, float32 [n, in]; the window before is settled first."""
@@ -67,6 +75,7 @@ class SpanLinear:
         """End the window: write the weight back, in place; without `keep_momentum` training is over."""
         if self._inputs is None:
             return
+        self._moved = True
         if self._velocity is not None:
             self._weight.add_(self._velocity, alpha=self._s)
         self._weight.addmm_(self._a.T, self._inputs)
@@ -77,3 +86,30 @@ class SpanLinear:
             self._velocity = None
         self._inputs = None
         del self._base, self._carried, self._gram, self._a, self._a_velocity
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` needs to go on from here, by name: the living tensors, not copies.
+
+        Between windows that is the weight and its momentum, twice [out, in]. Inside the first window the weight has
+        not moved yet, so that whoever resumes has it already, and [n, out] numbers are enough; in a later window both
+        would be needed: settle it first.
+        """
+        bias = {"bias": self._bias, "bias_velocity": self._bias_velocity}
+        if self._inputs is not None:
+            assert not self._moved, "a later window must be settled before its state is asked for"
+            return {**bias, "a": self._a, "a_velocity": self._a_velocity}
+        velocity = {} if self._velocity is None else {"velocity": self._velocity}
+        return {**bias, "weight": self._weight, **velocity}
+
+    def restore(self, state: Mapping[str, torch.Tensor], inputs: torch.Tensor | None) -> None:
+        """Go on from a `state`. `inputs`: those of the window that it was taken in, None between windows."""
+        self._bias.copy_(state["bias"])
+        self._bias_velocity.copy_(state["bias_velocity"])
+        if inputs is not None:
+            self.enter(inputs)
+            self._a.copy_(state["a"])
+            self._a_velocity.copy_(state["a_velocity"])
+            return
+        self._weight.copy_(state["weight"])
+        self._velocity = state["velocity"].clone() if "velocity" in state else None
+        self._moved = True

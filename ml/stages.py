@@ -17,16 +17,18 @@ import torch
 
 from ml import network
 from ml.archives import extract_zip
-from ml.config import PipelineConfig
+from ml.checkpoints import Keeper, Origin, resumed
+from ml.config import CheckpointPlan, PipelineConfig
 from ml.data import DatasetReport, check_dataset, count_images, load_manifest, save_manifest, split_scans
 from ml.download import fetch
 from ml.engines import device_name, open_backbone
 from ml.errors import BadDataset, BadParams
-from ml.events import Emit, Epoch, Evaluated, Finished, Progress, StageFinished, StageStarted
+from ml.events import Emit, Epoch, Evaluated, Finished, Resumed, StageFinished, StageStarted, reporter
 from ml.features import Features
 from ml.metrics import Scores, score
 from ml.params import Params
-from ml.train import TrainConfig, TrainData, train
+from ml.tensorfile import reserve
+from ml.train import Start, TrainConfig, TrainData, train
 from ml.transforms import Transform
 
 DOWNLOAD_SHARE = 0.4  # of the first stage's progress, when there is something to download
@@ -41,6 +43,7 @@ class Run:
     emit: Emit
     weights_dir: Path | None = None
     whole: bool = False  # all four stages in this process
+    checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     model: network.Model | None = None
     features: Features | None = None
     epochs: list[Epoch] = field(default_factory=list)
@@ -55,9 +58,15 @@ class Run:
 Stage = Callable[[Run], None]
 
 
-def run(config: PipelineConfig, params: Params, emit: Emit, weights_dir: Path | None = None) -> Finished:
+def run(
+    config: PipelineConfig,
+    params: Params,
+    emit: Emit,
+    weights_dir: Path | None = None,
+    checkpoints: CheckpointPlan | None = None,
+) -> Finished:
     """All four stages in this process; ends with the `finished` event, which is also returned."""
-    whole = Run(config, params, emit, weights_dir, whole=True)
+    whole = Run(config, params, emit, weights_dir, whole=True, checkpoints=checkpoints or CheckpointPlan())
     for name in STAGES:
         run_stage(name, whole)
     finished = Finished(str(config.training.trained_model_path), _artifacts(config), round(whole.device_seconds, 3))
@@ -97,7 +106,7 @@ def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
     partial = paths.pixels_path.with_name(f".{paths.pixels_path.name}.partial")
     shape = (count_images(paths.unzip_dir), transform.height, transform.width, 3)
     try:
-        pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape) if shape[0] else np.empty(shape, np.uint8)
+        pixels = _pixels_file(partial, shape) if shape[0] else np.empty(shape, np.uint8)
 
         def keep(index: int, image: np.ndarray) -> None:
             pixels[index] = transform.resize(image)
@@ -108,6 +117,13 @@ def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
     finally:
         partial.unlink(missing_ok=True)
     return report
+
+
+def _pixels_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    pixels: np.ndarray = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:
+        reserve(file.fileno(), path.stat().st_size)
+    return pixels
 
 
 def load_pixels(state: Run) -> np.ndarray:
@@ -173,7 +189,10 @@ def training(state: Run) -> None:
     backbone = open_backbone(model.network, model.transform)
     state.features = Features(backbone, load_pixels(state))
     split = split_scans(report, state.params.seed, state.params.held_out)
-    config = TrainConfig(model.network, state.params, reporter(state.emit, "training"))
+    origin = Origin.of(state.params, report, model.network, backbone.name)
+    keeper = Keeper(state.checkpoints, origin, state.epochs, state.emit)
+    tell, start = reporter(state.emit, "training"), _start(state, origin)
+    config = TrainConfig(model.network, state.params, tell, keeper, start)
     for epoch in train(config, TrainData(state.features, report.labels, split)):
         state.epochs.append(epoch)
         state.emit(epoch)
@@ -182,6 +201,15 @@ def training(state: Run) -> None:
     state.device_seconds += time.perf_counter() - started
     network.save(state.model, state.config.training.trained_model_path)
     _write_json(state.config.training.history_path, [asdict(epoch) for epoch in state.epochs])
+
+
+def _start(state: Run, origin: Origin) -> Start:
+    checkpoint = resumed(state.checkpoints, origin)
+    if checkpoint is None:
+        return Start()
+    state.epochs.extend(checkpoint.history)
+    state.emit(Resumed(checkpoint.epoch))
+    return Start(checkpoint.epoch, checkpoint.head)
 
 
 def _own_memory(module: torch.nn.Module) -> None:
@@ -254,22 +282,6 @@ def _artifacts(config: PipelineConfig) -> dict[str, str]:
         **_plot_paths(config),
     }
     return {name: str(path) for name, path in paths.items()}
-
-
-# --- telling ---------------------------------------------------------------------------------------------------------
-
-
-def reporter(emit: Emit, stage: str, every: float = 0.5) -> Callable[[float], None]:
-    """A function of the fraction done that emits at most one `progress` event in `every` seconds."""
-    last = time.monotonic()
-
-    def tell(fraction: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            emit(Progress(stage, round(fraction, 4)))
-
-    return tell
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,11 +1,15 @@
-"""Training, on a screen: the head learns by SGD from features that the frozen backbone computed once."""
+"""Training, on a screen: the head learns by SGD from features that the frozen backbone computed once.
+
+Everything random is a function of seed and epoch, and an epoch ends in a state that can be told in full (Head.state):
+so a training can stop after an epoch and go on in another process to the same numbers (ml.checkpoints).
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,28 +17,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from ml.data import Split
-from ml.errors import BadParams
+from ml.errors import BadParams, naming_out_of_memory
 from ml.events import Epoch
 from ml.features import Features
+from ml.head import Head, Tensors
 from ml.params import Params
-from ml.span import SpanLinear
 from ml.transforms import Augmentation
 
 WINDOW = 2048  # most training scans whose features are in memory at once (4 × 25088 bytes each)
-SPREAD = 0.3  # std that standardized features are given: a step of SGD grows with |x|² = 25088·SPREAD², and at 1 the
-# documented learning rate of 0.01 diverges on scans that a fifth of it would have learned
-FLOOR = 0.3  # of the mean std, added in quadrature: a feature that hardly moved in training, but fires on an unseen
-# patient, would else be blown up until it drowns the others
 HEAD_SHARE = 0.1  # of a scan's step in the head, of its time in the backbone: for the progress only
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a training goes on: after `epoch`, with the `Head.state` of that moment. The default: at the beginning."""
+
+    epoch: int = 0
+    head: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """What learns, and how: a VGG16 (its classifier is changed in place) and the parameters."""
+    """What learns, and how: a VGG16 (its classifier is changed in place) and the parameters.
+
+    `keep` hears of each epoch but the last, after the caller got it, with a function that gives the head's state.
+    """
 
     network: nn.Module
     params: Params
     on_progress: Callable[[float], None] = lambda fraction: None
+    keep: Callable[[int, Callable[[], Tensors]], None] = lambda epoch, head: None
+    start: Start = Start()
 
 
 @dataclass(frozen=True)
@@ -50,19 +63,36 @@ def train(config: TrainConfig, data: TrainData) -> Iterator[Epoch]:
     """Train the network's classifier, epoch by epoch. To cancel: stop iterating. To finish: iterate to the end.
 
     After the last epoch the network is a plain VGG16 again: the standardization is folded into its first Linear.
+    Raises DeviceOutOfMemory where the features, or a step of the head, find too little memory.
     """
-    params, head = config.params, Head(config.network, config.params)
-    progress = _Progress(config, data)
-    for epoch in range(1, params.epochs + 1):
-        started = time.perf_counter()
-        train_loss, train_accuracy = train_one_epoch(head, data, params, epoch, progress)
-        val_loss, val_accuracy = evaluate(head, data)
+    params, progress, started = config.params, _Progress(config, data), time.perf_counter()
+    with naming_out_of_memory():
+        head = begin(config, data)
+    for epoch in range(config.start.epoch + 1, params.epochs + 1):
+        with naming_out_of_memory():
+            train_loss, train_accuracy = train_one_epoch(head, data, params, epoch, progress)
+            val_loss, val_accuracy = evaluate(head, data)
         seconds = time.perf_counter() - started
         if epoch == params.epochs:
             head.finish()
         yield Epoch(
             epoch, params.epochs, train_loss, train_accuracy, val_loss, val_accuracy, params.learning_rate, seconds
         )  # fmt: skip
+        if epoch < params.epochs:
+            config.keep(epoch, head.state)
+        started = time.perf_counter()
+
+
+def begin(config: TrainConfig, data: TrainData) -> Head:
+    """The head at the beginning, or as it stood after the epoch that the training goes on from."""
+    head, params = Head(config.network, config.params), config.params
+    if not params.augmentation:
+        # All at once and in one order, whatever the windows: an engine may round by what shares a batch.
+        data.features.keep(data.split.train)
+    if config.start.epoch:
+        window = window_features(data, params, 1, data.split.train) if one_window(data, params) else None
+        head.restore(config.start.head, window)
+    return head
 
 
 def train_one_epoch(
@@ -73,7 +103,7 @@ def train_one_epoch(
     with torch.random.fork_rng():
         torch.manual_seed(params.seed * 1_000_003 + epoch)  # dropout: a function of seed and epoch, so a run can resume
         for scans, batches in windows(data, params, epoch):
-            if epoch == 1 or params.augmentation or len(data.split.train) > window_size(params):
+            if not (head.in_window and one_window(data, params)):
                 head.enter(window_features(data, params, epoch, scans))
             labels = torch.from_numpy(data.labels[scans]).to(head.device)
             for rows in batches:
@@ -81,6 +111,8 @@ def train_one_epoch(
                 loss_sum += loss * len(rows)
                 correct += int((logits.argmax(1) == labels[rows]).sum())
                 progress.head_done(len(rows))
+    if not one_window(data, params):
+        head.leave(last=epoch == params.epochs)
     count = len(data.split.train)
     if not math.isfinite(loss_sum):
         raise BadParams("learning_rate: the loss became infinite; choose a smaller one.")
@@ -114,6 +146,11 @@ def windows(data: TrainData, params: Params, epoch: int) -> Iterator[tuple[np.nd
         yield scans, _batches(np.arange(len(scans)), params.batch_size)
 
 
+def one_window(data: TrainData, params: Params) -> bool:
+    """Whether one window serves the whole training: the features are the same in each epoch, and few enough."""
+    return not params.augmentation and len(data.split.train) <= window_size(params)
+
+
 def window_size(params: Params) -> int:
     """Scans in a window: whole batches."""
     return max(1, WINDOW // params.batch_size) * params.batch_size
@@ -130,67 +167,6 @@ def _batches(rows: np.ndarray, size: int) -> list[torch.Tensor]:
     return [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-class Head:
-    """The classifier in training: its first Linear in the span of its inputs (see ml.span), the rest by torch."""
-
-    def __init__(self, network: nn.Module, params: Params) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        classifier = network.get_submodule("classifier").to(self.device)
-        self._network, self._standardizes = network, params.standardizes
-        self._linear: nn.Linear = classifier[0]  # type: ignore[index]
-        self._first = SpanLinear(self._linear, params.learning_rate, params.momentum)
-        self._rest: nn.Sequential = classifier[2:]  # type: ignore[index]
-        self._optimizer = torch.optim.SGD(
-            self._rest.parameters(), params.learning_rate, params.momentum, fused=True
-        )  # fmt: skip
-        self._mean: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None
-
-    def enter(self, features: torch.Tensor) -> None:
-        """Begin a window of raw features [n, 25088]. The first window's mean and std standardize all that follow."""
-        features = features.to(self.device)
-        if self._standardizes and self._mean is None:
-            std, self._mean = torch.std_mean(features, dim=0)
-            self._scale = torch.hypot(std, FLOOR * std.mean() + 1e-12) / SPREAD
-        self._first.enter(self._standardized(features))
-
-    def learn(self, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """One step of SGD on rows of the window: their logits and mean loss from before the step."""
-        self._rest.train()
-        hidden = self._first.forward(rows).requires_grad_()
-        logits = self._rest(F.relu(hidden))
-        loss = F.cross_entropy(logits, labels)
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-        assert hidden.grad is not None
-        self._first.step(rows, hidden.grad)
-        return logits.detach(), float(loss.detach())
-
-    @torch.inference_mode()
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of raw features [n, 25088], without dropout."""
-        self._rest.eval()
-        hidden = self._first.outputs(self._standardized(features.to(self.device)))
-        return self._rest(F.relu(hidden))  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Write the span back and fold the standardization: W(x - mean)/scale + b is a Linear of x itself."""
-        self._first.settle()
-        if self._mean is not None and self._scale is not None:
-            self._linear.weight.div_(self._scale)
-            self._linear.bias.sub_(self._linear.weight @ self._mean)
-        self._optimizer.zero_grad()
-        self._optimizer.state.clear()
-        self._network.cpu().eval()
-
-    def _standardized(self, features: torch.Tensor) -> torch.Tensor:
-        if self._mean is None or self._scale is None:
-            return features
-        return (features - self._mean).div_(self._scale)
-
-
 class _Progress:
     """The fraction of a training that is done, counted in scans through the backbone."""
 
@@ -198,7 +174,8 @@ class _Progress:
         params, trained, held = config.params, len(data.split.train), len(data.split.held_out)
         passes = params.epochs if params.augmentation else 1
         self._total = trained * passes + held + HEAD_SHARE * trained * params.epochs
-        self._done, self._tell = 0.0, config.on_progress
+        self._done = config.start.epoch * trained * (HEAD_SHARE + params.augmentation)
+        self._tell = config.on_progress
         data.features.on_images(self._add)
 
     def head_done(self, scans: int) -> None:

@@ -66,6 +66,8 @@ app.conf.update(
     task_create_missing_queues=False,
     # Flower shows tasks as they come and go.
     worker_send_task_events=True,
+    # … a tenth of a second later, so that no task waits for them.
+    worker_consumer="worker.consumer:EventsLater",
     task_track_started=False,
     # Our own JSON lines (worker/signals.py) instead of Celery's.
     worker_hijack_root_logger=False,
@@ -79,10 +81,9 @@ def ring(task: str, lane: Lane, unit_id: str) -> None:
     app.send_task(task, kwargs={"unit_id": unit_id}, queue=lane.value, retry=False, ignore_result=True)
 
 
-def ring_tracking(expires: float) -> None:
-    """Ask a training worker to record what MLflow missed. Unheard for `expires` seconds, the message is void: else they
-    would pile up while all workers train. Raises kombu's OperationalError."""
-    app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True, expires=expires)
+def ring_tracking() -> None:
+    """Ask a training worker to record what MLflow missed. Raises kombu's OperationalError."""
+    app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True)
 
 
 def worker_name(task: Task[Any, Any]) -> str:

@@ -18,6 +18,7 @@ import redis
 import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from jobs import bookkeeping, checkpoints, doorbells, idempotency, lifecycle, logs, processes
 from jobs.artifacts import Artifacts
@@ -31,8 +32,8 @@ from worker.turns import Plan, Turns
 log = structlog.get_logger()
 
 Ring = Callable[[str, Lane, str], None]
-GATHERING = 0.004
-"""Seconds after a step in which notifications gather: under load one look answers many of them."""
+GATHERING = 0.02
+"""Seconds in which notifications gather while no worker is idle: one look then answers many of them."""
 BROKER_AWAY = (BrokerError, redis.RedisError, OSError)
 LOST_DATABASE = (SQLAlchemyError, psycopg2.Error)
 
@@ -104,13 +105,15 @@ class Dispatcher:
         with listening(self._sessions.kw["bind"], bookkeeping.UNITS_CHANNEL) as bell:
             while not self._stop.is_set():
                 self.step()
-                self._stop.wait(GATHERING)
+                if self._turns.is_busy:
+                    self._stop.wait(GATHERING)
                 bell.wait(self._settings.sweep_seconds)
 
     def _ring_waiting(self) -> None:
         """Mark, commit, then publish: a doorbell is never rung for a row that may still vanish."""
-        plan, marked = self._plan(), set[uuid.UUID]()
+        marked: set[uuid.UUID] = set()
         with self._marks.begin() as session:
+            plan = self._plan(session)
             if plan.yields:
                 doorbells.ask_to_yield(session, [unit.unit_id for unit in plan.yields])
             if plan.promises:
@@ -125,13 +128,12 @@ class Dispatcher:
             with self._sessions.begin() as session:
                 doorbells.unring(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
 
-    def _plan(self) -> Plan:
+    def _plan(self, session: Session) -> Plan:
         settings = self._settings
-        with self._marks.begin() as session:
-            if self._pacing.due():
-                self._pace = doorbells.pace(session)
-            alive = 3 * settings.process_seconds
-            view = doorbells.look(session, settings.ring_again_seconds, settings.chunks_rung_per_job, alive)
+        if self._pacing.due():
+            self._pace = doorbells.pace(session)
+        alive, ahead = 3 * settings.process_seconds, self._turns.look_ahead(self._pace)
+        view = doorbells.look(session, settings.ring_again_seconds, settings.chunks_rung_per_job, alive, ahead)
         return self._turns.plan(view, self._pace)
 
     def _published(self, bell: doorbells.Waiting) -> bool:
@@ -158,7 +160,7 @@ class Dispatcher:
             behind = is_behind(session)
         if behind:
             try:
-                ring_tracking(expires=self._settings.track_again_seconds)
+                ring_tracking()
             except BROKER_AWAY as error:
                 log.warning("broker_unreachable", error=type(error).__name__)
 

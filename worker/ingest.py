@@ -27,7 +27,7 @@ def check_upload(held: Held) -> None:
     sha256 = held.in_transaction(lambda session: _read_archive(session, held))
     with held.workspace() as folder:
         report = _check(held, held.resources.artifacts.fetch(sha256, folder), folder / "unpacked")
-    held.in_transaction(lambda session: _write_verdict(session, held, report), to_the_end=True)
+    held.finish(lambda session: _write_verdict(session, held, report))
 
 
 def _write_verdict(session: Session, held: Held, report: DatasetReport) -> None:

@@ -73,7 +73,7 @@ def predict_chunk(held: Held) -> None:
     def end(session: Session) -> None:
         lifecycle.succeed(session, held.claim, outcomes=held.outcomes, device_seconds=seconds)
 
-    held.in_transaction(end, to_the_end=True)
+    held.finish(end)
 
 
 def _read_chunk(session: Session, held: Held) -> Chunk:

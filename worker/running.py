@@ -1,8 +1,6 @@
 """`with running(unit_id)`: claim, heartbeat, cancel and drain watch, exception → state. The only place that does so."""
 
 import errno
-import os
-import signal
 import threading
 import time
 import uuid
@@ -21,12 +19,15 @@ from jobs.errors import LeaseLost
 from jobs.lifecycle import RetryPolicy
 from jobs.tables import Json
 from ml.errors import PipelineError
+from worker.interrupts import CancelRequested, Draining, Yielding
 from worker.resources import Resources
-from worker.signals import draining
+from worker.watching import watched
 from worker.workspaces import workspace
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
+Verb = Callable[[Session], Claim | None]
+"""A way to claim: a verb of `jobs.lifecycle` with all but the session given."""
 
 
 class WorkFailed(Exception):
@@ -37,27 +38,20 @@ class WorkFailed(Exception):
         self.error: Json = {"code": code, "detail": detail, "retryable": retryable}
 
 
-class CancelRequested(Exception):
-    """Somebody asked for the job's end."""
-
-
-class Draining(Exception):
-    """This worker is to stop: the unit goes back to the queue."""
-
-
-class Yielding(Exception):
-    """Somebody with a better right waits for this worker: what is left of the unit goes back to the queue."""
-
-
 class Held:
     """A unit under lease. A thread beats for it; `check()` raises as soon as the work is to stop.
 
-    `outcomes` are the scans that are done: whatever ends the unit, they are written with its end.
+    `outcomes` are the scans that are done: whatever ends the unit, they are written with its end. `following` is the
+    unit that was claimed in the transaction that ended this one, if `claim_next` found any.
     """
 
-    def __init__(self, claim: Claim, resources: Resources) -> None:
+    def __init__(self, claim: Claim, resources: Resources, claim_next: Verb | None = None) -> None:
         self.claim = claim
         self.resources = resources
+        self.following: Claim | None = None
+        self.is_over = False
+        """Whether the unit's good end is committed: there is nothing to beat for any more."""
+        self._claim_next = claim_next or _nothing
         self.outcomes: list[ScanOutcome] = []
         self._interrupted_at = 0.0
         self._interrupted: Exception | None = None
@@ -120,15 +114,40 @@ class Held:
                 self.check()
             time.sleep(0.2)
 
+    def finish(self, verb: Callable[[Session], object], and_follow: bool = True) -> None:
+        """End the unit well, and claim the next one, in one transaction: for short units the commits are the cost."""
+
+        def both(session: Session) -> Claim | None:
+            verb(session)
+            return self._claim_next(session) if and_follow else None
+
+        self.following = self.in_transaction(both, to_the_end=True)
+        self.is_over = True
+
     def workspace(self) -> AbstractContextManager[Path]:
         """A scratch folder, removed at the end. The fence in its name keeps two attempts apart."""
         return workspace(self.resources.settings.work, self.claim.unit_id, self.claim.fence)
+
+    def end(self, error: Exception) -> None:
+        """Exception → state. A database that stays away leaves the unit to the reaper: its lease runs out by itself."""
+        why = self._interrupted or error
+        try:
+            self.in_transaction(lambda session: _write_end(session, self, why), to_the_end=True)
+        except LeaseLost:
+            log.warning("lease_lost")
+        except SQLAlchemyError as unreachable:
+            log.error("end_not_written", error=type(unreachable).__name__)
 
     def is_overdue(self) -> bool:
         """Whether the work was told to stop and has not, for longer than is asked of it."""
         patience = 2 * self.resources.settings.cancel_grace_seconds
         late = time.monotonic() - self._interrupted_at > patience
-        return self._interrupted is not None and not isinstance(self._interrupted, Yielding) and late
+        stops = self._interrupted is not None and not isinstance(self._interrupted, Yielding)
+        return stops and late and not self.is_over
+
+
+def _nothing(session: Session) -> Claim | None:
+    return None
 
 
 def is_away(error: SQLAlchemyError) -> bool:
@@ -139,7 +158,9 @@ def is_away(error: SQLAlchemyError) -> bool:
 
 
 @contextmanager
-def running(unit_id: uuid.UUID, worker: str, resources: Resources) -> Iterator[Held | None]:
+def running(
+    unit_id: uuid.UUID, worker: str, resources: Resources, claim_next: Verb | None = None
+) -> Iterator[Held | None]:
     """Hold the unit while the body runs; None where the claim is refused.
 
     The body ends the unit well by itself, in one transaction with its results (`lifecycle.succeed`).
@@ -150,28 +171,28 @@ def running(unit_id: uuid.UUID, worker: str, resources: Resources) -> Iterator[H
         log.info("claim_refused", unit_id=str(unit_id))
         yield None
         return
-    with holding(claim, resources) as held:
+    with holding(claim, resources, claim_next) as held:
         yield held
 
 
 @contextmanager
-def holding(claim: Claim, resources: Resources) -> Iterator[Held]:
+def holding(claim: Claim, resources: Resources, claim_next: Verb | None = None) -> Iterator[Held]:
     """Hold a unit that is claimed. Whatever ends the body becomes a state here."""
-    held = Held(claim, resources)
+    held = Held(claim, resources, claim_next)
     structlog.contextvars.bind_contextvars(job_id=str(claim.job_id), unit_id=str(claim.unit_id), attempt=claim.attempt)
     log.info("claimed", kind=claim.kind)
     try:
-        with _beating(held):
+        with watched(held):
             try:
                 yield held
                 log.info("unit_done")
             except Exception as error:
-                _end(held, error)
+                held.end(error)
     finally:
         structlog.contextvars.unbind_contextvars("job_id", "unit_id", "attempt")
 
 
-def claimed(resources: Resources, verb: Callable[[Session], Claim | None]) -> Claim | None:
+def claimed(resources: Resources, verb: Verb) -> Claim | None:
     """Claim by the verb. None also where Postgres is away: the unit will be rung again."""
     for last in (False, True):
         try:
@@ -183,17 +204,6 @@ def claimed(resources: Resources, verb: Callable[[Session], Claim | None]) -> Cl
             if last:  # the first failure may only have found a connection that Postgres had closed
                 log.warning("claim_failed", error=type(error).__name__)
     return None
-
-
-def _end(held: Held, error: Exception) -> None:
-    """Exception → state. A database that is away leaves the unit to the reaper: its lease runs out by itself."""
-    why = held.interrupted or error
-    try:
-        held.in_transaction(lambda session: _write_end(session, held, why), to_the_end=True)
-    except LeaseLost:
-        log.warning("lease_lost")
-    except SQLAlchemyError as unreachable:
-        log.error("end_not_written", error=type(unreachable).__name__)
 
 
 def _write_end(session: Session, held: Held, why: Exception) -> None:
@@ -223,61 +233,3 @@ def _error_of(why: Exception) -> Json:
         return {"code": "DATABASE_LOST", "detail": "Postgres went away while the unit ran.", "retryable": True}
     detail = f"The worker failed with {type(why).__name__}; its log says more under this job's id."
     return {"code": "INTERNAL", "detail": detail, "retryable": True}
-
-
-@contextmanager
-def _beating(held: Held) -> Iterator[None]:
-    """Beat and watch in a thread, until the body ends."""
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(held, over), name="beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _watch(held: Held, over: threading.Event) -> None:
-    """Beat in time, look in between whether the work is still wanted, and end a body that does not listen."""
-    settings = held.resources.settings
-    heard = next_beat = time.monotonic()
-    while not over.wait(min(settings.watch_seconds, settings.beat_seconds)):
-        now = time.monotonic()
-        if draining():
-            held.interrupt(Draining())
-        if _ask(held, beat=now >= next_beat):
-            heard = now
-            next_beat = now + settings.beat_seconds if now >= next_beat else next_beat
-        if now - heard > settings.give_up_seconds:
-            held.interrupt(LeaseLost("No beat could be written for too long."))
-        if held.is_overdue() and not over.is_set():
-            _end_by_force(held)
-
-
-def _ask(held: Held, beat: bool) -> bool:
-    """Beat, or only look. False: Postgres did not answer."""
-    try:
-        with held.resources.beats.begin() as session:
-            if beat and not lifecycle.beat(session, held.claim, held.resources.settings.lease_seconds):
-                standing = lifecycle.Standing(held=False)
-            else:
-                standing = lifecycle.standing(session, held.claim)
-    except SQLAlchemyError as error:
-        log.warning("beat_failed", error=type(error).__name__)
-        return False
-    if not standing.held:
-        held.interrupt(LeaseLost())
-    elif standing.cancel_requested:
-        held.interrupt(CancelRequested())
-    elif standing.yield_requested:
-        held.interrupt(Yielding())
-    return True
-
-
-def _end_by_force(held: Held) -> None:
-    """The body hangs in a call that hears nothing. Its end is written for it, and this process goes, the device's
-    memory with it; Celery's pool starts another."""
-    log.error("killed_itself", why=type(held.interrupted).__name__)
-    _end(held, LeaseLost())
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -5,12 +5,14 @@ import uuid
 from typing import Any
 
 from celery import Task
+from sqlalchemy.orm import Session
 
+from jobs.bookkeeping import Claim
 from jobs.lifecycle import claim_next
 from jobs.states import JobKind, Lane
 from worker.app import TASK_OF, TRACK, app, worker_name
 from worker.resources import resources
-from worker.running import Held, claimed, holding, running
+from worker.running import Held, Verb, holding, running
 from worker.signals import draining
 
 GOES_ON_SECONDS = 0.5
@@ -48,23 +50,27 @@ def _work_on(task: "Task[Any, Any]", unit_id: str) -> None:
     rings again elsewhere."""
     if draining():
         return
-    deadline = time.monotonic() + GOES_ON_SECONDS
-    with running(uuid.UUID(unit_id), worker_name(task), resources()) as held:
+    follow = _follow(task)
+    with running(uuid.UUID(unit_id), worker_name(task), resources(), follow) as held:
         if held is not None:
             _do(held)
-    while held is not None and time.monotonic() < deadline and not draining():
-        held = _do_next(task)
+    while held is not None and held.following is not None:
+        with holding(held.following, resources(), follow) as held:
+            _do(held)
 
 
-def _do_next(task: "Task[Any, Any]") -> Held | None:
+def _follow(task: "Task[Any, Any]") -> Verb:
+    """How to claim what was promised to the lane that this task was rung on, for as long as the task may go on."""
+    deadline = time.monotonic() + GOES_ON_SECONDS
     delivered: Any = task.request.delivery_info
-    lane, lease = Lane(delivered["routing_key"]), resources().settings.lease_seconds
-    following = claimed(resources(), lambda session: claim_next(session, lane, worker_name(task), lease))
-    if following is None:
-        return None
-    with holding(following, resources()) as held:
-        _do(held)
-    return held
+    lane, worker, lease = Lane(delivered["routing_key"]), worker_name(task), resources().settings.lease_seconds
+
+    def claim(session: Session) -> Claim | None:
+        if time.monotonic() > deadline or draining():
+            return None
+        return claim_next(session, lane, worker, lease)
+
+    return claim
 
 
 def _do(held: Held) -> None:

@@ -4,9 +4,8 @@ import datetime as dt
 import json
 import mimetypes
 import shutil
-import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ import structlog
 import yaml
 from sqlalchemy.orm import Session
 
-from jobs import checkpoints, lifecycle, queries, registry
+from jobs import checkpoints, lifecycle, registry
 from jobs.errors import LeaseLost
 from jobs.states import Stage
 from jobs.tables import Artifact, Checkpoint, Dataset, Job, Json
 from ml import events
-from ml.errors import BadParams
+from ml.errors import BadCheckpoint, BadParams
 from ml.params import parse_params
-from worker import tracking
+from worker import resuming, tracking
 from worker.child import Child, child
+from worker.interrupts import CancelRequested
 from worker.provenance import code_revision, environment
-from worker.running import CancelRequested, Held, WorkFailed
+from worker.resuming import CheckpointRefused
+from worker.running import Held, WorkFailed
 
 log = structlog.get_logger()
 
@@ -47,7 +48,6 @@ class Order:
     dataset_digest: str | None
     source_url: str | None
     mlflow_run_id: str | None
-    retry_of: uuid.UUID | None
     checkpoints: Sequence[Checkpoint]
 
 
@@ -98,7 +98,6 @@ def _read_order(session: Session, held: Held) -> Order:
         dataset_digest=dataset.digest if dataset else None,
         source_url=job.source_url,
         mlflow_run_id=job.mlflow_run_id,
-        retry_of=job.retry_of,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
     )
 
@@ -124,18 +123,37 @@ def _tell_run(held: Held, run_id: str) -> None:
 
 
 def _follow_child(held: Held, order: Order, run: tracking.Run, folder: Path) -> Told:
+    """Run the child from the furthest checkpoint that it takes; each try has a folder of its own."""
+    for number, checkpoint in enumerate(resuming.candidates(held, order.checkpoints, folder)):
+        with suppress(CheckpointRefused), _subfolder(folder, number) as own:
+            return _run_child(held, order, run, own, checkpoint)
+    raise AssertionError("from the beginning there is nothing to refuse")
+
+
+@contextmanager
+def _subfolder(folder: Path, number: int) -> Iterator[Path]:
+    own = folder / str(number)
+    own.mkdir()
+    try:
+        yield own
+    except CheckpointRefused:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+
+
+def _run_child(held: Held, order: Order, run: tracking.Run, folder: Path, checkpoint: Path | None) -> Told:
     config, params = _write_config(held, order, folder)
     arguments = ["run", "--config", str(config), "--params", str(params), "--events"]
     pause = held.resources.settings.checkpoint_seconds
     arguments += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(pause)]
-    arguments += _resume(held, order, folder)
+    arguments += [] if checkpoint is None else ["--resume", str(checkpoint)]
     log_file = folder / "training.log"
     told = Told()
     with child(arguments, held.resources.settings.cancel_grace_seconds, log_file) as process:
         held.when_interrupted(process.stop)
         try:
             for event in process.events():
-                _hear(held, order, run, told, event)
+                _hear(held, run, told, event)
             held.check()
             _judge_end(held, told, process, log_file)
         except (WorkFailed, CancelRequested) as why:
@@ -154,6 +172,8 @@ def _close_stage(held: Held, told: Told, state: str) -> None:
 def _judge_end(held: Held, told: Told, process: Child, log_file: Path) -> None:
     if told.failed is not None:
         said = told.failed
+        if said.code == BadCheckpoint.code:
+            raise CheckpointRefused
         raise WorkFailed(said.code, said.detail, said.retryable)
     code = process.exit_code()
     if told.finished is None:
@@ -200,50 +220,10 @@ def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
     return files
 
 
-# --- checkpoints ---
-
-
-def _resume(held: Held, order: Order, folder: Path) -> list[str]:
-    """The child's arguments to go on from the furthest checkpoint that is whole; none where there is none."""
-    for row in order.checkpoints:
-        path = held.resources.artifacts.fetch_named(row.path, row.sha256, folder)
-        if path is not None:
-            log.info("resuming", epoch=row.epoch)
-            return ["--resume", str(path)]
-        log.error("checkpoint_broken", epoch=row.epoch, path=row.path)
-        held.in_transaction(lambda session, row=row: checkpoints.discard(session, row.id))  # type: ignore[misc]
-    return []
-
-
-def _keep(held: Held, said: events.Checkpointed) -> None:
-    """The child's file goes into the store; only then a row names it. A full store costs no training."""
-    store = held.resources.artifacts
-    path = checkpoints.path_of(held.claim, said.epoch)
-    try:
-        stored = checkpoints.Stored(said.epoch, path, store.take_in(Path(said.path), path))
-    except OSError as error:
-        log.error("checkpoint_not_kept", epoch=said.epoch, error=type(error).__name__)
-        return
-    for old in held.in_transaction(lambda session: checkpoints.keep(session, held.claim, stored)):
-        store.remove_named(old)
-
-
-def _continue(held: Held, order: Order, epoch: int) -> None:
-    """Say that the training goes on. A retry is another job: it takes over the epochs of the one that it retries."""
-    held.report(event=("resumed", {"epoch": epoch}))
-
-    def take_over(session: Session) -> None:
-        if order.retry_of is not None and not queries.epochs(session, held.claim.job_id):
-            for data in queries.epochs(session, order.retry_of)[:epoch]:
-                lifecycle.report(session, held.claim, event=("epoch", data))
-
-    held.in_transaction(take_over)
-
-
 # --- what the child says becomes rows ---
 
 
-def _hear(held: Held, order: Order, run: tracking.Run, told: Told, event: events.Event) -> None:
+def _hear(held: Held, run: tracking.Run, told: Told, event: events.Event) -> None:
     match event:
         case events.StageStarted():
             _stage(held, told, event.stage, "running", "started_at", progress=_progress(event.stage, 0.0))
@@ -255,9 +235,9 @@ def _hear(held: Held, order: Order, run: tracking.Run, told: Told, event: events
             held.report(event=("epoch", asdict(event)))
             run.epoch(event)
         case events.Checkpointed():
-            _keep(held, event)
+            resuming.keep(held, event)
         case events.Resumed():
-            _continue(held, order, event.epoch)
+            resuming.go_on(held, event.epoch)
         case events.Evaluated():
             told.metrics = event.metrics
             run.final(event.metrics)
@@ -312,7 +292,7 @@ def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
         assert told.finished is not None
         lifecycle.succeed(session, held.claim, metrics=told.metrics, device_seconds=told.finished.device_seconds)
 
-    held.in_transaction(end, to_the_end=True)
+    held.finish(end, and_follow=False)  # MLflow is still to be told: another unit would wait without a beat
 
 
 def _artifact(held: Held, name: str, sha256: str, size: int) -> Artifact:

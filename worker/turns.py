@@ -74,9 +74,18 @@ class Turns:
         self._lanes = {lane: RoundRobin(quantum) for lane in Lane}
         self._ahead, self._newcomer, self._clock = ahead, newcomer, clock
         self._last_ring: dict[tuple[Lane, str], float] = {}
+        self._workers = 1
+        self.is_busy = False
+        """Whether all workers were, when last seen: what comes now finds none to ring for."""
+
+    def look_ahead(self, pace: Mapping[Lane, float]) -> int:
+        """How many waiting units of each tenant are worth a look: those that there may be room for, and a few."""
+        return 8 + self._workers + max((self._promises(self._workers, pace.get(lane)) for lane in Lane), default=0)
 
     def plan(self, view: View, pace: Mapping[Lane, float]) -> Plan:
         """What to do now. `pace`: seconds that a unit of a lane takes."""
+        self._workers = max(1, len(view.workers))
+        self.is_busy = bool(view.workers) and {w.name for w in view.workers} <= {unit.worker for unit in view.running}
         rings = [unit for unit in view.waiting if unit.again]  # they have their place already
         promises: list[Waiting] = []
         yields: list[Running] = []
@@ -100,8 +109,10 @@ class Turns:
         idle = sum(worker.name not in busy for worker in workers) - view.rung.get(lane, 0)
         if not workers:  # one is rung all the same: a sign of life may only be late
             return max(0, 1 - view.rung.get(lane, 0)), 0
-        ahead = 0 if pace is None else int(self._ahead * len(workers) / max(pace, 1e-6))
-        return max(0, idle), min(ahead, AHEAD_AT_MOST)
+        return max(0, idle), self._promises(len(workers), pace)
+
+    def _promises(self, workers: int, pace: float | None) -> int:
+        return 0 if pace is None else min(AHEAD_AT_MOST, int(self._ahead * workers / max(pace, 1e-6)))
 
     def _asked(self, view: View, lane: Lane, left: Sequence[Waiting], already: Sequence[Running]) -> list[Running]:
         """Running batch units that are asked for their place by units that found no room, one for one."""

@@ -12,7 +12,7 @@ __all__ = ["app"]
 def empty(held: Held) -> None:
     """Nothing but its first line, and its end."""
     say_now()
-    held.in_transaction(lambda session: lifecycle.succeed(session, held.claim))
+    held.finish(lambda session: lifecycle.succeed(session, held.claim))
 
 
 worker.ingest.check_upload = empty

@@ -24,6 +24,17 @@ UPDATE units SET scans = found.scans
 UPDATE jobs SET tracked_at = finished_at WHERE finished_at IS NOT NULL;
 """
 
+TRIGGER = """
+-- A scan has one result: what has ended stays as it ended.
+CREATE FUNCTION scan_results_end_once() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'scan % of job % has ended as %', OLD.ordinal, OLD.job_id, OLD.state
+        USING ERRCODE = 'check_violation';
+END $$;
+CREATE TRIGGER scan_results_end_once BEFORE UPDATE ON scan_results
+    FOR EACH ROW WHEN (OLD.state <> 'pending') EXECUTE FUNCTION scan_results_end_once();
+"""
+
 
 def upgrade() -> None:
     op.create_table(
@@ -113,9 +124,12 @@ def upgrade() -> None:
         postgresql_where=sa.text("finished_at IS NULL"),
     )
     op.execute(BACKFILL)
+    op.execute(TRIGGER)
 
 
 def downgrade() -> None:
+    op.execute("DROP TRIGGER scan_results_end_once ON scan_results")
+    op.execute("DROP FUNCTION scan_results_end_once()")
     op.drop_index("ix_units_unfinished", table_name="units", postgresql_where=sa.text("finished_at IS NULL"))
     op.drop_index("ix_units_succeeded", table_name="units", postgresql_where=sa.text("state = 'succeeded'"))
     op.drop_index("ix_units_rung", table_name="units", postgresql_where=sa.text("state = 'dispatched'"))

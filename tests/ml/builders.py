@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from torch import nn
 
+from ml.data import Split
+from ml.features import Features
+from ml.params import Params, parse_params
+from ml.train import TrainData
+
+SCANS = 40  # of make_data
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -79,3 +88,44 @@ def write_zip(files: dict[str, bytes], path: Path) -> Path:
         for name, content in files.items():
             archive.writestr(name, content)
     return path
+
+
+# --- training without a real backbone ---
+
+
+def make_narrow_network(seed: int = 0) -> nn.Module:
+    """VGG16's classifier with 48 instead of 4096 hidden units: all that training touches, at a fraction of its time."""
+    layers = [nn.Linear(25088, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 48), nn.ReLU(), nn.Dropout()]
+    network = nn.Module()
+    network.classifier = nn.Sequential(*layers, nn.Linear(48, 2))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, 0, 0.01, generator=generator)
+    return network
+
+
+class CountingBackbone:
+    """A stand-in device with the real interface: a fixed random projection that counts each distinct picture."""
+
+    name = "projection"
+
+    def __init__(self) -> None:
+        self.seen: Counter[bytes] = Counter()
+        self._projection = np.random.default_rng(0).normal(size=(16 * 16, 25088)).astype(np.float32) / 100
+
+    def stream(self, batches):
+        for batch in batches:
+            self.seen.update(image.tobytes() for image in batch)
+            yield np.maximum(batch[:, ::2, ::2, 0].reshape(len(batch), -1).astype(np.float32) @ self._projection, 0)
+
+
+def make_data(backbone: CountingBackbone) -> TrainData:
+    """40 scans in two classes that can be told apart; 8 are held out."""
+    pixels = np.stack([make_pixels(seed, 32, 32, bright=seed % 2 == 1) for seed in range(SCANS)])
+    split = Split(np.arange(8, SCANS), np.arange(8))
+    return TrainData(Features(backbone, pixels), np.arange(SCANS) % 2, split)
+
+
+def make_params(**fields: object) -> Params:
+    """Params of a small training from scratch."""
+    return parse_params({"weights": "none", "learning_rate": 0.01, "epochs": 3, "batch_size": 8, **fields})

@@ -25,7 +25,8 @@ def test_check_refuses_what_is_no_zip(tmp_path, capsys):
     assert "zip" in capsys.readouterr().err
 
 
-def test_predict_prints_a_line_for_each_scan(small_run, tmp_path, capsys):
+def test_predict_prints_a_line_for_each_scan(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # a long path to the scan would else break the sentence into two lines
     (tmp_path / "a.png").write_bytes(encode(make_pixels()))
     (tmp_path / "b.png").write_bytes(b"junk")
     assert main(["predict", str(small_run.model_path), str(tmp_path / "a.png"), str(tmp_path / "b.png")]) == 0

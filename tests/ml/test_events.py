@@ -13,6 +13,8 @@ EACH = [
     events.StageFinished("training", 1.5),
     events.Progress("training", 0.25),
     events.Epoch(1, 2, 0.5, 0.75, 0.6, 0.7, 0.001, 3.25),
+    events.Resumed(3),
+    events.Checkpointed(3, "kept/epoch-0003.safetensors", 0.4),
     events.Evaluated({"accuracy": 0.9, "classes": ["Normal", "Tumor"]}),
     events.Finished("model.safetensors", {"scores.json": "scores.json"}, 12.5),
     events.Failed("BAD_DATASET", "One class only.", False),

@@ -81,3 +81,49 @@ def test_settling_twice_changes_nothing():
     settled = linear.weight.detach().clone()
     span.settle()
     assert torch.equal(settled, linear.weight)
+
+
+def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: int) -> torch.Tensor:
+    """The weight after `last`, gone on from a state that was taken in `window` or between windows."""
+    linear = make_linear()
+    span = SpanLinear(linear, RATE, MOMENTUM)
+    span.restore(state, None if window is None else inputs_of(window))
+    if window is None:
+        span.enter(inputs_of(last))
+    for rows in batches(last):
+        span.step(rows, gradient_of(span.forward(rows)))
+    span.settle()
+    return linear.weight
+
+
+def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def test_a_state_between_windows_is_gone_on_from_exactly():
+    linear = make_linear()
+    span = train_in_span(linear, [0, 1])
+    span.settle(keep_momentum=True)
+    state = copies(span.state())
+    span.enter(inputs_of(2))
+    for rows in batches(2):
+        span.step(rows, gradient_of(span.forward(rows)))
+    span.settle()
+    assert torch.equal(trained_on_from(state, None, last=2), linear.weight)
+
+
+def test_a_state_in_the_first_window_needs_no_weight():
+    linear = make_linear()
+    span = train_in_span(linear, [0])
+    state = copies(span.state())
+    for rows in batches(1):
+        span.step(rows, gradient_of(span.forward(rows)))
+    span.settle()
+    assert set(state) == {"bias", "bias_velocity", "a", "a_velocity"}
+    assert torch.equal(trained_on_from(state, 0, last=1), linear.weight)
+
+
+def test_a_later_window_must_be_settled_before_its_state_is_told():
+    span = train_in_span(make_linear(), [0, 1])
+    with pytest.raises(AssertionError, match="settled"):
+        span.state()

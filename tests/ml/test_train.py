@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ml import network
-from ml.data import Split
 from ml.errors import BadParams
-from ml.features import Features
-from ml.params import Params, parse_params
-from ml.train import Head, TrainConfig, TrainData, train, windows
-from tests.ml.builders import make_pixels
-
-SCANS = 40
-
-
-class CountingBackbone:
-    """A stand-in device with the real interface: a fixed random projection that counts each distinct picture."""
-
-    name = "projection"
-
-    def __init__(self) -> None:
-        self.seen: Counter[bytes] = Counter()
-        self._projection = np.random.default_rng(0).normal(size=(16 * 16, 25088)).astype(np.float32) / 100
-
-    def stream(self, batches):
-        for batch in batches:
-            self.seen.update(image.tobytes() for image in batch)
-            yield np.maximum(batch[:, ::2, ::2, 0].reshape(len(batch), -1).astype(np.float32) @ self._projection, 0)
-
-
-def make_data(backbone: CountingBackbone) -> TrainData:
-    pixels = np.stack([make_pixels(seed, 32, 32, bright=seed % 2 == 1) for seed in range(SCANS)])
-    split = Split(np.arange(8, SCANS), np.arange(8))
-    return TrainData(Features(backbone, pixels), np.arange(SCANS) % 2, split)
-
-
-def make_params(**fields: object) -> Params:
-    return parse_params({"weights": "none", "learning_rate": 0.01, "epochs": 3, "batch_size": 8, **fields})
+from ml.head import Head
+from ml.train import TrainConfig, train, windows
+from tests.ml.builders import SCANS, CountingBackbone, make_data, make_params
 
 
 @pytest.fixture

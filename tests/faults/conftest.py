@@ -1,0 +1,32 @@
+"""A stack of the test's own with short clocks, and what is to go wrong in it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.db import Sessions
+from jobs.settings import Settings
+from tests.faults.sabotage import Sabotage
+from tests.processes import Stack, stack
+
+SHORT = {"cancel_grace_seconds": 0.5, "watch_seconds": 0.1, "newcomer_seconds": 0.5, "checkpoint_seconds": 0}
+
+
+@pytest.fixture
+def fast(settings: Settings) -> Settings:
+    """Short clocks: beat 0.5 s, lease 2 s."""
+    return settings.model_copy(update=SHORT)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Sabotage:
+    """What goes wrong in the processes that are started with it."""
+    return Sabotage(tmp_path)
+
+
+@pytest.fixture
+def processes(fast: Settings, sessions: Sessions) -> Iterator[Stack]:
+    """No process yet; none outlives the test."""
+    with stack(fast, sessions) as empty:
+        yield empty

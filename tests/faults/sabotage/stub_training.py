@@ -1,0 +1,80 @@
+"""Stands in for `python -m ml run` in trainings under test: the same protocol (ml.events), four stages, no network.
+
+What the act sets: `seconds` an epoch takes, `model_bytes`, `stubborn` (ignores SIGTERM), `refuses` (says of every
+checkpoint that it is of another training).
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ml import events
+
+ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
+SCORES = {"accuracy": 0.9, "precision": 0.9, "recall": 0.9, "f1": 0.9, "classes": ["Normal", "Tumor"]}
+FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png", "manifest.json")
+
+
+def main() -> None:
+    """Run the four stages."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--params", type=Path)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--resume", type=Path)
+    known, _ = parser.parse_known_args()
+    if ACT.get("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if known.resume is not None and ACT.get("refuses"):
+        _say(events.Failed("BAD_CHECKPOINT", "The checkpoint is of a training on another dataset."))
+        sys.exit(1)
+    import yaml
+
+    params = {name.lower(): value for name, value in yaml.safe_load(known.params.read_text()).items()}
+    for stage in events.STAGES:
+        _say(events.StageStarted(stage))
+        if stage == "training":
+            _train(int(params["epochs"]), known.checkpoints, known.resume)
+        _say(events.StageFinished(stage, 0.1))
+    _say(events.Evaluated(SCORES))
+    _say(_finished(known.config.parent))
+
+
+def _train(epochs: int, folder: Path | None, resume: Path | None) -> None:
+    done = int(resume.read_text()) if resume else 0
+    if resume:
+        _say(events.Resumed(done))
+    for epoch in range(done + 1, epochs + 1):
+        time.sleep(ACT["seconds"])
+        _say(events.Epoch(epoch, epochs, 0.5, 0.8, 0.5, 0.8, 0.01, ACT["seconds"]))
+        if folder is not None and epoch < epochs:
+            _keep(epoch, folder)
+
+
+def _keep(epoch: int, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"epoch-{epoch}.safetensors"
+    path.write_text(str(epoch))
+    _say(events.Checkpointed(epoch, str(path), 0.001))
+
+
+def _finished(folder: Path) -> events.Finished:
+    model = folder / "model.safetensors"
+    model.write_bytes(os.urandom(ACT.get("model_bytes", 1000)))
+    for name in FILES:
+        (folder / name).write_text('{"digest": "%s"}' % ("d" * 64))
+    return events.Finished(str(model), {name: str(folder / name) for name in FILES}, device_seconds=0.1)
+
+
+def _say(event: events.Event) -> None:
+    print(events.to_json(event), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""A training that is killed after an epoch and resumed ends with the very numbers of an undisturbed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ml import checkpoints, network
+from ml.checkpoints import Checkpoint, Keeper, Origin, checksum, load, save
+from ml.config import CheckpointPlan, load_config
+from ml.data import DatasetReport, ScanFile
+from ml.errors import BadCheckpoint
+from ml.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
+from ml.params import Params, parse_params
+from ml.stages import run
+from ml.train import Start, TrainConfig, TrainData, train
+from tests.ml.builders import CountingBackbone, make_data, make_narrow_network, make_params
+from tests.ml.conftest import SMALL, write_config
+
+EPOCHS = 4
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def make_epoch(number: int = 1) -> Epoch:
+    return Epoch(number, EPOCHS, 0.1 + number / 3, 0.75, 0.6, 0.7, 0.001, 3.25)
+
+
+def make_report(*names: str) -> DatasetReport:
+    scans = tuple(ScanFile(name, "Normal", f"sha of {name}", None) for name in names)
+    return DatasetReport({"Normal": len(scans)}, len(scans), "digest", (), scans)
+
+
+def make_origin(**fields: object) -> Origin:
+    origin = Origin(make_params().model_dump(mode="json"), "digest", "scans", 7, "torch-fp32")
+    return dataclasses.replace(origin, **fields)
+
+
+def make_checkpoint(epoch: int = 2, **fields: object) -> Checkpoint:
+    head = {"rest.bias": torch.arange(3.0), "first.a": torch.randn(50, 40), "s": torch.tensor(0.1, dtype=torch.float64)}
+    return Checkpoint(make_origin(**fields), tuple(make_epoch(number + 1) for number in range(epoch)), head)
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def numbers_of(epochs: list[Epoch]) -> list[Epoch]:
+    """Epochs without the time that they took."""
+    return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
+
+
+def train_whole(params: Params, data: TrainData) -> tuple[nn.Module, list[Epoch]]:
+    net = make_narrow_network()
+    return net, list(train(TrainConfig(net, params), data))
+
+
+def train_until(epoch: int, params: Params, data: TrainData, path: Path) -> None:
+    """A training that writes a checkpoint after `epoch` and is then dropped."""
+    net, done = make_narrow_network(), []
+    keeper = Keeper(CheckpointPlan(path.parent, 0.0), make_origin(), done, lambda event: None)
+    for one in train(TrainConfig(net, params, keep=keeper), data):
+        done.append(one)
+        if one.epoch == epoch + 1:
+            break
+    assert path.name in names_in(path.parent)
+
+
+def train_after(checkpoint: Checkpoint, params: Params, data: TrainData) -> tuple[nn.Module, list[Epoch]]:
+    net = make_narrow_network()
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    start = Start(checkpoint.epoch, checkpoint.head)
+    return net, [*checkpoint.history, *train(TrainConfig(net, params, start=start), data)]
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize(
+    ("window", "fields"),
+    [
+        pytest.param(2048, {"augmentation": False}, id="one window"),
+        pytest.param(2048, {"augmentation": True}, id="augmentation"),
+        pytest.param(16, {"augmentation": False}, id="several windows"),
+        pytest.param(16, {"augmentation": True}, id="several augmented windows"),
+        pytest.param(2048, {"augmentation": False, "momentum": 0.0}, id="no momentum"),
+        pytest.param(2048, {"augmentation": True, "momentum": 0.0}, id="augmentation and no momentum"),
+        pytest.param(2048, {"augmentation": True, "standardize": False, "learning_rate": 1e-4}, id="as they are"),
+    ],
+)
+def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, window, fields, epoch):
+    monkeypatch.setattr("ml.train.WINDOW", window)
+    params, path = make_params(epochs=EPOCHS, **fields), tmp_path / f"epoch-{epoch:04}.safetensors"
+    expected_net, expected = train_whole(params, make_data(CountingBackbone()))
+    train_until(epoch, params, make_data(CountingBackbone()), path)
+    net, epochs = train_after(load(path), params, make_data(CountingBackbone()))
+    assert numbers_of(epochs) == numbers_of(expected)
+    assert expected[-1].train_loss != expected[epoch - 1].train_loss
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, expected_net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("augmentation", [False, True])
+def test_without_augmentation_a_checkpoint_leaves_out_what_the_seed_gives_again(tmp_path, augmentation):
+    params = make_params(epochs=EPOCHS, augmentation=augmentation)
+    train_until(1, params, make_data(CountingBackbone()), tmp_path / FIRST)
+    assert ("first.weight" in load(tmp_path / FIRST).head) == augmentation
+
+
+def test_a_resumed_training_counts_the_epochs_before_as_done(tmp_path):
+    params, heard = make_params(epochs=EPOCHS), []
+    train_until(2, params, make_data(CountingBackbone()), tmp_path / "epoch-0002.safetensors")
+    checkpoint = load(tmp_path / "epoch-0002.safetensors")
+    start = Start(checkpoint.epoch, checkpoint.head)
+    list(train(TrainConfig(make_narrow_network(), params, heard.append, start=start), make_data(CountingBackbone())))
+    assert 0.4 < heard[0] < 0.7
+    assert heard == sorted(heard)
+    assert heard[-1] == pytest.approx(1.0)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+FIRST = "epoch-0001.safetensors"
+
+
+def test_a_checkpoint_comes_back_from_its_file_exactly(tmp_path):
+    kept = make_checkpoint()
+    save(kept, tmp_path / "new" / "one.safetensors")
+    read = load(tmp_path / "new" / "one.safetensors")
+    assert (read.origin, read.history, read.epoch) == (kept.origin, kept.history, 2)
+    assert read.head.keys() == kept.head.keys()
+    assert all(torch.equal(read.head[name], value) for name, value in kept.head.items())
+    assert names_in(tmp_path / "new") == ["one.safetensors"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 100, 2000, -1])
+def test_a_torn_checkpoint_is_refused(tmp_path, length):
+    path = tmp_path / "one.safetensors"
+    save(make_checkpoint(), path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(BadCheckpoint, match="not a whole RenalQ checkpoint"):
+        load(path)
+
+
+def test_a_checkpoint_with_a_hole_is_refused(tmp_path):
+    path = tmp_path / "one.safetensors"
+    save(make_checkpoint(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-16] + bytes(16))
+    with pytest.raises(BadCheckpoint, match="not a whole"):
+        load(path)
+
+
+def foreign(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, str(path))
+
+
+def of_the_future(path: Path) -> None:
+    checkpoints.FORMAT_VERSION += 1
+    try:
+        save(make_checkpoint(), path)
+    finally:
+        checkpoints.FORMAT_VERSION -= 1
+
+
+@pytest.mark.parametrize("write", [foreign, of_the_future, lambda path: None, lambda path: path.write_bytes(b"junk")])
+def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path, write: Callable[[Path], None]):
+    write(tmp_path / "one.safetensors")
+    with pytest.raises(BadCheckpoint):
+        load(tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize("tensor", [torch.randn(5, 7), torch.randn(3), torch.tensor(1.5), torch.arange(3).byte()])
+def test_a_changed_bit_changes_the_checksum(tensor: Tensor):
+    changed = tensor.clone().view(-1).view(torch.uint8)
+    changed[-1] ^= 1
+    assert checksum(tensor) == checksum(tensor.clone())
+    assert checksum(changed.view(tensor.dtype)) != checksum(tensor)
+
+
+# --- which training --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_the_same_training_is_taken():
+    make_checkpoint().raise_unless_from(make_origin())
+
+
+def test_another_engine_is_taken_too_but_said(caplog):
+    make_checkpoint(engine="openvino").raise_unless_from(make_origin())
+    assert "openvino" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"params": make_params(learning_rate=0.5, seed=3).model_dump(mode="json")}, "learning_rate, seed"),
+        ({"params": make_params(epochs=9).model_dump(mode="json")}, "epochs"),
+        ({"dataset_digest": "other"}, "dataset"),
+        ({"scans": "other"}, "dataset"),
+        ({"network": 8}, "weights"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_with_the_reason(fields, reason):
+    other = dataclasses.replace(make_origin(), **fields)
+    with pytest.raises(BadCheckpoint, match=reason):
+        make_checkpoint().raise_unless_from(other)
+
+
+def test_the_same_scans_under_other_names_are_another_training():
+    reports = make_report("a", "b"), make_report("b", "a")
+    first, second = (Origin.of(make_params(), report, nn.Linear(3, 2), "x") for report in reports)
+    assert first.dataset_digest == second.dataset_digest
+    assert first.scans != second.scans
+
+
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+def keep_epochs(plan: CheckpointPlan, epochs: int = 3) -> list[Event]:
+    told: list[Event] = []
+    done: list[Epoch] = []
+    keeper = Keeper(plan, make_origin(), done, told.append)
+    for number in range(1, epochs + 1):
+        done.append(make_epoch(number))
+        keeper(number, lambda: make_checkpoint().head)
+    return told
+
+
+def test_zero_seconds_keep_each_epoch_under_its_number(tmp_path):
+    told = keep_epochs(CheckpointPlan(tmp_path, 0.0))
+    names = [f"epoch-000{number}.safetensors" for number in (1, 2, 3)]
+    assert [(event.epoch, Path(event.path).name) for event in told] == list(zip((1, 2, 3), names, strict=True))
+    assert names_in(tmp_path) == names
+    assert [load(tmp_path / name).epoch for name in names] == [1, 2, 3]
+
+
+def test_before_the_seconds_are_over_nothing_is_kept(tmp_path):
+    assert keep_epochs(CheckpointPlan(tmp_path, 3600.0)) == []
+    assert keep_epochs(CheckpointPlan()) == []
+    assert names_in(tmp_path) == []
+
+
+def test_a_moved_checkpoint_is_not_missed(tmp_path):
+    done = [make_epoch()]
+    keeper = Keeper(CheckpointPlan(tmp_path, 0.0), make_origin(), done, lambda event: Path(event.path).unlink())
+    keeper(1, lambda: make_checkpoint().head)
+    keeper(1, lambda: make_checkpoint().head)
+    assert names_in(tmp_path) == []
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(small_disk, caplog):
+    plan = CheckpointPlan(small_disk, 0.0)
+    assert len(keep_epochs(plan, epochs=1)) == 1
+    kept = (small_disk / FIRST).read_bytes()
+    told: list[Event] = []
+    keeper = Keeper(plan, make_origin(), [make_epoch()], told.append)
+    keeper(1, lambda: {"large": torch.zeros(2**19)})
+    assert told == []
+    assert "No space left" in caplog.text
+    assert names_in(small_disk) == [FIRST]
+    assert (small_disk / FIRST).read_bytes() == kept
+
+
+def test_a_full_disk_is_named_where_a_model_or_the_pixels_are_written(small_disk):
+    from ml import tensorfile
+    from ml.errors import as_pipeline_error
+
+    with pytest.raises(OSError, match="No space") as full:
+        tensorfile.write({"large": torch.zeros(2**19)}, small_disk / "model.safetensors", {})
+    assert full.value.errno == errno.ENOSPC
+    assert as_pipeline_error(full.value).code == "STORAGE_FULL"
+    with (small_disk / "pixels.npy").open("wb") as file, pytest.raises(OSError, match="No space"):
+        tensorfile.reserve(file.fileno(), 2**21)
+
+
+# --- the child process -----------------------------------------------------------------------------------------------
+
+
+def start_child(folder: Path, archive: Path, *options: str, **fields: object) -> subprocess.Popen[str]:
+    """`python -m ml run` in a folder of its own."""
+    config, params = write_config(folder, archive), folder / "params.yaml"
+    params.write_text(yaml.safe_dump({**SMALL, **fields}))
+    command = [sys.executable, "-m", "ml", "run", "--events", "--config", str(config), "--params", str(params)]
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def events_of(child: subprocess.Popen[str]) -> list[Event]:
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    return [from_json(line) for line in output.splitlines()]
+
+
+def kill_after(epoch: int, child: subprocess.Popen[str], take: Path) -> Path:
+    """kill -9 once the checkpoint of `epoch` is told; each is moved into the folder `take` at once."""
+    assert child.stdout is not None
+    take.mkdir()
+    for line in child.stdout:
+        match from_json(line):
+            case Checkpointed(number, path):
+                moved = Path(path).rename(take / Path(path).name)
+                if number == epoch:
+                    child.kill()
+                    child.communicate(timeout=30)
+                    return moved
+    raise AssertionError("the child told of no such checkpoint")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augmentation", [False, True])
+def test_a_killed_child_is_resumed_to_the_same_end(small_run, tmp_path, augmentation):
+    whole = small_run.folder, small_run.events  # in this process, without checkpoints
+    if augmentation:
+        whole = tmp_path / "whole", events_of(start_child(tmp_path / "whole", small_run.archive))
+    keeping = ("--checkpoints", str(tmp_path / "kept"), "--checkpoint-seconds", "0")
+    killed = start_child(tmp_path / "killed", small_run.archive, *keeping, augmentation=augmentation)
+    kept = kill_after(2, killed, tmp_path / "taken")
+    again = start_child(
+        tmp_path / "again", small_run.archive, *keeping, "--resume", str(kept), augmentation=augmentation
+    )
+    resumed = events_of(again)
+    assert [event for event in resumed if isinstance(event, Resumed)] == [Resumed(2)]
+    assert [event.epoch for event in resumed if isinstance(event, Epoch)] == [3]
+    assert [event.epoch for event in resumed if isinstance(event, Checkpointed)] == []
+    assert scores_of(resumed) == scores_of(whole[1])
+    assert history_of(tmp_path / "again") == history_of(whole[0])
+    assert weights_of(tmp_path / "again") == weights_of(whole[0])
+
+
+def history_of(folder: Path) -> list[Epoch]:
+    history = json.loads((folder / "training" / "history.json").read_text())
+    return numbers_of([Epoch(**epoch) for epoch in history])
+
+
+def scores_of(events: list[Event]) -> list[dict[str, object]]:
+    return [event.metrics for event in events if isinstance(event, Evaluated)]
+
+
+def weights_of(folder: Path) -> dict[str, int]:
+    state = network.load(folder / "training" / "model.safetensors").network.state_dict()
+    return {name: checksum(value) for name, value in state.items()}
+
+
+@pytest.mark.slow
+def test_a_child_that_gets_a_foreign_checkpoint_says_so(small_run, tmp_path):
+    foreign(tmp_path / "foreign.safetensors")
+    child = start_child(tmp_path / "run", small_run.archive, "--resume", str(tmp_path / "foreign.safetensors"))
+    output, _ = child.communicate(timeout=60)
+    failed = from_json(output.splitlines()[-1])
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable, child.returncode) == ("BAD_CHECKPOINT", False, 1)
+
+
+@pytest.mark.slow
+def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small_run, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    child = start_child(tmp_path / "run", small_run.archive, "--checkpoints", str(kept), "--checkpoint-seconds", "0")
+    deadline = time.monotonic() + 60
+    while not names_in(kept):  # the first thing to appear is a temporary file
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert all(name.startswith(".") for name in names_in(kept))
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=30)
+    assert child.returncode == 143
+    assert names_in(kept) == []
+
+
+def test_a_run_that_goes_on_draws_the_whole_learning_curve_and_counts_all_epochs(small_run, tmp_path):
+    config = load_config(write_config(tmp_path / "first", small_run.archive))
+    params, told = parse_params(SMALL | {"augmentation": False, "epochs": 2}), []
+    run(config, params, told.append, checkpoints=CheckpointPlan(tmp_path / "kept", 0.0))
+    (kept,) = [event for event in told if isinstance(event, Checkpointed)]
+    again: list[Event] = []
+    config = load_config(write_config(tmp_path / "second", small_run.archive))
+    run(config, params, again.append, checkpoints=CheckpointPlan(resume=Path(kept.path)))
+    history = json.loads(config.training.history_path.read_text())
+    assert [epoch["epoch"] for epoch in history] == [1, 2]
+    assert [event.epoch for event in again if isinstance(event, Epoch)] == [2]
+    assert all(event.fraction > 0.03 for event in again if isinstance(event, Progress) and event.stage == "training")
+    assert scores_of(again) == scores_of(told)
