@@ -2,11 +2,13 @@
 
 import signal
 import time
+import uuid
 from collections import Counter
 
 import pytest
 
 from jobs import lifecycle
+from jobs.bookkeeping import Claim
 from jobs.settings import Settings
 from tests.builders import claim, outcomes_of
 from tests.faults.sabotage import Sabotage
@@ -253,9 +255,7 @@ def test_11_an_old_attempt_that_completes_after_a_new_claim(processes: Stack, pl
     job_id = batch(processes, words(10))
     eventually(stop.happened, 30, processes.logs)
     processes.pause("predict")  # its parent as well, so that it takes no second message
-    eventually(lambda: units(processes, job_id)[0].state in ("queued", "dispatched"), 30, processes.logs)
-    with processes.sessions.begin() as session:
-        fresh = claim(session, units(processes, job_id)[0], "the new attempt", lease=60)
+    fresh = eventually(lambda: _claimed_anew(processes, job_id), 30, processes.logs)
     processes.resume("predict")
     eventually(lambda: "lease_lost" in processes.log("predict"), 30, processes.logs)
     assert units(processes, job_id)[0].state == "running", "the new attempt holds it still"
@@ -265,6 +265,12 @@ def test_11_an_old_attempt_that_completes_after_a_new_claim(processes: Stack, pl
 
     assert processes.wait_for(job_id).attempt == 2
     assert wrong(processes) == []
+
+
+def _claimed_anew(processes: Stack, job_id: uuid.UUID) -> Claim | None:
+    """The unit, once it was taken back and its wait is over."""
+    with processes.sessions.begin() as session:
+        return lifecycle.claim(session, units(processes, job_id)[0].id, "the new attempt", 60)
 
 
 def test_12_a_worker_that_dies_before_its_first_beat(processes: Stack, plan: Sabotage) -> None:

@@ -57,7 +57,14 @@ def test_with_the_fence_an_old_attempt_can_write_nothing(sessions: Sessions) -> 
     assert _three_attempts(sessions) == []
 
 
-def test_without_the_fence_scans_are_counted_twice(sessions: Sessions) -> None:
+def test_without_the_fence_the_trigger_behind_it_refuses_a_second_result(sessions: Sessions) -> None:
+    with without(sessions, FENCE), pytest.raises(IntegrityError, match="has ended as succeeded"):
+        _three_attempts(sessions)
+
+
+def test_without_both_scans_are_counted_twice(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        session.execute(text("DROP TRIGGER scan_results_end_once ON scan_results"))
     with without(sessions, FENCE):
         assert [fault.partition(":")[0] for fault in _three_attempts(sessions)] == ["counters differ from the rows"]
 
