@@ -29,7 +29,7 @@ from bench.train import ROOT, machine
 from cli.postgres import create_database
 from cli.servers import embedded_postgres
 from jobs import doorbells, lifecycle, places, queries
-from jobs.db import Sessions, committing_at_once, session_factory
+from jobs.db import Sessions, forgetful_sessions, session_factory
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, submit
 from jobs.tables import Unit
@@ -39,7 +39,7 @@ FEW, MANY = 1_000, 100_000
 PLANS = {
     "claim": f"EXECUTE claim_unit ('{'0' * 32}', 'w', 45)",
     "claim of a promise": "EXECUTE claim_next ('batch', 'w', 45)",
-    "end": f"EXECUTE succeed_unit ('{'0' * 32}', '{'0' * 32}', 1, 1, 0, 1.0, NULL)",
+    "end": f"EXECUTE succeed_unit ('{'0' * 32}', '{'0' * 32}', 1, 'w', 1, 0, 1.0, NULL)",
     "end of the job": f"EXECUTE end_job ('{'0' * 32}')",
     "look": "EXECUTE look (4, 15, 64, 15)",
 }
@@ -50,6 +50,7 @@ class Queue:
     """A database with so many waiting units, and how long each question took there (ms)."""
 
     sessions: Sessions
+    single: Sessions
     length: int
     unit_ids: list[Any] = field(default_factory=list)
     job_ids: list[Any] = field(default_factory=list)
@@ -108,7 +109,7 @@ def _queue(url: str, length: int) -> Queue:
     own = make_url(url).set(database=name).render_as_string(hide_password=False)
     environ = {**os.environ, "RENALQ_DATABASE_URL": own}
     subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], cwd=ROOT, env=environ, check=True)
-    queue = Queue(session_factory(own, application="bench"), length)
+    queue = Queue(session_factory(own, application="bench"), forgetful_sessions(own, "bench"), length)
     queue.fill()
     return queue
 
@@ -116,7 +117,7 @@ def _queue(url: str, length: int) -> Queue:
 def _ask(queue: Queue, number: int) -> None:
     """Every question once, each on its own."""
     unit_id, job_id = queue.unit_ids[number], queue.job_ids[-1 - number]
-    single = committing_at_once(queue.sessions)
+    single = queue.single
 
     def timed(name: str, sessions: Sessions, question: Callable[..., Any]) -> Any:
         started = time.perf_counter()

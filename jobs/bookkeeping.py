@@ -28,7 +28,10 @@ PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
 
 @dataclass(frozen=True)
 class Claim:
-    """A unit under lease. `fence` must be named by every later write."""
+    """A unit under lease. `fence` and `worker` must be named by every later write.
+
+    The fence alone would do, but for a Postgres that crashed and forgot the claim: it may give the number once more.
+    """
 
     unit_id: uuid.UUID
     job_id: uuid.UUID
@@ -36,6 +39,7 @@ class Claim:
     kind: JobKind
     attempt: int
     fence: int
+    worker: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def lock_job(session: Session, job_id: uuid.UUID) -> None:
 
 def holds(held: Claim) -> ColumnElement[bool]:
     """The fence: true only for the claim that is in force."""
-    return and_(Unit.id == held.unit_id, Unit.fence == held.fence, Unit.state == UnitState.RUNNING)
+    mine = and_(Unit.id == held.unit_id, Unit.fence == held.fence, Unit.worker == held.worker)
+    return and_(mine, Unit.state == UnitState.RUNNING)
 
 
 def require_held(session: Session, held: Claim, *guards: ColumnElement[bool], **values: Any) -> None:

@@ -28,7 +28,7 @@ class Base(DeclarativeBase):
 
 
 def make_engine(
-    url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = ""
+    url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = "", **more: Any
 ) -> Engine:
     """An engine for Postgres by psycopg2. Connections are tested before use, as Postgres may restart under us; not
     with `pre_ping=False`, for those who try again by themselves. `options`: more of Postgres' own, such as `-c name=x`.
@@ -46,6 +46,7 @@ def make_engine(
         max_overflow=0,
         pool_pre_ping=pre_ping,
         pool_timeout=10,
+        **more,
         hide_parameters=True,  # an error's text must not carry what was in a row: it may be a file's name
         connect_args={
             "application_name": application,
@@ -67,10 +68,13 @@ def session_factory(
     return sessionmaker(make_engine(url, pool_size, application, pre_ping, options), expire_on_commit=False)
 
 
-def committing_at_once(sessions: Sessions) -> Sessions:
-    """The same pool, each statement a transaction of its own: for verbs of one statement, two trips less."""
-    engine: Engine = sessions.kw["bind"]
-    return sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)
+def forgetful_sessions(url: str, application: str) -> Sessions:
+    """Sessions for verbs of one statement whose loss does no harm: each is committed at once, and its commit does not
+    wait for the disk. Should Postgres crash, the last fraction of a second of them may be forgotten."""
+    engine = make_engine(
+        url, 1, application, pre_ping=False, options="-c synchronous_commit=off", isolation_level="AUTOCOMMIT"
+    )
+    return sessionmaker(engine, expire_on_commit=False)
 
 
 class Prepared:

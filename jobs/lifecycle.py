@@ -82,7 +82,7 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM job
     WHERE units.id = job.unit_id AND state IN ('queued', 'dispatched') AND not_before <= clock_timestamp()
-    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence
+    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker
 ), started AS (
     UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
         attempt = greatest(jobs.attempt, claimed.attempt)
@@ -91,7 +91,7 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
 )
-SELECT unit_id, job_id, tenant_id, kind, attempt, fence FROM claimed
+SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker FROM claimed
 """
 CLAIM_UNIT = Prepared(
     "claim_unit",
@@ -122,7 +122,7 @@ def _claimed(row: Any) -> Claim | None:
     if row is None:
         return None
     ids = uuid.UUID(str(row.unit_id)), uuid.UUID(str(row.job_id))
-    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence)
+    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
 
 
 def beat(session: Session, held: Claim, lease: float) -> bool:
@@ -171,16 +171,17 @@ def report(
 
 SUCCEED = Prepared(
     "succeed_unit",
-    "uuid, uuid, bigint, int, int, float8, jsonb",
+    "uuid, uuid, bigint, text, int, int, float8, jsonb",
     """
 WITH job AS MATERIALIZED (SELECT id FROM jobs WHERE id = $1 FOR NO KEY UPDATE),
 succeeded AS (
     UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL
-    FROM job WHERE units.id = $2 AND fence = $3 AND state = 'running' AND units.job_id = job.id
+    FROM job
+    WHERE units.id = $2 AND fence = $3 AND worker = $4 AND state = 'running' AND units.job_id = job.id
     RETURNING units.job_id
 )
-UPDATE jobs SET succeeded = jobs.succeeded + $4, failed = jobs.failed + $5,
-    device_seconds = device_seconds + $6, metrics = coalesce($7, metrics)
+UPDATE jobs SET succeeded = jobs.succeeded + $5, failed = jobs.failed + $6,
+    device_seconds = device_seconds + $7, metrics = coalesce($8, metrics)
 FROM succeeded WHERE jobs.id = succeeded.job_id
 RETURNING pg_notify('renalq_units', '')
 """,
@@ -203,8 +204,8 @@ def succeed(
     failed = sum(outcome.error is not None for outcome in outcomes)
     succeeded = 1 if held.kind not in PREDICTIONS else len(outcomes) - failed
     figures = None if metrics is None else json.dumps(metrics)
-    ids = str(held.job_id), str(held.unit_id)
-    if SUCCEED(session, *ids, held.fence, succeeded, failed, device_seconds, figures).first() is None:
+    mine = str(held.job_id), str(held.unit_id), held.fence, held.worker
+    if SUCCEED(session, *mine, succeeded, failed, device_seconds, figures).first() is None:
         raise LeaseLost
     write_outcomes(session, held, outcomes, counted=True)
     end_if_done(session, held.job_id)
@@ -342,7 +343,7 @@ def _cancel_unheld(session: Session, job: Job) -> None:
         .execution_options(synchronize_session=False)
     ).all()
     for unit_id in stopped:
-        held = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0)
+        held = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0, worker="")
         end_scans(session, held, ResultState.CANCELLED, None)
 
 
@@ -354,8 +355,8 @@ def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
     """
     lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
     row = session.execute(
-        select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Job.kind, Job.cancel_requested_at)
-        .add_columns((Unit.lease_expires_at < NOW).label("silent"))
+        select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)
+        .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("silent"))
         .join(Job, Job.id == Unit.job_id)
         .where(Unit.state == UnitState.RUNNING, lost)
         .order_by(func.random())  # one that is always refused must not hide the others
@@ -365,7 +366,7 @@ def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
 
 
 def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
-    held = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence)
+    held = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
     lock_job(session, held.job_id)
     try:
         if row.cancel_requested_at is not None:

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from jobs import bookkeeping, checkpoints, doorbells, idempotency, lifecycle, logs, processes
 from jobs.artifacts import Artifacts
-from jobs.db import Sessions, committing_at_once, listening, session_factory
+from jobs.db import Sessions, forgetful_sessions, listening, session_factory
 from jobs.settings import Settings
 from jobs.states import Lane
 from worker.app import TASK_OF, ring, ring_tracking
@@ -58,11 +58,8 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, sessions: Sessions, ring: Ring = ring) -> None:
         self._settings, self._sessions, self._ring = settings, sessions, ring
-        # If a mark is lost in a crash of Postgres, the unit is rung once more: no need to wait for the disk.
-        lazy = session_factory(
-            settings.database_url, 1, "renalq-bells", pre_ping=False, options="-c synchronous_commit=off"
-        )
-        self._marks = committing_at_once(lazy)
+        # A mark that a crash of Postgres forgets costs one ring more.
+        self._marks = forgetful_sessions(settings.database_url, "renalq-bells")
         self._artifacts = Artifacts(settings.artifacts)
         self._stop = threading.Event()
         self._reaping = Every(min(5.0, settings.lease_seconds / 4))

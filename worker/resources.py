@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.artifacts import Artifacts
-from jobs.db import Sessions, committing_at_once, session_factory
+from jobs.db import Sessions, forgetful_sessions, session_factory
 from jobs.settings import Settings
 
 
@@ -14,18 +14,17 @@ class Resources:
 
     settings: Settings
     sessions: Sessions
-    singles: Sessions  # the same connections, each statement committed at once
+    claims: Sessions  # a claim that a crash of Postgres forgets was never made: its holder can write nothing
     beats: Sessions  # a connection of the heartbeat's own: a busy pool must never cost the lease
     artifacts: Artifacts
 
 
 def open_resources(settings: Settings) -> Resources:
     """Open them from the given settings. Lost connections are noticed when they are used: what fails is repeated."""
-    sessions = session_factory(settings.database_url, pool_size=3, application="renalq-worker", pre_ping=False)
     return Resources(
         settings=settings,
-        sessions=sessions,
-        singles=committing_at_once(sessions),
+        sessions=session_factory(settings.database_url, pool_size=3, application="renalq-worker", pre_ping=False),
+        claims=forgetful_sessions(settings.database_url, "renalq-claim"),
         beats=session_factory(settings.database_url, pool_size=1, application="renalq-beat"),
         artifacts=Artifacts(settings.artifacts),
     )

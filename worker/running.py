@@ -196,7 +196,7 @@ def claimed(resources: Resources, verb: Verb) -> Claim | None:
     """Claim by the verb. None also where Postgres is away: the unit will be rung again."""
     for last in (False, True):
         try:
-            with resources.singles.begin() as session:
+            with resources.claims.begin() as session:
                 return verb(session)
         except SQLAlchemyError as error:
             if not is_away(error):

@@ -27,7 +27,7 @@ from tests.processes import count, eventually
 
 pytestmark = pytest.mark.faults
 
-FENCE = r"\b(units\.)?fence = (%\(\w+\)s|\$\d)"
+FENCE = r"\b(units\.)?(fence|worker) = (%\(\w+\)s|\$\d)(?! *,)(?! WHERE)"
 EXPIRY = r"units\.lease_expires_at < clock_timestamp\(\)"
 
 

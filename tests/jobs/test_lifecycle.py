@@ -128,11 +128,27 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
         assert not faults(session)
 
 
+def test_a_fence_that_a_crash_gave_out_twice_serves_one_worker_only(sessions: Sessions) -> None:
+    """A claim does not wait for the disk: after a crash Postgres may have forgotten it, and its number with it."""
+    with sessions.begin() as session:
+        job = make_job(session)
+        forgotten = claim(session, units_of(session, job)[0], "worker-a")
+        lifecycle.requeue(session, forgotten, "FORGOTTEN")
+        fence = text("SELECT setval('unit_fence_seq', :fence, false)")
+        session.execute(fence, {"fence": forgotten.fence})
+        fresh = claim(session, units_of(session, job)[0], "worker-b")
+        assert fresh.fence == forgotten.fence
+        assert not lifecycle.beat(session, forgotten, 45)
+        with pytest.raises(LeaseLost):
+            lifecycle.succeed(session, forgotten)
+        lifecycle.succeed(session, fresh)
+
+
 def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: without the fence in the guard, the stale worker's write goes through."""
-    unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3", "")
+    unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3 AND worker = $4", "")
     assert unfenced != lifecycle.SUCCEED.sql
-    types = "uuid, uuid, bigint, int, int, float8, jsonb"
+    types = "uuid, uuid, bigint, text, int, int, float8, jsonb"
     monkeypatch.setattr(lifecycle, "SUCCEED", Prepared("succeed_unfenced", types, unfenced))
     with sessions.begin() as session:
         job = make_job(session)

@@ -201,7 +201,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert lifecycle.reap(session, retry=RETRY, stall=900) == 1
             assert lifecycle.reap(session, retry=RETRY, stall=900) == 0
         unit = self.units[unit_id]
-        held = Claim(unit_id, unit.job_id, TENANT, self.jobs[unit.job_id].kind, 0, unit.fence or 0)
+        held = Claim(unit_id, unit.job_id, TENANT, self.jobs[unit.job_id].kind, 0, unit.fence or 0, "worker")
         if self.jobs[unit.job_id].cancel_requested:
             self._cancel_unit(unit_id)
         else:
