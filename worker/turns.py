@@ -105,11 +105,12 @@ class Turns:
     def _room(self, view: View, lane: Lane, pace: float | None) -> tuple[int, int]:
         """How many units of the lane may be rung, for idle workers; and how many promised, to busy ones."""
         workers = [worker for worker in view.workers if lane in worker.lanes]
-        busy = {unit.worker for unit in view.running}
+        busy = {unit.worker: unit.lane for unit in view.running}
         idle = sum(worker.name not in busy for worker in workers) - view.rung.get(lane, 0)
         if not workers:  # one is rung all the same: a sign of life may only be late
             return max(0, 1 - view.rung.get(lane, 0)), 0
-        return max(0, idle), self._promises(len(workers), pace)
+        of_lane = sum(busy.get(worker.name) == lane for worker in workers)  # a worker goes on in its lane
+        return max(0, idle), self._promises(of_lane, pace)
 
     def _promises(self, workers: int, pace: float | None) -> int:
         return 0 if pace is None else min(AHEAD_AT_MOST, int(self._ahead * workers / max(pace, 1e-6)))

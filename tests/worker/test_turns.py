@@ -45,9 +45,17 @@ def test_an_idle_worker_gets_one_unit_and_no_more_is_rung() -> None:
     assert len(plan.rings) == 1
 
 
-def test_short_units_are_promised_to_the_worker_that_is_busy() -> None:
-    plan = turns().plan(view(waiting("a", 64)), pace={Lane.BATCH: 0.01})
-    assert (len(plan.rings), len(plan.promises)) == (1, 25), "a quarter of a second's work"
+def test_short_units_are_promised_to_the_worker_that_is_busy_with_such() -> None:
+    plan = turns().plan(view(waiting("a", 64), (running("a"),)), pace={Lane.BATCH: 0.01})
+    assert (len(plan.rings), len(plan.promises)) == (0, 25), "a quarter of a second's work"
+
+
+def test_nothing_is_promised_to_a_worker_that_is_idle_or_busy_in_another_lane() -> None:
+    assert turns().plan(view(waiting("a", 64)), pace={Lane.BATCH: 0.01}).promises == []
+    urgent = waiting("a", 3, scans=1, lane=Lane.URGENT)
+    plan = turns().plan(view(urgent, (running("a"),)), pace={Lane.URGENT: 0.01})
+    assert plan.promises == []
+    assert len(plan.yields) == 1, "it asks for its place instead"
 
 
 def test_what_was_promised_to_a_worker_that_is_idle_now_is_rung() -> None:
@@ -87,8 +95,7 @@ def test_tenants_take_turns_by_scans_not_by_units() -> None:
 
 def test_one_tenants_units_keep_their_order() -> None:
     units = waiting("a", 30)
-    plan = turns().plan(view(units), pace={Lane.BATCH: 0.01})
-    assert [*plan.rings, *plan.promises] == units[:26]
+    assert turns().plan(view(units, (running("a"),)), pace={Lane.BATCH: 0.01}).promises == units[:25]
 
 
 def test_a_newcomer_asks_a_busy_worker_for_its_place() -> None:
