@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from jobs.settings import Settings
 
@@ -20,6 +23,18 @@ Json = dict[str, Any]
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
+# Busy, or an answer that was lost: again, when Retry-After says so. Nobody there at all: no use in waiting.
+AGAIN = Retry(
+    total=None,
+    connect=0,
+    read=3,
+    status=12,
+    other=0,
+    status_forcelist={429, 503},
+    allowed_methods=None,
+    backoff_factor=0.5,
+    raise_on_status=False,
+)
 
 
 class ApiError(Exception):
@@ -154,11 +169,20 @@ class Client:
         self.url = (url or default_url()).rstrip("/")
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {key or default_key()}"
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(max_retries=AGAIN))
         # A proxy of the environment is meant for the world outside, not for this machine.
         self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
 
     def call(self, method: str, path: str, **options: Any) -> Json:
-        """One request. Raises `ApiError` for every answer that is not 2xx, and where nobody answers."""
+        """One request, repeated while the server asks for patience. A POST carries an Idempotency-Key: whatever answer
+        is lost on its way, nothing is made twice.
+
+        Raises:
+            ApiError: for every answer that is not 2xx in the end, and where nobody answers.
+        """
+        if method == "POST":
+            options["headers"] = {"Idempotency-Key": str(uuid.uuid4()), **options.get("headers", {})}
         try:
             answer = self._session.request(
                 method, self.url + path, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options
@@ -205,6 +229,10 @@ class Client:
         """Submit many scans, or one zip of them."""
         upload = Upload("files", files, {"model": model} if model else None)
         return Job.of(self._upload("/jobs/predict/batch", upload))
+
+    def retry(self, job_id: str) -> Job:
+        """Submit anew what a job did not bring to a good end; the new job."""
+        return Job.of(self.call("POST", f"/jobs/{job_id}/retry"))
 
     def epochs(self, job_id: str) -> list[Epoch]:
         """The epochs so far."""

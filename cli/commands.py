@@ -184,7 +184,7 @@ def watch(client: Client, job: str, as_json: bool) -> None:
 
 @click.group()
 def jobs() -> None:
-    """Jobs: list, show, cancel, results."""
+    """Jobs: list, show, cancel, retry, results."""
 
 
 @jobs.command("list")
@@ -224,6 +224,16 @@ def jobs_cancel(client: Client, job: str, as_json: bool) -> None:
     from cli.client import Job
 
     show_job(Job.of(client.call("POST", f"/jobs/{job}/cancel")), as_json)
+
+
+@jobs.command("retry")
+@click.argument("job")
+@click.option("--watch/--no-watch", "follow", default=True, help="Follow the new job to its end.")
+@as_json
+@speaks
+def jobs_retry(client: Client, job: str, follow: bool, as_json: bool) -> None:
+    """Do again what a job did not bring to a good end, as a new job."""
+    follow_or_show(client, client.retry(job), follow, as_json)
 
 
 @jobs.command("results")

@@ -55,6 +55,7 @@ def make_engine(
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 4,
+            "tcp_user_timeout": 30_000,  # the same for one that takes nothing we send
             # No statement waits for a lock longer than a lease lives: a stuck one must fail, not hang.
             "options": f"-c timezone=UTC -c lock_timeout=20s {options}".rstrip(),
         },

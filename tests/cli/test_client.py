@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import requests
@@ -105,3 +109,43 @@ def test_of_a_folder_the_images_are_taken_in_order(tmp_path: Path) -> None:
     for name in ("b.dcm", "a.png", "notes.txt", "IM0001"):
         (tmp_path / name).touch()
     assert [file.name for file in scan_files([tmp_path])] == ["IM0001", "a.png", "b.dcm"]
+
+
+class Moody(BaseHTTPRequestHandler):
+    """Answers 503 the first time, and breaks the connection the second; notes what it was asked."""
+
+    asked: ClassVar[list[tuple[str, str | None, bytes]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append((self.path, self.headers["Idempotency-Key"], body))
+        if len(self.asked) == 1:
+            self._answer(503, {"title": "Unavailable"}, {"Retry-After": "0"})
+        elif len(self.asked) == 2:
+            self.close_connection = True
+        else:
+            self._answer(202, {"id": "42"}, {})
+
+    def _answer(self, status: int, body: dict[str, str], headers: dict[str, str]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_post_is_sent_again_with_the_same_key_and_body_until_it_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Moody) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(f"http://127.0.0.1:{server.server_port}", "rq_key")
+        assert client._upload("/scans", Upload("file", [tmp_path / "a.png"])) == {"id": "42"}
+        server.shutdown()
+    assert len(Moody.asked) == 3
+    assert len(set(Moody.asked)) == 1, "key and body are the same each time"
+    assert Moody.asked[0][1]
+    assert b"pixels" in Moody.asked[0][2]
