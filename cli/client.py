@@ -183,17 +183,21 @@ class Client:
         """
         if method == "POST":
             options["headers"] = {"Idempotency-Key": str(uuid.uuid4()), **options.get("headers", {})}
+        answer = self._request(method, path, options)
+        while _is_in_flight(answer):  # the first try's connection broke, and the server is still at it
+            time.sleep(float(answer.headers.get("Retry-After", 1)))
+            answer = self._request(method, path, options)
+        if not answer.ok:
+            raise ApiError(_refusal(answer))
+        return dict(answer.json()) if answer.content else {}
+
+    def _request(self, method: str, path: str, options: Json) -> requests.Response:
         try:
-            answer = self._session.request(
-                method, self.url + path, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options
-            )
+            return self._session.request(method, self.url + path, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options)
         except requests.ConnectionError as error:
             raise ApiError(f"Nobody answers at {self.url}: start `renalq up`, or set RENALQ_URL.") from error
         except requests.RequestException as error:
             raise ApiError(f"{method} {path} at {self.url} failed: {error}") from error
-        if not answer.ok:
-            raise ApiError(_refusal(answer))
-        return dict(answer.json()) if answer.content else {}
 
     def _upload(self, path: str, upload: Upload, **headers: str) -> Json:
         return self.call("POST", path, data=upload, headers={"Content-Type": upload.content_type, **headers})
@@ -271,6 +275,10 @@ class Client:
 
 def _text(problem: Any) -> str:
     return problem if isinstance(problem, str) else json.dumps(problem, ensure_ascii=False)
+
+
+def _is_in_flight(answer: requests.Response) -> bool:
+    return answer.status_code == 409 and "IDEMPOTENCY_IN_FLIGHT" in answer.text
 
 
 def _refusal(answer: requests.Response) -> str:

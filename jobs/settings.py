@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch.")
     chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
     rung_ahead_seconds: float = Field(
-        0.25, ge=0, description="Work that is rung beyond what idle workers can take at once (s)."
+        0.25, ge=0, description="Work of short units that is promised to busy workers, beyond what idle ones take (s)."
     )
     newcomer_seconds: float = Field(
         5, ge=0, description="A tenant that had nothing rung for so long need not wait for a chunk's end (s)."

@@ -112,7 +112,7 @@ def test_of_a_folder_the_images_are_taken_in_order(tmp_path: Path) -> None:
 
 
 class Moody(BaseHTTPRequestHandler):
-    """Answers 503 the first time, and breaks the connection the second; notes what it was asked."""
+    """Answers 503, then breaks the connection, then is still at it, and at last says yes; notes what it is asked."""
 
     asked: ClassVar[list[tuple[str, str | None, bytes]]] = []
 
@@ -123,6 +123,8 @@ class Moody(BaseHTTPRequestHandler):
             self._answer(503, {"title": "Unavailable"}, {"Retry-After": "0"})
         elif len(self.asked) == 2:
             self.close_connection = True
+        elif len(self.asked) == 3:
+            self._answer(409, {"code": "IDEMPOTENCY_IN_FLIGHT"}, {"Retry-After": "0"})
         else:
             self._answer(202, {"id": "42"}, {})
 
@@ -145,7 +147,7 @@ def test_a_post_is_sent_again_with_the_same_key_and_body_until_it_is_answered(tm
         client = Client(f"http://127.0.0.1:{server.server_port}", "rq_key")
         assert client._upload("/scans", Upload("file", [tmp_path / "a.png"])) == {"id": "42"}
         server.shutdown()
-    assert len(Moody.asked) == 3
+    assert len(Moody.asked) == 4
     assert len(set(Moody.asked)) == 1, "key and body are the same each time"
     assert Moody.asked[0][1]
     assert b"pixels" in Moody.asked[0][2]
