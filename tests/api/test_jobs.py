@@ -264,7 +264,8 @@ def test_a_stream_tells_of_events_as_they_happen(client: FlaskClient, sessions: 
     with sessions.begin() as session:
         job = builders.make_job(session, state=JobState.RUNNING)
         unit = builders.units_of(session, job)[0]
-    held = lifecycle.Claim(unit.id, job.id, builders.TENANT, JobKind.TRAIN, unit.attempt, unit.fence or 0, unit.worker or "")
+    mine = unit.fence or 0, unit.worker or ""
+    held = lifecycle.Claim(unit.id, job.id, builders.TENANT, JobKind.TRAIN, unit.attempt, *mine)
 
     def work() -> None:
         time.sleep(0.5)
