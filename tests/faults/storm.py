@@ -54,6 +54,8 @@ CLOCKS: dict[str, Any] = {
 PARAMS = {"weights": "none", "augmentation": False, "learning_rate": 0.01, "image_size": [64, 64, 3]}
 FINISH_SECONDS = 600.0
 """After the storm everything must have ended within this time."""
+PATIENCE_SECONDS = 180.0
+"""A client gives up, and with it the storm, when no POST is answered for so long."""
 
 
 @dataclass
@@ -152,7 +154,8 @@ class Client:
 
     def _submit(self, path: str, body: dict[str, Any]) -> uuid.UUID:
         key = {"Idempotency-Key": str(uuid.UUID(int=self._pick.getrandbits(128)))}
-        while True:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
             answer = self._client.post(path, json=body, headers=key)
             if answer.status_code == 202:
                 job_id = uuid.UUID(answer.json["id"])  # type: ignore[index]
@@ -161,6 +164,7 @@ class Client:
             assert answer.status_code in (409, 429, 500, 503), answer.text
             self._accepted.answers_lost += 1
             time.sleep(0.5)
+        raise AssertionError(f"POST {path} got no answer for {PATIENCE_SECONDS:.0f} s: {answer.text}")
 
 
 def _has_ended(processes: Stack, job_id: uuid.UUID) -> bool:
@@ -178,9 +182,10 @@ def _storm(killer: Killer, processes: Stack, api: Rest, parsed: argparse.Namespa
     client = Client(api, accepted, parsed.seed)
     client.prepare(processes.settings.home, processes)
     print(f"calm: {len(client.scan_ids)} scans stored, one model trained. {parsed.minutes} minutes of storm follow.")
-    with _alongside(killer.rage, over), _alongside(client.live, processes, over):
-        time.sleep(parsed.minutes * 60)
-        over.set()
+    threading.Timer(parsed.minutes * 60, over.set).start()
+    with _alongside(client.live, processes, over):
+        # Not in a thread: Linux would end the servers that it starts anew together with the thread.
+        killer.rage(over)
     return accepted
 
 
