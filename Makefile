@@ -45,7 +45,8 @@ lint: setup ## Style, types, and the arrows between packages.
 	mypy
 	lint-imports
 
-# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last.
+# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last. The fault cases with
+# short clocks are among the fast tests; the few with a real network or a real MLflow take minutes: `make faults`.
 test: setup ## Lint, then all tests: the fast ones first.
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; broken=(); \
 	step() { printf '\n── %s\n' "$$*"; "$$@" || broken+=("$$*"); }; \
@@ -53,7 +54,7 @@ test: setup ## Lint, then all tests: the fast ones first.
 	  closing+=("$$(tail -n 1 "$$log")"); }; \
 	closing=(); \
 	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
-	tests "not slow"; tests "slow"; \
+	tests "not slow"; tests "slow and not faults"; \
 	printf '\n'; \
 	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
 	printf '%s\n' "$${closing[@]}"; \
