@@ -105,7 +105,7 @@ SELECT waiting.units AS waiting,
         FROM units JOIN jobs ON jobs.id = units.job_id WHERE units.state = 'running') AS running,
     (SELECT jsonb_agg(jsonb_build_array(split_part(name, '/', 1), lanes))
         FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $4)) AS workers
-FROM waiting WHERE waiting.units IS NOT NULL
+FROM waiting
 """,
 )
 PACE = """
@@ -123,11 +123,10 @@ def look(session: Session, ring_again: float, per_job: int, alive_seconds: float
 
     A worker is known by its Celery name: claims carry it with its child's number, signs of life with its own.
     """
-    seen = LOOK(session, per_job, ring_again, ahead, alive_seconds).first()
-    if seen is None:
-        return View((), {}, (), ())
+    seen = LOOK(session, per_job, ring_again, ahead, alive_seconds).one()
+    units = seen.waiting or ()
     return View(
-        waiting=[Waiting(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in seen.waiting],
+        waiting=[Waiting(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in units],
         rung={Lane(lane): number for lane, number in (seen.rung or {}).items()},
         running=[Running(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in seen.running or ()],
         workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in seen.workers or ()],

@@ -165,8 +165,13 @@ class Dispatcher:
         with self._sessions.begin() as session:
             idempotency.prune(session, self._settings.idempotency_hours)
             processes.forget(session)
-        with self._sessions.begin() as session:
-            checkpoints.prune(session, self._artifacts)
+        try:
+            with self._sessions.begin() as session:
+                checkpoints.prune(session, self._artifacts)
+        except LOST_DATABASE:
+            raise
+        except Exception as error:  # a store that is away, or another dispatcher that was first: next time
+            log.warning("checkpoints_not_pruned", error=type(error).__name__)
 
     def _show_life(self) -> None:
         sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())

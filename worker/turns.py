@@ -98,7 +98,9 @@ class Turns:
             chosen = self._lanes[lane].choose(new, idle - len(woken) + free)
             rings += woken + chosen[: idle - len(woken)]
             promises += chosen[idle - len(woken) :]
-            yields += self._asked(view, lane, [unit for unit in new if unit not in chosen], yields)
+            left = [unit for unit in new if unit not in chosen]
+            wanted = self._urgent(view, left) if lane == Lane.URGENT else self._newcomers(view, lane, left)
+            yields += self._asked(view, lane, wanted, yields)
         self._remember([*rings, *promises])
         return Plan(rings, promises, yields)
 
@@ -115,27 +117,31 @@ class Turns:
     def _promises(self, workers: int, pace: float | None) -> int:
         return 0 if pace is None else min(AHEAD_AT_MOST, int(self._ahead * workers / max(pace, 1e-6)))
 
-    def _asked(self, view: View, lane: Lane, left: Sequence[Waiting], already: Sequence[Running]) -> list[Running]:
-        """Running batch units that are asked for their place by units that found no room, one for one."""
-        if lane == Lane.TRAIN or not left:
+    def _asked(self, view: View, lane: Lane, by: Sequence[str], already: Sequence[Running]) -> list[Running]:
+        """Running batch units that are asked for their place by these tenants, one for one."""
+        if lane == Lane.TRAIN or not by:
             return []
-        newcomers = self._newcomers(view, lane, left) if lane == Lane.BATCH else set()
         serving = {worker.name for worker in view.workers if lane in worker.lanes}
         held = [unit for unit in view.running if unit.lane == Lane.BATCH and unit.worker in serving]
-        able = [unit for unit in held if unit.yields and unit.tenant_id not in newcomers and unit not in already]
-        wanted = len(newcomers) if lane == Lane.BATCH else len(left)
-        return able[: max(0, wanted - sum(unit.asked for unit in held))]
+        # A newcomer does not ask itself; an urgent scan does ask its own tenant's batch.
+        able = [u for u in held if u.yields and u not in already and (lane == Lane.URGENT or u.tenant_id not in by)]
+        return able[: max(0, len(by) - sum(unit.asked for unit in held))]
 
-    def _newcomers(self, view: View, lane: Lane, left: Sequence[Waiting]) -> set[str]:
+    def _urgent(self, view: View, left: Sequence[Waiting]) -> list[str]:
+        """The tenants of urgent units for which no worker is free: those that found no room, and those that were rung
+        for a worker which then heard a batch's bell first."""
+        busy = {unit.worker for unit in view.running}
+        idle = any(worker.name not in busy for worker in view.workers if Lane.URGENT in worker.lanes)
+        unheard = 0 if idle else view.rung.get(Lane.URGENT, 0)
+        return [unit.tenant_id for unit in left] + [""] * unheard
+
+    def _newcomers(self, view: View, lane: Lane, left: Sequence[Waiting]) -> list[str]:
         """Tenants that have had nothing for a while: neither a ring nor a worker. Each asks once in that time, so that
         two large batches take turns by chunks, not by interrupting each other."""
         since = self._clock() - self._newcomer
         served = {unit.tenant_id for unit in view.running if unit.lane == lane}
-        return {
-            unit.tenant_id
-            for unit in left
-            if unit.tenant_id not in served and self._last_ring.get((lane, unit.tenant_id), -1e9) < since
-        }
+        recent = {tenant for (of, tenant), at in self._last_ring.items() if of == lane and at >= since}
+        return sorted({unit.tenant_id for unit in left} - served - recent)
 
     def _remember(self, rings: Sequence[Waiting]) -> None:
         now = self._clock()

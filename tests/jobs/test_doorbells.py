@@ -31,7 +31,7 @@ def test_a_waiting_unit_is_seen_and_rung_once(sessions: Sessions) -> None:
         (unit,) = look(session).waiting
         assert (unit.unit_id, unit.lane, unit.kind) == (units_of(session, job)[0].id, "train", "train")
         assert ring_all(session) == 1
-        assert look(session).waiting == ()
+        assert list(look(session).waiting) == []
         assert doorbells.dispatch(session, [unit.unit_id], 15) == set(), "not again so soon, whoever asks"
 
 
@@ -100,7 +100,7 @@ def test_a_unit_that_could_not_be_rung_waits_a_little(sessions: Sessions) -> Non
         job = make_job(session)
         ring_all(session)
         doorbells.unring(session, [units_of(session, job)[0].id], delay=5)
-        assert look(session).waiting == ()
+        assert list(look(session).waiting) == []
         session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
         assert ring_all(session) == 1
 

@@ -137,6 +137,12 @@ def test_an_urgent_scan_asks_a_batch_for_its_place_even_its_own_tenants() -> Non
     assert turns().plan(view(urgent, (held,)), pace={Lane.URGENT: 1.0}).yields == [held]
 
 
+def test_an_urgent_scan_that_was_rung_asks_too_when_its_worker_heard_a_batch_first() -> None:
+    held = running("a")
+    assert turns().plan(view([], (held,), {Lane.URGENT: 1}), pace={}).yields == [held]
+    assert turns().plan(view([], (), {Lane.URGENT: 1}), pace={}).yields == [], "an idle worker is on its way"
+
+
 def test_nobody_asks_a_training_or_an_ingest_for_its_place() -> None:
     held = Running(new_id(), Lane.BATCH, "a", "predict@a", yields=False, asked=False)
     urgent = waiting("b", 1, scans=1, lane=Lane.URGENT)
