@@ -27,6 +27,9 @@ class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
 
 
+PATIENCE = "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s"
+
+
 def make_engine(
     url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = "", **more: Any
 ) -> Engine:
@@ -56,8 +59,9 @@ def make_engine(
             "keepalives_interval": 5,
             "keepalives_count": 4,
             "tcp_user_timeout": 30_000,  # the same for one that takes nothing we send
-            # No statement waits for a lock longer than a lease lives: a stuck one must fail, not hang.
-            "options": f"-c timezone=UTC -c lock_timeout=20s {options}".rstrip(),
+            # No statement waits for a lock longer than a lease lives: a stuck one must fail, not hang. And nobody keeps
+            # one who is frozen in the middle of a transaction.
+            "options": f"-c timezone=UTC {PATIENCE} {options}".rstrip(),
         },
     )
 

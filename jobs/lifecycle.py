@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from jobs.bookkeeping import (
@@ -352,7 +352,11 @@ def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
 
     A candidate is only a candidate: state, fence AND expiry are checked again in the UPDATE that takes it, since its
     worker may beat or end it in between. Returns how many were taken, 0 or 1: one job a transaction.
+
+    Raises:
+        OperationalError: somebody keeps the lock of the job or the unit; it waits for a short time only.
     """
+    session.execute(text("SET LOCAL lock_timeout TO '500ms'"))
     lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
     row = session.execute(
         select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)

@@ -17,7 +17,8 @@ import psycopg2
 import redis
 import structlog
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy.exc import SQLAlchemyError
+from psycopg2.errors import LockNotAvailable
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from jobs import bookkeeping, checkpoints, doorbells, idempotency, lifecycle, logs, processes
@@ -149,8 +150,14 @@ class Dispatcher:
             log.warning("reaped", units=taken)
 
     def _reap_one(self, retry: lifecycle.RetryPolicy) -> bool:
-        with self._sessions.begin() as session:
-            return bool(lifecycle.reap(session, retry=retry, stall=self._settings.stall_seconds))
+        try:
+            with self._sessions.begin() as session:
+                return bool(lifecycle.reap(session, retry=retry, stall=self._settings.stall_seconds))
+        except OperationalError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
+            log.warning("reaping_waits_for_a_lock")  # nobody else waits for it: ringing goes on
+            return False
 
     def _ring_tracking(self) -> None:
         with self._sessions.begin() as session:

@@ -68,7 +68,15 @@ class Killer:
             name = action.__name__.strip("_")
             said = action()
             self.done[name] += 1
+            self.mend()
             print(f"{time.monotonic() - self._started:7.1f} s  {name.replace('_', ' '):20} {said}", flush=True)
+
+    def mend(self) -> None:
+        """Start again what ended by itself, as any supervisor does: Celery gives up when its helper processes die."""
+        for name in PROCESSES:
+            if self.processes.running[name].poll() is not None:
+                self.processes.start(name)
+                self.done["ended_by_itself"] += 1
 
     # --- workers and dispatcher ---
 

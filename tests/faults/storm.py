@@ -214,6 +214,7 @@ def _finish(killer: Killer, processes: Stack) -> int:
     left = -1
     while left and time.monotonic() < deadline:
         time.sleep(1)
+        killer.mend()
         with processes.sessions() as session:
             left = session.scalar(unfinished) or 0
     return left

@@ -1,12 +1,13 @@
 """The life of a job, verb by verb, on real Postgres."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from jobs import bookkeeping, lifecycle
@@ -187,6 +188,20 @@ def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> No
     beaten.set()
     thread.join(10)
     assert done == [0], "the expiry is checked again in the UPDATE"
+
+
+def test_the_reaper_does_not_wait_for_who_is_frozen_in_a_transaction(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        held = claim(session, units_of(session, make_job(session))[0])
+        _let_the_lease_run_out(session)
+    with sessions() as frozen:
+        frozen.execute(update(Unit).where(Unit.id == held.unit_id).values(worker=held.worker))
+        started = time.monotonic()
+        with pytest.raises(OperationalError, match="lock timeout"), sessions.begin() as session:
+            lifecycle.reap(session, retry=RetryPolicy(), stall=900)
+        assert time.monotonic() - started < 5
+    with sessions.begin() as session:
+        assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
 
 
 def test_a_lost_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> None:
