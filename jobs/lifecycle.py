@@ -1,8 +1,8 @@
 """The verbs that move jobs and units on. Each takes a session and never commits: the caller owns the transaction.
 
 Every change of state is one guarded UPDATE, and zero rows changed means "refused". A verb that touches both a job and
-its units locks the job's row first, and no transaction touches two jobs, so that no two verbs can wait for each other.
-Only Postgres' clock decides.
+its units locks the job's row first. No transaction waits for a second job's lock (`claim_next`, which may follow an
+end, passes over what is locked), so that no two verbs can wait for each other. Only Postgres' clock decides.
 """
 
 import json
