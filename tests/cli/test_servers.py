@@ -105,7 +105,8 @@ def test_no_password_stands_in_a_command_line_or_in_a_file_for_others(tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_both_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from cli.servers import *\n"
+        "import signal, sys, time; from pathlib import Path; from cli.servers import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started to ignore it\n"
         "home = Path(sys.argv[1])\n"
         "with embedded_postgres(home, fsync=False), embedded_redis(home):\n"
         "    (home / 'up').touch(); time.sleep(600)\n"
