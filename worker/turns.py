@@ -105,13 +105,15 @@ class Turns:
         return Plan(rings, promises, yields)
 
     def _room(self, view: View, lane: Lane, pace: float | None) -> tuple[int, int]:
-        """How many units of the lane may be rung, for idle workers; and how many promised, to busy ones."""
+        """How many units of the lane may be rung, for idle workers; and how many promised, to those that work in it."""
         workers = [worker for worker in view.workers if lane in worker.lanes]
         busy = {unit.worker: unit.lane for unit in view.running}
         idle = sum(worker.name not in busy for worker in workers) - view.rung.get(lane, 0)
         if not workers:  # one is rung all the same: a sign of life may only be late
             return max(0, 1 - view.rung.get(lane, 0)), 0
-        of_lane = sum(busy.get(worker.name) == lane for worker in workers)  # a worker goes on in its lane
+        # A worker goes on in its lane. One that is idle now is rung for in this plan, or was: were nothing promised
+        # to it, a look that always comes between two short units would ring for each of them.
+        of_lane = sum(busy.get(worker.name, lane) == lane for worker in workers)
         return max(0, idle), self._promises(of_lane, pace)
 
     def _promises(self, workers: int, pace: float | None) -> int:

@@ -50,8 +50,14 @@ def test_short_units_are_promised_to_the_worker_that_is_busy_with_such() -> None
     assert (len(plan.rings), len(plan.promises)) == (0, 25), "a quarter of a second's work"
 
 
-def test_nothing_is_promised_to_a_worker_that_is_idle_or_busy_in_another_lane() -> None:
-    assert turns().plan(view(waiting("a", 64)), pace={Lane.BATCH: 0.01}).promises == []
+def test_short_units_are_promised_with_the_ring_since_a_look_between_two_of_them_always_finds_the_worker_idle() -> None:
+    plan = turns().plan(view(waiting("a", 64)), pace={Lane.BATCH: 0.01})
+    assert (len(plan.rings), len(plan.promises)) == (1, 25)
+    plan = turns().plan(view(waiting("a", 64), rung={Lane.BATCH: 1}), pace={Lane.BATCH: 0.01})
+    assert (len(plan.rings), len(plan.promises)) == (0, 25)
+
+
+def test_nothing_is_promised_to_a_worker_that_is_busy_in_another_lane() -> None:
     urgent = waiting("a", 3, scans=1, lane=Lane.URGENT)
     plan = turns().plan(view(urgent, (running("a"),)), pace={Lane.URGENT: 0.01})
     assert plan.promises == []
