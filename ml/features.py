@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ml.engines import BATCH, Backbone
+from ml.engines import Backbone
 from ml.network import FEATURES
 from ml.tensorfile import reserve
 from ml.transforms import Augmentation, augment, draw
@@ -63,7 +63,8 @@ class Features:
         self, scans: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice, np.ndarray]]:
         # The engine asks for the next batch while two are running, so augmenting happens beside the device's work.
-        batches = (pixels_of(scans[start : start + BATCH]) for start in range(0, len(scans), BATCH))
+        size = self.backbone.batch
+        batches = (pixels_of(scans[start : start + size]) for start in range(0, len(scans), size))
         done = 0
         for features in self.backbone.stream(batches):
             yield slice(done, done + len(features)), features

@@ -22,7 +22,7 @@ class HalvingBackbone:
     """A backbone (see `ml.engines.Backbone`) around another. Who streams through it sees nothing of the halving."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self.name = backbone.name
+        self.name, self.batch = backbone.name, backbone.batch
         self._backbone = backbone
         self._most: int | None = None  # images in a batch, once the device has refused one
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ml import network
 from ml.ahead import ahead, batched
-from ml.engines import BATCH, Backbone, Precision, open_backbone
+from ml.engines import Backbone, Precision, open_backbone
 from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
 from ml.transforms import Transform
@@ -64,15 +64,15 @@ class Predictor:
         return cls(model.classes, model.transform, backbone, model.network.get_submodule("classifier").eval())
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
-        """Predictions in the order of `scans`, which may be endless: at most about 80 decoded scans are in memory.
+        """Predictions in the order of `scans`, which may be endless: at most five batches of them are in memory.
 
         DeviceOutOfMemory where the device has too little memory, also for half a batch (see ml.halving).
         """
-        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * BATCH)
+        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * self.backbone.batch)
         waiting: deque[list[_Decoded]] = deque()
 
         def batches() -> Iterator[np.ndarray]:
-            for chunk in batched(decoded, BATCH):
+            for chunk in batched(decoded, self.backbone.batch):
                 waiting.append(chunk)
                 whole = [one.pixels for one in chunk if one.pixels is not None]
                 if whole:

@@ -107,7 +107,7 @@ def make_narrow_network(seed: int = 0) -> nn.Module:
 class CountingBackbone:
     """A stand-in device with the real interface: a fixed random projection that counts each distinct picture."""
 
-    name = "projection"
+    name, batch = "projection", 16
 
     def __init__(self) -> None:
         self.seen: Counter[bytes] = Counter()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ml.engines import BATCH, TorchBackbone, open_backbone
+from ml.engines import TorchBackbone, open_backbone
 from ml.errors import DeviceOutOfMemory, as_pipeline_error, is_out_of_memory, naming_out_of_memory
 from ml.features import Features
 from ml.halving import HalvingBackbone
@@ -20,6 +20,7 @@ from ml.transforms import Augmentation, Transform
 from tests.ml.builders import encode, make_data, make_narrow_network, make_params, make_pixels
 
 SIDE = 32
+BATCH = 16
 
 
 def make_error() -> Exception:
@@ -29,7 +30,7 @@ def make_error() -> Exception:
 class SmallDevice:
     """A device with room for `room` images at once. Like the real ones it keeps two batches in flight."""
 
-    name = "small"
+    name, batch = "small", BATCH
 
     def __init__(self, room: int, error: Exception | None = None) -> None:
         self.room, self.error, self.sizes = room, error or make_error(), list[int]()

@@ -61,7 +61,7 @@ class Predictor:
 class _SmallDevice:
     """As ml.engines.Backbone, with memory for so many images at once."""
 
-    name = "small"
+    name, batch = "small", BATCH
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
