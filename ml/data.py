@@ -1,25 +1,29 @@
-"""A folder of scans, one folder a class: found, checked, counted, and split so that no patient is on both sides."""
+"""A folder of scans, one folder a class: found, decoded once, checked and counted; and the manifest that keeps it."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ml.ahead import ahead
 from ml.errors import BadDataset, ImageError
-from ml.images import SUFFIXES, decode, is_dicom
+from ml.images import SUFFIXES, colour_mode, decode, is_dicom
+from ml.inspection import Inspection, conflicts, inspect_scans, warnings
+from ml.likeness import describe
+from ml.patients import patient_of
 
 MIN_PER_CLASS = 5  # fewer cannot be split 80/20 with a scan of each class on both sides
 NAMED_FILES = 20  # broken files named in the problems; the rest is counted
 _WRAPPERS = 2  # folders around the class folders that a zip may have
-_PATIENT = re.compile(r"(?:^|[/_\-. ])(?:patient|pat|p)[_\- ]?(\d+)(?=[/_\-. ]|$)", re.IGNORECASE)
+_MODALITY = re.compile(r"[A-Z]{2,16}")
 
 Sink = Callable[[int, np.ndarray], None]
 Report = Callable[[float], None]
@@ -27,23 +31,38 @@ Report = Callable[[float], None]
 
 @dataclass(frozen=True)
 class ScanFile:
-    """One scan of a dataset. `patient` is a hash, never the id itself; None where nothing tells the patient."""
+    """One scan of a dataset. What follows `patient` has its default where the scan could not be read."""
 
     path: str
+    """Relative to the dataset's folder."""
     label: str
     sha256: str
+    """Of the file's bytes."""
     patient: str | None
+    """A hash, never the id itself; None where nothing tells the patient."""
+    likeness: str | None = None
+    """The descriptor of `ml.likeness`, by which near-duplicates are found; "" for a blank scan."""
+    height: int = 0
+    width: int = 0
+    mode: str = ""
+    modality: str | None = None
+    """DICOM's, such as CT."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a folder holds: scans a class, their number, a digest of contents and labels, and what is wrong."""
+    """What a folder holds: scans a class, their number, a digest of contents and labels, and what is wrong.
+
+    `problems` forbid training; `warnings` say what spoils it or its scores, and what to do about it.
+    """
 
     classes: dict[str, int]
     images: int
     digest: str
     problems: tuple[str, ...]
     scans: tuple[ScanFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    inspection: Inspection = field(default_factory=Inspection)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,13 +86,17 @@ class DatasetReport:
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
     """Class name → its image files (also those in folders below), sorted; looks through up to two wrapper folders."""
+    return {sub.name: sorted(path for path in sub.rglob("*") if _is_image(path)) for sub in _class_folders(folder)}
+
+
+def _class_folders(folder: Path) -> list[Path]:
     root = folder
     for _ in range(_WRAPPERS):
         below = _subfolders(root)
         if len(below) != 1 or _images_in(root) or _images_in(below[0]) or not _subfolders(below[0]):
             break
         root = below[0]
-    return {sub.name: sorted(path for path in sub.rglob("*") if _is_image(path)) for sub in _subfolders(root)}
+    return _subfolders(root)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -89,21 +112,41 @@ def _is_image(path: Path) -> bool:
     return path.is_file() and not path.name.startswith(".") and (path.suffix.lower() in SUFFIXES or not path.suffix)
 
 
+def _left_over(folder: Path, found: dict[str, list[Path]]) -> tuple[int, int]:
+    """How many files belong to no class: those that are no images, and images outside of the class folders."""
+    taken = {path for paths in found.values() for path in paths}
+    hidden = (".", "__MACOSX")
+    rest = [
+        path
+        for path in folder.rglob("*")
+        if path not in taken
+        and path.is_file()
+        and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
+    ]
+    stray = sum(path.suffix.lower() in SUFFIXES for path in rest)
+    return len(rest) - stray, stray
+
+
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
 def check_dataset(
-    folder: Path, classes: int | None = None, sink: Sink | None = None, report: Report | None = None
+    folder: Path,
+    classes: int | None = None,
+    sink: Sink | None = None,
+    report: Report | None = None,
+    window: tuple[float, float] | None = None,
 ) -> DatasetReport:
     """Decode every scan once and say what is wrong, naming files relative to `folder`.
 
     `classes`: how many class folders there must be. `sink` gets each scan's index and pixels (uint8 [h, w, 3]) in the
     order of `scans`, so that whoever needs the pixels need not decode again. `report` hears the fraction done.
+    `window`: centre and width of the CT window in Hounsfield units, None for each file's own.
     """
     found = find_classes(folder)
     counts = {name: len(paths) for name, paths in found.items()}
     scans, broken = [], []
-    for index, (scan, problem, pixels) in enumerate(_examined(folder, found)):
+    for index, (scan, problem, pixels) in enumerate(_examined(folder, found, window)):
         scans.append(scan)
         if problem or pixels is None:
             broken.append(f"{scan.path}: {problem}")
@@ -111,8 +154,10 @@ def check_dataset(
             sink(index, pixels)
         if report:
             report((index + 1) / sum(counts.values()))
-    problems = (*_shape_problems(counts, classes), *_broken_problems(broken))
-    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans))
+    problems = (*_shape_problems(counts, classes), *_broken_problems(broken), *conflicts(scans))
+    inspection = inspect_scans(scans, counts, *_left_over(folder, found))
+    noted = warnings(inspection, counts)
+    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans), noted, inspection)
 
 
 def count_images(folder: Path) -> int:
@@ -120,43 +165,48 @@ def count_images(folder: Path) -> int:
     return sum(len(paths) for paths in find_classes(folder).values())
 
 
-def _examined(folder: Path, found: dict[str, list[Path]]) -> Iterator[tuple[ScanFile, str | None, np.ndarray | None]]:
+Examined = tuple[ScanFile, str | None, np.ndarray | None]
+
+
+def _examined(folder: Path, found: dict[str, list[Path]], window: tuple[float, float] | None) -> Iterator[Examined]:
+    # A patient's name is looked for below the class folder: what stands above it would be every scan's patient.
+    roots = {root.name: root for root in _class_folders(folder)}
     work = [(path, label) for label, paths in found.items() for path in paths]
-    return ahead(partial(_examine, folder), work)
+    return ahead(lambda item: _examine(folder, roots[item[1]], window, item), work)
 
 
-def _examine(folder: Path, item: tuple[Path, str]) -> tuple[ScanFile, str | None, np.ndarray | None]:
+def _examine(folder: Path, root: Path, window: tuple[float, float] | None, item: tuple[Path, str]) -> Examined:
     path, label = item
     name = path.relative_to(folder).as_posix()
     try:
         content = path.read_bytes()
     except OSError:
         return ScanFile(name, label, "", None), "the file cannot be opened.", None
-    scan = ScanFile(name, label, hashlib.sha256(content).hexdigest(), _patient(name, content))
+    identity, modality = _dicom_header(content)
+    patient = patient_of(path.relative_to(root).as_posix(), identity)
+    scan = ScanFile(name, label, hashlib.sha256(content).hexdigest(), patient, modality=modality)
     try:
-        return scan, None, decode(content)
+        pixels, mode = decode(content, window), colour_mode(content)
     except ImageError as error:
         return scan, str(error), None
+    height, width = pixels.shape[:2]
+    return replace(scan, likeness=describe(pixels), height=height, width=width, mode=mode), None, pixels
 
 
-def _patient(name: str, content: bytes) -> str | None:
-    told = _PATIENT.search(name)
-    identity = told.group(1) if told else _dicom_patient(content)
-    return hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else None
-
-
-def _dicom_patient(content: bytes) -> str | None:
+def _dicom_header(content: bytes) -> tuple[str | None, str | None]:
+    """(PatientID, modality), None where it is not told."""
     if not is_dicom(content):
-        return None
-    import io
-
+        return None, None
     import pydicom
 
     try:
-        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=["PatientID"])
+        tags = ["PatientID", "Modality"]
+        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=tags)
+        identity, modality = str(header.get("PatientID") or ""), str(header.get("Modality") or "")
     except Exception:  # a damaged header: decoding names the file as broken
-        return None
-    return str(header.get("PatientID") or "") or None
+        return None, None
+    # Whoever wrote something else into the tag may have written a name.
+    return identity or None, modality if _MODALITY.fullmatch(modality) else "other"
 
 
 def _shape_problems(counts: dict[str, int], classes: int | None) -> Iterator[str]:
@@ -195,79 +245,20 @@ def save_manifest(report: DatasetReport, path: Path) -> None:
 
 
 def load_manifest(path: Path) -> DatasetReport:
-    """Read what `save_manifest` wrote; BadDataset when there is none."""
+    """Read what `save_manifest` wrote; BadDataset when there is none, or one that another version wrote."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadDataset("There is no dataset yet: run the stage data_ingestion first.") from error
+    try:
+        return _report_of(fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BadDataset("Another version wrote the manifest: run the stage data_ingestion again.") from error
+
+
+def _report_of(fields: dict[str, Any]) -> DatasetReport:
+    lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("problems", "warnings") if name in fields}
     scans = tuple(ScanFile(**scan) for scan in fields["scans"])
-    return DatasetReport(fields["classes"], fields["images"], fields["digest"], tuple(fields["problems"]), scans)
-
-
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices of scans, int64, sorted: what is trained on, and what training never sees."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-def split_scans(report: DatasetReport, seed: int, held_out: float = 0.2) -> Split:
-    """A stratified split. Scans of one patient, and copies of one picture, stay on one side.
-
-    Patients (or, where nothing tells them, scans) are drawn in the order of a hash of `seed` and themselves, until each
-    class has its share. So a scan that was held out from one network is hardly ever trained on by the next one when the
-    dataset has only grown. BadDataset when the patients are too few to have every class on both sides.
-    """
-    labels = report.labels
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(_groups(report.scans)):
-        members.setdefault(int(group), []).append(index)
-    groups = sorted(members.values(), key=lambda indices: _lot(report.scans, indices, seed))
-    held = _draw(groups, labels, held_out)
-    train = np.setdiff1d(np.arange(len(labels)), held)
-    if set(labels[train]) != set(labels) or set(labels[held]) != set(labels):
-        raise BadDataset("The patients are too few to train and to test on every class: add scans of more patients.")
-    return Split(train, held)
-
-
-def _lot(scans: tuple[ScanFile, ...], indices: list[int], seed: int) -> str:
-    """A group's place in the draw: it depends on the seed and the group alone, not on what else is in the dataset."""
-    name = min(scans[index].patient or scans[index].sha256 for index in indices)
-    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
-
-
-def _draw(groups: list[list[int]], labels: np.ndarray, held_out: float) -> np.ndarray:
-    """Indices of the groups that are held out: in order, each that brings none of its classes far past its share."""
-    counts = [np.bincount(labels[group], minlength=labels.max() + 1) for group in groups]
-    share = np.rint(held_out * np.bincount(labels))
-    held, drawn = np.zeros_like(share), []
-    for group, count in zip(groups, counts, strict=True):
-        if np.all((held + count / 2 <= share)[count > 0]):
-            held += count
-            drawn += group
-    for label in np.flatnonzero(held == 0):  # a class whose every patient is larger than its share
-        first = next(number for number, count in enumerate(counts) if count[label])
-        held += counts[first]
-        drawn += groups[first]
-    return np.unique(np.array(drawn, dtype=np.int64))
-
-
-def _groups(scans: tuple[ScanFile, ...]) -> np.ndarray:
-    """A number for each scan; the same for scans that share a patient or a content, directly or through others."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    tokens: dict[str, int] = {}
-    edges = []
-    for index, scan in enumerate(scans):
-        for token in (f"content {scan.sha256}", scan.patient and f"patient {scan.patient}"):
-            if token:
-                edges.append((index, len(scans) + tokens.setdefault(token, len(tokens))))
-    rows, columns = zip(*edges, strict=True)
-    size = len(scans) + len(tokens)
-    graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(size, size))
-    return np.asarray(connected_components(graph, directed=False)[1][: len(scans)])
+    inspection = Inspection.from_json(fields.get("inspection", {}))
+    rest: dict[str, Any] = {**fields, **lists, "scans": scans, "inspection": inspection}
+    return DatasetReport(**rest)

@@ -26,22 +26,40 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom", ".ima"))
 SOFT_TISSUE = (40.0, 400.0)  # window centre and width in Hounsfield units, the usual one for the abdomen
 
+_MODES = {"1": "grey", "L": "grey", "LA": "grey", "I": "16-bit", "F": "float", "P": "palette", "PA": "palette"}
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _NOT_AN_IMAGE = "The file is not a readable PNG, JPEG, BMP, TIFF, WebP or DICOM image."
 _TOO_LARGE = f"The image declares more than {MAX_PIXELS:,} pixels."
 _NO_PIXELS = "The DICOM file holds no readable picture."
 
 
-def decode(source: bytes | Path) -> np.ndarray:
+def decode(source: bytes | Path, window: tuple[float, float] | None = None) -> np.ndarray:
     """Pixels of an image file or of its bytes: uint8 [height, width, 3], RGB, turned upright.
 
     Multi-page and animated pictures give their first page; a multi-frame DICOM gives its middle frame.
-    Raises ImageError for everything that is not a readable picture of a sane size.
+    `window`: centre and width in Hounsfield units, in place of a CT file's own window; everything else ignores it.
+    Grey DICOM values are rescaled to the modality's units, and windowed by the linear function of PS3.3 C.11.2.1.2.
+    Raises ImageError for everything that is not a readable picture of a sane size, ValueError for a width below 1.
     """
+    if window is not None and not window[1] >= 1:
+        raise ValueError("A window is at least 1 Hounsfield unit wide.")
     content = source if isinstance(source, bytes) else _read(source)
     if is_dicom(content):
-        return _decode_dicom(content)
+        return _decode_dicom(content, window)
     return _decode_picture(content)
+
+
+def colour_mode(content: bytes) -> str:
+    """How a readable file stores its colours: grey, 16-bit, RGB, RGBA, palette, CMYK, … or DICOM. Reads the header."""
+    if is_dicom(content):
+        return "DICOM"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                return "16-bit" if picture.mode.startswith("I;16") else _MODES.get(picture.mode, picture.mode)
+    except Exception as error:
+        raise ImageError(_NOT_AN_IMAGE) from error
 
 
 def is_dicom(content: bytes) -> bool:
@@ -116,7 +134,7 @@ def _check_pixels(pixels: int) -> None:
 # --- DICOM, by pydicom with gdcm and pyjpegls ------------------------------------------------------------------------
 
 
-def _decode_dicom(content: bytes) -> np.ndarray:
+def _decode_dicom(content: bytes, window: tuple[float, float] | None) -> np.ndarray:
     import pydicom
 
     _check_inflated_size(content)
@@ -125,14 +143,14 @@ def _decode_dicom(content: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(content))
             _check_pixels(int(dataset.Rows) * int(dataset.Columns))
-            return _frame_to_rgb(dataset)
+            return _frame_to_rgb(dataset, window)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on damaged data
         raise ImageError(_NO_PIXELS) from error
 
 
-def _frame_to_rgb(dataset: Dataset) -> np.ndarray:
+def _frame_to_rgb(dataset: Dataset, window: tuple[float, float] | None) -> np.ndarray:
     from pydicom.pixels import apply_color_lut, pixel_array
 
     frames = int(dataset.get("NumberOfFrames") or 1)
@@ -141,18 +159,27 @@ def _frame_to_rgb(dataset: Dataset) -> np.ndarray:
         frame = apply_color_lut(frame, dataset)
     if frame.ndim == 3:
         return np.ascontiguousarray(_scaled(frame) if frame.dtype != np.uint8 else frame)
-    grey = _windowed(dataset, frame)
+    grey = _windowed(dataset, frame, window)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def _windowed(dataset: Dataset, frame: np.ndarray) -> np.ndarray:
+def _windowed(dataset: Dataset, frame: np.ndarray, asked: tuple[float, float] | None) -> np.ndarray:
     """Grey levels as a radiologist would see them: rescaled to the modality's units, then windowed."""
     from pydicom.pixels import apply_modality_lut
 
     values = np.asarray(apply_modality_lut(frame, dataset), dtype=np.float32)
-    window = _window_of(dataset)
-    grey = _between(values, window[0] - window[1] / 2, window[0] + window[1] / 2) if window else _scaled(values)
+    window = asked if asked and dataset.get("Modality") == "CT" else _window_of(dataset)  # only CT has Hounsfield units
+    grey = _linear(values, *window) if window else _scaled(values)
     return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _linear(values: np.ndarray, centre: float, width: float) -> np.ndarray:
+    """The linear VOI function of DICOM PS3.3, C.11.2.1.2: from centre - 0.5 - (width - 1)/2, and (width - 1) wide."""
+    if width < 1:  # undefined there, but found in files whose values are fractions
+        return _between(values, centre - width / 2, centre + width / 2)
+    if width == 1:
+        return np.where(values <= centre - 0.5, 0, 255).astype(np.uint8)
+    return _between(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
 
 
 def _window_of(dataset: Dataset) -> tuple[float, float] | None:

@@ -1,12 +1,15 @@
-"""What a dataset holds, what is wrong with it, and how it is split."""
+"""What a dataset holds, what forbids training on it, whose scans it has, and the manifest that keeps all that."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 
-from ml.data import DatasetReport, ScanFile, check_dataset, load_manifest, save_manifest, split_scans
+from ml.data import check_dataset, load_manifest, save_manifest
 from ml.errors import BadDataset
+from ml.patients import patient_of
 from tests.ml.builders import encode, make_dicom, make_files, make_pixels, write_folder
 
 
@@ -104,20 +107,76 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
     assert load_manifest(tmp_path / "manifest.json") == report
 
 
+def patient_in(tmp_path, name: str) -> str | None:
+    """Whose scan the file of this name is said to be."""
+    report = check_dataset(write_folder({**make_files(6), name: encode(make_pixels(5))}, tmp_path))
+    return next(scan.patient for scan in report.scans if scan.path == name)
+
+
 @pytest.mark.parametrize(
-    ("name", "told"),
+    "name",
     [
-        ("Tumor/patient-0012_slice-03.png", True),
-        ("Tumor/P012_4.png", True),
-        ("Tumor/pat 7/slice.png", True),
-        ("Tumor/Tumor-012.png", False),
-        ("Tumor/clip12.png", False),
+        "patient-0012_slice-03.png",
+        "patient_12.png",
+        "Patient 12.png",
+        "patientID_12.png",
+        "P012_4.png",
+        "P0012.png",
+        "pat-0003.png",
+        "pat 7/slice.png",
+        "case_12.png",
+        "subject-12/1.png",
+        "sub-01/anat/sub-01_T1w.png",
+        "TCGA-B0-5694/slice-3.png",
+        "tcga-b0-5694-01a_4.png",
+        "C3L-00004_4.png",
     ],
 )
-def test_names_tell_the_patient(tmp_path, name, told):
-    report = check_dataset(write_folder({**make_files(6), name: encode(make_pixels(5))}, tmp_path))
-    scan = next(scan for scan in report.scans if scan.path == name)
-    assert (scan.patient is not None) == told
+def test_names_tell_the_patient(tmp_path, name):
+    assert patient_in(tmp_path, f"Tumor/{name}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Tumor-012.png",
+        "Tumor- (12).jpg",
+        "image(12).png",
+        "patient (12).png",
+        "clip12.png",
+        "map12.png",
+        "1080p.png",
+        "lowercase12.png",
+        "showcase_12.png",
+        "crop_12.png",
+        "12/slice-3.png",
+        "TCGA-export.png",
+    ],
+)
+def test_numbering_and_words_tell_no_patient(tmp_path, name):
+    assert patient_in(tmp_path, f"Tumor/{name}") is None
+
+
+def test_one_patient_under_several_names_is_one(tmp_path):
+    names = ["Tumor/patient-12_slice-1.png", "Tumor/P12.png", "Normal/pat_12/slice-3.png"]
+    files = {name: encode(make_pixels(number)) for number, name in enumerate(names)}
+    report = check_dataset(write_folder({**make_files(6), **files}, tmp_path))
+    assert len({scan.patient for scan in report.scans if scan.path in names}) == 1
+
+
+def test_a_case_and_a_patient_of_one_number_are_two():
+    assert patient_of("case-12.png", None) != patient_of("patient-12.png", None)
+
+
+def test_folders_above_the_class_are_nobody(tmp_path):
+    files = {f"patient-1 export/{name}": content for name, content in make_files(6).items()}
+    report = check_dataset(write_folder({**files, "patient-1 export/p2/3.png": encode(make_pixels(9))}, tmp_path))
+    assert {scan.patient for scan in report.scans} == {None}
+
+
+@pytest.mark.parametrize("identity", ["", " ", "0", "000", "ANONYMOUS", "Anonymized", "unknown", "n/a", "XXX", "-"])
+def test_what_stands_for_removed_is_no_patient(identity):
+    assert patient_of("scan.dcm", identity) is None
 
 
 def test_a_dicom_header_tells_the_patient_and_the_manifest_does_not(tmp_path):
@@ -129,53 +188,44 @@ def test_a_dicom_header_tells_the_patient_and_the_manifest_does_not(tmp_path):
     assert "SECRET" not in (tmp_path / "manifest.json").read_text()
 
 
-def make_report(patients: int, slices: int = 5, tumour_share: float = 0.5) -> DatasetReport:
-    scans = []
-    for patient in range(patients):
-        label = "Tumor" if patient < tumour_share * patients else "Normal"
-        scans += [ScanFile(f"{label}/{patient}-{i}.png", label, f"{patient}-{i}", str(patient)) for i in range(slices)]
-    scans.sort(key=lambda scan: scan.label)
-    counts = {name: sum(scan.label == name for scan in scans) for name in ("Normal", "Tumor")}
-    return DatasetReport(counts, len(scans), "digest", (), tuple(scans))
+def test_a_window_is_passed_on_to_every_scan(tmp_path):
+    folder = write_folder({**make_files(6), "Normal/ct.dcm": make_dicom(np.full((8, 8), 300, np.int16))}, tmp_path)
+    seen: list[int] = []
+    for window in (None, (300.0, 1000.0)):
+        check_dataset(
+            folder, window=window, sink=lambda index, pixels: seen.append(int(pixels.max())) if index == 6 else None
+        )
+    assert seen == [255, 128]
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("patients", "held_out"), [(96, 0.2), (10, 0.2), (4, 0.2), (40, 0.3), (40, 0.5), (40, 0.05)])
-def test_a_split_never_shares_a_patient_and_has_every_class_on_both_sides(patients, held_out, seed):
-    report = make_report(patients)
-    split = split_scans(report, seed, held_out)
-    sides = [{report.scans[index].patient for index in side} for side in (split.train, split.held_out)]
-    assert not sides[0] & sides[1]
-    assert sorted([*split.train, *split.held_out]) == list(range(report.images))
-    assert {report.scans[index].label for index in split.held_out} == {"Normal", "Tumor"}
-    if patients >= 40:
-        assert len(split.held_out) / report.images == pytest.approx(held_out, abs=0.06)
+def test_a_manifest_of_before_the_inspection_is_still_read(tmp_path):
+    report = check_dataset(write_folder(make_files(6), tmp_path / "data"))
+    save_manifest(report, tmp_path / "manifest.json")
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    for new in ("warnings", "inspection"):
+        del fields[new]
+    fields["scans"] = [
+        {name: scan[name] for name in ("path", "label", "sha256", "patient")} for scan in fields["scans"]
+    ]
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    old = load_manifest(tmp_path / "manifest.json")
+    assert (old.classes, old.digest, old.warnings) == (report.classes, report.digest, ())
+    assert {scan.likeness for scan in old.scans} == {None}
 
 
-def test_copies_of_one_picture_stay_on_one_side():
-    scans = tuple(
-        ScanFile(f"{label}/{i}.png", label, f"{label}-{i // 2}", None)
-        for label in ("Normal", "Tumor")
-        for i in range(40)
-    )
-    split = split_scans(DatasetReport({"Normal": 40, "Tumor": 40}, 80, "", (), scans), seed=1)
-    assert not {scans[i].sha256 for i in split.train} & {scans[i].sha256 for i in split.held_out}
+@pytest.mark.parametrize(
+    "content",
+    ['{"scans": []}', '{"scans": [{"colour": 1}]}', "[]", '{"scans": [], "classes": {}, "inspection": {"moons": 1}}'],
+)
+def test_a_manifest_of_another_version_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(BadDataset, match="run the stage data_ingestion again"):
+        load_manifest(tmp_path / "manifest.json")
 
 
-def test_without_patients_the_split_is_stratified_to_the_scan():
-    scans = tuple(ScanFile(f"{i}", "Normal" if i < 240 else "Tumor", str(i), None) for i in range(465))
-    report = DatasetReport({"Normal": 240, "Tumor": 225}, 465, "", (), scans)
-    split = split_scans(report, seed=0)
-    assert len(split.held_out) == 93
-    assert (report.labels[split.held_out] == 1).sum() == 45
-
-
-def test_the_seed_decides_the_split():
-    report = make_report(40)
-    assert np.array_equal(split_scans(report, 3).held_out, split_scans(report, 3).held_out)
-    assert not np.array_equal(split_scans(report, 3).held_out, split_scans(report, 4).held_out)
-
-
-def test_two_patients_are_too_few():
-    with pytest.raises(BadDataset, match="patients are too few"):
-        split_scans(make_report(2), seed=0)
+@pytest.mark.parametrize("content", [None, "", '{"scans": ['])
+def test_no_manifest_is_said_to_be_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(BadDataset, match="no dataset yet"):
+        load_manifest(tmp_path / "manifest.json")

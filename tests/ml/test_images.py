@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ml.errors import ImageError
-from ml.images import decode, is_dicom
+from ml.images import colour_mode, decode, is_dicom
 from tests.ml.builders import encode, make_dicom, make_pixels
 
 
@@ -85,7 +85,76 @@ def test_ct_without_a_window_shows_soft_tissue():
 def test_the_window_in_the_file_is_used_after_rescaling():
     values = np.array([[1024, 1074], [1124, 3000]], np.int16)
     image = decode(make_dicom(values, RescaleIntercept=-1024, WindowCenter=50, WindowWidth=100))
-    assert image[:, :, 0].tolist() == [[0, 128], [255, 255]]
+    assert image[:, :, 0].tolist() == [[0, 129], [255, 255]]
+
+
+def standard_window(value: float, centre: float, width: float) -> float:
+    """The pseudo code of DICOM PS3.3, C.11.2.1.2.1, for an output of 0 to 255."""
+    if value <= centre - 0.5 - (width - 1) / 2:
+        return 0
+    if value > centre - 0.5 + (width - 1) / 2:
+        return 255
+    return ((value - (centre - 0.5)) / (width - 1) + 0.5) * 255
+
+
+@pytest.mark.parametrize("window", [(40, 400), (50, 2), (2048, 4096), (-600, 1500), (0, 100), (0, 1)])
+def test_a_window_is_the_linear_function_of_the_standard(window):
+    values = np.arange(-2000, 5000, dtype=np.int16)[None]
+    expected = [round(standard_window(value, *window), 3) for value in values[0].tolist()]
+    in_file = decode(make_dicom(values, WindowCenter=window[0], WindowWidth=window[1]))[0, :, 0]
+    asked = decode(make_dicom(values), window)[0, :, 0]
+    assert np.abs(in_file - np.array(expected)).max() <= 0.5
+    assert np.array_equal(in_file, asked)
+
+
+def test_a_window_that_is_asked_for_is_in_hounsfield_units_and_overrides_the_files_own():
+    values = np.array([[1024, 1074, 1124, 3000]], np.int16)
+    content = make_dicom(values, RescaleIntercept=-1024, WindowCenter=1000, WindowWidth=10)
+    assert decode(content, (50, 100))[0, :, 0].tolist() == [0, 129, 255, 255]
+
+
+@pytest.mark.parametrize("slope", [1, 2, 0.5])
+def test_the_rescale_slope_and_intercept_of_the_file_are_applied(slope):
+    values = (np.array([[-200, -160, 40, 240]]) / slope + 100).astype(np.int16)
+    content = make_dicom(values, RescaleSlope=slope, RescaleIntercept=-100 * slope)
+    assert decode(content, (40, 400))[0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+def test_only_ct_has_hounsfield_units():
+    magnetic = make_dicom(np.array([[100, 200], [150, 300]], np.int16), Modality="MR")
+    assert np.array_equal(decode(magnetic, (40, 400)), decode(magnetic))
+    assert np.array_equal(decode(encode(make_pixels()), (40, 400)), make_pixels())
+
+
+@pytest.mark.parametrize("width", [0, 0.5, -400, float("nan")])
+def test_a_window_without_width_is_refused(width):
+    with pytest.raises(ValueError, match="window"):
+        decode(encode(make_pixels()), (40, width))
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "told"),
+    [
+        ("L", "PNG", "grey"),
+        ("1", "PNG", "grey"),
+        ("I;16", "PNG", "16-bit"),
+        ("RGB", "JPEG", "RGB"),
+        ("RGBA", "PNG", "RGBA"),
+        ("P", "PNG", "palette"),
+        ("CMYK", "TIFF", "CMYK"),
+        ("F", "TIFF", "float"),
+    ],
+)
+def test_the_colour_mode_is_told(mode, form, told):
+    picture = Image.fromarray(make_pixels())
+    picture = picture.convert("I;16") if mode == "I;16" else picture.convert(mode)
+    assert colour_mode(encode(picture, form)) == told
+
+
+def test_the_colour_mode_of_a_dicom_file_is_dicom_and_of_rubbish_an_error():
+    assert colour_mode(make_dicom(np.zeros((2, 2), np.int16))) == "DICOM"
+    with pytest.raises(ImageError):
+        colour_mode(b"rubbish")
 
 
 def test_another_modality_without_a_window_is_scaled_from_minimum_to_maximum():
