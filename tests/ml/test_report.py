@@ -1,0 +1,208 @@
+"""The report: one page that needs nothing else, a PDF of the same content, and no word too much."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ml.metrics import Judged, Scores, score
+from ml.plots import Plot, all_plots
+from ml.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
+from tests.ml.test_plots import make_epochs, make_judged
+
+COUNTS = {"train": 326, "validation": 46, "test": 93}
+CLEAN = {"patients": 0, "duplicates": 0, "near_duplicates": 0}
+FOLDS = {"folds": [{"f1": 0.9}, {"f1": 0.8}], "mean": {"f1": 0.85}, "std": {"f1": 0.05}}
+
+
+def make_scores(patients_known: bool = False, judged: Judged | None = None, **context: object) -> Scores:
+    return score(judged or make_judged()).with_context(COUNTS, patients_known, CLEAN, **context)  # type: ignore[arg-type]
+
+
+@cache  # a plot is drawn as a PNG once
+def make_plots(classes: tuple[str, ...]) -> list[Plot]:
+    judged = make_judged(classes)
+    scores = make_scores(judged=judged)
+    return all_plots(judged, scores, make_epochs(), 2, lambda places: np.zeros((len(places), 9, 9, 3), np.uint8))
+
+
+def make_inputs(classes: tuple[str, ...] = ("Normal", "Tumor"), **fields: object) -> ReportInputs:
+    scores, plots = make_scores(judged=make_judged(classes)), make_plots(classes)
+    inputs = ReportInputs(
+        scores=scores,
+        plots=plots,
+        made_at=datetime(2026, 11, 20, 10, 30, tzinfo=UTC),
+        parameters={"learning_rate": 0.01, "image_size": [64, 64, 3], "clip_norm": None},
+        dataset={"images": 465, "classes": {"Normal": 240, "Tumor": 225}, "warnings": ["36 scans are copies."]},
+        dataset_digest="d" * 64,
+        network="vgg16",
+        engine="openvino-bf16",
+        device="a CPU",
+        seed=3,
+        epochs=4,
+        training_seconds=36.2,
+        best_epoch=2,
+        weights_sha256="e" * 64,
+        revision="f7eb31f",
+        versions={"torch": "2.13.0"},
+    )
+    return replace(inputs, **fields)  # type: ignore[arg-type]
+
+
+class Page(HTMLParser):
+    """What a page is made of; an end tag that closes nothing is an error."""
+
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.attributes: dict[str, dict[str, str | None]] = {}
+        self.words = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.setdefault(tag, dict(attrs))
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def written(inputs: ReportInputs, folder: Path) -> tuple[str, bytes]:
+    html, pdf = folder / "out" / "report.html", folder / "out" / "report.pdf"
+    write_report(inputs, html, pdf)
+    assert {path.name for path in html.parent.iterdir()} == {"report.html", "report.pdf"}
+    return html.read_text(encoding="utf-8"), pdf.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[str, bytes]:
+    """A report of both kinds."""
+    return written(make_inputs(), tmp_path_factory.mktemp("report"))
+
+
+# --- the page ---
+
+
+def test_the_page_needs_nothing_else(report):
+    text, page = report[0], Page(report[0])
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert len(page.images) == 6
+    for image in page.images:
+        assert image["src"].startswith("data:image/png;base64,")
+        assert len(image["alt"]) > 20
+
+
+def test_the_page_can_be_read_aloud(report):
+    page = Page(report[0])
+    assert page.attributes["html"]["lang"] == "en"
+    assert page.tags.count("h1") == 1
+    assert page.tags.count("thead") == page.tags.count("table") > 5
+    assert page.attributes["th"]["scope"] == "col"
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["0.01", "[64, 64, 3]", "vgg16", "openvino-bf16", "a CPU", "36.2 s", "f7eb31f", "2.13.0", "d" * 64, "e" * 64,
+     "36 scans are copies.", "2026-11-20 10:30", "240", "326", "95 % interval", NOT_A_DEVICE],
+)  # fmt: skip
+def test_the_page_tells(report, told):
+    assert told in Page(report[0]).words
+
+
+def test_a_hostile_name_is_only_text(tmp_path):
+    name = '<script>alert("x")</script>'
+    hostile = make_inputs(("Normal", name), title=name, parameters={name: name}, revision=name, split_notes=[name])
+    text, _ = written(hostile, tmp_path)
+    assert "<script" not in text
+    assert Page(text).words.count(name) > 4
+
+
+def test_warnings_that_may_name_a_file_are_counted_only():
+    warnings = ["Miller^Anna 1.dcm is broken.", "Tumor/Miller: tiny", "Classes differ in number."]
+    told = sections(make_inputs(dataset={"images": 9, "classes": {"a": 9}, "warnings": warnings}))
+    text = " ".join(paragraph for section in told for paragraph in section.paragraphs)
+    assert "Miller" not in text
+    assert "Classes differ in number." in text
+    assert "2 more concern single files" in text
+
+
+# --- the PDF ---
+
+
+def test_the_pdf_has_its_pages_and_a_title(report):
+    assert report[1].startswith(b"%PDF-")
+    assert len(re.findall(rb"/Type /Page\b(?!s)", report[1])) == 4
+    assert b"/Title (Training report)" in report[1]
+    assert b"/MediaBox [ 0 0 595." in report[1]  # A4, in points
+
+
+def test_more_parameters_take_more_pages(tmp_path, report):
+    many = make_inputs(parameters={f"parameter {number}": number for number in range(100)})
+    _, pdf = written(many, tmp_path)
+    assert len(re.findall(rb"/Type /Page\b(?!s)", pdf)) == 6
+
+
+def test_both_files_are_the_same_when_the_inputs_are(tmp_path, report):
+    assert written(make_inputs(), tmp_path) == report
+
+
+# --- the verdict ---
+
+
+def test_the_verdict_says_how_many_and_how_sure():
+    scores = make_scores()
+    text = " ".join(verdict(scores))
+    low, high = scores.intervals["f1"]
+    assert f"On 40 test scans, F1 for class Tumor is {scores.f1:.2f} (95 % interval {low:.2f} to {high:.2f})." in text
+    (right, alarms), (missed, found) = scores.confusion_matrix
+    assert f"Of {found + missed} scans of Tumor it found {found} and missed {missed};" in text
+    assert f"{right + alarms} others it raised {alarms} false alarms" in text
+    assert text.endswith(NOT_A_DEVICE)
+
+
+def test_the_verdict_says_what_makes_it_too_good():
+    assert "slices of one patient may lie on both sides" in " ".join(verdict(make_scores(patients_known=False)))
+    known = " ".join(verdict(make_scores(patients_known=True)))
+    assert "may lie on both sides" not in known
+    assert "40 groups" in known
+    leaked = " ".join(verdict(make_scores(), ["2 test scans share a patient."]))
+    assert "The test is not clean: 2 test scans share a patient." in leaked
+    assert "not clean" not in known
+
+
+def test_the_verdict_of_several_classes_speaks_of_none():
+    text = " ".join(verdict(make_scores(judged=make_judged(("a", "b", "c")))))
+    assert "on average over the classes" in text
+    assert "false alarms" not in text
+
+
+def test_the_verdict_tells_of_cross_validation():
+    told = " ".join(verdict(make_scores(cross_validation=FOLDS)))
+    assert "Over 2 folds of cross-validation F1 was 0.850, standard deviation 0.050." in told
+
+
+def test_a_report_that_knows_little_says_so():
+    inputs = make_inputs(revision=None, weights_sha256=None, best_epoch=None, dataset={}, versions={})
+    rows = {row[0]: row[1] for section in sections(inputs) for table in section.tables for row in table.rows}
+    assert (rows["Revision"], rows["Best epoch"]) == ("not known", "–")
