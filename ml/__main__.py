@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--params", type=Path, default=Path("params.yaml"))
         command.add_argument("--events", action="store_true", help="JSON lines on stdout, for a parent process")
         command.set_defaults(command=_pipeline, stage=name, checkpoints=None, checkpoint_seconds=0.0, resume=None)
+        _add_surroundings(command)
         if name in ("run", "training"):
             _add_checkpoints(command)
     predict = commands.add_parser("predict", help="predict scans with a model file")
@@ -64,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     commands.add_parser("phantom", help="write synthetic CT")
     return parser
+
+
+def _add_surroundings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--base-weights", type=Path, metavar="FILE", help="what weights: file:… or version:… stands for"
+    )
+    command.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded scans and frozen features there")
+    command.add_argument("--cache-bytes", type=int, default=8 * 2**30, metavar="N", help="at most (default: 8 GiB)")
+    command.add_argument("--revision", metavar="TEXT", help="of the code, for the report")
 
 
 def _add_checkpoints(command: argparse.ArgumentParser) -> None:
@@ -104,14 +114,21 @@ def _run(parsed: argparse.Namespace, emit: Emit) -> int:
 
 def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
     from ml import stages
+    from ml.cache import Cache
+    from ml.run import Run, Surroundings
 
     config, params = load_config(parsed.config), load_params(parsed.params)
-    plan = CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume)
-    weights_dir = Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None
+    around = Surroundings(
+        weights_dir=Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None,
+        base_weights=parsed.base_weights,
+        cache=Cache(parsed.cache, parsed.cache_bytes) if parsed.cache else None,
+        checkpoints=CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume),
+        revision=parsed.revision,
+    )
     if parsed.stage == "run":
-        stages.run(config, params, emit, weights_dir, plan)
+        stages.run(config, params, emit, around)
     else:
-        stages.run_stage(parsed.stage, stages.Run(config, params, emit, weights_dir, checkpoints=plan))
+        stages.run_stage(parsed.stage, Run(config, params, emit, around))
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:

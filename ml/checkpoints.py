@@ -1,10 +1,12 @@
 """A training's checkpoints: what it takes to go on after an epoch as if nothing had happened.
 
-A checkpoint is a safetensors file. Its tensors are the head's: weights, momentum, standardization (`ml.head.Head.state`
-says which, and when few of them are enough). Its metadata carry the rest:
+A checkpoint is a safetensors file. Its tensors are those of what learns: weights, the optimizer's, standardization
+(`ml.head.Head.state` says when few of them are enough), and the weights of the best epoch where that is another one.
+Its metadata carry the rest:
 
 - the epochs so far, and the origin: what the training is made of. Another origin is refused;
-- the sampler's position, always the beginning of the next epoch, and the scheduler, of which there is none today;
+- the sampler's position, always the beginning of the next epoch. Schedule, best epoch and early stopping are functions
+  of the epochs so far (ml.schedules), and have no state of their own;
 - the random state, which is two numbers. Shuffling, dropout and augmentation draw from generators that are seeded with
   (seed, epoch) and, for augmentation, the scan; no global generator is ever drawn from. So nothing else is stored;
 - a checksum of each tensor, since safetensors itself notices a file that is too short, but not one with a hole in it.
@@ -36,7 +38,7 @@ from ml.errors import BadCheckpoint
 from ml.events import Checkpointed, Emit, Epoch
 from ml.params import Params
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "renalq-checkpoint"
 _NOT_OURS = "The file is not a whole RenalQ checkpoint."
 
@@ -57,7 +59,8 @@ class Origin:
     def of(cls, params: Params, report: DatasetReport, network: nn.Module, engine: str) -> Origin:
         """The origin of a training that has not begun."""
         scans = json.dumps([(scan.label, scan.sha256, scan.patient) for scan in report.scans])
-        weights = sum(checksum(value) for value in network.state_dict().values())
+        # Parameters only: what an untrained network's normalizations are calibrated to differs by a machine's rounding.
+        weights = sum(checksum(value) for value in network.parameters())
         digest = hashlib.sha256(scans.encode()).hexdigest()
         return cls(params.model_dump(mode="json"), report.digest, digest, weights, engine)
 
@@ -68,7 +71,7 @@ class Checkpoint:
 
     origin: Origin
     history: tuple[Epoch, ...]
-    head: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
 
     @property
     def epoch(self) -> int:
@@ -107,10 +110,9 @@ def save(state: Checkpoint, path: Path) -> None:
         "history": [asdict(epoch) for epoch in state.history],
         "sampler": {"epoch": state.epoch + 1, "batch": 0},
         "random": {"seed": state.origin.params["seed"], "epoch": state.epoch + 1},
-        "scheduler": None,
-        "checksums": {name: checksum(value) for name, value in state.head.items()},
+        "checksums": {name: checksum(value) for name, value in state.state.items()},
     }
-    tensorfile.write(state.head, path, {_METADATA_KEY: json.dumps(described)})
+    tensorfile.write(state.state, path, {_METADATA_KEY: json.dumps(described)})
 
 
 def load(path: Path) -> Checkpoint:
@@ -120,13 +122,13 @@ def load(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as opened:
             described = json.loads((opened.metadata() or {})[_METADATA_KEY])
-            head = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         if described["format_version"] != FORMAT_VERSION:
             raise BadCheckpoint(f"The checkpoint has another format than version {FORMAT_VERSION}.")
-        if described["checksums"] != {name: checksum(value) for name, value in head.items()}:
+        if described["checksums"] != {name: checksum(value) for name, value in state.items()}:
             raise BadCheckpoint(_NOT_OURS)
         history = tuple(Epoch(**fields) for fields in described["history"])
-        return Checkpoint(Origin(**described["origin"]), history, head)
+        return Checkpoint(Origin(**described["origin"]), history, state)
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise BadCheckpoint(_NOT_OURS) from error
 
@@ -150,14 +152,14 @@ class Keeper:
         self._plan, self._origin, self._history, self._emit = plan, origin, history, emit
         self._last = time.monotonic()
 
-    def __call__(self, epoch: int, head: Callable[[], Mapping[str, Tensor]]) -> None:
-        """`epoch` is done and told; `head` gives the state to keep."""
+    def __call__(self, epoch: int, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """`epoch` is done and told; `state` gives what to keep."""
         if self._plan.folder is None or time.monotonic() - self._last < self._plan.seconds:
             return
         path = self._plan.folder / f"epoch-{epoch:04}.safetensors"
         started = time.perf_counter()
         try:
-            save(Checkpoint(self._origin, tuple(self._history), head()), path)
+            save(Checkpoint(self._origin, tuple(self._history), state()), path)
         except OSError as error:
             # A checkpoint saves time if something fails; failing for want of one would be the greater loss.
             log.warning("No checkpoint of epoch %d was written (%s); the training goes on.", epoch, error.strerror)

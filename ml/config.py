@@ -29,6 +29,11 @@ class DataIngestion(_Section):
         return self.root_dir / "manifest.json"
 
     @property
+    def report_path(self) -> Path:
+        """What the check found, without file names."""
+        return self.root_dir / "dataset_report.json"
+
+    @property
     def pixels_path(self) -> Path:
         """Every scan decoded and resized once: uint8 [scans, height, width, 3]."""
         return self.root_dir / "pixels.npy"

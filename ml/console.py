@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from ml import events
 
 if TYPE_CHECKING:
     from ml.data import DatasetReport
+    from ml.inspection import Inspection
     from ml.predict import Prediction
 
 
@@ -82,13 +83,29 @@ def prediction_table(predictions: Iterable[Prediction]) -> None:
 
 
 def dataset_table(report: DatasetReport) -> int:
-    """Print what a dataset holds; 1 when something is wrong with it."""
+    """Print what a dataset holds, what is doubtful and what is wrong; 1 when something is wrong with it."""
     console = RichConsole()
     table = Table("class", "scans")
     for name, count in report.classes.items():
         table.add_row(escape(name), str(count))
     console.print(table)
+    for line in _inspection_lines(report.inspection):
+        console.print(escape(line))
     console.print(f"digest {report.digest}")
+    for warning in report.warnings:
+        console.print(f"[yellow]•[/yellow] {escape(warning)}")
     for problem in report.problems:
         console.print(f"[red]•[/red] {escape(problem)}")
     return 1 if report.problems else 0
+
+
+def _inspection_lines(found: Inspection) -> Iterator[str]:
+    if found.height and found.width:
+        yield (
+            f"height {found.height.least} to {found.height.greatest} (median {found.height.median}), width "
+            f"{found.width.least} to {found.width.greatest} (median {found.width.median}), {found.sizes} sizes"
+        )
+    for name, counts in (("colours", found.modes), ("modalities", found.modalities)):
+        if counts:
+            yield f"{name} " + ", ".join(f"{one} {count}" for one, count in counts.items())
+    yield f"patients {found.patients or 'unknown'}, copies {found.duplicates}, near-duplicates {found.near_duplicates}"

@@ -42,7 +42,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One finished epoch: mean losses (cross-entropy, nats), accuracies 0–1, `seconds` of wall-clock time."""
+    """One finished epoch: mean losses (cross-entropy, nats), accuracies and F1 0–1, `seconds` of wall-clock time.
+
+    `phase`: head (the backbone is frozen) or fine_tune. `learning_rate`: of its last step.
+    """
 
     event: ClassVar[str] = "epoch"
     epoch: int
@@ -53,6 +56,19 @@ class Epoch:
     val_accuracy: float
     learning_rate: float
     seconds: float
+    val_f1: float | None = None
+    phase: str = "head"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive steps of the optimizer: the loss of each, counted from `first_step` (1 is the training's first)."""
+
+    event: ClassVar[str] = "steps"
+    epoch: int
+    first_step: int
+    losses: list[float]
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class Failed:
     retryable: bool = False
 
 
-Event = StageStarted | StageFinished | Progress | Epoch | Resumed | Checkpointed | Evaluated | Finished | Failed
+Event = StageStarted | StageFinished | Progress | Steps | Epoch | Resumed | Checkpointed | Evaluated | Finished | Failed
 Emit = Callable[[Event], None]
 _KINDS: dict[str, type[Any]] = {kind.event: kind for kind in get_args(Event)}
 

@@ -1,7 +1,8 @@
 """The frozen backbone, computed once for each distinct picture, never with gradients.
 
-Without augmentation every scan's features are computed once for the whole training. With augmentation the held-out
-scans' are computed once, and each training scan's once an epoch, since its pixels are new each time.
+Without augmentation every scan's features are computed once for the whole training, and not even that where a cache on
+disk has them (ml.cache). With augmentation those of validation and test scans are computed once, and each training
+scan's once an epoch, since its pixels are new each time. Of processes that train together each computes its share.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ml.augmentation import Augment
+from ml.cache import Cached, read_features
 from ml.engines import Backbone
-from ml.network import FEATURES
+from ml.team import ALONE, Team
 from ml.tensorfile import reserve
-from ml.transforms import Augmentation, augment, draw
 
 IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked temporary file
 
@@ -22,59 +24,102 @@ IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked 
 class Features:
     """Features of a dataset's scans. `pixels`: uint8 [scans, height, width, 3], an array or a map of a file."""
 
-    def __init__(self, backbone: Backbone, pixels: np.ndarray) -> None:
-        self.backbone, self._pixels = backbone, pixels
+    def __init__(
+        self, backbone: Backbone, pixels: np.ndarray, team: Team = ALONE, cached: Cached | None = None
+    ) -> None:
+        self.backbone, self._pixels, self._team, self._cached = backbone, pixels, team, cached
         self._tell: Callable[[int], None] = lambda count: None
         self._kept: np.ndarray | None = None
         self._known = np.zeros(len(pixels), dtype=bool)
+        self._recall()
 
     def on_images(self, tell: Callable[[int], None]) -> None:
         """`tell` hears how many images each batch had, as the backbone finishes it."""
         self._tell = tell
 
     def plain(self, scans: np.ndarray) -> np.ndarray:
-        """float32 [len(scans), 25088] of the scans as they are; computed on first use, then kept."""
+        """float32 [len(scans), …] of the scans as they are; computed on first use, then kept."""
         return np.asarray(self.keep(scans)[scans])
 
     def keep(self, scans: np.ndarray) -> np.ndarray:
         """Compute what is missing of the scans' plain features, and keep it. The answer has a row for every scan."""
-        if self._kept is None:
-            self._kept = _store((len(self._pixels), FEATURES))
-        missing = scans[~self._known[scans]]
-        for rows, features in self._computed(missing, lambda rows: self._pixels[rows]):
-            self._kept[missing[rows]] = features
-            self._known[missing[rows]] = True
+        missing = np.unique(scans[~self._known[scans]])
+        if len(missing):
+            for rows, features in self._computed(missing, lambda rows: self._pixels[rows]):
+                self._room(features.shape[1:])[missing[rows]] = features
+            self._known[missing] = True
+        assert self._kept is not None, "at least one scan is asked for"
         return self._kept
 
-    def augmented(self, scans: np.ndarray, seed: int, epoch: int, augmentation: Augmentation) -> np.ndarray:
-        """float32 [len(scans), 25088] of the scans as `epoch` changes them, by seed, epoch and scan alone."""
-        height, width = self._pixels.shape[1:3]
+    def remember(self) -> None:
+        """Leave the plain features in the cache, for the next training of these scans."""
+        if self._cached is not None and self._kept is not None and self._team.leads:
+            self._cached.store(self._kept, self._known)
 
-        def changed(rows: np.ndarray) -> np.ndarray:
-            draws = [draw(augmentation, (seed, epoch, int(scan)), height, width) for scan in rows]
-            return augment(self._pixels[rows], draws)
+    def augmented(self, scans: np.ndarray, augment: Augment) -> np.ndarray:
+        """float32 [len(scans), …] of the scans as `augment` changes them; a scan that stands there twice is changed
+        twice."""
 
-        result = np.empty((len(scans), FEATURES), np.float32)
-        for rows, features in self._computed(scans, changed):
-            result[rows] = features
+        def changed(places: np.ndarray) -> np.ndarray:
+            return augment(self._pixels[scans[places]], scans[places], _turns(scans)[places])
+
+        result: np.ndarray | None = None
+        for places, features in self._computed(np.arange(len(scans)), changed):
+            result = np.empty((len(scans), *features.shape[1:]), np.float32) if result is None else result
+            result[places] = features
+        assert result is not None, "at least one scan is asked for"
         return result
 
     def _computed(
-        self, scans: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+        self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
+    ) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
+        if self._team.size == 1:
+            yield from self._streamed(rows, pixels_of)
+            return
+        share = [features for _, features in self._streamed(self._team.share(rows), pixels_of)]
+        yield slice(0, len(rows)), self._team.together(np.concatenate(share), len(rows))
+
+    def _streamed(
+        self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice, np.ndarray]]:
         # The engine asks for the next batch while two are running, so augmenting happens beside the device's work.
-        size = self.backbone.batch
-        batches = (pixels_of(scans[start : start + size]) for start in range(0, len(scans), size))
-        done = 0
+        size, done = self.backbone.batch, 0
+        batches = (pixels_of(rows[start : start + size]) for start in range(0, len(rows), size))
         for features in self.backbone.stream(batches):
             yield slice(done, done + len(features)), features
             done += len(features)
-            self._tell(len(features))
+            self._tell(len(features) * self._team.size)
+
+    def _room(self, shape: tuple[int, ...]) -> np.ndarray:
+        if self._kept is None:
+            self._kept = _store((len(self._pixels), *shape))
+        return self._kept
+
+    def _recall(self) -> None:
+        # Members of a team must know the same, or one would wait for shares that another does not compute.
+        entry = self._team.told(self._cached.entry() if self._cached is not None else None)
+        found = read_features(entry) if entry is not None else None
+        if found is not None and found[1].shape != self._known.shape:
+            found = None
+        known = self._team.common(self._known if found is None else found[1])
+        if found is not None and known.any():
+            self._known = known.copy()
+            self._room(found[0].shape[1:])[known] = found[0][known]
 
 
-def _store(shape: tuple[int, int]) -> np.ndarray:
-    if 4 * shape[0] * shape[1] <= IN_MEMORY:
+def _turns(scans: np.ndarray) -> np.ndarray:
+    """How often each scan stood before its place already: int64 [len(scans)]."""
+    order = np.argsort(scans, kind="stable")
+    first = np.searchsorted(scans[order], scans[order])
+    turns = np.empty(len(scans), np.int64)
+    turns[order] = np.arange(len(scans)) - first
+    return turns
+
+
+def _store(shape: tuple[int, ...]) -> np.ndarray:
+    size = 4 * int(np.prod(shape))
+    if size <= IN_MEMORY:
         return np.empty(shape, np.float32)  # pages are taken only when they are written
     file = tempfile.TemporaryFile(prefix="renalq-features-")  # noqa: SIM115 - the map keeps it open; unlinked already
-    reserve(file.fileno(), 4 * shape[0] * shape[1])
+    reserve(file.fileno(), size)
     return np.memmap(file, np.float32, "w+", shape=shape)

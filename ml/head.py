@@ -1,124 +1,137 @@
-"""The classifier in training, and the state in which an epoch leaves it."""
+"""VGG16's classifier under SGD: its first Linear in the span of its inputs (see ml.span), the rest by torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ml.learning import (
+    Batch,
+    Criterion,
+    Tensors,
+    below,
+    device,
+    optimizer_state,
+    restore_optimizer,
+    set_rate,
+    under,
+)  # fmt: skip
 from ml.params import Params
 from ml.span import SpanLinear
-
-SPREAD = 0.3  # std that standardized features are given: a step of SGD grows with |x|² = 25088·SPREAD², and at 1 the
-# documented learning rate of 0.01 diverges on scans that a fifth of it would have learned
-FLOOR = 0.3  # of the mean std, added in quadrature: a feature that hardly moved in training, but fires on an unseen
-# patient, would else be blown up until it drowns the others
-
-Tensors = Mapping[str, torch.Tensor]
+from ml.standardization import Standardization
 
 
 class Head:
-    """The classifier in training: its first Linear in the span of its inputs (see ml.span), the rest by torch."""
+    """See `ml.learning.Learner`. `classifier`: Linear, ReLU, then anything; changed in place."""
 
-    def __init__(self, network: nn.Module, params: Params) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        classifier = network.get_submodule("classifier").to(self.device)
-        self._network, self._standardizes = network, params.standardizes
-        self._linear: nn.Linear = classifier[0]  # type: ignore[index]
-        self._first = SpanLinear(self._linear, params.learning_rate, params.momentum)
-        self._rest: nn.Sequential = classifier[2:]  # type: ignore[index]
+    def __init__(self, classifier: nn.Sequential, params: Params, criterion: Criterion) -> None:
+        self.device = device()
+        self._classifier, self._criterion = classifier.to(self.device), criterion
+        self._linear = cast(nn.Linear, classifier[0])
+        self._first = SpanLinear(self._linear, params.momentum, params.weight_decay)
+        self._rest = cast(nn.Sequential, classifier[2:])
+        self._clip = params.clip_norm
         self._optimizer = torch.optim.SGD(
-            self._rest.parameters(), params.learning_rate, params.momentum, fused=True
-        )  # fmt: skip
-        self._mean: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None
+            self._rest.parameters(), 1.0, params.momentum, weight_decay=params.weight_decay, fused=True
+        )
+        self._standardized = Standardization(params.standardizes)
 
     @property
     def in_window(self) -> bool:
-        """Whether a window was entered and not left."""
+        """See `Learner`."""
         return self._first.in_window
 
     def enter(self, features: torch.Tensor) -> None:
-        """Begin a window of raw features [n, 25088]. The first window's mean and std standardize all that follow."""
+        """See `Learner`."""
         features = features.to(self.device)
-        if self._standardizes and self._mean is None:
-            std, self._mean = torch.std_mean(features, dim=0)
-            self._scale = torch.hypot(std, FLOOR * std.mean() + 1e-12) / SPREAD
+        self._standardized.fit(features)
         self._first.enter(self._standardized(features))
 
-    def learn(self, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """One step of SGD on rows of the window: their logits and mean loss from before the step."""
+    def learn(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """See `Learner`."""
         self._rest.train()
+        rows, labels = batch.rows.to(self.device), batch.labels.to(self.device)
         hidden = self._first.forward(rows).requires_grad_()
         logits = self._rest(F.relu(hidden))
-        loss = F.cross_entropy(logits, labels)
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
+        loss = self._criterion(logits, labels)
+        (loss if batch.share == 1.0 else loss * batch.share).backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
-        self._first.step(rows, hidden.grad)
-        return logits.detach(), float(loss.detach())
+        self._first.gather(rows, hidden.grad)
+        if batch.rate is not None:
+            self._step(batch.rate)
+        return logits.detach().cpu(), float(loss.detach())
+
+    def _step(self, rate: float) -> None:
+        factor = self._clipping()
+        if factor != 1.0:
+            for parameter in self._rest.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.mul_(factor)
+        set_rate(self._optimizer, rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._first.step(rate, factor)
+
+    def _clipping(self) -> float:
+        """What clipping multiplies all gradients with (Pascanu et al. 2013), as torch's `clip_grad_norm_` has it."""
+        if self._clip is None:
+            return 1.0
+        squares = [parameter.grad.square().sum() for parameter in self._rest.parameters() if parameter.grad is not None]
+        norm = float(torch.stack([self._first.squared_norm(), *squares]).sum().sqrt())
+        return min(1.0, self._clip / (norm + 1e-6))
 
     @torch.inference_mode()
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of raw features [n, 25088], without dropout."""
+        """See `Learner`."""
         self._rest.eval()
         hidden = self._first.outputs(self._standardized(features.to(self.device)))
-        return self._rest(F.relu(hidden))  # type: ignore[no-any-return]
+        return self._rest(F.relu(hidden)).cpu()  # type: ignore[no-any-return]
 
-    def leave(self, last: bool) -> None:
-        """End the window, so that what was learned stands in the weight alone; after the last no momentum is kept."""
-        self._first.settle(keep_momentum=not last)
+    def leave(self) -> None:
+        """See `Learner`."""
+        self._first.settle(keep_momentum=True)
+
+    @torch.no_grad()
+    def place(self) -> Tensors:
+        """See `Learner`."""
+        return {**under("first.", self._first.place()), **under("rest.", self._rest.state_dict())}
+
+    @torch.no_grad()
+    def put(self, place: Tensors) -> None:
+        """See `Learner`."""
+        self._first.put(below(place, "first."))
+        self._rest.load_state_dict(below(place, "rest."))
 
     @torch.no_grad()
     def state(self) -> Tensors:
-        """All that it takes to go on from the end of an epoch, by name: weights, momentum, mean and scale.
-
-        These are the living tensors: write them before the next step. 0.1 GB inside the first window, where the first
-        Linear is known to whoever has the network and the features; between windows its weight and momentum come along,
-        which are 0.8 GB more (see ml.span).
+        """See `Learner`. 0.1 GB inside the first window, where the first Linear is known to whoever has the network and
+        the features; between windows its weight and momentum come along, which are 0.8 GB more (see ml.span).
         """
-        tensors = {f"first.{name}": value for name, value in self._first.state().items()}
-        tensors |= {f"rest.{name}": value for name, value in self._rest.state_dict().items()}
-        for name, parameter in self._rest.named_parameters():
-            state = self._optimizer.state.get(parameter, {}).items()
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in state if torch.is_tensor(value)}
-        if self._mean is not None and self._scale is not None:
-            tensors |= {"mean": self._mean, "scale": self._scale}
-        return tensors
+        parameters = dict(self._rest.named_parameters())
+        return {
+            **under("first.", self._first.state()),
+            **under("rest.", self._rest.state_dict()),
+            **under("optimizer.", optimizer_state(self._optimizer, parameters)),
+            **self._standardized.state(),
+        }
 
     @torch.no_grad()
-    def restore(self, state: Tensors, features: torch.Tensor | None) -> None:
-        """Go on from a `state`, given the raw features of the window that it was taken in (None: between windows)."""
+    def restore(self, state: Tensors, window: torch.Tensor | None) -> None:
+        """See `Learner`."""
         state = {name: value.to(self.device) for name, value in state.items()}
-        if "mean" in state:
-            self._mean, self._scale = state["mean"].clone(), state["scale"].clone()
-        window = None if features is None else self._standardized(features.to(self.device))
-        self._first.restore(_below(state, "first."), window)
-        self._rest.load_state_dict(_below(state, "rest."))
-        parameters = dict(self._rest.named_parameters())
-        for path, value in _below(state, "optimizer.").items():
-            name, _, key = path.rpartition(".")
-            self._optimizer.state[parameters[name]][key] = value.clone()
+        self._standardized.restore(state)
+        inputs = None if window is None else self._standardized(window.to(self.device))
+        self._first.restore(below(state, "first."), inputs)
+        self._rest.load_state_dict(below(state, "rest."))
+        restore_optimizer(self._optimizer, dict(self._rest.named_parameters()), below(state, "optimizer."))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Write the span back and fold the standardization: W(x - mean)/scale + b is a Linear of x itself."""
+        """See `Learner`: the span is written back, and the standardization folded."""
         self._first.settle()
-        if self._mean is not None and self._scale is not None:
-            self._linear.weight.div_(self._scale)
-            self._linear.bias.sub_(self._linear.weight @ self._mean)
+        self._standardized.fold(self._linear)
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
-        self._network.cpu().eval()
-
-    def _standardized(self, features: torch.Tensor) -> torch.Tensor:
-        if self._mean is None or self._scale is None:
-            return features
-        return (features - self._mean).div_(self._scale)
-
-
-def _below(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self._classifier.cpu().eval()

@@ -13,9 +13,11 @@ from torch import nn
 
 from ml import network
 from ml.ahead import ahead, batched
+from ml.calibration import Calibration
 from ml.engines import Backbone, Precision, open_backbone
 from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
+from ml.metrics import positive_class
 from ml.transforms import Transform
 
 BAD_IMAGE = "BAD_IMAGE"
@@ -32,7 +34,11 @@ class ScanInput:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of a scan, or (`error_code` set) why it could not look at it. Probabilities sum to 1."""
+    """What the network says of a scan, or (`error_code` set) why it could not look at it.
+
+    Probabilities are calibrated and sum to 1; `label` is decided by the network's threshold, so with two classes it may
+    be the less probable one. `confidence` is its probability.
+    """
 
     id: str
     label: str | None = None
@@ -44,24 +50,29 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that stays loaded: backbone on the fastest engine, head in torch fp32. Not for two threads at once."""
+    """A model that stays loaded: backbone on the fastest engine, head in torch fp32. Not for two threads at once.
+
+    `calibration`: temperature and threshold, as the model's validation scans gave them."""
 
     classes: tuple[str, ...]
     transform: Transform
     backbone: Backbone
-    classifier: nn.Module
+    head: nn.Module
+    calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
-    def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
+    def load(cls, path: Path, precision: Precision | None = None) -> Predictor:
         """Load a model file once. ModelFileError for any other file, DeviceOutOfMemory where it finds no room."""
         return cls.of(network.load(path), precision)
 
     @classmethod
-    def of(cls, model: network.Model, precision: Precision = "auto") -> Predictor:
-        """A predictor of a model that is in memory."""
+    def of(cls, model: network.Model, precision: Precision | None = None) -> Predictor:
+        """A predictor of a model that is in memory, in the precision that it was trained with or in another."""
+        below, head = model.cut()
         with naming_out_of_memory():
-            backbone = open_backbone(model.network, model.transform, precision)
-        return cls(model.classes, model.transform, backbone, model.network.get_submodule("classifier").eval())
+            backbone = open_backbone(below, model.transform, precision or model.metadata.get("precision", "auto"))
+        calibration = Calibration(**model.metadata.get("calibration", {}))
+        return cls(model.classes, model.transform, backbone, head.eval(), calibration)
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be endless: at most five batches of them are in memory.
@@ -79,10 +90,10 @@ class Predictor:
                     yield np.stack(whole)
 
         for features in self.backbone.stream(batches()):
-            probabilities = iter(self._probabilities(features))
+            answers = iter(self._answers(features))
             while True:
                 chunk = waiting.popleft()
-                yield from (self._prediction(one, probabilities) for one in chunk)
+                yield from (self._prediction(one, answers) for one in chunk)
                 if any(one.pixels is not None for one in chunk):
                     break
         for chunk in waiting:  # chunks of broken scans alone at the end
@@ -90,22 +101,29 @@ class Predictor:
 
     def _decode(self, scan: ScanInput) -> _Decoded:
         try:
-            return _Decoded(scan.id, self.transform.resize(decode(scan.source)), None)
+            return _Decoded(scan.id, self.transform.resize(decode(scan.source, self.transform.window)), None)
         except ImageError as error:
             return _Decoded(scan.id, None, str(error))
 
     @naming_out_of_memory()
     @torch.inference_mode()
-    def _probabilities(self, features: np.ndarray) -> np.ndarray:
-        return torch.softmax(self.classifier(torch.from_numpy(features)), dim=1).numpy()
+    def _answers(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Class index and probabilities float64 [classes] of each scan."""
+        logits = self.head(torch.from_numpy(features)).numpy()
+        decided = self.calibration.decide(logits, self._positive)
+        return list(zip(decided.tolist(), self.calibration.probabilities(logits), strict=True))
 
-    def _prediction(self, one: _Decoded, probabilities: Iterator[np.ndarray]) -> Prediction:
+    @property
+    def _positive(self) -> int | None:
+        name = positive_class(self.classes)
+        return None if name is None else self.classes.index(name)
+
+    def _prediction(self, one: _Decoded, answers: Iterator[tuple[int, np.ndarray]]) -> Prediction:
         if one.pixels is None:
             return Prediction(one.id, error_code=BAD_IMAGE, error_detail=one.error)
-        values = next(probabilities)
-        best = int(values.argmax())
+        decided, values = next(answers)
         named = {name: float(value) for name, value in zip(self.classes, values, strict=True)}
-        return Prediction(one.id, self.classes[best], float(values[best]), named)
+        return Prediction(one.id, self.classes[decided], float(values[decided]), named)
 
 
 @dataclass(frozen=True)

@@ -1,185 +1,267 @@
-"""Training, on a screen: the head learns by SGD from features that the frozen backbone computed once.
+"""Training, on a screen: the head learns from features that the frozen backbone computed once; then, where it is asked
+for, the backbone's top blocks learn with it.
 
-Everything random is a function of seed and epoch, and an epoch ends in a state that can be told in full (Head.state):
-so a training can stop after an epoch and go on in another process to the same numbers (ml.checkpoints).
+Everything random is a function of seed and epoch, and an epoch ends in a state that can be told in full: so a training
+can stop after an epoch and go on in another process to the same numbers (ml.checkpoints).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ml.data import Split
 from ml.errors import BadParams, naming_out_of_memory
 from ml.events import Epoch
 from ml.features import Features
-from ml.head import Head, Tensors
+from ml.head import Head
+from ml.learning import Batch, Criterion, Learner, Tensors, below, copied, under
+from ml.network import Model
 from ml.params import Params
-from ml.transforms import Augmentation
+from ml.sampling import TUNED_WINDOW, WINDOW, Sampler
+from ml.schedules import Phase, best_epoch, is_over, learning_rate, phases
+from ml.splits import Split
+from ml.tail import Tail
+from ml.team import ALONE, Team
 
-WINDOW = 2048  # most training scans whose features are in memory at once (4 × 25088 bytes each)
 HEAD_SHARE = 0.1  # of a scan's step in the head, of its time in the backbone: for the progress only
+TUNE_SHARE = 3.0  # of a scan's step with unfrozen blocks
+_BEST = "best."
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training goes on: after `epoch`, with the `Head.state` of that moment. The default: at the beginning."""
+    """Where a training goes on: after the last epoch of `history`, with the `state` of that moment. The default: at the
+    beginning."""
 
-    epoch: int = 0
-    head: Tensors = field(default_factory=dict)
+    history: tuple[Epoch, ...] = ()
+    state: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What learns, and how: a VGG16 (its classifier is changed in place) and the parameters.
+    """What learns, and how: a model (changed in place) and the parameters.
 
-    `keep` hears of each epoch but the last, after the caller got it, with a function that gives the head's state.
+    `on_step` hears each step's epoch, loss and learning rate. `keep` hears of each epoch that others follow, after the
+    caller got it, with a function that gives the state to go on from.
     """
 
-    network: nn.Module
+    model: Model
     params: Params
     on_progress: Callable[[float], None] = lambda fraction: None
-    keep: Callable[[int, Callable[[], Tensors]], None] = lambda epoch, head: None
+    on_step: Callable[[int, float, float], None] = lambda epoch, loss, rate: None
+    keep: Callable[[int, Callable[[], Tensors]], None] = lambda epoch, state: None
     start: Start = Start()
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is learned from: features by scan, int64 labels by scan, and which scans are held out."""
+    """What is learned from: features below a number of unfrozen blocks, int64 labels by scan, and the split."""
 
-    features: Features
+    features: Callable[[int], Features]
     labels: np.ndarray
     split: Split
+    positive: int | None = None  # the class whose F1 is told; None: the mean over all
 
 
 def train(config: TrainConfig, data: TrainData) -> Iterator[Epoch]:
-    """Train the network's classifier, epoch by epoch. To cancel: stop iterating. To finish: iterate to the end.
+    """Train the network, epoch by epoch. To cancel: stop iterating. To finish: iterate to the end.
 
-    After the last epoch the network is a plain VGG16 again: the standardization is folded into its first Linear.
-    Raises DeviceOutOfMemory where the features, or a step of the head, find too little memory.
+    Then the network is a plain one of torchvision's kind, with the weights of the epoch that is kept.
+    Raises DeviceOutOfMemory where the features, or a step, find too little memory; BadParams for an infinite loss.
     """
-    params, progress, started = config.params, _Progress(config, data), time.perf_counter()
+    history = list(config.start.history)
+    progress = _Progress(config, data, history)
+    for phase in phases(config.params):
+        if phase.name == "head" and any(epoch.phase == "fine_tune" for epoch in history):
+            continue  # a checkpoint came after it
+        yield from _train_phase(config, data, phase, history, progress)
+
+
+def _train_phase(
+    config: TrainConfig, data: TrainData, phase: Phase, history: list[Epoch], progress: _Progress
+) -> Iterator[Epoch]:
+    params = config.params
+    last = phase == phases(params)[-1]
     with naming_out_of_memory():
-        head = begin(config, data)
-    for epoch in range(config.start.epoch + 1, params.epochs + 1):
+        learner, best = begin(config, data, phase, history)
+    while not is_over(params, phase, history):
         with naming_out_of_memory():
-            train_loss, train_accuracy = train_one_epoch(head, data, params, epoch, progress)
-            val_loss, val_accuracy = evaluate(head, data)
-        seconds = time.perf_counter() - started
-        if epoch == params.epochs:
-            head.finish()
-        yield Epoch(
-            epoch, params.epochs, train_loss, train_accuracy, val_loss, val_accuracy, params.learning_rate, seconds
-        )  # fmt: skip
-        if epoch < params.epochs:
-            config.keep(epoch, head.state)
-        started = time.perf_counter()
+            history.append(_told_epoch(learner, data, config, phase, history, progress))
+        more = not is_over(params, phase, history)
+        if more and params.keep == "best" and best_epoch(params, history) == len(history):
+            best = copied(learner.place())
+        yield history[-1]
+        if more or not last:
+            config.keep(len(history), partial(_state, learner, best, params, tuple(history)))
+    if best_epoch(params, history) != len(history):
+        learner.put(best)
+    learner.finish()
 
 
-def begin(config: TrainConfig, data: TrainData) -> Head:
-    """The head at the beginning, or as it stood after the epoch that the training goes on from."""
-    head, params = Head(config.network, config.params), config.params
-    if not params.augmentation:
+def _told_epoch(
+    learner: Learner, data: TrainData, config: TrainConfig, phase: Phase, history: Sequence[Epoch], progress: _Progress
+) -> Epoch:
+    started, total = time.perf_counter(), config.params.total_epochs
+    loss, accuracy, rate = train_one_epoch(learner, data, config, phase, history, progress)
+    val_loss, val_accuracy, val_f1 = evaluate(learner, data, phase, config.team)
+    if not (math.isfinite(loss) and math.isfinite(val_loss)):
+        raise BadParams("learning_rate: the loss became infinite; choose a smaller one.")
+    seconds = time.perf_counter() - started
+    return Epoch(
+        len(history) + 1, total, loss, accuracy, val_loss, val_accuracy, rate, seconds, val_f1, phase.name
+    )  # fmt: skip
+
+
+def begin(config: TrainConfig, data: TrainData, phase: Phase, history: Sequence[Epoch]) -> tuple[Learner, Tensors]:
+    """What learns in this phase, as it stands after `history`; and the best that was kept of it so far."""
+    params, features = config.params, data.features(phase.top)
+    learner = _learner(config, data, phase)
+    sampler = sampler_of(params, data, phase)
+    if params.augmentation is False:
         # All at once and in one order, whatever the windows: an engine may round by what shares a batch.
-        data.features.keep(data.split.train)
-    if config.start.epoch:
-        window = window_features(data, params, 1, data.split.train) if one_window(data, params) else None
-        head.restore(config.start.head, window)
-    return head
+        features.keep(data.split.train)
+    if config.start.history and config.start.history[-1].phase == phase.name:
+        window = torch.from_numpy(features.plain(data.split.train)) if sampler.one_window else None
+        learner.restore({n: v for n, v in config.start.state.items() if not n.startswith(_BEST)}, window)
+        best = below(config.start.state, _BEST)
+        return learner, best or copied(learner.place())
+    return learner, copied(learner.place()) if history and params.keep == "best" else {}
+
+
+def _state(learner: Learner, best: Tensors, params: Params, history: Sequence[Epoch]) -> Tensors:
+    kept = {} if best_epoch(params, history) == len(history) else under(_BEST, best)
+    return {**learner.state(), **kept}
+
+
+def _learner(config: TrainConfig, data: TrainData, phase: Phase) -> Learner:
+    params, model = config.params, config.model
+    _, above = model.cut(phase.top)
+    criterion = Criterion(class_weights(params, data), params.label_smoothing)
+    if (phase.top, model.head, params.optimizer, config.team.size) == (0, "vgg", "sgd", 1):
+        head = above[0]
+        assert isinstance(head, nn.Sequential)
+        return Head(head, params, criterion)
+    return Tail(above, params, phase, criterion, config.team)
+
+
+def class_weights(params: Params, data: TrainData) -> torch.Tensor | None:
+    """n / (classes · n of the class), as scikit-learn's `balanced`: float32 [classes]. None where all count alike."""
+    if params.balance != "weights":
+        return None
+    counts = np.bincount(data.labels[data.split.train])
+    return torch.from_numpy((counts.sum() / (len(counts) * counts)).astype(np.float32))
 
 
 def train_one_epoch(
-    head: Head, data: TrainData, params: Params, epoch: int, progress: _Progress
-) -> tuple[float, float]:
-    """One pass over the training scans; mean loss and accuracy as they were while learning (with dropout)."""
-    loss_sum, correct = 0.0, 0
+    learner: Learner, data: TrainData, config: TrainConfig, phase: Phase, history: Sequence[Epoch], progress: _Progress
+) -> tuple[float, float, float]:
+    """One pass over the training scans; mean loss and accuracy as they were while learning, and the last rate."""
+    params, epoch, team = config.params, len(history) + 1, config.team
+    mine = [one for one in history if one.phase == phase.name]
+    sampler, features = sampler_of(params, data, phase), data.features(phase.top)
+    loss_sum, correct, seen, step_loss, rate = 0.0, 0.0, 0, 0.0, 0.0
+    with _dropout_of(params, epoch, team):
+        for scans, batches in sampler.windows(epoch):
+            if not (learner.in_window and sampler.one_window):
+                learner.enter(torch.from_numpy(sampler.features(features, scans, epoch)))
+            labels = torch.from_numpy(data.labels[scans])
+            for number, rows in enumerate(batches):
+                rate = learning_rate(params, phase, len(mine) + seen / sampler.count, mine)
+                completes, share = step_of(number, len(batches), params.accumulate)
+                logits, loss = learner.learn(Batch(rows, labels[rows], share, rate if completes else None))
+                loss_sum, step_loss, seen = loss_sum + loss * len(rows), step_loss + loss * share, seen + len(rows)
+                correct += float((logits.argmax(1) == team.mine(labels[rows])).sum())
+                if completes:
+                    config.on_step(epoch, team.total([step_loss])[0], rate)
+                    step_loss = 0.0
+                progress.learned(len(rows), phase)
+    if not sampler.one_window:
+        learner.leave()
+    loss_sum, correct = team.total([loss_sum, correct])
+    return loss_sum / seen, correct / seen, rate
+
+
+@contextmanager
+def _dropout_of(params: Params, epoch: int, team: Team) -> Iterator[None]:
+    """Dropout as a function of seed and epoch (and of the process), so that a training can go on; the caller's random
+    numbers are left as they are."""
     with torch.random.fork_rng():
-        torch.manual_seed(params.seed * 1_000_003 + epoch)  # dropout: a function of seed and epoch, so a run can resume
-        for scans, batches in windows(data, params, epoch):
-            if not (head.in_window and one_window(data, params)):
-                head.enter(window_features(data, params, epoch, scans))
-            labels = torch.from_numpy(data.labels[scans]).to(head.device)
-            for rows in batches:
-                logits, loss = head.learn(rows.to(head.device), labels[rows])
-                loss_sum += loss * len(rows)
-                correct += int((logits.argmax(1) == labels[rows]).sum())
-                progress.head_done(len(rows))
-    if not one_window(data, params):
-        head.leave(last=epoch == params.epochs)
-    count = len(data.split.train)
-    if not math.isfinite(loss_sum):
-        raise BadParams("learning_rate: the loss became infinite; choose a smaller one.")
-    return loss_sum / count, correct / count
+        torch.manual_seed((params.seed * 1_000_003 + epoch) * 64 + team.rank)
+        yield
 
 
-def evaluate(head: Head, data: TrainData) -> tuple[float, float]:
-    """Mean loss and accuracy on the held-out scans, without dropout."""
-    loss_sum, correct = 0.0, 0
-    held_out = data.split.held_out
-    for scans in (held_out[start : start + 512] for start in range(0, len(held_out), 512)):
-        logits = head.logits(torch.from_numpy(data.features.plain(scans)))
-        labels = torch.from_numpy(data.labels[scans]).to(head.device)
-        loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-    return loss_sum / len(held_out), correct / len(held_out)
+def sampler_of(params: Params, data: TrainData, phase: Phase) -> Sampler:
+    """In which order and in which windows a phase sees its scans."""
+    return Sampler(params, data.split.train, data.labels, TUNED_WINDOW if phase.top else WINDOW)
 
 
-def windows(data: TrainData, params: Params, epoch: int) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-    """An epoch as windows of (scans, batches of rows of that window), shuffled by seed and epoch.
-
-    Without augmentation a small dataset is one window that stays the same in every epoch: only its batches change.
-    """
-    train_scans, size = data.split.train, window_size(params)
-    order = np.random.default_rng((params.seed, epoch)).permutation(len(train_scans))
-    if len(train_scans) <= size:
-        yield train_scans, _batches(order, params.batch_size)
-        return
-    for start in range(0, len(order), size):
-        scans = train_scans[order[start : start + size]]
-        yield scans, _batches(np.arange(len(scans)), params.batch_size)
+def step_of(number: int, batches: int, accumulate: int) -> tuple[bool, float]:
+    """Whether a window's batch completes a step, and its share in it; the last step may be of fewer batches."""
+    first = number - number % accumulate
+    size = min(accumulate, batches - first)
+    return number == first + size - 1, 1 / size
 
 
-def one_window(data: TrainData, params: Params) -> bool:
-    """Whether one window serves the whole training: the features are the same in each epoch, and few enough."""
-    return not params.augmentation and len(data.split.train) <= window_size(params)
+def evaluate(learner: Learner, data: TrainData, phase: Phase, team: Team = ALONE) -> tuple[float, float, float]:
+    """Mean loss, accuracy and F1 on the validation scans, without dropout."""
+    scans = data.split.validation
+    logits = logits_of(learner.logits, data.features(phase.top), scans, team)
+    labels = torch.from_numpy(data.labels[scans])
+    loss, predicted = F.cross_entropy(logits, labels), logits.argmax(1)
+    return float(loss), float((predicted == labels).float().mean()), _f1(labels, predicted, data)
 
 
-def window_size(params: Params) -> int:
-    """Scans in a window: whole batches."""
-    return max(1, WINDOW // params.batch_size) * params.batch_size
+def logits_of(
+    head: Callable[[torch.Tensor], torch.Tensor], features: Features, scans: np.ndarray, team: Team = ALONE
+) -> torch.Tensor:
+    """float32 [len(scans), classes] of scans as they are; their features are computed on first use."""
+    features.keep(scans)
+    mine = team.share(scans)
+    parts = [head(torch.from_numpy(features.plain(mine[start : start + 512]))) for start in range(0, len(mine), 512)]
+    return torch.from_numpy(team.together(torch.cat(parts).numpy(), len(scans)))
 
 
-def window_features(data: TrainData, params: Params, epoch: int, scans: np.ndarray) -> torch.Tensor:
-    """float32 [len(scans), 25088], augmented anew for this epoch where the parameters say so."""
-    if params.augmentation:
-        return torch.from_numpy(data.features.augmented(scans, params.seed, epoch, Augmentation()))
-    return torch.from_numpy(data.features.plain(scans))
-
-
-def _batches(rows: np.ndarray, size: int) -> list[torch.Tensor]:
-    return [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
+def _f1(labels: torch.Tensor, predicted: torch.Tensor, data: TrainData) -> float:
+    classes = range(int(data.labels.max()) + 1) if data.positive is None else [data.positive]
+    found = []
+    for one in classes:
+        hits = float(((predicted == one) & (labels == one)).sum())
+        total = float((predicted == one).sum() + (labels == one).sum())
+        found.append(2 * hits / total if total else 0.0)
+    return sum(found) / len(found)
 
 
 class _Progress:
     """The fraction of a training that is done, counted in scans through the backbone."""
 
-    def __init__(self, config: TrainConfig, data: TrainData) -> None:
-        params, trained, held = config.params, len(data.split.train), len(data.split.held_out)
-        passes = params.epochs if params.augmentation else 1
-        self._total = trained * passes + held + HEAD_SHARE * trained * params.epochs
-        self._done = config.start.epoch * trained * (HEAD_SHARE + params.augmentation)
+    def __init__(self, config: TrainConfig, data: TrainData, history: Sequence[Epoch]) -> None:
+        params, trained = config.params, len(data.split.train)
+        changes = params.augmentation is not False
+        once = len(data.split.validation) + (0 if changes else trained)
+        self._total, self._done = 0.0, 0.0
+        for phase in phases(params):
+            each = trained * ((TUNE_SHARE if phase.top else HEAD_SHARE) + changes)
+            done = sum(epoch.phase == phase.name for epoch in history)
+            self._total += once + each * phase.epochs
+            self._done += each * done
+            if done and is_over(params, phase, history):  # where it is the last one, only its own scans are looked at
+                last = history[-1].phase == phase.name
+                self._done += each * (phase.epochs - done) + (len(data.split.validation) if last else once)
+            data.features(phase.top).on_images(self._add)
         self._tell = config.on_progress
-        data.features.on_images(self._add)
 
-    def head_done(self, scans: int) -> None:
-        self._add(HEAD_SHARE * scans)
+    def learned(self, scans: int, phase: Phase) -> None:
+        self._add((TUNE_SHARE if phase.top else HEAD_SHARE) * scans)
 
     def _add(self, amount: float) -> None:
         self._done += amount

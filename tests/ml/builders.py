@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,19 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from torch import nn
 
-from ml.data import Split
+from ml.engines import TorchBackbone
 from ml.features import Features
+from ml.network import Model
 from ml.params import Params, parse_params
+from ml.splits import Split
+from ml.team import ALONE, Team
 from ml.train import TrainData
+from ml.transforms import Transform
 
-SCANS = 40  # of make_data
+TRAINED, VALIDATED, TESTED = 32, 8, 4  # scans of make_data
+SCANS = TRAINED + VALIDATED + TESTED
+CLASSES = ("Normal", "Tumor")
+FEATURES = 2048  # of a scan, where a `CountingBackbone` computes them
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -90,18 +98,39 @@ def write_zip(files: dict[str, bytes], path: Path) -> Path:
     return path
 
 
-# --- training without a real backbone ---
+# --- training without a real backbone --------------------------------------------------------------------------------
 
 
-def make_narrow_network(seed: int = 0) -> nn.Module:
-    """VGG16's classifier with 48 instead of 4096 hidden units: all that training touches, at a fraction of its time."""
-    layers = [nn.Linear(25088, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 48), nn.ReLU(), nn.Dropout()]
+def make_scans(count: int = SCANS, side: int = 32) -> np.ndarray:
+    """Pictures of two classes in turns: uint8 [count, side, side, 3]."""
+    return np.stack([make_pixels(seed, side, side, bright=seed % 2 == 1) for seed in range(count)])
+
+
+def make_split() -> Split:
+    """8 validation scans, 32 training scans, 4 test scans, in this order."""
+    return Split(np.arange(VALIDATED, VALIDATED + TRAINED), np.arange(VALIDATED), np.arange(SCANS - TESTED, SCANS))
+
+
+class NarrowModel(Model):
+    """Of whose network only the classifier is there: its features come from a `CountingBackbone`."""
+
+    def cut(self, top: int = 0) -> tuple[nn.Sequential, nn.Sequential]:
+        assert top == 0, "there is no block to unfreeze"
+        return nn.Sequential(), nn.Sequential(self.network.classifier)
+
+
+def make_narrow_model(seed: int = 0, head: str = "vgg", dropout: float = 0.5, width: int = 48) -> NarrowModel:
+    """VGG16's classifier with 48 instead of 4096 hidden units, or a gap head: all that training touches, at a fraction
+    of its time."""
     network = nn.Module()
-    network.classifier = nn.Sequential(*layers, nn.Linear(48, 2))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, 0, 0.01, generator=generator)
-    return network
+    if head == "gap":
+        network.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(FEATURES, 2))
+    else:
+        hidden = [nn.Linear(FEATURES, width), nn.ReLU(), nn.Dropout(dropout)]
+        hidden += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout)]
+        network.classifier = nn.Sequential(*hidden, nn.Linear(width, 2))
+    _draw_weights(network, seed)
+    return NarrowModel(network.eval(), CLASSES, Transform(32, 32), {}, "vgg16", head)
 
 
 class CountingBackbone:
@@ -111,7 +140,7 @@ class CountingBackbone:
 
     def __init__(self) -> None:
         self.seen: Counter[bytes] = Counter()
-        self._projection = np.random.default_rng(0).normal(size=(16 * 16, 25088)).astype(np.float32) / 100
+        self._projection = np.random.default_rng(0).normal(size=(16 * 16, FEATURES)).astype(np.float32) / 100
 
     def stream(self, batches):
         for batch in batches:
@@ -119,11 +148,57 @@ class CountingBackbone:
             yield np.maximum(batch[:, ::2, ::2, 0].reshape(len(batch), -1).astype(np.float32) @ self._projection, 0)
 
 
-def make_data(backbone: CountingBackbone) -> TrainData:
-    """40 scans in two classes that can be told apart; 8 are held out."""
-    pixels = np.stack([make_pixels(seed, 32, 32, bright=seed % 2 == 1) for seed in range(SCANS)])
-    split = Split(np.arange(8, SCANS), np.arange(8))
-    return TrainData(Features(backbone, pixels), np.arange(SCANS) % 2, split)
+def make_data(backbone: CountingBackbone | None = None, team: Team = ALONE) -> TrainData:
+    """44 scans in two classes that can be told apart, for a `NarrowModel`."""
+    features = Features(backbone or CountingBackbone(), make_scans(), team)
+    return TrainData(lambda top: features, np.arange(SCANS) % 2, make_split(), positive=1)
+
+
+class TinyModel(Model):
+    """A convolutional network of two blocks with batch normalization, for pictures of 32 × 32."""
+
+    def cut(self, top: int = 0) -> tuple[nn.Sequential, nn.Sequential]:
+        blocks = list(self.network.blocks)
+        if top == 0:
+            return nn.Sequential(*blocks, self.network.pool), nn.Sequential(self.network.head)
+        return nn.Sequential(*blocks[:-top]), nn.Sequential(*blocks[-top:], self.network.pool, self.network.head)
+
+
+def make_tiny_model(seed: int = 0, dropout: float = 0.5) -> TinyModel:
+    """Untrained, frozen but for its head."""
+    network = nn.Module()
+    network.blocks = nn.Sequential(_tiny_block(3, 8), _tiny_block(8, 16))
+    network.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    network.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(64, 2))
+    _draw_weights(network, seed)
+    network.requires_grad_(False)
+    network.head.requires_grad_(True)
+    return TinyModel(network.eval(), CLASSES, Transform(32, 32), {}, "resnet18", "gap")
+
+
+def _tiny_block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+    )  # fmt: skip
+
+
+def _draw_weights(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
+            nn.init.normal_(layer.bias, 0, 0.01, generator=generator)
+
+
+def make_tuned_data(model: Model, team: Team = ALONE) -> TrainData:
+    """The scans of `make_data` below the blocks of a `TinyModel`, by torch itself."""
+    pixels = make_scans()
+
+    @cache
+    def features(top: int) -> Features:
+        return Features(TorchBackbone(model.cut(top)[0], model.transform, "cpu", bf16=False), pixels, team)
+
+    return TrainData(features, np.arange(SCANS) % 2, make_split(), positive=1)
 
 
 def make_params(**fields: object) -> Params:

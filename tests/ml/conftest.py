@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -48,6 +49,12 @@ def write_config(folder: Path, archive: Path | None = None, source_url: str | No
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small products on two threads, beside other work, take up to seven times as long as on one."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,19 @@ from ml.config import CheckpointPlan, load_config
 from ml.data import DatasetReport, ScanFile
 from ml.errors import BadCheckpoint
 from ml.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
+from ml.network import Model
 from ml.params import Params, parse_params
+from ml.run import Surroundings
+from ml.schedules import best_epoch
 from ml.stages import run
 from ml.train import Start, TrainConfig, TrainData, train
-from tests.ml.builders import CountingBackbone, make_data, make_narrow_network, make_params
+from tests.ml.builders import (
+    make_data,
+    make_narrow_model,
+    make_params,
+    make_tiny_model,
+    make_tuned_data,
+)
 from tests.ml.conftest import SMALL, write_config
 
 EPOCHS = 4
@@ -66,68 +76,147 @@ def numbers_of(epochs: list[Epoch]) -> list[Epoch]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
 
 
-def train_whole(params: Params, data: TrainData) -> tuple[nn.Module, list[Epoch]]:
-    net = make_narrow_network()
-    return net, list(train(TrainConfig(net, params), data))
+@dataclass(frozen=True)
+class Case:
+    """A training whose end has to be the same, killed or not. `window`: scans in memory at once."""
+
+    fields: dict[str, object]
+    kind: str = "vgg"
+    window: int = 2048
+
+    @property
+    def params(self) -> Params:
+        return make_params(epochs=EPOCHS, **self.fields)
+
+    def made(self) -> tuple[Model, TrainData]:
+        if self.kind == "tiny":
+            model = make_tiny_model()
+            return model, make_tuned_data(model)
+        return make_narrow_model(head=self.kind), make_data()
 
 
-def train_until(epoch: int, params: Params, data: TrainData, path: Path) -> None:
-    """A training that writes a checkpoint after `epoch` and is then dropped."""
-    net, done = make_narrow_network(), []
-    keeper = Keeper(CheckpointPlan(path.parent, 0.0), make_origin(), done, lambda event: None)
-    for one in train(TrainConfig(net, params, keep=keeper), data):
+def train_whole(case: Case) -> tuple[Model, list[Epoch]]:
+    model, data = case.made()
+    return model, list(train(TrainConfig(model, case.params), data))
+
+
+def train_until(epoch: int, case: Case, folder: Path) -> Checkpoint:
+    """The checkpoint after `epoch`, of a training that is then dropped."""
+    (model, data), done = case.made(), []
+    keeper = Keeper(CheckpointPlan(folder, 0.0), make_origin(), done, lambda event: None)
+    for one in train(TrainConfig(model, case.params, keep=keeper), data):
         done.append(one)
         if one.epoch == epoch + 1:
             break
-    assert path.name in names_in(path.parent)
+    return load(folder / f"epoch-{epoch:04}.safetensors")
 
 
-def train_after(checkpoint: Checkpoint, params: Params, data: TrainData) -> tuple[nn.Module, list[Epoch]]:
-    net = make_narrow_network()
+def train_after(checkpoint: Checkpoint, case: Case, **config: object) -> tuple[Model, list[Epoch]]:
+    model, data = case.made()
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    start = Start(checkpoint.epoch, checkpoint.head)
-    return net, [*checkpoint.history, *train(TrainConfig(net, params, start=start), data)]
+    start = Start(checkpoint.history, checkpoint.state)
+    return model, [*checkpoint.history, *train(TrainConfig(model, case.params, start=start, **config), data)]
+
+
+def assert_the_same_end(epoch: int, case: Case, folder: Path) -> tuple[Checkpoint, list[Epoch]]:
+    whole, expected = train_whole(case)
+    checkpoint = train_until(epoch, case, folder)
+    resumed, epochs = train_after(checkpoint, case)
+    assert numbers_of(epochs) == numbers_of(expected)
+    assert expected[-1].train_loss != expected[epoch - 1].train_loss
+    for name, value in resumed.network.state_dict().items():
+        assert torch.equal(value, whole.network.state_dict()[name]), name
+    return checkpoint, expected
+
+
+PLAIN, CHANGED = {"augmentation": False}, {"augmentation": True}
+CASES = {
+    "one window": Case(PLAIN),
+    "augmentation": Case(CHANGED),
+    "several windows": Case(PLAIN, window=16),
+    "several augmented windows": Case(CHANGED, window=16),
+    "no momentum": Case({**PLAIN, "momentum": 0.0}),
+    "augmentation and no momentum": Case({**CHANGED, "momentum": 0.0}),
+    "as they are": Case({**CHANGED, "standardize": False, "learning_rate": 1e-4}),
+    "decaying, clipped, accumulated": Case({**PLAIN, "weight_decay": 0.01, "clip_norm": 0.5, "accumulate": 3}),
+    "decaying in windows": Case({**CHANGED, "weight_decay": 0.01, "clip_norm": 0.5}, window=16),
+    "plateau": Case({**PLAIN, "schedule": "plateau", "step_epochs": 1, "monitor": "val_f1"}),
+    "cosine": Case({**PLAIN, "schedule": "cosine", "warmup_epochs": 1}),
+    "balanced": Case({**CHANGED, "balance": "sampler"}),
+    "randaugment": Case({"augmentation": "randaugment"}),
+    "gap": Case(PLAIN, "gap"),
+    "gap, augmented": Case(CHANGED, "gap"),
+    "adamw": Case({**PLAIN, "optimizer": "adamw"}),
+    "adamw, augmented": Case({**CHANGED, "optimizer": "adamw", "weight_decay": 0.01}, "gap"),
+}
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-@pytest.mark.parametrize(
-    ("window", "fields"),
-    [
-        pytest.param(2048, {"augmentation": False}, id="one window"),
-        pytest.param(2048, {"augmentation": True}, id="augmentation"),
-        pytest.param(16, {"augmentation": False}, id="several windows"),
-        pytest.param(16, {"augmentation": True}, id="several augmented windows"),
-        pytest.param(2048, {"augmentation": False, "momentum": 0.0}, id="no momentum"),
-        pytest.param(2048, {"augmentation": True, "momentum": 0.0}, id="augmentation and no momentum"),
-        pytest.param(2048, {"augmentation": True, "standardize": False, "learning_rate": 1e-4}, id="as they are"),
-    ],
-)
-def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, window, fields, epoch):
-    monkeypatch.setattr("ml.train.WINDOW", window)
-    params, path = make_params(epochs=EPOCHS, **fields), tmp_path / f"epoch-{epoch:04}.safetensors"
-    expected_net, expected = train_whole(params, make_data(CountingBackbone()))
-    train_until(epoch, params, make_data(CountingBackbone()), path)
-    net, epochs = train_after(load(path), params, make_data(CountingBackbone()))
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, case, epoch):
+    monkeypatch.setattr("ml.train.WINDOW", CASES[case].window)
+    assert_the_same_end(epoch, CASES[case], tmp_path)
+
+
+TUNED = {"fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01, "precision": "fp32"}
+
+
+@pytest.mark.parametrize("epoch", [2, EPOCHS, EPOCHS + 1, EPOCHS + 2])
+@pytest.mark.parametrize("fields", [PLAIN, CHANGED, {**CHANGED, "optimizer": "adamw"}, {**PLAIN, "standardize": False}])
+def test_so_does_one_with_unfrozen_blocks_also_at_the_border_of_its_phases(tmp_path, fields, epoch):
+    checkpoint, _ = assert_the_same_end(epoch, Case({**fields, **TUNED}, "tiny"), tmp_path)
+    assert checkpoint.history[-1].phase == ("head" if epoch <= EPOCHS else "fine_tune")
+
+
+BEST_FIRST = {
+    "head": (Case({**PLAIN, "learning_rate": 0.03, "monitor": "val_accuracy"}), 3),
+    "windows": (Case({**PLAIN, "learning_rate": 0.02, "monitor": "val_accuracy"}, window=16), 3),
+    "gap": (Case({**PLAIN, "learning_rate": 0.01, "monitor": "val_accuracy"}, "gap"), 3),
+    "border": (Case({**PLAIN, **TUNED, "monitor": "val_accuracy", "learning_rate": 0.1}, "tiny"), EPOCHS),
+    "tuning": (Case({**PLAIN, **TUNED, "learning_rate": 0.05, "fine_tune_learning_rate": 0.06}, "tiny"), EPOCHS + 1),
+}
+
+
+@pytest.mark.parametrize("name", BEST_FIRST)
+def test_the_best_epochs_weights_travel_where_they_are_another_epochs(tmp_path, monkeypatch, name):
+    case, epoch = BEST_FIRST[name]
+    monkeypatch.setattr("ml.train.WINDOW", case.window)
+    checkpoint, epochs = assert_the_same_end(epoch, case, tmp_path)
+    best = best_epoch(case.params, epochs)
+    assert best <= epoch - 1, f"this test must choose: {best}"
+    assert any(name.startswith("best.") for name in checkpoint.state)
+
+
+def test_the_last_epochs_weights_are_not_kept_twice(tmp_path):
+    checkpoint = train_until(2, Case({**PLAIN, "keep": "last"}), tmp_path)
+    assert not any(name.startswith("best.") for name in checkpoint.state)
+
+
+def test_a_training_that_had_lost_its_patience_does_not_go_on(tmp_path):
+    case = Case({**PLAIN, **TUNED, "patience": 1, "learning_rate": 1.0, "monitor": "val_accuracy"}, "tiny")
+    _, expected = train_whole(case)
+    heads = [epoch for epoch in expected if epoch.phase == "head"]
+    assert len(heads) < EPOCHS
+    checkpoint = train_until(len(heads), case, tmp_path)
+    _, epochs = train_after(checkpoint, case)
     assert numbers_of(epochs) == numbers_of(expected)
-    assert expected[-1].train_loss != expected[epoch - 1].train_loss
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, expected_net.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("augmentation", [False, True])
 def test_without_augmentation_a_checkpoint_leaves_out_what_the_seed_gives_again(tmp_path, augmentation):
-    params = make_params(epochs=EPOCHS, augmentation=augmentation)
-    train_until(1, params, make_data(CountingBackbone()), tmp_path / FIRST)
-    assert ("first.weight" in load(tmp_path / FIRST).head) == augmentation
+    checkpoint = train_until(1, Case({"augmentation": augmentation}), tmp_path)
+    assert ("first.weight" in checkpoint.state) == augmentation
 
 
-def test_a_resumed_training_counts_the_epochs_before_as_done(tmp_path):
-    params, heard = make_params(epochs=EPOCHS), []
-    train_until(2, params, make_data(CountingBackbone()), tmp_path / "epoch-0002.safetensors")
-    checkpoint = load(tmp_path / "epoch-0002.safetensors")
-    start = Start(checkpoint.epoch, checkpoint.head)
-    list(train(TrainConfig(make_narrow_network(), params, heard.append, start=start), make_data(CountingBackbone())))
-    assert 0.4 < heard[0] < 0.7
+@pytest.mark.parametrize(
+    ("case", "epoch", "between"),
+    [(Case(PLAIN), 2, (0.4, 0.7)), (Case({**PLAIN, **TUNED}, "tiny"), EPOCHS, (0.03, 0.1)),
+     (Case({**PLAIN, **TUNED}, "tiny"), EPOCHS + 2, (0.5, 0.95))],
+)  # fmt: skip
+def test_a_resumed_training_counts_the_epochs_before_as_done(tmp_path, case, epoch, between):
+    heard: list[float] = []
+    train_after(train_until(epoch, case, tmp_path), case, on_progress=heard.append)
+    assert between[0] < heard[0] < between[1]
     assert heard == sorted(heard)
     assert heard[-1] == pytest.approx(1.0)
 
@@ -142,8 +231,8 @@ def test_a_checkpoint_comes_back_from_its_file_exactly(tmp_path):
     save(kept, tmp_path / "new" / "one.safetensors")
     read = load(tmp_path / "new" / "one.safetensors")
     assert (read.origin, read.history, read.epoch) == (kept.origin, kept.history, 2)
-    assert read.head.keys() == kept.head.keys()
-    assert all(torch.equal(read.head[name], value) for name, value in kept.head.items())
+    assert read.state.keys() == kept.state.keys()
+    assert all(torch.equal(read.state[name], value) for name, value in kept.state.items())
     assert names_in(tmp_path / "new") == ["one.safetensors"]
 
 
@@ -236,7 +325,7 @@ def keep_epochs(plan: CheckpointPlan, epochs: int = 3) -> list[Event]:
     keeper = Keeper(plan, make_origin(), done, told.append)
     for number in range(1, epochs + 1):
         done.append(make_epoch(number))
-        keeper(number, lambda: make_checkpoint().head)
+        keeper(number, lambda: make_checkpoint().state)
     return told
 
 
@@ -257,8 +346,8 @@ def test_before_the_seconds_are_over_nothing_is_kept(tmp_path):
 def test_a_moved_checkpoint_is_not_missed(tmp_path):
     done = [make_epoch()]
     keeper = Keeper(CheckpointPlan(tmp_path, 0.0), make_origin(), done, lambda event: Path(event.path).unlink())
-    keeper(1, lambda: make_checkpoint().head)
-    keeper(1, lambda: make_checkpoint().head)
+    keeper(1, lambda: make_checkpoint().state)
+    keeper(1, lambda: make_checkpoint().state)
     assert names_in(tmp_path) == []
 
 
@@ -398,11 +487,11 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small
 def test_a_run_that_goes_on_draws_the_whole_learning_curve_and_counts_all_epochs(small_run, tmp_path):
     config = load_config(write_config(tmp_path / "first", small_run.archive))
     params, told = parse_params(SMALL | {"augmentation": False, "epochs": 2}), []
-    run(config, params, told.append, checkpoints=CheckpointPlan(tmp_path / "kept", 0.0))
+    run(config, params, told.append, Surroundings(checkpoints=CheckpointPlan(tmp_path / "kept", 0.0)))
     (kept,) = [event for event in told if isinstance(event, Checkpointed)]
     again: list[Event] = []
     config = load_config(write_config(tmp_path / "second", small_run.archive))
-    run(config, params, again.append, checkpoints=CheckpointPlan(resume=Path(kept.path)))
+    run(config, params, again.append, Surroundings(checkpoints=CheckpointPlan(resume=Path(kept.path))))
     history = json.loads(config.training.history_path.read_text())
     assert [epoch["epoch"] for epoch in history] == [1, 2]
     assert [event.epoch for event in again if isinstance(event, Epoch)] == [2]

@@ -13,6 +13,8 @@ EACH = [
     events.StageFinished("training", 1.5),
     events.Progress("training", 0.25),
     events.Epoch(1, 2, 0.5, 0.75, 0.6, 0.7, 0.001, 3.25),
+    events.Epoch(2, 4, 0.5, 0.75, 0.6, 0.7, 0.001, 3.25, 0.65, "fine_tune"),
+    events.Steps(1, 11, [0.5, 0.4], 0.001),
     events.Resumed(3),
     events.Checkpointed(3, "kept/epoch-0003.safetensors", 0.4),
     events.Evaluated({"accuracy": 0.9, "classes": ["Normal", "Tumor"]}),
@@ -29,6 +31,20 @@ def test_an_event_comes_back_from_its_line(event):
     assert events.from_json(line) == event
 
 
+def test_every_kind_of_event_is_looked_at_here():
+    assert {type(event) for event in EACH} == set(events._KINDS.values())
+
+
+def test_progress_is_told_at_most_so_often(monkeypatch):
+    now, told = [100.0], []
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
+    tell = events.reporter(told.append, "training", every=0.5)
+    for fraction in (0.1, 0.2, 0.3, 0.4):
+        now[0] += 0.3
+        tell(fraction)
+    assert told == [events.Progress("training", 0.2), events.Progress("training", 0.4)]
+
+
 @pytest.mark.parametrize(
     "line", ["", "{", "[]", "1", '{"event":"nothing"}', '{"event":"progress"}', '{"event":"epoch","x":1}']
 )
@@ -37,6 +53,17 @@ def test_anything_else_is_no_event(line):
         events.from_json(line)
 
 
+def test_an_epoch_of_before_there_were_phases_is_the_heads():
+    line = json.dumps({"event": "epoch", **dict.fromkeys(
+        ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds"), 0.5
+    ), "epoch": 1, "epochs": 2})  # fmt: skip
+    told = events.from_json(line)
+    assert isinstance(told, events.Epoch)
+    assert (told.phase, told.val_f1) == ("head", None)
+
+
 def test_nan_never_reaches_the_line():
     with pytest.raises(ValueError, match="JSON"):
         events.to_json(events.Progress("training", float("nan")))
+    with pytest.raises(ValueError, match="JSON"):
+        events.to_json(events.Steps(1, 1, [0.5, float("inf")], 0.001))

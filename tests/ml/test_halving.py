@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from ml.architectures import ARCHITECTURES, cut
+from ml.augmentation import Augment
 from ml.engines import TorchBackbone, open_backbone
 from ml.errors import DeviceOutOfMemory, as_pipeline_error, is_out_of_memory, naming_out_of_memory
 from ml.features import Features
 from ml.halving import HalvingBackbone
 from ml.predict import Predictor, ScanInput
 from ml.train import TrainConfig, train
-from ml.transforms import Augmentation, Transform
-from tests.ml.builders import encode, make_data, make_narrow_network, make_params, make_pixels
+from ml.transforms import Transform
+from tests.ml.builders import FEATURES, encode, make_data, make_narrow_model, make_params, make_pixels
 
 SIDE = 32
 BATCH = 16
@@ -34,7 +36,7 @@ class SmallDevice:
 
     def __init__(self, room: int, error: Exception | None = None) -> None:
         self.room, self.error, self.sizes = room, error or make_error(), list[int]()
-        self._projection = np.random.default_rng(0).normal(size=(16 * 16, 25088)).astype(np.float32) / 100
+        self._projection = np.random.default_rng(0).normal(size=(16 * 16, FEATURES)).astype(np.float32) / 100
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         before = None
@@ -129,19 +131,20 @@ def test_a_stream_that_is_left_early_ends_the_callers_too():
 
 
 def test_the_engine_that_is_opened_can_halve(vgg):
-    backbone = open_backbone(vgg, Transform(SIDE, SIDE))
+    below, _ = cut(vgg, ARCHITECTURES["vgg16"], 0)
+    backbone = open_backbone(below, Transform(SIDE, SIDE))
     assert isinstance(backbone, HalvingBackbone)
-    assert backbone.name == open_backbone(vgg, Transform(SIDE, SIDE)).name != ""
+    assert backbone.name == open_backbone(below, Transform(SIDE, SIDE)).name != ""
 
 
 # --- who uses it -----------------------------------------------------------------------------------------------------
 
 
 def test_features_on_a_small_device_are_the_same():
-    images, scans, drawn = make_images(21), np.arange(21), (3, 1, Augmentation())
+    images, scans, drawn = make_images(21), np.arange(21), Augment("document", 3, 1)
     features = [Features(HalvingBackbone(SmallDevice(room)), images) for room in (99, BATCH // 2)]
     assert np.array_equal(*(one.plain(scans) for one in features))
-    assert np.array_equal(*(one.augmented(scans, *drawn) for one in features))
+    assert np.array_equal(*(one.augmented(scans, drawn) for one in features))
 
 
 def test_each_image_is_counted_once_though_its_batch_went_twice():
@@ -154,7 +157,7 @@ def test_each_image_is_counted_once_though_its_batch_went_twice():
 
 def test_a_training_on_a_small_device_is_the_same():
     losses = [
-        [epoch.val_loss for epoch in train(TrainConfig(make_narrow_network(), make_params()), make_data(backbone))]
+        [epoch.val_loss for epoch in train(TrainConfig(make_narrow_model(), make_params()), make_data(backbone))]
         for backbone in (HalvingBackbone(SmallDevice(room)) for room in (99, BATCH // 2))
     ]
     assert losses[0] == losses[1]
@@ -164,7 +167,7 @@ def test_a_training_on_a_small_device_is_the_same():
 def test_a_training_without_room_for_half_a_batch_fails_with_device_oom(augmentation):
     data = make_data(HalvingBackbone(SmallDevice(room=3)))
     with pytest.raises(DeviceOutOfMemory):
-        list(train(TrainConfig(make_narrow_network(), make_params(augmentation=augmentation)), data))
+        list(train(TrainConfig(make_narrow_model(), make_params(augmentation=augmentation)), data))
 
 
 class FullAtLearning(torch.nn.ReLU):
@@ -175,15 +178,15 @@ class FullAtLearning(torch.nn.ReLU):
 
 
 def test_a_step_of_the_head_without_memory_fails_with_device_oom():
-    net = make_narrow_network()
-    net.classifier[4] = FullAtLearning()
+    model = make_narrow_model()
+    model.network.classifier[4] = FullAtLearning()
     with pytest.raises(DeviceOutOfMemory):
-        next(train(TrainConfig(net, make_params()), make_data(HalvingBackbone(SmallDevice(room=99)))))
+        next(train(TrainConfig(model, make_params()), make_data(HalvingBackbone(SmallDevice(room=99)))))
 
 
 def make_predictor(room: int) -> Predictor:
-    net = make_narrow_network().eval()
-    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), HalvingBackbone(SmallDevice(room)), net.classifier)
+    head = make_narrow_model().network.classifier.eval()
+    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), HalvingBackbone(SmallDevice(room)), head)
 
 
 def test_predictions_on_a_small_device_are_the_same_and_in_order():
@@ -235,7 +238,8 @@ def test_other_errors_are_not_taken_for_it(error):
 
 
 def test_torchs_own_allocator_is_understood(vgg):
-    backbone = TorchBackbone(vgg, Transform(SIDE, SIDE), "cpu", bf16=False)
+    below, _ = cut(vgg, ARCHITECTURES["vgg16"], 0)
+    backbone = TorchBackbone(below, Transform(SIDE, SIDE), "cpu", bf16=False)
     image = make_pixels(0, SIDE, SIDE)
     endless = np.lib.stride_tricks.as_strided(image, (2**40, *image.shape), (0, *image.strides))
     with pytest.raises(Exception) as raised:  # noqa: PT011 - which one is what this asks
@@ -247,12 +251,14 @@ WITHOUT_ROOM = """
 import resource
 import numpy as np
 from ml import network
+from ml.architectures import ARCHITECTURES, cut
 from ml.engines import OpenVinoBackbone
 from ml.errors import DeviceOutOfMemory
 from ml.halving import HalvingBackbone
 from ml.transforms import Transform
 
-backbone = HalvingBackbone(OpenVinoBackbone(network.build(2, 0), Transform(), bf16=False))
+below, _ = cut(network.build(2, 0), ARCHITECTURES["vgg16"], 0)
+backbone = HalvingBackbone(OpenVinoBackbone(below, Transform(), bf16=False))
 taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, -1))
 try:

@@ -48,7 +48,40 @@ def test_keys_in_either_case_are_the_same():
         ({"classes": 1}, "classes"),
         ({"augmentation": "yes"}, "augmentation"),
         ({"weights": "http://somewhere"}, "weights"),
-        ({"held_out": 0.9}, "held_out"),
+        ({"held_out": 0.2}, "held_out"),
+        ({"network": "alexnet"}, "network"),
+        ({"head": "none"}, "head"),
+        ({"network": "inception_v3", "image_size": [64, 224, 3]}, "image_size: inception_v3 needs at least 75"),
+        ({"network": "vit_b_16", "image_size": [256, 256, 3]}, r"image_size: vit_b_16 takes \[224, 224, 3\] only"),
+        ({"weights": "file:"}, "weights"),
+        ({"weights": "version:0"}, "weights"),
+        ({"network": "resnet18", "include_top": True}, "include_top"),
+        ({"head": "gap", "include_top": True}, "include_top"),
+        ({"window_center": 40.0}, "window_width"),
+        ({"window_width": 400.0}, "window_center"),
+        ({"window_center": 40.0, "window_width": 0.0}, "window_width"),
+        ({"folds": 1}, "folds"),
+        ({"folds": 21}, "folds"),
+        ({"test_size": 0.5, "validation_size": 0.4}, "validation_size"),
+        ({"test_size": 0.0}, "test_size"),
+        ({"balance": "both"}, "balance"),
+        ({"augmentation": "autoaugment"}, "augmentation"),
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"gamma": 1.0}, "gamma"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"fine_tune_blocks": 0}, "fine_tune_blocks"),
+        ({"fine_tune_epochs": -1}, "fine_tune_epochs"),
+        ({"monitor": "loss"}, "monitor"),
+        ({"keep": "first"}, "keep"),
+        ({"patience": -1}, "patience"),
+        ({"precision": "fp16"}, "precision"),
+        ({"devices": 0}, "devices"),
+        ({"accumulate": 0}, "accumulate"),
         ({"standardize": "maybe"}, "standardize"),
         ({"include_top": True, "weights": "none"}, "include_top"),
     ],
@@ -64,6 +97,25 @@ def test_a_wrong_field_is_named(fields, name):
 )
 def test_auto_standardizes_untrained_features_only(weights, standardize, expected):
     assert parse_params({"weights": weights, "standardize": standardize}).standardizes is expected
+
+
+@pytest.mark.parametrize(
+    ("network", "head", "expected"),
+    [("vgg16", "auto", "vgg"), ("vgg16", "gap", "gap"), ("resnet18", "auto", "gap"), ("vit_b_16", "vgg", "vgg")],
+)
+def test_auto_means_each_networks_own_head(network, head, expected):
+    assert parse_params({"network": network, "head": head}).head_kind == expected
+
+
+def test_the_rate_of_tuning_is_a_tenth_unless_it_is_given():
+    assert parse_params({"learning_rate": 0.02}).tuning_rate == pytest.approx(0.002)
+    assert parse_params({"fine_tune_learning_rate": 0.5}).tuning_rate == 0.5
+    assert parse_params({"epochs": 3, "fine_tune_epochs": 4}).total_epochs == 7
+
+
+def test_a_window_has_a_centre_and_a_width():
+    assert parse_params({"window_center": 40.0, "window_width": 400.0}).window == (40.0, 400.0)
+    assert parse_params({}).window is None
 
 
 def test_the_config_in_the_repository_is_whole():

@@ -11,7 +11,10 @@ from torch import nn
 
 from ml.span import SpanLinear
 
-RATE, MOMENTUM = 0.05, 0.9
+RATE = 0.05
+PLAIN = {"momentum": 0.9}
+DECAYING = {"momentum": 0.9, "weight_decay": 0.1}
+WINDOWS = [[0], [0, 1], [0, 1, 2, 3, 0]]
 
 
 def make_linear(seed: int = 0) -> nn.Linear:
@@ -36,39 +39,92 @@ def batches(window: int) -> list[torch.Tensor]:
     return list(order.split(5))
 
 
-def train_plainly(linear: nn.Linear, windows: list[int]) -> None:
-    optimizer = torch.optim.SGD(linear.parameters(), RATE, MOMENTUM)
+def rate_of(number: int) -> float:
+    return RATE / (1 + number)
+
+
+def train_plainly(linear: nn.Linear, windows: list[int], **options: float) -> list[float]:
+    """SGD of torch's, a rate for each batch of a window; the norms of its gradients."""
+    optimizer, norms = torch.optim.SGD(linear.parameters(), RATE, **options), []
     for window in windows:
-        for rows in batches(window):
+        for number, rows in enumerate(batches(window)):
             optimizer.zero_grad()
             outputs = linear(inputs_of(window)[rows])
             outputs.backward(gradient_of(outputs))
+            norms.append(float(nn.utils.clip_grad_norm_(linear.parameters(), 1e9)))
+            optimizer.param_groups[0]["lr"] = rate_of(number)
             optimizer.step()
+    return norms
 
 
-def train_in_span(linear: nn.Linear, windows: list[int]) -> SpanLinear:
-    span = SpanLinear(linear, RATE, MOMENTUM)
+def learn(span: SpanLinear, window: int) -> list[float]:
+    norms = []
+    for number, rows in enumerate(batches(window)):
+        span.gather(rows, gradient_of(span.forward(rows)))
+        norms.append(float(span.squared_norm().sqrt()))
+        span.step(rate_of(number))
+    return norms
+
+
+def train_in_span(linear: nn.Linear, windows: list[int], **options: float) -> tuple[SpanLinear, list[float]]:
+    span, norms = SpanLinear(linear, **options), []
     for window in windows:
         span.enter(inputs_of(window))
-        for rows in batches(window):
-            span.step(rows, gradient_of(span.forward(rows)))
-    return span
+        norms += learn(span, window)
+    return span, norms
 
 
-@pytest.mark.parametrize("windows", [[0], [0, 1], [0, 1, 2, 3, 0]])
-def test_the_weights_are_those_of_plain_sgd_with_momentum(windows):
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("options", [PLAIN, DECAYING, {"momentum": 0.0}, {"momentum": 0.0, "weight_decay": 0.1}])
+def test_the_weights_are_those_of_plain_sgd(windows, options):
     plain, spanned = make_linear(), make_linear()
-    train_plainly(plain, windows)
-    train_in_span(spanned, windows).settle()
-    moved = (plain.weight - make_linear().weight).abs().max()
-    assert moved > 0.01
-    assert torch.allclose(spanned.weight, plain.weight, atol=1e-10)
-    assert torch.allclose(spanned.bias, plain.bias, atol=1e-10)
+    norms = train_plainly(plain, windows, **options)
+    span, ours = train_in_span(spanned, windows, **options)
+    span.settle()
+    assert (plain.weight - make_linear().weight).abs().max() > 0.01
+    assert torch.allclose(spanned.weight, plain.weight, rtol=0, atol=1e-10)
+    assert torch.allclose(spanned.bias, plain.bias, rtol=0, atol=1e-10)
+    assert ours == pytest.approx(norms, rel=1e-9)
 
 
-def test_outputs_of_other_inputs_need_no_settling():
+def test_a_step_of_several_batches_is_one_of_their_sum():
+    both, parts = make_linear(), make_linear()
+    first, second = batches(0)[:2]
+    spans = [SpanLinear(linear, **DECAYING) for linear in (both, parts)]
+    for span in spans:
+        span.enter(inputs_of(0))
+    whole = torch.cat([first, second])
+    gradient = gradient_of(spans[0].forward(whole))
+    spans[0].gather(whole, gradient)
+    spans[1].gather(first, gradient[: len(first)])
+    spans[1].gather(second, gradient[len(first) :])
+    for span in spans:
+        span.step(RATE, 0.5)
+        span.settle()
+    assert torch.allclose(both.weight, parts.weight, rtol=0, atol=1e-12)
+    assert torch.allclose(both.bias, parts.bias, rtol=0, atol=1e-12)
+
+
+def test_a_scan_that_a_batch_has_twice_counts_twice():
+    plain, spanned = make_linear(), make_linear()
+    rows = torch.tensor([3, 3, 7, 3])
+    outputs = plain(inputs_of(0)[rows])
+    outputs.backward(gradient := gradient_of(outputs))
+    expected = nn.utils.get_total_norm([plain.weight.grad, plain.bias.grad])
+    torch.optim.SGD(plain.parameters(), RATE).step()
+    span = SpanLinear(spanned, 0.0)
+    span.enter(inputs_of(0))
+    span.gather(rows, gradient)
+    assert float(span.squared_norm().sqrt()) == pytest.approx(float(expected), rel=1e-9)
+    span.step(RATE)
+    span.settle()
+    assert torch.allclose(spanned.weight, plain.weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [PLAIN, DECAYING])
+def test_outputs_of_other_inputs_need_no_settling(options):
     linear, other = make_linear(), torch.randn(7, 300).double()
-    span = train_in_span(linear, [0, 1])
+    span, _ = train_in_span(linear, [0, 1], **options)
     before = span.outputs(other)
     span.settle()
     assert torch.allclose(before, linear(other), atol=1e-10)
@@ -76,54 +132,74 @@ def test_outputs_of_other_inputs_need_no_settling():
 
 def test_settling_twice_changes_nothing():
     linear = make_linear()
-    span = train_in_span(linear, [0])
+    span, _ = train_in_span(linear, [0], **PLAIN)
     span.settle()
     settled = linear.weight.detach().clone()
     span.settle()
     assert torch.equal(settled, linear.weight)
 
 
-def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: int) -> torch.Tensor:
-    """The weight after `last`, gone on from a state that was taken in `window` or between windows."""
-    linear = make_linear()
-    span = SpanLinear(linear, RATE, MOMENTUM)
-    span.restore(state, None if window is None else inputs_of(window))
-    if window is None:
-        span.enter(inputs_of(last))
-    for rows in batches(last):
-        span.step(rows, gradient_of(span.forward(rows)))
-    span.settle()
-    return linear.weight
+# --- places and states -----------------------------------------------------------------------------------------------
 
 
 def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def test_a_state_between_windows_is_gone_on_from_exactly():
+@pytest.mark.parametrize("windows", [[0], [0, 1]])
+@pytest.mark.parametrize("options", [PLAIN, DECAYING])
+def test_a_place_is_gone_back_to(windows, options):
+    linear, other = make_linear(), torch.randn(7, 300).double()
+    span, _ = train_in_span(linear, windows, **options)
+    if len(windows) > 1:
+        span.settle(keep_momentum=True)
+    place, expected = copies(span.place()), span.outputs(other)
+    span.enter(inputs_of(windows[-1])) if len(windows) > 1 else None
+    learn(span, windows[-1])
+    assert not torch.allclose(span.outputs(other), expected, atol=1e-3)
+    span.settle(keep_momentum=True) if len(windows) > 1 else None
+    span.put(place)
+    assert torch.equal(span.outputs(other), expected)
+    span.settle()
+    assert torch.allclose(linear(other), expected, atol=1e-10)
+
+
+def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: int, **options: float) -> torch.Tensor:
+    """The weight after `last`, gone on from a state that was taken in `window` or between windows."""
     linear = make_linear()
-    span = train_in_span(linear, [0, 1])
+    span = SpanLinear(linear, **options)
+    span.restore(state, None if window is None else inputs_of(window))
+    if window is None:
+        span.enter(inputs_of(last))
+    learn(span, last)
+    span.settle()
+    return linear.weight
+
+
+@pytest.mark.parametrize("options", [PLAIN, DECAYING, {"momentum": 0.0, "weight_decay": 0.1}])
+def test_a_state_between_windows_is_gone_on_from_exactly(options):
+    linear = make_linear()
+    span, _ = train_in_span(linear, [0, 1], **options)
     span.settle(keep_momentum=True)
     state = copies(span.state())
     span.enter(inputs_of(2))
-    for rows in batches(2):
-        span.step(rows, gradient_of(span.forward(rows)))
+    learn(span, 2)
     span.settle()
-    assert torch.equal(trained_on_from(state, None, last=2), linear.weight)
+    assert torch.equal(trained_on_from(state, None, last=2, **options), linear.weight)
 
 
-def test_a_state_in_the_first_window_needs_no_weight():
+@pytest.mark.parametrize("options", [PLAIN, DECAYING])
+def test_a_state_in_the_first_window_needs_no_weight(options):
     linear = make_linear()
-    span = train_in_span(linear, [0])
+    span, _ = train_in_span(linear, [0], **options)
     state = copies(span.state())
-    for rows in batches(1):
-        span.step(rows, gradient_of(span.forward(rows)))
+    learn(span, 0)
     span.settle()
-    assert set(state) == {"bias", "bias_velocity", "a", "a_velocity"}
-    assert torch.equal(trained_on_from(state, 0, last=1), linear.weight)
+    assert max(value.numel() for value in state.values()) == 24 * 20
+    assert torch.equal(trained_on_from(state, 0, last=0, **options), linear.weight)
 
 
 def test_a_later_window_must_be_settled_before_its_state_is_told():
-    span = train_in_span(make_linear(), [0, 1])
+    span, _ = train_in_span(make_linear(), [0, 1], **PLAIN)
     with pytest.raises(AssertionError, match="settled"):
         span.state()

@@ -1,97 +1,48 @@
-"""The augmentation in one pass against document 000's four passes."""
+"""How pixels become a network's input."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ml.torchvision_ops import torchvision
-from ml.transforms import Augmentation, Draw, Transform, augment, draw
+from ml.transforms import Transform
 from tests.ml.builders import make_pixels
 
-STILL = Draw(0.0, False, 0, 0, 1.0)
 
-
-def smooth(side: int = 224) -> np.ndarray:
-    """A smooth picture without symmetry, so that interpolation hardly matters and a wrong map shows."""
-    y, x = np.mgrid[:side, :side] / side
-    return np.stack([255 * x, 255 * y, 127 + 120 * np.sin(5 * x + 3 * y)], axis=2).astype(np.uint8)
-
-
-def in_four_passes(image: np.ndarray, one: Draw) -> np.ndarray:
-    """What torchvision's four transforms do once their random numbers are drawn."""
-    functional = torchvision().transforms.functional
-    picture = functional.rotate(Image.fromarray(image), math.degrees(one.angle))
-    picture = functional.hflip(picture) if one.flip else picture
-    picture = functional.affine(picture, 0.0, [one.shift_x, one.shift_y], 1.0, [0.0, 0.0])
-    return np.asarray(functional.affine(picture, 0.0, [0, 0], one.scale, [0.0, 0.0]))
-
-
-@pytest.mark.parametrize("index", range(12))
-def test_one_pass_shows_what_four_passes_show(index):
-    one, image = draw(Augmentation(), (7, 1, index), 224, 224), smooth()
-    ours, theirs = augment(image[None], [one])[0].astype(int), in_four_passes(image, one).astype(int)
-    inside = (ours.max(axis=2) > 0) & (theirs.max(axis=2) > 0)
-    assert np.abs(ours - theirs)[inside].mean() < 2.0
-    # The black frame is the same but for a line of pixels at its edges.
-    assert ((ours.max(axis=2) > 0) != (theirs.max(axis=2) > 0)).mean() < 0.02
-
-
-def test_a_still_draw_changes_nothing():
-    image = make_pixels(side_seed := 3)
-    assert np.array_equal(augment(image[None], [STILL])[0], image), side_seed
-
-
-def test_a_flip_alone_mirrors_exactly():
-    image = make_pixels(4)
-    assert np.array_equal(augment(image[None], [Draw(0.0, True, 0, 0, 1.0)])[0], image[:, ::-1])
-
-
-def test_a_shift_alone_moves_whole_pixels_and_leaves_black():
-    image = make_pixels(5)
-    moved = augment(image[None], [Draw(0.0, False, 7, -3, 1.0)])[0]
-    assert np.array_equal(moved[:-3, 7:], image[3:, :-7])
-    assert moved[-3:].max() == 0
-    assert moved[:, :7].max() == 0
-
-
-def test_what_left_the_frame_stays_black_when_the_scale_shrinks():
-    white = np.full((100, 100, 3), 255, np.uint8)
-    small = augment(white[None], [Draw(0.0, False, 20, 0, 0.8)])[0]
-    columns = np.flatnonzero(small[50, :, 0] > 127)
-    assert len(columns) == pytest.approx(64, abs=1)  # 80 of 100 columns stayed in the frame, then shrank
-
-
-def test_draws_have_document_000s_distribution():
-    draws = [draw(Augmentation(), (0, 1, index), 224, 224) for index in range(3000)]
-    angles = np.degrees([one.angle for one in draws])
-    shifts, scales = np.array([one.shift_x for one in draws]), np.array([one.scale for one in draws])
-    assert (angles.min(), angles.max()) == pytest.approx((-40, 40), abs=0.5)
-    assert (shifts.min(), shifts.max()) == (-45, 45)
-    assert (scales.min(), scales.max()) == pytest.approx((0.8, 1.2), abs=0.01)
-    assert np.mean([one.flip for one in draws]) == pytest.approx(0.5, abs=0.03)
-    assert angles.std() == pytest.approx(80 / math.sqrt(12), rel=0.03)
-
-
-def test_a_draw_depends_on_seed_epoch_and_picture_alone():
-    assert draw(Augmentation(), (1, 2, 3), 64, 64) == draw(Augmentation(), (1, 2, 3), 64, 64)
-    assert len({draw(Augmentation(), key, 64, 64) for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}) == 4
-
-
-def test_a_batch_is_changed_as_its_pictures_are_alone():
-    images = np.stack([make_pixels(index) for index in range(5)])
-    draws = [draw(Augmentation(), (0, 0, index), 48, 48) for index in range(5)]
-    alone = np.stack([augment(image[None], [one])[0] for image, one in zip(images, draws, strict=True)])
-    assert np.array_equal(augment(images, draws), alone)
-
-
-def test_a_transform_comes_back_from_its_metadata():
-    transform = Transform(64, 96, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+@pytest.mark.parametrize("window", [None, (40.0, 400.0)])
+def test_a_transform_comes_back_from_its_metadata(window):
+    transform = Transform(64, 96, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), window)
     assert Transform.from_dict(transform.as_dict()) == transform
+
+
+def test_a_transform_of_before_there_were_windows_comes_back_too():
+    fields = Transform(64, 96).as_dict()
+    del fields["window"]
+    assert Transform.from_dict(fields) == Transform(64, 96)
 
 
 def test_resize_gives_the_networks_size():
     assert Transform(64, 96).resize(make_pixels()).shape == (64, 96, 3)
+
+
+def test_a_picture_of_the_right_size_is_left_as_it_is():
+    pixels = make_pixels(0, 64, 96)
+    assert Transform(64, 96).resize(pixels) is pixels
+
+
+def test_resizing_is_pillows_with_antialiasing():
+    pixels = make_pixels(0, 90, 90)
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.array_equal(Transform(32, 32).resize(pixels), expected)
+
+
+def test_normalized_pixels_have_the_channels_first():
+    pixels = np.stack([make_pixels(0, 32, 32), make_pixels(1, 32, 32)])
+    transform = Transform(32, 32, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    found = transform.normalize(torch.from_numpy(pixels))
+    assert found.shape == (2, 3, 32, 32)
+    assert found[1, 0].numpy() == pytest.approx((pixels[1, :, :, 0] / 255 - 0.5) / 0.5, abs=1e-6)
+    assert found[1, 1].numpy() == pytest.approx((pixels[1, :, :, 1] / 255 - 0.25) / 0.25, abs=1e-6)
+    assert found[1, 2].numpy() == pytest.approx(pixels[1, :, :, 2] / 255, abs=1e-6)

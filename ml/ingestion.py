@@ -1,0 +1,117 @@
+"""Stage 1, data_ingestion: a zip (local, or downloaded) → scans, manifest.json, dataset_report.json, and pixels.npy
+with every scan decoded once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ml import weights
+from ml.archives import extract_zip
+from ml.cache import key_of
+from ml.data import DatasetReport, check_dataset, count_images, load_manifest, save_manifest
+from ml.download import fetch
+from ml.errors import BadDataset, BadParams
+from ml.events import reporter
+from ml.run import Run, write_json
+from ml.tensorfile import reserve
+
+DOWNLOAD_SHARE = 0.4  # of the stage's progress, when there is something to download
+
+
+def data_ingestion(state: Run) -> None:
+    """See the module."""
+    paths, tell = state.config.data_ingestion, reporter(state.emit, "data_ingestion")
+    paths.root_dir.mkdir(parents=True, exist_ok=True)
+    begin = 0.0
+    if not paths.local_data_file.exists():
+        if not paths.source_url:
+            raise BadParams("data_ingestion: local_data_file does not exist, and source_URL is not set.")
+        fetch(paths.source_url, paths.local_data_file, report=lambda fraction: tell(DOWNLOAD_SHARE * fraction))
+        begin = DOWNLOAD_SHARE
+    if not _recalled(state):
+        extract_zip(paths.local_data_file, paths.unzip_dir)
+        report = _decode_all(state, lambda fraction: tell(begin + (1 - begin) * fraction))
+        report.raise_for_problems()
+        save_manifest(report, paths.manifest_path)
+        _remember(state)
+    state.__dict__.pop("report", None)
+    found = {"warnings": list(state.report.warnings), "inspection": asdict(state.report.inspection)}
+    write_json(paths.report_path, {"classes": state.report.classes, "images": state.report.images, **found})
+
+
+def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
+    paths, transform = state.config.data_ingestion, state.transform
+    partial = paths.pixels_path.with_name(f".{paths.pixels_path.name}.partial")
+    shape = (count_images(paths.unzip_dir), transform.height, transform.width, 3)
+    try:
+        pixels = _pixels_file(partial, shape) if shape[0] else np.empty(shape, np.uint8)
+
+        def keep(index: int, image: np.ndarray) -> None:
+            pixels[index] = transform.resize(image)
+
+        report = check_dataset(paths.unzip_dir, state.params.classes, keep, tell, transform.window)
+        if not report.problems:
+            partial.replace(paths.pixels_path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+def _pixels_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    pixels: np.ndarray = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:
+        reserve(file.fileno(), path.stat().st_size)
+    return pixels
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _key(state: Run) -> str:
+    archive = weights.sha256(state.config.data_ingestion.local_data_file)
+    return key_of(archive=archive, size=state.params.image_size, window=state.params.window, version=1)
+
+
+def _recalled(state: Run) -> bool:
+    """Whether this zip was decoded for an earlier training, which left manifest and pixels in the cache. A stage alone
+    always unpacks: whoever runs it wants to see the scans."""
+    if state.around.cache is None or not state.whole:
+        return False
+    entry, paths = state.around.cache.find(_key(state)), state.config.data_ingestion
+    try:
+        if entry is None or _has_other_classes(state, entry):
+            return False
+        for name, target in (("pixels.npy", paths.pixels_path), ("manifest.json", paths.manifest_path)):
+            _link(entry / name, target)
+    except (OSError, BadDataset):  # removed just now, or left by another version
+        return False
+    return True
+
+
+def _has_other_classes(state: Run, entry: Path) -> bool:
+    wanted = state.params.classes
+    return wanted is not None and len(load_manifest(entry / "manifest.json").classes) != wanted
+
+
+def _link(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:  # another file system
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def _remember(state: Run) -> None:
+    if state.around.cache is not None:
+        paths = state.config.data_ingestion
+        pixels = np.load(paths.pixels_path, mmap_mode="r")
+        files = {"pixels.npy": pixels, "manifest.json": paths.manifest_path.read_bytes()}
+        state.around.cache.store(_key(state), files)

@@ -1,0 +1,224 @@
+"""The span's head, torch's tail and a loop by hand learn the same: in float64, without dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from ml.head import Head
+from ml.learning import Batch, Criterion, Learner, copied
+from ml.params import Params
+from ml.schedules import learning_rate, phases
+from ml.standardization import Standardization
+from ml.tail import Tail
+from ml.train import step_of
+from tests.ml.builders import make_params
+
+WIDTH, ROWS, SIZE = 90, 21, 5  # 21 rows in batches of 5: the last one has a single row
+LABELS = torch.arange(ROWS) % 3
+WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+
+
+def make_classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = [nn.Linear(WIDTH, 16), nn.ReLU(), nn.Dropout(0.0), nn.Linear(16, 12), nn.ReLU(), nn.Dropout(0.0)]
+    return nn.Sequential(*hidden, nn.Linear(12, 3)).double()
+
+
+def features_of(window: int) -> torch.Tensor:
+    return torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(window), dtype=torch.float64)
+
+
+def batches_of(params: Params, epoch: int) -> list[Batch]:
+    """An epoch's batches in another order each time, with the rates that its schedule has."""
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch)).split(SIZE)
+    (phase,) = phases(params)
+    found = []
+    for number, rows in enumerate(order):
+        completes, share = step_of(number, len(order), params.accumulate)
+        rate = learning_rate(params, phase, epoch + number / len(order), [])
+        found.append(Batch(rows, LABELS[rows], share, rate if completes else None))
+    return found
+
+
+def make_head(params: Params, criterion: Criterion, classifier: nn.Sequential) -> Learner:
+    return Head(classifier, params, criterion)
+
+
+def make_tail(params: Params, criterion: Criterion, classifier: nn.Sequential) -> Learner:
+    return Tail(nn.Sequential(classifier), params, phases(params)[0], criterion)
+
+
+def learned(
+    make: Callable[[Params, Criterion, nn.Sequential], Learner], params: Params, criterion: Criterion, windows: int
+) -> tuple[nn.Sequential, list[float]]:
+    """The classifier after three epochs, and the loss of each batch."""
+    classifier, losses = make_classifier(), []
+    learner = make(params, criterion, classifier)
+    for epoch in range(3):
+        for window in range(windows):
+            if windows > 1 or not learner.in_window:
+                learner.enter(features_of(window))
+            losses += [learner.learn(batch)[1] for batch in batches_of(params, epoch)]
+        if windows > 1:
+            learner.leave()
+    learner.finish()
+    return classifier, losses
+
+
+def by_hand(params: Params, criterion: Criterion, windows: int) -> tuple[nn.Sequential, list[float]]:
+    """The same as nanoGPT or a tutorial would write it: one plain torch loop."""
+    classifier, losses = make_classifier(), []
+    standardization = Standardization(params.standardizes)
+    standardization.fit(features_of(0))
+    kind = torch.optim.AdamW if params.optimizer == "adamw" else torch.optim.SGD
+    own = {} if params.optimizer == "adamw" else {"momentum": params.momentum}
+    optimizer = kind(classifier.parameters(), 1.0, weight_decay=params.weight_decay, **own)
+    loss_of = nn.CrossEntropyLoss(criterion.weights, label_smoothing=criterion.smoothing)
+    for epoch in range(3):
+        for window in range(windows):
+            inputs = standardization(features_of(window))
+            for batch in batches_of(params, epoch):
+                loss = loss_of(classifier(inputs[batch.rows]), batch.labels)
+                losses.append(float(loss))
+                (loss * batch.share).backward()
+                if batch.rate is None:
+                    continue
+                if params.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(classifier.parameters(), params.clip_norm)
+                optimizer.param_groups[0]["lr"] = batch.rate
+                optimizer.step()
+                optimizer.zero_grad()
+    with torch.no_grad():
+        standardization.fold(classifier[0])
+    return classifier, losses
+
+
+CASES = {
+    "as it is": {},
+    "no momentum": {"momentum": 0.0},
+    "weight decay": {"weight_decay": 0.05},
+    "clipped": {"clip_norm": 0.2},
+    "clipped, decaying": {"clip_norm": 0.2, "weight_decay": 0.05},
+    "accumulated": {"accumulate": 2},
+    "accumulated, clipped": {"accumulate": 3, "clip_norm": 0.2},
+    "smoothed": {"label_smoothing": 0.1},
+    "weighted": {"balance": "weights"},
+    "cosine": {"schedule": "cosine", "warmup_epochs": 1},
+    "step": {"schedule": "step", "step_epochs": 1},
+    "plateau": {"schedule": "plateau"},
+    "all": {
+        "weight_decay": 0.05, "clip_norm": 0.3, "accumulate": 2, "label_smoothing": 0.1, "balance": "weights",
+        "schedule": "cosine", "warmup_epochs": 1,
+    },
+}  # fmt: skip
+
+
+def compare(make, fields: dict[str, object], windows: int, standardize: bool) -> None:
+    params = make_params(**{"learning_rate": 0.1, "standardize": standardize, **fields})
+    criterion = Criterion(WEIGHTS if params.balance == "weights" else None, params.label_smoothing)
+    ours, losses = learned(make, params, criterion, windows)
+    theirs, expected = by_hand(params, criterion, windows)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    for (name, value), wanted in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(value, wanted, rtol=0, atol=1e-9), name
+    assert (make_classifier()[3].weight - ours[3].weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [make_head, make_tail])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_what_learns_is_plain_sgd(make, case, windows, standardize):
+    compare(make, CASES[case], windows, standardize)
+
+
+@pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.1, "clip_norm": 0.3, "accumulate": 2}])
+def test_the_tail_is_plain_adamw_where_it_is_asked_for(fields):
+    compare(make_tail, {"optimizer": "adamw", "learning_rate": 0.01, **fields}, windows=1, standardize=True)
+
+
+def test_clipping_does_clip_in_these_tests():
+    params = make_params(learning_rate=0.1, standardize=False)
+    plain, _ = by_hand(params, Criterion(), 1)
+    clipped, _ = by_hand(make_params(learning_rate=0.1, standardize=False, clip_norm=0.2), Criterion(), 1)
+    assert not torch.allclose(plain[3].weight, clipped[3].weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [make_head, make_tail])
+def test_logits_are_those_of_the_finished_network(make):
+    params, other = make_params(learning_rate=0.1, standardize=True), features_of(9)
+    classifier = make_classifier()
+    learner = make(params, Criterion(), classifier)
+    learner.enter(features_of(0))
+    for batch in batches_of(params, 0):
+        learner.learn(batch)
+    before = learner.logits(other)
+    learner.finish()
+    assert torch.allclose(before, classifier(other), atol=1e-10)
+    assert not any(layer.training for layer in classifier)
+
+
+@pytest.mark.parametrize("make", [make_head, make_tail])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_the_best_place_is_gone_back_to(make, windows):
+    params, other = make_params(learning_rate=0.1, standardize=True, weight_decay=0.05), features_of(9)
+    classifier = make_classifier()
+    learner = make(params, Criterion(), classifier)
+    seen = []
+    for epoch in range(3):
+        for window in range(windows):
+            if windows > 1 or not learner.in_window:
+                learner.enter(features_of(window))
+            for batch in batches_of(params, epoch):
+                learner.learn(batch)
+        if windows > 1:
+            learner.leave()
+        seen.append((learner.logits(other), copied(learner.place())))
+    assert all(not torch.allclose(one[0], another[0], atol=1e-3) for one, another in pairwise(seen))
+    learner.put(seen[0][1])
+    learner.finish()
+    assert torch.allclose(classifier(other), seen[0][0], atol=1e-9)
+
+
+# --- the criterion ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_parts_of_a_batch_add_up_to_its_mean(weights, smoothing):
+    criterion, logits = Criterion(weights, smoothing), torch.randn(7, 3).double()
+    labels = LABELS[:7]
+    parts = [criterion.part(logits[part], labels[part], labels) for part in (slice(0, 3), slice(3, 7), slice(7, 9))]
+    assert float(sum(parts)) == pytest.approx(float(criterion(logits, labels)), rel=1e-12)
+
+
+# --- standardization -------------------------------------------------------------------------------------------------
+
+
+def test_standardized_features_have_mean_zero_and_one_spread():
+    features = features_of(0) * 7 + 3
+    standardization = Standardization(True)
+    standardization.fit(features)
+    ours = standardization(features)
+    assert float(ours.mean(0).abs().max()) < 1e-12
+    assert float(ours.std(0).max()) < 1.0
+    assert float(ours.std(0).min()) > 0.5
+    before = copy.deepcopy(standardization.state())
+    standardization.fit(features * 2)
+    assert all(torch.equal(value, before[name]) for name, value in standardization.state().items())
+
+
+def test_a_feature_that_never_moved_is_not_blown_up():
+    features = features_of(0)
+    features[:, 5] = 1.0
+    standardization = Standardization(True)
+    standardization.fit(features)
+    unseen = features.clone()
+    unseen[:, 5] = 1.1
+    assert float(standardization(unseen)[:, 5].abs().max()) < 2.0

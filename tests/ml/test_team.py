@@ -1,0 +1,404 @@
+"""Two processes learn what one learns, and none of them outlives the others. On the CPU, by gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ml import network
+from ml.cache import Cache, Cached
+from ml.checkpoints import Keeper, Origin, load
+from ml.config import CheckpointPlan
+from ml.engines import open_backbone
+from ml.errors import BadParams, PipelineError
+from ml.events import Epoch
+from ml.features import Features
+from ml.gathering import MemberLost, gathered
+from ml.member import training_team
+from ml.network import Model
+from ml.params import Params
+from ml.team import ALONE, Team
+from ml.train import Start, TrainConfig, TrainData, train
+from ml.transforms import Transform
+from tests.ml.builders import (
+    CLASSES,
+    make_data,
+    make_narrow_model,
+    make_params,
+    make_scans,
+    make_split,
+    make_tiny_model,
+    make_tuned_data,
+)
+
+EXACT = {"precision": "fp32", "dropout": 0.0, "learning_rate": 0.003}
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_without_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if torch.cuda.is_available():
+        pytest.skip("these processes are to use the CPU")
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_row_is_one_members(count, size):
+    rows = np.arange(count)
+    shares = [Team(rank, size).mine(rows) for rank in range(size)]
+    assert sorted(np.concatenate(shares)) == list(rows)
+
+
+def test_a_member_without_a_row_computes_one_that_nobody_needs():
+    assert list(Team(1, 2).share(np.array([5]))) == [5]
+    assert list(Team(1, 2).share(np.array([5, 6, 7]))) == [6]
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def _quietly(work: Callable[[Team], object], team: Team) -> None:
+    work(team)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A member that takes part in what `exchanged` does."""
+
+    def load(self) -> Callable[[Team], None]:
+        return lambda team: _quietly(exchanged, team)
+
+
+def exchanged(team: Team) -> list[object]:
+    one, five = np.array([[1.5, 2.5]]), np.arange(10.0).reshape(5, 2)
+    return [
+        team.together(team.share(one), 1).tolist(),
+        team.together(team.share(five), 5).tolist(),
+        team.total([1.0, float(team.rank)]),
+        team.common(np.array([True, team.rank == 0, False])).tolist(),
+        team.told(f"rank {team.rank}"),
+    ]
+
+
+def test_members_exchange_arrays_numbers_and_words():
+    with gathered(2, Exchange()) as team:
+        assert (team.rank, team.size, team.leads) == (0, 2, True)
+        assert exchanged(team) == [
+            [[1.5, 2.5]],
+            [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]],
+            [2.0, 1.0],
+            [True, False, False],
+            "rank 0",
+        ]
+    assert (team.rank, team.size) == (0, 1)
+    assert exchanged(team)[2] == [1.0, 0.0]
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A member that trains a narrow or tiny model of the tests."""
+
+    params: Params
+    kind: str
+
+    def load(self) -> Callable[[Team], None]:
+        return lambda team: _quietly(self.epochs, team)
+
+    def epochs(self, team: Team, **config: object) -> list[Epoch]:
+        model = make_tiny_model(dropout=0.0) if self.kind == "tiny" else make_narrow_model(head=self.kind, dropout=0.0)
+        data = make_tuned_data(model, team) if self.kind == "tiny" else make_data(team=team)
+        return list(train(TrainConfig(model, self.params, team=team, **config), data))
+
+
+def numbers_of(epochs: list[Epoch]) -> list[float]:
+    kept = [replace(epoch, seconds=0.0) for epoch in epochs]
+    return [value for one in kept for value in (one.train_loss, one.val_loss, one.train_accuracy, one.val_accuracy)]
+
+
+CASES = {
+    "gap": ("gap", {"augmentation": False}),
+    "gap, augmented": ("gap", {"augmentation": True}),
+    "vgg": ("vgg", {"augmentation": False}),
+    "vgg, everything": (
+        "vgg",
+        {
+            "accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.01, "label_smoothing": 0.1, "balance": "weights",
+            "batch_size": 7, "schedule": "cosine", "warmup_epochs": 1,
+        },
+    ),
+    "tuned": ("tiny", {"augmentation": False, "fine_tune_epochs": 2, "fine_tune_learning_rate": 0.001}),
+    "tuned, adamw": ("tiny", {"fine_tune_epochs": 2, "optimizer": "adamw", "batch_size": 11}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(case):
+    kind, fields = CASES[case]
+    params = make_params(**{**EXACT, **fields})
+    told: list[list[float]] = [[], []]
+    alone = Narrow(params, kind).epochs(ALONE, on_step=lambda epoch, loss, rate: told[0].append(loss))
+    with gathered(2, Narrow(params, kind)) as team:
+        both = Narrow(params, kind).epochs(team, on_step=lambda epoch, loss, rate: told[1].append(loss))
+    assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-5, abs=1e-6)
+    assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-6)
+    assert alone[-1].train_loss != pytest.approx(alone[0].train_loss, rel=1e-2)
+
+
+def test_early_stopping_stays_in_step():
+    job = Narrow(make_params(**EXACT, augmentation=False, epochs=50, patience=2), "vgg")
+    alone = job.epochs(ALONE)
+    with gathered(2, job) as team:
+        both = job.epochs(team)
+    assert len(both) == len(alone) < 50
+
+
+def test_the_cores_are_shared_and_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with gathered(2, Exchange()) as team:
+            assert torch.get_num_threads() == 2
+            exchanged(team)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- a real network --------------------------------------------------------------------------------------------------
+
+SMALL = {"network": "resnet18", "image_size": [64, 64, 3], "epochs": 2, "augmentation": False, **EXACT}
+
+
+def make_resnet() -> Model:
+    built = network.build(2, 0, "resnet18", "gap", 0.0)
+    model = Model(built, CLASSES, Transform(64, 64), {"params": {"dropout": 0.0}}, "resnet18", "gap")
+    pixels = torch.from_numpy(make_scans(8, 64))
+    network.calibrate(built, [model.transform.normalize(pixels)])
+    return model
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pixels") / "pixels.npy"
+    np.save(path, make_scans(side=64))
+    return path
+
+
+def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) -> list[Epoch]:
+    """As the training stage does it, cache and checkpoints included."""
+    model, split, labels = make_resnet(), make_split(), np.arange(44) % 2
+    cached = Cached(Cache(folder / "cache", 2**30), "key")
+    resume, start = where.get("resume"), where.get("start", Start())
+    with training_team(
+        params, model, pixels=pixels, labels=labels, split=split, positive=1, resume=resume, folder=folder
+    ) as team:
+        opened: dict[int, Features] = {}
+
+        def features(top: int) -> Features:
+            if top not in opened:
+                backbone = open_backbone(model.cut(top)[0], model.transform, "fp32")
+                opened[top] = Features(backbone, np.load(pixels), team, cached if top == 0 else None)
+            return opened[top]
+
+        epochs = list(start.history)
+        keeper = where.get("keep", lambda epoch, state: None)
+        for epoch in train(
+            TrainConfig(model, params, team=team, start=start, keep=keeper), TrainData(features, labels, split, 1)
+        ):
+            epochs.append(epoch)
+            where.get("on_epoch", lambda epoch: None)(epoch)
+    features(0).remember()
+    features(0).plain(split.test)  # the evaluation's; by the leader alone
+    return epochs
+
+
+@pytest.mark.slow
+def test_a_real_network_is_trained_and_tuned_by_two(pixels, tmp_path):
+    params = make_params(**SMALL, fine_tune_epochs=2, fine_tune_learning_rate=0.001)
+    alone = train_resnet(params, pixels, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    both = train_resnet(params.model_copy(update={"devices": 2}), pixels, tmp_path / "b")
+    assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-3, abs=1e-4)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["cache"]
+    again = train_resnet(params.model_copy(update={"devices": 2}), pixels, tmp_path / "b")
+    assert numbers_of(again) == pytest.approx(numbers_of(both), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_go_on_from_a_checkpoint_to_the_same_end(pixels, tmp_path):
+    fields = {**SMALL, "fine_tune_epochs": 2, "fine_tune_learning_rate": 0.001, "devices": 2}
+    params = make_params(**fields, monitor="val_f1", patience=1)
+    whole = train_resnet(params, pixels, tmp_path)
+    origin, done = Origin(params.model_dump(mode="json"), "digest", "scans", 7, "engine"), []
+    keep = Keeper(CheckpointPlan(tmp_path / "kept", 0.0), origin, done, lambda event: None)
+    train_resnet(params, pixels, tmp_path, keep=keep, on_epoch=done.append)
+    kept = sorted((tmp_path / "kept").iterdir())[-1]
+    checkpoint = load(kept)
+    start = Start(checkpoint.history, checkpoint.state)
+    resumed = train_resnet(params, pixels, tmp_path, resume=kept, start=start)
+    assert 0 < checkpoint.epoch < len(whole)
+    assert numbers_of(resumed) == numbers_of(whole)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_too_few_devices_are_a_wrong_parameter():
+    with pytest.raises(BadParams, match=r"^devices: .*no GPU"), gathered(64, Exchange()):
+        raise AssertionError("nobody may come this far")
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A member that fails: while it loads, or when it works."""
+
+    error: Exception
+    loading: bool = False
+
+    def load(self) -> Callable[[Team], None]:
+        if self.loading:
+            raise self.error
+        return self._fail
+
+    def _fail(self, team: Team) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("loading", [True, False])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BadParams("learning_rate: too large."), "BAD_PARAMS", "learning_rate: too large"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "DEVICE_OOM", "smaller batch_size"),
+        (ValueError("a secret"), "INTERNAL", "unforeseen ValueError"),
+    ],
+)
+def test_a_members_failure_is_the_trainings(error, code, words, loading):
+    started = time.monotonic()
+    with pytest.raises(PipelineError, match=words) as raised, gathered(2, Failing(error, loading)) as team:
+        exchanged(team)
+    assert raised.value.code == code
+    assert time.monotonic() - started < 60
+    assert members() == []
+
+
+def test_the_leaders_own_error_stays_what_it_is():
+    with pytest.raises(ZeroDivisionError), gathered(2, Exchange()):
+        raise ZeroDivisionError
+    assert members() == []
+
+
+@dataclass(frozen=True)
+class Endless:
+    """Members that exchange numbers for ever; the one of `rank` ends in its own way after the third time."""
+
+    ending: int
+    rank: int = 1
+
+    def load(self) -> Callable[[Team], None]:
+        return self._go_on
+
+    def _go_on(self, team: Team) -> None:
+        for number in range(10**9):
+            if number == 3 and team.rank == self.rank:
+                os.kill(os.getpid(), self.ending)
+            team.total([1.0])
+            time.sleep(0.05)
+
+
+def exchange_for_ever(team: Team, started: list[float]) -> None:
+    """As `Endless` does; notes when it began."""
+    started.append(time.monotonic())
+    while True:
+        team.total([1.0])
+
+
+def members() -> list[int]:
+    """Processes of teams that this one started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if b"ml.member" in command and parent == os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_member_that_is_killed_ends_the_training_at_once(ending):
+    started: list[float] = []
+    with pytest.raises(MemberLost, match=f"signal {ending}") as raised, gathered(2, Endless(ending)) as team:
+        exchange_for_ever(team, started)
+    assert time.monotonic() - started[0] < 10
+    assert raised.value.retryable
+    assert members() == []
+
+
+def test_of_three_the_killed_one_is_named(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    with pytest.raises(MemberLost, match=r"Process 3 of the 3 .* signal 9"), gathered(3, Endless(9, 2)) as team:
+        exchange_for_ever(team, [])
+
+
+LEADER = """
+import sys, time
+from tests.ml.test_team import Endless
+from ml.gathering import gathered
+import signal
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+with gathered(2, Endless(0, 99)) as team:
+    print("gathered", flush=True)
+    while True:
+        team.total([1.0])
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_no_member_outlives_its_leader(ending, tmp_path):
+    leader = subprocess.Popen(
+        [sys.executable, "-c", LEADER], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )  # fmt: skip
+    try:
+        assert leader.stdout is not None
+        assert leader.stdout.readline() == b"gathered\n"
+        (member,) = children_of(leader.pid)
+        leader.send_signal(ending)
+        leader.wait(20)
+        deadline = time.monotonic() + 10
+        while is_there(member):
+            assert time.monotonic() < deadline, "the member is still there"
+            time.sleep(0.05)
+        if ending == signal.SIGTERM:
+            assert leader.returncode == 143
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        leader.kill()
+        leader.wait()
+        leader.stdout.close()
