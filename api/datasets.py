@@ -9,7 +9,7 @@ from api.auth import needs
 from api.bodies import Blueprint, takes
 from api.idempotency import idempotent, key
 from api.requests import DatasetUpload, PageQuery
-from api.schemas import DatasetSchema, DatasetsPage
+from api.schemas import CheckedDatasetSchema, DatasetSchema, DatasetsPage
 from api.services import admit, principal, quota, services, tenant, transaction
 from jobs import archives, datasets, queries
 from jobs.archives import Limits
@@ -69,7 +69,7 @@ def list_datasets(query: dict[str, Any]) -> Page[DatasetView]:
 
 @blueprint.route("/<id:dataset_id>")
 @needs(Scope.JOBS_READ)
-@blueprint.response(200, DatasetSchema)
+@blueprint.response(200, CheckedDatasetSchema)
 @blueprint.doc(operationId="getDataset")
 def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
     """Show a dataset."""

@@ -28,6 +28,20 @@ class Boolean(fields.Boolean):
         return value
 
 
+class WordOrBoolean(fields.Field[Any]):
+    """One word, true or false."""
+
+    def __init__(self, word: str, **kwargs: Any) -> None:
+        self.word = word
+        kwargs["metadata"] = {"enum": [word, True, False], **kwargs.get("metadata", {})}
+        super().__init__(**kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if value == self.word or isinstance(value, bool):
+            return value
+        raise ma.ValidationError(f"Must be `{self.word}`, true or false.")
+
+
 class Integer(fields.Integer):
     """A whole number of JSON."""
 

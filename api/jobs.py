@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look, follow, cancel, retry."""
+"""Jobs: submit, list, look, follow, cancel, retry, reproduce."""
 
 import uuid
 from typing import Any
@@ -22,12 +22,13 @@ from api.requests import (
 )
 from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema, ResultsPage
 from api.services import principal, quota, services, tenant, transaction
-from jobs import datasets, lifecycle, queries, submission
+from jobs import datasets, lifecycle, queries, registry, reproduction, submission
 from jobs.errors import ArtifactNotFound
 from jobs.keys import Scope
 from jobs.queries import JobFilter, Page
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob
+from jobs.tables import ModelVersion
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
 
@@ -41,7 +42,16 @@ blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainin
 @idempotent(waiting.accepted)
 def train(body: dict[str, Any]) -> waiting.Answer:
     """Train a network on a dataset."""
-    new = NewJob(
+    with transaction() as session:
+        if "dataset_id" in body:
+            datasets.ready(session, tenant(), body["dataset_id"])
+        base = registry.base_of(session, tenant(), body.get("params", {}))
+        job_id = submission.submit(session, _training(body, base), quota=quota()).id
+    return waiting.accepted(job_id)
+
+
+def _training(body: dict[str, Any], base: ModelVersion | None) -> NewJob:
+    return NewJob(
         tenant_id=tenant(),
         kind=JobKind.TRAIN,
         lane=Lane(body["lane"]),
@@ -50,15 +60,11 @@ def train(body: dict[str, Any]) -> waiting.Answer:
         metadata=body["metadata"],
         dataset_id=body.get("dataset_id"),
         source_url=body.get("source_url"),
+        base_model_id=base.id if base else None,
         promote=body["promote"],
         created_by=principal().key_id,
         idempotency_key=key(),
     )
-    with transaction() as session:
-        if new.dataset_id is not None:
-            datasets.ready(session, tenant(), new.dataset_id)
-        job_id = submission.submit(session, new, quota=quota()).id
-    return waiting.accepted(job_id)
 
 
 @blueprint.route("/predict", methods=["POST"])
@@ -205,4 +211,17 @@ def retry_job(job_id: uuid.UUID) -> waiting.Answer:
     """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
     with transaction() as session:
         new_id = submission.retry(session, tenant(), job_id, services().settings.chunk_scans, quota()).id
+    return waiting.accepted(new_id)
+
+
+@blueprint.route("/<id:job_id>/reproduce", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="reproduceJob")
+@idempotent(waiting.accepted)
+def reproduce_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Do a succeeded training again, as a new job that says at its end whether the metrics match."""
+    with transaction() as session:
+        new_id = reproduction.reproduce(session, tenant(), job_id, quota(), principal().key_id, key()).id
     return waiting.accepted(new_id)

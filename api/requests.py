@@ -7,7 +7,8 @@ from flask_smorest.fields import Upload
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
-from api.fields import Base64, Boolean, Float, HttpUrl, ImageOrScanId, Integer, Metadata, Time, words
+from api.fields import Base64, HttpUrl, ImageOrScanId, Metadata, Time, words
+from api.training_params import ParamsSchema
 from jobs.keys import Scope
 from jobs.states import JobKind, JobState, Lane, ResultState
 
@@ -34,49 +35,6 @@ class ModelChoice(fields.String):
 
 
 # --- requests: training ---
-
-
-class StandardizeField(fields.Field):
-    """`auto`, true or false."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if value == "auto" or isinstance(value, bool):
-            return value
-        raise ma.ValidationError("Must be `auto`, true or false.")
-
-
-class ImageSizeField(fields.List):
-    """[height, width, 3]."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(Integer(3, 1024), validate=[validate.Length(equal=3), _is_image_size], **kwargs)
-
-
-def _is_image_size(value: list[int]) -> None:
-    if min(value[:2]) < 32 or value[2] != 3:
-        raise ma.ValidationError("Must be [height, width, 3], with 32 to 1024 pixels each way.")
-
-
-class ParamsSchema(ma.Schema):
-    """A training's parameters: the keys of params.yaml. The worker's `ml.params` has the same; a test compares them."""
-
-    image_size = ImageSizeField(metadata={"example": [224, 224, 3]})
-    batch_size = Integer(1, 1024)
-    epochs = Integer(1, 1000)
-    learning_rate = Float(validate=validate.Range(0, 10, min_inclusive=False))
-    momentum = Float(validate=validate.Range(0, 1, max_inclusive=False))
-    classes = Integer(2, 1000, allow_none=True)
-    augmentation = Boolean()
-    include_top = Boolean()
-    weights = fields.String(validate=validate.OneOf(["imagenet", "none"]))
-    seed = Integer(0, 2**31 - 1)
-    held_out = Float(validate=validate.Range(0.05, 0.5))
-    standardize = StandardizeField(metadata={"enum": ["auto", True, False]})
-
-    @ma.validates_schema
-    def _top_needs_imagenet(self, data: dict[str, Any], **kwargs: Any) -> None:
-        if data.get("include_top") and data.get("weights") == "none":
-            raise ma.ValidationError("There is no ImageNet classifier to keep when weights is none.", "include_top")
 
 
 class TrainRequest(ma.Schema):

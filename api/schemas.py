@@ -4,6 +4,7 @@ import marshmallow as ma
 from marshmallow import fields
 
 from api.fields import Time, words
+from api.services import services
 from jobs.keys import Scope
 from jobs.states import DatasetState, JobKind, JobState, ResultState
 from jobs.tables import Job
@@ -43,6 +44,27 @@ class CountsSchema(ma.Schema):
     pending = fields.Integer(attribute="pending")
 
 
+class RevisionSchema(ma.Schema):
+    """The code of a training and of its reproduction. `same` is false where either has uncommitted changes."""
+
+    original = fields.String(allow_none=True)
+    now = fields.String(allow_none=True)
+    same = fields.Boolean()
+
+
+class ReproductionSchema(ma.Schema):
+    """How a reproduction compares with the training that it repeats. What differs comes as [original, now]."""
+
+    of = fields.UUID()
+    revision = fields.Nested(RevisionSchema)
+    same_environment = fields.Boolean(metadata={"description": "Versions of Python and packages, machine, device."})
+    environment_differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Raw()))
+    same_dataset = fields.Boolean()
+    matches = fields.Boolean(metadata={"description": "No metric differs by more than the tolerance."})
+    tolerance = fields.Float()
+    differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Float(allow_none=True)))
+
+
 class JobSchema(ma.Schema):
     """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
 
@@ -67,6 +89,8 @@ class JobSchema(ma.Schema):
     params = fields.Dict(attribute="job.params")
     dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
     retry_of = fields.UUID(attribute="job.retry_of", allow_none=True)
+    reproduction_of = fields.UUID(attribute="job.reproduction_of", allow_none=True)
+    reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
@@ -85,7 +109,10 @@ LINKED_BY_KIND = {JobKind.TRAIN: "metrics", JobKind.PREDICT: "results", JobKind.
 def links(job: Job) -> dict[str, str]:
     """A job's addresses."""
     own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind))
-    return {"self": own, **{name: f"{own}/{name}" for name in (special, *LINKED) if name}}
+    again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
+    found = {"self": own, **{name: f"{own}/{name}" for name in (special, *LINKED, again) if name}}
+    mlflow = services().settings.mlflow_public_url.rstrip("/")
+    return {**found, "mlflow": f"{mlflow}/#/runs/{job.mlflow_run_id}"} if mlflow and job.mlflow_run_id else found
 
 
 class JobsPage(_Page):
@@ -156,7 +183,7 @@ class ArtifactsPage(_Page):
 
 
 class DatasetSchema(ma.Schema):
-    """A dataset: `problems` says why it is invalid."""
+    """A dataset: `problems` says why it is invalid, `warnings` what is doubtful about it."""
 
     id = fields.UUID(attribute="dataset.id")
     name = fields.String(attribute="dataset.name")
@@ -164,9 +191,16 @@ class DatasetSchema(ma.Schema):
     digest = fields.String(attribute="dataset.digest", allow_none=True)
     classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
     problems = fields.List(fields.String())
+    warnings = fields.List(fields.String(), metadata={"description": "What makes scores on it doubtful."})
     size = fields.Integer(attribute="dataset.archive_bytes")
     job_id = fields.UUID(attribute="dataset.job_id", allow_none=True)
     created_at = Time(attribute="dataset.created_at")
+
+
+class CheckedDatasetSchema(DatasetSchema):
+    """A dataset with all that its check found."""
+
+    report = fields.Dict(attribute="dataset.report", allow_none=True)
 
 
 class DatasetsPage(_Page):

@@ -238,6 +238,14 @@ class Client:
         """Submit anew what a job did not bring to a good end; the new job."""
         return Job.of(self.call("POST", f"/jobs/{job_id}/retry"))
 
+    def reproduce(self, job_id: str) -> Job:
+        """Do a succeeded training again; the new job."""
+        return Job.of(self.call("POST", f"/jobs/{job_id}/reproduce"))
+
+    def dataset(self, dataset_id: str) -> Json:
+        """One dataset now, with all that its check found."""
+        return self.call("GET", f"/datasets/{dataset_id}")
+
     def epochs(self, job_id: str) -> list[Epoch]:
         """The epochs so far."""
         return [Epoch.of(raw) for raw in self.call("GET", f"/jobs/{job_id}/metrics")["epochs"]]
@@ -266,7 +274,7 @@ class Client:
         dataset = self.add_dataset(archive, name)
         if dataset.get("state") == "checking":
             self.wait(dataset["job_id"])
-            dataset = self.call("GET", f"/datasets/{dataset['id']}")
+            dataset = self.dataset(dataset["id"])
         if dataset["state"] != "ready":
             problems = "; ".join(_text(problem) for problem in dataset.get("problems") or ["no reason given"])
             raise ApiError(f"Dataset {dataset['id']} is {dataset['state']}: {problems}")

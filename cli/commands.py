@@ -103,6 +103,9 @@ def parsed_params(pairs: Iterable[str]) -> dict[str, Any]:
 @click.argument("dataset", required=False)
 @click.option("--source-url", help="Let the worker download the zip from here (Google Drive links included).")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="As in params.yaml.")
+@click.option("--network", help="Short for -p network=…: vgg16, resnet18, resnet50, …")
+@click.option("--weights", help="Short for -p weights=…: imagenet, none, file:NAME or version:N.")
+@click.option("--epochs", type=int, help="Short for -p epochs=…")
 @click.option("--name", help="A name for the job.")
 @watch_option
 @as_json
@@ -115,11 +118,12 @@ def train(
     name: str | None,
     watch: bool,
     as_json: bool,
+    **short: Any,
 ) -> None:
     """Train on DATASET: a zip with one folder a class, or the id of one that is there."""
     if (dataset is None) == (source_url is None):
         raise click.UsageError("Name a DATASET or a --source-url, and not both.")
-    params = parsed_params(pairs)
+    params = parsed_params(pairs) | {key: value for key, value in short.items() if value is not None}
     if dataset is None:
         source = {"source_url": source_url}
     elif Path(dataset).is_file():
@@ -184,7 +188,7 @@ def watch(client: Client, job: str, as_json: bool) -> None:
 
 @click.group()
 def jobs() -> None:
-    """Jobs: list, show, cancel, retry, results."""
+    """Jobs: list, show, cancel, retry, reproduce, results."""
 
 
 @jobs.command("list")
@@ -236,6 +240,33 @@ def jobs_retry(client: Client, job: str, follow: bool, as_json: bool) -> None:
     follow_or_show(client, client.retry(job), follow, as_json)
 
 
+@jobs.command("reproduce")
+@click.argument("job")
+@click.option("--watch/--no-watch", "follow", default=True, help="Follow the new job to its end.")
+@as_json
+@speaks
+def jobs_reproduce(client: Client, job: str, follow: bool, as_json: bool) -> None:
+    """Do a succeeded training again, and say whether its figures match; exit code 1 where they do not."""
+    ended = follow_or_show(client, client.reproduce(job), follow, as_json)
+    found = ended.raw.get("reproduction")
+    if found is None:
+        return
+    if not as_json:
+        click.echo("\n".join(reproduction_lines(found)))
+    if not found["matches"]:
+        sys.exit(1)
+
+
+def reproduction_lines(found: dict[str, Any]) -> list[str]:
+    """How a training and its reproduction compare, in lines."""
+    verdict = "every figure matches" if found["matches"] else f"{len(found['differences'])} figures differ"
+    lines = [f"reproduction of {found['of']}: {verdict}"]
+    lines += [f"  {name:<28} {was} → {now}" for name, (was, now) in found["differences"].items()]
+    if not found["revision"]["same"]:
+        lines.append(f"  code                         {found['revision']['original']} → {found['revision']['now']}")
+    return lines + [f"  {name:<28} {was} → {now}" for name, (was, now) in found["environment_differences"].items()]
+
+
 @jobs.command("results")
 @click.argument("job")
 @as_json
@@ -245,96 +276,4 @@ def jobs_results(client: Client, job: str, as_json: bool) -> None:
     show_results(client, client.job(job), as_json)
 
 
-@click.command()
-@as_json
-@speaks
-def models(client: Client, as_json: bool) -> None:
-    """The model versions, and which one is champion."""
-    found = list(client.pages("/models"))
-    if as_json:
-        return echo_json(found)
-    rows = [
-        (model["version"], "champion" if model["champion"] else "", _f1(model), model["created_at"]) for model in found
-    ]
-    echo_table(("version", "", "F1", "created"), rows)
-
-
-def _f1(model: dict[str, Any]) -> str | None:
-    value = (model.get("metrics") or {}).get("f1")
-    return None if value is None else f"{value:.3f}"
-
-
-@click.group()
-def datasets() -> None:
-    """Datasets: list, add."""
-
-
-@datasets.command("list")
-@as_json
-@speaks
-def datasets_list(client: Client, as_json: bool) -> None:
-    """The datasets."""
-    found = list(client.pages("/datasets", limit=100))
-    if as_json:
-        return echo_json(found)
-    rows = [(each["id"], each["name"], each["state"], _classes(each)) for each in found]
-    echo_table(("id", "name", "state", "classes"), rows)
-
-
-def _classes(dataset: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in (dataset.get("classes") or {}).items())
-
-
-@datasets.command("add")
-@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", help="A name for it; the file's by default.")
-@as_json
-@speaks
-def datasets_add(client: Client, archive: Path, name: str | None, as_json: bool) -> None:
-    """Upload ARCHIVE, a zip with one folder a class, and wait until it is checked."""
-    dataset = client.ready_dataset(archive, name)
-    if as_json:
-        return echo_json(dataset)
-    click.echo(f"dataset {dataset['id']} is {dataset['state']}: {_classes(dataset)}")
-
-
-@click.group()
-def keys() -> None:
-    """API keys: add, list, revoke."""
-
-
-@keys.command("add")
-@click.argument("name")
-@click.option("--scope", "scopes", multiple=True, required=True, help="jobs:read, jobs:write, models:write, admin")
-@as_json
-@speaks
-def keys_add(client: Client, name: str, scopes: tuple[str, ...], as_json: bool) -> None:
-    """Make a key; its secret is shown this once."""
-    key = client.call("POST", "/keys", json={"name": name, "scopes": list(scopes)})
-    if as_json:
-        return echo_json(key)
-    click.echo(f"key {key['id']} ({', '.join(key['scopes'])})\n{key['secret']}")
-
-
-@keys.command("list")
-@as_json
-@speaks
-def keys_list(client: Client, as_json: bool) -> None:
-    """The keys, without their secrets."""
-    found = list(client.pages("/keys"))
-    if as_json:
-        return echo_json(found)
-    rows = [(key["id"], key["name"], " ".join(key["scopes"]), key.get("revoked_at") or "") for key in found]
-    echo_table(("id", "name", "scopes", "revoked"), rows)
-
-
-@keys.command("revoke")
-@click.argument("key")
-@speaks
-def keys_revoke(client: Client, key: str) -> None:
-    """End a key."""
-    client.call("DELETE", f"/keys/{key}")
-    click.echo(f"key {key} is revoked")
-
-
-ALL: tuple[click.Command, ...] = (train, predict, watch, jobs, models, datasets, keys)
+ALL: tuple[click.Command, ...] = (train, predict, watch, jobs)

@@ -158,7 +158,7 @@ def _start_mlflow(stack: Stack, database_url: str) -> None:
         store = f"sqlite:///{folder / 'mlflow.db'}"  # a Postgres that is not ours may not let us
     stack.supervisor.start(services.mlflow(port, store, folder / "artifacts", stack.environ))
     stack.addresses["mlflow"] = f"http://{LOOPBACK}:{port}"
-    stack.environ["RENALQ_MLFLOW_URL"] = stack.addresses["mlflow"]
+    stack.environ["RENALQ_MLFLOW_URL"] = stack.environ["RENALQ_MLFLOW_PUBLIC_URL"] = stack.addresses["mlflow"]
 
 
 def _first_key(home: Home, database_url: str) -> None:

@@ -13,7 +13,7 @@ from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady
 from jobs.queries import Page, page
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
 from jobs.submission import UNLIMITED, NewJob, Quota, submit
-from jobs.tables import Artifact, Dataset, Job, ModelVersion, Scan
+from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion, Scan
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class DatasetView:
     dataset: Dataset
     state: str
     problems: Sequence[str]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What does not keep the dataset from being trained on, but makes its scores doubtful."""
+        return (self.dataset.report or {}).get("warnings", [])
 
 
 def create(
@@ -85,9 +90,16 @@ def ready(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> Dataset:
 
 
 def finish_check(
-    session: Session, job_id: uuid.UUID, classes: Mapping[str, int], digest: str | None, problems: Sequence[str]
+    session: Session,
+    job_id: uuid.UUID,
+    classes: Mapping[str, int],
+    digest: str | None,
+    problems: Sequence[str],
+    report: Json | None = None,
 ) -> None:
     """Write down what the ingest job found: ready with a digest and no problem, else invalid.
+
+    `report`: {"inspection": {…}, "warnings": […]}, as the check left it.
 
     Said twice, it changes nothing: only a dataset that is still being checked is written.
     """
@@ -99,6 +111,7 @@ def finish_check(
             state=DatasetState.READY if good else DatasetState.INVALID,
             classes=dict(classes),
             digest=digest,
+            report=report,
             problems=list(problems) if good or problems else ["The check found nothing that could be trained on."],
         )
     )

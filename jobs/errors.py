@@ -2,7 +2,7 @@
 
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
-    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse NoResults
+    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse DatasetGone NoResults
     │                             IdempotencyInFlight
     ├── Invalid             422   NotAnImage BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
@@ -95,6 +95,12 @@ class NoResults(Conflict):
     """A {kind} job has no results per scan. Read GET /jobs/ID/metrics instead."""
 
     code = "NO_RESULTS"
+
+
+class DatasetGone(Conflict):
+    """The dataset of this training was deleted, so that it cannot be done again. Upload it, and train anew."""
+
+    code = "DATASET_GONE"
 
 
 class IdempotencyInFlight(Conflict):

@@ -1,4 +1,4 @@
-"""Model versions: what trainings made, which one is champion, and the gate that decides it."""
+"""Model versions: what trainings made, which one is champion, and which one a job is pinned to."""
 
 import uuid
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from jobs.errors import ModelNotFound, NoChampion
+from jobs import training_params
+from jobs.errors import Invalid, ModelNotFound, NoChampion
+from jobs.gate import gate
 from jobs.lifecycle import Claim
 from jobs.tables import Job, Json, ModelVersion
 
@@ -27,29 +29,6 @@ class NewModel:
     code_revision: str | None
     environment: Json = field(default_factory=dict)
     mlflow_run_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The gate's word, with its reasons in words that a person understands."""
-
-    promoted: bool
-    reasons: list[str]
-
-
-def gate(candidate: Json, champion: Json | None, wanted: str, min_f1: float) -> Verdict:
-    """Whether a new version becomes champion: a pure function of two sets of metrics and the policy.
-
-    Without a champion the F1 on scans that training never saw must reach `min_f1`; with one it must not be lower.
-    """
-    if wanted == "never":
-        return Verdict(False, ["The job asked for no promotion (promote: never)."])
-    f1 = float(candidate.get("f1", 0.0))
-    if champion is None:
-        sign = "≥" if f1 >= min_f1 else "<"
-        return Verdict(f1 >= min_f1, [f"There is no champion yet, and F1 {f1:.4f} {sign} the required {min_f1:.2f}."])
-    bar = float(champion.get("f1", 0.0))
-    return Verdict(f1 >= bar, [f"F1 {f1:.4f} {'≥' if f1 >= bar else '<'} the champion's {bar:.4f}."])
 
 
 def add(session: Session, held: Claim, new: NewModel, min_f1: float) -> ModelVersion:
@@ -95,6 +74,27 @@ def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersio
     if found is None:
         raise ModelNotFound
     return found
+
+
+def base_of(session: Session, tenant_id: str, params: Json) -> ModelVersion | None:
+    """The version that a training with `weights: version:N` begins from; None for other weights.
+
+    Raises:
+        Invalid: there is no such version, or its network is another than the parameters'; it points at the field.
+    """
+    number = training_params.base_version(params)
+    if number is None:
+        return None
+    try:
+        base = resolve(session, tenant_id, str(number))
+    except ModelNotFound:
+        detail = f"There is no version {number}: GET /models lists yours. Name one of them, or weights: imagenet."
+        raise Invalid(detail, "/params/weights") from None
+    theirs, ours = training_params.network(base.params), training_params.network(params)
+    if theirs != ours:
+        detail = f"Version {number} is a {theirs}, and network is {ours}: set network: {theirs}, or take other weights."
+        raise Invalid(detail, "/params/network")
+    return base
 
 
 def listed(session: Session, tenant_id: str) -> Sequence[ModelVersion]:

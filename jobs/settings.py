@@ -34,15 +34,22 @@ class Settings(BaseSettings):
         description="Where blobs are kept: a folder or an fsspec URL (s3://bucket/prefix). Empty: HOME/artifacts.",
     )
     mlflow_url: str = Field("", description="MLflow tracking server. Empty: runs are not tracked.")
+    mlflow_public_url: str = Field(
+        "",
+        description="MLflow's address for people's browsers: a job links to its run there. Empty: no links.",
+    )
     mlflow_log_weights: bool = Field(True, description="Also copy each network's weights (537 MB) to MLflow.")
     track_again_seconds: float = Field(
         60, gt=0, description="Time between two tries to record what MLflow missed while it was away (s)."
     )
     weights_dir: Path | None = Field(
         None,
-        description="Folder with ImageNet weights (vgg16-397923af.pth) for networks that are closed off.",
+        description="Folder of the workers with weights: ImageNet's (vgg16-397923af.pth), and those of `file:NAME`.",
     )
     work_dir: Path | None = Field(None, description="Scratch space of workers. Empty: HOME/work.")
+    feature_cache_bytes: int = Field(
+        8 * GIB, ge=0, description="Most that a worker's cache of features, HOME/cache, may hold (bytes). 0: no cache."
+    )
 
     lease_seconds: float = Field(45, gt=0, description="A claim is lost after this time without a beat (s).")
     beat_seconds: float = Field(10, gt=0, description="Time between two beats of a worker (s).")
@@ -104,6 +111,11 @@ class Settings(BaseSettings):
     def work(self) -> Path:
         """Scratch space of workers, resolved."""
         return (self.work_dir or self.home / "work").resolve()
+
+    @property
+    def feature_cache(self) -> Path:
+        """Features and pixels that trainings keep for the next one, resolved."""
+        return (self.home / "cache").resolve()
 
 
 def as_markdown() -> str:

@@ -32,10 +32,12 @@ class NewJob:
     source_url: str | None = None
     model_id: uuid.UUID | None = None
     model_version: int | None = None
+    base_model_id: uuid.UUID | None = None
     promote: str = "auto"
     created_by: uuid.UUID | None = None
     idempotency_key: str | None = None
     retry_of: uuid.UUID | None = None
+    reproduction_of: uuid.UUID | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,11 @@ def _again(old: Job) -> NewJob:
         source_url=old.source_url,
         model_id=old.model_id,
         model_version=old.model_version,
+        base_model_id=old.base_model_id,
         promote=old.promote,
         created_by=old.created_by,
         retry_of=old.id,
+        reproduction_of=old.reproduction_of,
     )
 
 
@@ -214,10 +218,12 @@ def _new_job(new: NewJob, total: int) -> Job:
         source_url=new.source_url,
         model_id=new.model_id,
         model_version=new.model_version,
+        base_model_id=new.base_model_id,
         promote=new.promote,
         created_by=new.created_by,
         idempotency_key=new.idempotency_key,
         retry_of=new.retry_of,
+        reproduction_of=new.reproduction_of,
         total=total,
     )
 

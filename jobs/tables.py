@@ -109,6 +109,7 @@ class Dataset(Base):
     digest: Mapped[str | None] = mapped_column(String(64))  # of what is in it, whatever the zip's packing
     classes: Mapped[dict[str, int] | None] = mapped_column(JSONB)
     problems: Mapped[list[str]] = mapped_column(JSONB, default=list, server_default="[]")
+    report: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # {"inspection": {...}, "warnings": [...]}
     job_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     created_at: Mapped[dt.datetime] = _now()
 
@@ -180,6 +181,8 @@ class Job(Base):
             postgresql_where=text("idempotency_key IS NOT NULL"),
         ),
         Index("uq_jobs_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
+        # A job that is deleted looks for its reproductions by this.
+        Index("ix_jobs_reproduction_of", "reproduction_of", postgresql_where=text("reproduction_of IS NOT NULL")),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",
@@ -202,6 +205,7 @@ class Job(Base):
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
     model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
     model_version: Mapped[int | None] = mapped_column(Integer)
+    base_model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what a training begins from: weights: version:N
     promote: Mapped[str] = mapped_column(String(10), default="auto", server_default="auto")
     cancel_requested_at: Mapped[dt.datetime | None] = _time()
     stage: Mapped[str | None] = mapped_column(String(40))
@@ -219,6 +223,8 @@ class Job(Base):
     tracked_at: Mapped[dt.datetime | None] = _time()  # when MLflow had all of an ended training
     idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
     retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    reproduction_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    reproduction: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # see jobs/reproduction.py
     created_by: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     created_at: Mapped[dt.datetime] = _now()
     started_at: Mapped[dt.datetime | None] = _time()

@@ -47,6 +47,11 @@ class Child:
             except ValueError:
                 log.warning("child_said_nonsense", characters=len(line))
 
+    @property
+    def pid(self) -> int:
+        """Its number, and its process group's."""
+        return self._process.pid
+
     def exit_code(self) -> int:
         """Wait for the end; negative: the signal that ended it."""
         return self._process.wait()

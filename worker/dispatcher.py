@@ -27,7 +27,7 @@ from jobs.db import Sessions, forgetful_sessions, listening, session_factory
 from jobs.settings import Settings
 from jobs.states import Lane
 from worker.app import TASK_OF, ring, ring_tracking
-from worker.tracking import is_behind
+from worker.catching_up import is_behind
 from worker.turns import Plan, Turns
 
 log = structlog.get_logger()

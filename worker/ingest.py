@@ -1,6 +1,7 @@
 """An uploaded dataset is unpacked and looked through; it becomes ready, or invalid with its reasons."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -32,11 +33,16 @@ def check_upload(held: Held) -> None:
 
 def _write_verdict(session: Session, held: Held, report: DatasetReport) -> None:
     digest = None if report.problems else report.digest
-    datasets.finish_check(session, held.claim.job_id, report.classes, digest, list(report.problems))
+    datasets.finish_check(session, held.claim.job_id, report.classes, digest, list(report.problems), as_json(report))
     if report.problems:
         lifecycle.fail(session, held.claim, INVALID)
     else:
         lifecycle.succeed(session, held.claim, metrics={"classes": report.classes, "images": report.images})
+
+
+def as_json(report: DatasetReport) -> Json:
+    """What the dataset's row keeps of the check: all that it saw, and what it doubts."""
+    return {"inspection": asdict(report.inspection), "warnings": list(report.warnings)}
 
 
 def _read_archive(session: Session, held: Held) -> str:

@@ -1,5 +1,6 @@
 """Where a network comes from: the revision of our code, and the versions of what it ran on."""
 
+import json
 import os
 import platform
 import subprocess
@@ -7,6 +8,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+BASE_WEIGHTS = "base_weights_sha256"
+"""In an environment: the hash of the weights that the network began with."""
+_HEADER = "renalq"
 PACKAGES = ("renalq", "torch", "torchvision", "openvino", "numpy", "pillow", "pydicom", "scikit-learn", "mlflow")
 
 
@@ -30,6 +34,21 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def of_model(path: Path) -> dict[str, str]:
+    """What a model file says of the device that trained it, and of the weights that it began with: what two equal
+    environments may still differ in. Reads the header alone; nothing for a file that says nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            said = json.loads((opened.metadata() or {}).get(_HEADER, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    begun_with = (said.get("weights") or {}).get("sha256")
+    told = {name: said.get(name) for name in ("engine", "device", "precision")} | {BASE_WEIGHTS: begun_with}
+    return {name: str(value) for name, value in told.items() if value}
 
 
 def _git(*arguments: str) -> str | None:

@@ -40,7 +40,7 @@ def ingest(self: "Task[Any, Any]", unit_id: str) -> None:
 @app.task(name=TRACK)
 def track() -> None:
     """Record in MLflow what it missed while it was away."""
-    from worker.tracking import catch_up
+    from worker.catching_up import catch_up
 
     catch_up(resources())
 

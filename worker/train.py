@@ -4,27 +4,26 @@ import datetime as dt
 import json
 import mimetypes
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import structlog
-import yaml
 from sqlalchemy.orm import Session
 
-from jobs import checkpoints, lifecycle, registry
+from jobs import lifecycle, registry, reproduction
 from jobs.errors import LeaseLost
 from jobs.states import Stage
-from jobs.tables import Artifact, Checkpoint, Dataset, Job, Json
+from jobs.tables import Artifact, Json
 from ml import events
-from ml.errors import BadCheckpoint, BadParams
-from ml.params import parse_params
-from worker import resuming, tracking
+from ml.errors import BadCheckpoint, PipelineError
+from worker import catching_up, orders, resuming, tracking
 from worker.child import Child, child
 from worker.interrupts import CancelRequested
-from worker.provenance import code_revision, environment
+from worker.mlflow_runs import describe
+from worker.orders import Order
+from worker.provenance import BASE_WEIGHTS, code_revision, environment, of_model
 from worker.resuming import CheckpointRefused
 from worker.running import Held, WorkFailed
 
@@ -32,23 +31,11 @@ log = structlog.get_logger()
 
 # How much of a training's time each stage takes, seen on CPU; only the progress bar uses it.
 WEIGHT = {
-    Stage.DATA_INGESTION: 0.04,
-    Stage.PREPARE_BASE_MODEL: 0.06,
-    Stage.TRAINING: 0.85,
-    Stage.EVALUATION: 0.05,
+    Stage.DATA_INGESTION: 0.05,
+    Stage.PREPARE_BASE_MODEL: 0.05,
+    Stage.TRAINING: 0.80,
+    Stage.EVALUATION: 0.10,  # intervals, plots and the report
 }
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be trained, read from the rows once; and where an attempt before this one had come to."""
-
-    params: Json
-    archive_sha256: str | None
-    dataset_digest: str | None
-    source_url: str | None
-    mlflow_run_id: str | None
-    checkpoints: Sequence[Checkpoint]
 
 
 @dataclass
@@ -71,10 +58,9 @@ def run_training(held: Held) -> None:
     Raises:
         WorkFailed: the child said why it could not, or died.
     """
-    order = held.in_transaction(lambda session: _read_order(session, held))
-    run = tracking.Run(
-        held.resources.settings, _run_of(held, order), lambda run_id: _tell_run(held, run_id), order.mlflow_run_id
-    )
+    order = held.in_transaction(lambda session: orders.read(session, held))
+    what = describe(held.claim.job_id, order.params, order.dataset_digest)
+    run = tracking.Run(held.resources.settings, what, lambda run_id: _tell_run(held, run_id), order.mlflow_run_id)
     try:
         with held.workspace() as folder:
             told = _follow_child(held, order, run, folder)
@@ -84,34 +70,7 @@ def run_training(held: Held) -> None:
         run.end("KILLED" if held.interrupted else "FAILED")  # waits for nobody: the job's end is still to be written
         raise
     if run.is_complete:
-        held.in_transaction(lambda session: tracking.mark(session, held.claim.job_id), to_the_end=True)
-
-
-def _read_order(session: Session, held: Held) -> Order:
-    job = session.get_one(Job, held.claim.job_id)
-    dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
-    if dataset is None and job.source_url is None:
-        raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
-    return Order(
-        params=_complete(job.params),
-        archive_sha256=dataset.archive_sha256 if dataset else None,
-        dataset_digest=dataset.digest if dataset else None,
-        source_url=job.source_url,
-        mlflow_run_id=job.mlflow_run_id,
-        checkpoints=checkpoints.latest(session, job.id, job.retry_of),
-    )
-
-
-def _run_of(held: Held, order: Order) -> tracking.Description:
-    return tracking.describe(held.claim.job_id, order.params, order.dataset_digest)
-
-
-def _complete(params: Json) -> Json:
-    """The job's parameters with the defaults of `ml/params.py` beside them: what is recorded is what was used."""
-    try:
-        return parse_params(params).model_dump(mode="json")
-    except BadParams as error:
-        raise WorkFailed("BAD_PARAMS", str(error)) from error
+        held.in_transaction(lambda session: catching_up.mark(session, held.claim.job_id), to_the_end=True)
 
 
 def _tell_run(held: Held, run_id: str) -> None:
@@ -142,15 +101,13 @@ def _subfolder(folder: Path, number: int) -> Iterator[Path]:
 
 
 def _run_child(held: Held, order: Order, run: tracking.Run, folder: Path, checkpoint: Path | None) -> Told:
-    config, params = _write_config(held, order, folder)
-    arguments = ["run", "--config", str(config), "--params", str(params), "--events"]
-    pause = held.resources.settings.checkpoint_seconds
-    arguments += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(pause)]
+    arguments = orders.arguments(held, order, folder)
     arguments += [] if checkpoint is None else ["--resume", str(checkpoint)]
     log_file = folder / "training.log"
     told = Told()
     with child(arguments, held.resources.settings.cancel_grace_seconds, log_file) as process:
         held.when_interrupted(process.stop)
+        run.watch(process.pid)
         try:
             for event in process.events():
                 _hear(held, run, told, event)
@@ -159,6 +116,8 @@ def _run_child(held: Held, order: Order, run: tracking.Run, folder: Path, checkp
         except (WorkFailed, CancelRequested) as why:
             _close_stage(held, told, "cancelled" if isinstance(why, CancelRequested) else "failed")
             raise
+        finally:
+            run.watch(None)
     return told
 
 
@@ -174,6 +133,8 @@ def _judge_end(held: Held, told: Told, process: Child, log_file: Path) -> None:
         said = told.failed
         if said.code == BadCheckpoint.code:
             raise CheckpointRefused
+        if said.code == PipelineError.code:
+            _keep_log(held, log_file)  # its detail says that the log has more
         raise WorkFailed(said.code, said.detail, said.retryable)
     code = process.exit_code()
     if told.finished is None:
@@ -189,37 +150,6 @@ def _keep_log(held: Held, log_file: Path) -> None:
     log.error("training_died", log=str(kept))
 
 
-def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
-    """The child's config and params files: those of `config/config.yaml`, with paths of this attempt's own."""
-    root = folder / "artifacts"
-    archive = folder / "data.zip"
-    if order.archive_sha256 is not None:
-        archive.symlink_to(held.resources.artifacts.fetch(order.archive_sha256, folder))
-    config: dict[str, Any] = {
-        "artifacts_root": str(root),
-        "data_ingestion": {
-            "root_dir": str(root / "data_ingestion"),
-            "source_URL": order.source_url or "",
-            "local_data_file": str(archive),
-            "unzip_dir": str(root / "data_ingestion" / "images"),
-        },
-        "prepare_base_model": {
-            "root_dir": str(root / "prepare_base_model"),
-            "base_model_path": str(root / "prepare_base_model" / "base_model.safetensors"),
-            "updated_base_model_path": str(root / "prepare_base_model" / "base_model_updated.safetensors"),
-        },
-        "training": {
-            "root_dir": str(root / "training"),
-            "trained_model_path": str(root / "training/model.safetensors"),
-        },
-        "evaluation": {"root_dir": str(root / "evaluation"), "scores_path": str(root / "evaluation" / "scores.json")},
-    }
-    files = folder / "config.yaml", folder / "params.yaml"
-    for path, content in zip(files, (config, order.params), strict=True):
-        path.write_text(yaml.safe_dump(content))
-    return files
-
-
 # --- what the child says becomes rows ---
 
 
@@ -231,13 +161,6 @@ def _hear(held: Held, run: tracking.Run, told: Told, event: events.Event) -> Non
             _stage(held, told, event.stage, "succeeded", "finished_at", progress=_progress(event.stage, 1.0))
         case events.Progress():
             held.report(progress=_progress(event.stage, event.fraction))
-        case events.Epoch():
-            held.report(event=("epoch", asdict(event)))
-            run.epoch(event)
-        case events.Checkpointed():
-            resuming.keep(held, event)
-        case events.Resumed():
-            resuming.go_on(held, event.epoch)
         case events.Evaluated():
             told.metrics = event.metrics
             run.final(event.metrics)
@@ -245,6 +168,21 @@ def _hear(held: Held, run: tracking.Run, told: Told, event: events.Event) -> Non
             told.finished = event
         case events.Failed():
             told.failed = event
+        case _:
+            _hear_of_epochs(held, run, event)
+
+
+def _hear_of_epochs(held: Held, run: tracking.Run, event: events.Event) -> None:
+    match event:
+        case events.Steps():
+            run.steps(event)  # for MLflow alone: as rows they would be most of the database
+        case events.Epoch():
+            held.report(event=("epoch", asdict(event)))
+            run.epoch(event)
+        case events.Checkpointed():
+            resuming.keep(held, event)
+        case events.Resumed():
+            resuming.go_on(held, event.epoch)
 
 
 def _stage(held: Held, told: Told, name: str, state: str, moment: str, progress: float | None = None) -> None:
@@ -270,7 +208,7 @@ def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
     assert told.metrics is not None
     weights = Path(told.finished.model_path)
     files = {name: Path(path) for name, path in told.finished.artifacts.items()}
-    run.artifacts([files[name] for name in tracking.PUBLIC], weights)
+    run.artifacts(files, weights)
     store = held.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
     blob = stored["model.safetensors"] = store.put_file(weights)
@@ -281,18 +219,26 @@ def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
         metrics=told.metrics,
         dataset_digest=json.loads(files["manifest.json"].read_text())["digest"],
         code_revision=code_revision(),
-        environment=environment(),
+        environment=_trained_on(order, weights),
         mlflow_run_id=run.run_id,
     )
+    run.made(str(new.dataset_digest), new.weights_sha256, new.environment.get(BASE_WEIGHTS))
 
     def end(session: Session) -> None:
         registry.add(session, held.claim, new, held.resources.settings.promote_min_f1)
+        reproduction.write(session, held.claim)
         for name, kept in stored.items():
             session.add(_artifact(held, name, kept.sha256, kept.size))
         assert told.finished is not None
         lifecycle.succeed(session, held.claim, metrics=told.metrics, device_seconds=told.finished.device_seconds)
 
     held.finish(end, and_follow=False)  # MLflow is still to be told: another unit would wait without a beat
+
+
+def _trained_on(order: Order, weights: Path) -> Json:
+    """What decides the network's numbers beside code, data and parameters."""
+    begun_with = {BASE_WEIGHTS: order.base_sha256} if order.base_sha256 else {}
+    return {**environment(), **of_model(weights), **begun_with}
 
 
 def _artifact(held: Held, name: str, sha256: str, size: int) -> Artifact:

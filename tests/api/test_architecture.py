@@ -76,39 +76,3 @@ def test_the_documentation_page_asks_no_other_host_for_anything(client: FlaskCli
     assert "http://" not in page.replace("http://localhost", "")
     assert "https://" not in page
     assert client.get("/docs/swagger-ui-bundle.js").status_code == 200
-
-
-def test_the_training_parameters_are_those_of_the_worker() -> None:
-    import pytest
-
-    params = pytest.importorskip("ml.params")
-    from api.requests import ParamsSchema
-
-    assert set(ParamsSchema().fields) == set(params.Params.model_fields)
-    bounds = {
-        "epochs": (0, 1, 1000, 1001),
-        "batch_size": (0, 1, 1024, 1025),
-        "learning_rate": (0, 0.001, 10, 11),
-        "momentum": (-0.1, 0, 0.9, 1),
-        "classes": (1, 2, 1000, 1001),
-        "seed": (-1, 0, 2**31 - 1, 2**31),
-        "held_out": (0.01, 0.05, 0.5, 0.51),
-        "image_size": ([224, 224, 1], [32, 32, 3], [1024, 1024, 3], [16, 16, 3]),
-        "weights": ("imagenet21k", "none", "imagenet", None),
-        "standardize": ("yes", "auto", True, 1),
-        "augmentation": (1, True, False, "true"),
-        "include_top": (1, True, False, "true"),
-    }
-    assert set(bounds) == set(params.Params.model_fields)
-    for name, values in bounds.items():
-        for value in values:
-            here = not ParamsSchema().validate({name: value})
-            assert here == _worker_takes(params, name, value), (name, value)
-
-
-def _worker_takes(params, name: str, value: object) -> bool:  # type: ignore[no-untyped-def]
-    try:
-        params.Params(**{name: value})
-    except ValueError:
-        return False
-    return True

@@ -53,6 +53,23 @@ def test_an_uploaded_dataset_is_checked_by_a_job(client: FlaskClient, sessions: 
     assert client.post("/jobs/train", json={"dataset_id": dataset["id"]}).status_code == 202
 
 
+def test_a_checked_dataset_shows_what_the_check_doubts(client: FlaskClient, sessions: Sessions) -> None:
+    dataset = upload(client)
+    before = client.get(f"/datasets/{dataset['id']}").get_json()
+    assert (before["warnings"], before["report"]) == ([], None)
+    report = {"inspection": {"modes": {"L": 2}}, "warnings": ["Normal has 10 times as many scans as Tumor."]}
+    job_id = uuid.UUID(dataset["job_id"])
+    with sessions.begin() as session:
+        held = builders.claim(session, builders.units_of(session, session.get_one(Job, job_id))[0])
+        datasets.finish_check(session, job_id, {"Normal": 1, "Tumor": 1}, "d" * 64, [], report)
+        lifecycle.succeed(session, held)
+    found = client.get(f"/datasets/{dataset['id']}").get_json()
+    assert (found["state"], found["warnings"], found["report"]) == ("ready", report["warnings"], report)
+    (listed,) = client.get("/datasets").get_json()["data"]
+    assert listed["warnings"] == report["warnings"]
+    assert "report" not in listed, "a page of them would be long"
+
+
 def test_an_unfit_dataset_says_why(client: FlaskClient, sessions: Sessions) -> None:
     dataset = upload(client, name="mine")
     check(sessions, dataset, ["Normal/1.png cannot be decoded."])

@@ -20,8 +20,9 @@ from tests.api.test_errors import assert_problem
 
 KEYS = {
     "id", "kind", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress", "eta_seconds",
-    "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "model_version", "metrics", "error",
-    "metadata", "created_at", "started_at", "finished_at", "device_seconds", "links",
+    "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of", "reproduction",
+    "model_version", "metrics", "error", "metadata",
+    "created_at", "started_at", "finished_at", "device_seconds", "links",
 }  # fmt: skip
 TRAIN = {"source_url": "https://example.org/ct.zip"}
 
@@ -154,6 +155,22 @@ def test_metrics_show_the_epochs_of_the_latest_attempt(client: FlaskClient, sess
     metrics = client.get(f"/jobs/{job.id}/metrics").get_json()
     assert [(one["epoch"], one["train_loss"]) for one in metrics["epochs"]] == [(1, 0.7)]
     assert metrics["final"] == {"f1": 0.95}
+
+
+def test_a_job_links_to_its_run_where_people_can_reach_mlflow(
+    app: Flask, client: FlaskClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sessions.begin() as session:
+        job = builders.make_job(session)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+    monkeypatch.setattr(app.extensions["renalq"].settings, "mlflow_public_url", "https://mlflow.example/")
+    assert "mlflow" not in client.get(f"/jobs/{job.id}").get_json()["links"]
+    with sessions.begin() as session:
+        lifecycle.report(session, held, mlflow_run_id="0123abcd")
+    link = client.get(f"/jobs/{job.id}").get_json()["links"]["mlflow"]
+    assert link == "https://mlflow.example/#/runs/0123abcd"
+    monkeypatch.setattr(app.extensions["renalq"].settings, "mlflow_public_url", "")
+    assert "mlflow" not in client.get(f"/jobs/{job.id}").get_json()["links"]
 
 
 def test_artifacts_come_as_attachments_that_no_browser_runs(

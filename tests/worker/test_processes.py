@@ -9,13 +9,13 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from jobs import lifecycle
+from jobs import lifecycle, reproduction
 from jobs.artifacts import Artifacts
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult
+from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult
 from ml import phantom_files
 from tests.builders import TENANT, units_of
 from tests.jobs.checker import faults
@@ -66,6 +66,40 @@ def test_a_dataset_is_checked_then_trained_on_then_used(sessions: Sessions, fast
             results = session.query(ScanResult).order_by(ScanResult.ordinal).all()
             assert all(sum(r.probabilities.values()) == pytest.approx(1) for r in results[:4] if r.probabilities)
             assert results[4].error is not None
+            assert faults(session) == []
+
+
+def test_a_training_done_again_has_the_same_figures_and_a_version_can_be_trained_on(
+    sessions: Sessions, fast: Settings, archive: Path
+) -> None:
+    small = {"network": "resnet18", "image_size": [64, 64, 3], "seed": 7}
+    with stack(fast, sessions, "dispatcher", "predict", "train") as processes:
+        dataset, ingest = upload(processes, archive)
+        assert processes.wait_for(ingest).state == "succeeded", processes.logs()
+        with sessions() as session:
+            report = session.get_one(Dataset, dataset).report
+            assert report is not None
+            assert report["inspection"]["patients"] == 12
+
+        original = processes.wait_for(train(processes, dataset, **small), 120)
+        assert original.state == "succeeded", (original.error, processes.logs())
+        with sessions.begin() as session:
+            again = reproduction.reproduce(session, TENANT, original.id).id
+        job = processes.wait_for(again, 120)
+        assert job.state == "succeeded", (job.error, processes.logs())
+        assert job.reproduction is not None
+        assert job.reproduction["differences"] == {}
+        assert job.reproduction["environment_differences"] == {}
+        assert (job.reproduction["matches"], job.reproduction["same_dataset"]) == (True, True)
+
+        onward = processes.wait_for(train(processes, dataset, **{**small, "weights": "version:1"}), 120)
+        assert onward.state == "succeeded", (onward.error, processes.logs())
+        with sessions() as session:
+            versions = session.query(ModelVersion).order_by(ModelVersion.version).all()
+            assert versions[2].environment["base_weights_sha256"] == versions[0].weights_sha256
+            assert {"device", "engine"} <= set(versions[0].environment)
+            artifacts = {row.name for row in session.query(Artifact).filter_by(job_id=job.id)}
+            assert {"scores.json", "dataset_report.json", "report.html", "report.pdf", "manifest.json"} <= artifacts
             assert faults(session) == []
 
 

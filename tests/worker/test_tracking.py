@@ -7,18 +7,22 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
 from cli.plans import free_port
 from jobs.settings import Settings
-from ml.events import Epoch
+from ml.events import Epoch, Steps
 from tests.processes import eventually
-from worker.tracking import EXPERIMENT, Run, describe
+from worker.mlflow_runs import EXPERIMENT, describe
+from worker.tracking import PUBLIC, Run
 
-WHAT = describe(uuid.uuid4(), {"epochs": 2, "weights": "none"}, None)
-EPOCH = Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5)
+DIGEST = "ab" * 32
+WHAT = describe(uuid.uuid4(), {"epochs": 2, "weights": "none", "image_size": [64, 64, 3]}, DIGEST)
+EPOCH = Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5, val_f1=0.8)
+SHOWN = ("mistakes.png", "report.html", "report.pdf", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +43,93 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_run_carries_params_epochs_artifacts_and_weights(server: str, tmp_path: Path) -> None:
-    scores, weights = tmp_path / "scores.json", tmp_path / "model.safetensors"
-    scores.write_text("{}")
+def test_a_run_carries_all_that_a_training_told(server: str, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"w" * 1000)
+    files = {name: tmp_path / name for name in ("scores.json", "roc.png", *SHOWN)}
+    for path in files.values():
+        path.write_text("{}")
     told: list[str] = []
     run = Run(Settings(mlflow_url=server), WHAT, told.append)
     run.epoch(EPOCH)
-    run.final({"f1": 0.95, "classes": ["Normal", "Tumor"]})
-    run.artifacts([scores], weights)
+    run.epoch(replace(EPOCH, epoch=2, phase="fine_tune"))
+    run.final({"f1": 0.95, "classes": ["Normal", "Tumor"], "per_class": {"Tumor": {"f1": 0.9}}})
+    run.artifacts(files, weights)
+    run.made(DIGEST, "c" * 64, "e" * 64)
     run.end("FINISHED", patience=60)
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=server)
+    client = _client(server)
     seen = client.get_run(told[0])
+    assert run.is_complete
     assert client.get_experiment(seen.info.experiment_id).name == EXPERIMENT
     assert (seen.info.status, seen.info.run_name) == ("FINISHED", str(WHAT.job_id))
-    assert seen.data.params == {"epochs": "2", "weights": "none"}
+    assert seen.data.params == {"epochs": "2", "weights": "none", "image_size": "[64, 64, 3]"}
     assert seen.data.tags["renalq.job_id"] == str(WHAT.job_id)
-    assert run.is_complete
+    assert seen.data.tags["renalq.dataset_digest"] == DIGEST
+    assert seen.data.tags["renalq.weights_sha256"] == "c" * 64
+    assert seen.data.tags["renalq.base_weights_sha256"] == "e" * 64
+    assert {"environment.torch", "environment.numpy", "environment.python"} <= set(seen.data.tags)
+    (used,) = seen.inputs.dataset_inputs
+    assert DIGEST.startswith(used.dataset.digest)
     assert seen.data.metrics["val_accuracy"] == 0.75
+    assert seen.data.metrics["val_f1"] == 0.8
+    assert [point.value for point in client.get_metric_history(told[0], "phase")] == [0, 1]
     assert seen.data.metrics["test_f1"] == 0.95
-    assert {file.path for file in client.list_artifacts(told[0])} == {"scores.json", "model.safetensors"}
+    assert seen.data.metrics["test_per_class.Tumor.f1"] == 0.9
+    assert {file.path for file in client.list_artifacts(told[0])} == {"scores.json", "roc.png", "model.safetensors"}
+
+
+def test_nothing_that_shows_a_scan_or_a_name_is_public() -> None:
+    assert not set(SHOWN) & set(PUBLIC)
+
+
+@pytest.mark.slow
+def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    calls: list[int] = []
+    real = MlflowClient.log_batch
+
+    def counted(self: Any, run_id: str, metrics: Any = (), **more: Any) -> Any:
+        calls.append(len(metrics))
+        return real(self, run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    told: list[str] = []
+    run = Run(Settings(mlflow_url=server), WHAT, told.append)
+    for first in range(1, 2401, 30):
+        run.steps(Steps(1, first, [1 / (first + number) for number in range(30)], 0.01))
+    run.end("FINISHED", patience=60)
+
+    losses = _client(server).get_metric_history(told[0], "train_loss_step")
+    assert sorted(point.step for point in losses) == list(range(1, 2401))
+    assert {point.step: point.value for point in losses}[2400] == pytest.approx(1 / 2400)
+    rates = _client(server).get_metric_history(told[0], "learning_rate_step")
+    assert [point.step for point in rates][-1] == 2400
+    assert len(calls) < 10
+    assert max(calls) <= 1000
+
+
+@pytest.mark.slow
+def test_the_machine_is_measured_from_the_beginning_to_the_end(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.tracking.LOOK_EVERY", 0.3)
+    told: list[str] = []
+    run = Run(Settings(mlflow_url=server), WHAT, told.append)
+    eventually(lambda: told, 30)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        run.watch(busy.pid)
+        time.sleep(2)
+        run.end("FINISHED", patience=60)
+    finally:
+        busy.kill()
+        busy.wait()
+
+    client = _client(server)
+    assert len(client.get_metric_history(told[0], "system/cpu_utilization_percentage")) >= 4
+    assert client.get_run(told[0]).data.metrics["system/training_memory_usage_megabytes"] > 1
+    used = client.get_metric_history(told[0], "system/training_cpu_utilization_percentage")
+    assert max(point.value for point in used) > 20
 
 
 def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
@@ -76,13 +144,15 @@ def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
 def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
     run = Run(Settings(mlflow_url=f"http://127.0.0.1:{free_port()}"), WHAT, lambda _: None)
     run.epoch(EPOCH)
-    run.artifacts([tmp_path / "scores.json"], tmp_path / "weights")
+    run.artifacts({"scores.json": tmp_path / "scores.json"}, tmp_path / "weights")
     started = time.monotonic()
     run.end("FAILED")
     assert time.monotonic() - started < 1, "a job's end waits for nobody"
     run.end("FAILED", patience=60)
     assert run.run_id is None
     assert not run.is_complete
+    run.steps(Steps(1, 1, [0.5] * 1000, 0.01))
+    assert run._steps.qsize() < 10, "what nobody will take is not kept"
 
 
 @pytest.mark.slow
@@ -94,10 +164,14 @@ def test_a_resumed_training_goes_on_in_the_same_run(server: str) -> None:
             run.epoch(epoch)
         run.end("FINISHED" if run_id else "KILLED", patience=60)
 
+    assert told[0] == told[1]
+    assert [point.step for point in _client(server).get_metric_history(told[0], "val_loss")] == [1, 2]
+
+
+def _client(url: str) -> Any:
     from mlflow import MlflowClient
 
-    assert told[0] == told[1]
-    assert [point.step for point in MlflowClient(tracking_uri=server).get_metric_history(told[0], "val_loss")] == [1, 2]
+    return MlflowClient(tracking_uri=url)
 
 
 def _healthy(url: str) -> bool:

@@ -17,7 +17,7 @@ from ml import events
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
 SCORES = {"accuracy": 0.9, "precision": 0.9, "recall": 0.9, "f1": 0.9, "classes": ["Normal", "Tumor"]}
-FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png", "manifest.json")
+FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png", "manifest.json", "report.html")
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def _train(epochs: int, folder: Path | None, resume: Path | None) -> None:
         _say(events.Resumed(done))
     for epoch in range(done + 1, epochs + 1):
         time.sleep(ACT["seconds"])
-        _say(events.Epoch(epoch, epochs, 0.5, 0.8, 0.5, 0.8, 0.01, ACT["seconds"]))
+        _say(events.Steps(epoch, 2 * epoch - 1, [0.6, 0.4], 0.01))
+        _say(events.Epoch(epoch, epochs, 0.5, 0.8, 0.5, 0.8, 0.01, ACT["seconds"], 0.8))
         if folder is not None and epoch < epochs:
             _keep(epoch, folder)
 

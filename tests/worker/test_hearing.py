@@ -1,0 +1,83 @@
+"""What a training's child says: what becomes a row, and what only MLflow is told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from sqlalchemy import select
+
+from jobs.tables import Job, JobEvent
+from ml import events
+from tests.worker.conftest import Hold
+from worker.child import Child
+from worker.running import Held, WorkFailed
+from worker.tracking import Run
+from worker.train import Told, _hear, _judge_end
+
+
+@dataclass
+class Listener:
+    """Stands where the MLflow run stands, and notes what it is told."""
+
+    heard: list[Any] = field(default_factory=list)
+
+    def steps(self, steps: events.Steps) -> None:
+        self.heard.append(steps)
+
+    def epoch(self, epoch: events.Epoch) -> None:
+        self.heard.append(epoch)
+
+    def final(self, metrics: dict[str, Any]) -> None:
+        self.heard.append(metrics)
+
+
+def hear(held: Held, *said: events.Event) -> tuple[Told, list[Any], list[JobEvent], int]:
+    """What is known, what MLflow was told, the rows that came of it, and by how much the job's revision grew."""
+    told, listener = Told(), Listener()
+    before = _revision(held)
+    for event in said:
+        _hear(held, cast(Run, listener), told, event)
+    with held.resources.sessions() as session:
+        mine = select(JobEvent).where(
+            JobEvent.job_id == held.claim.job_id, JobEvent.type.not_in(["submitted", "claimed"])
+        )
+        return told, listener.heard, list(session.scalars(mine.order_by(JobEvent.id))), _revision(held) - before
+
+
+def _revision(held: Held) -> int:
+    with held.resources.sessions() as session:
+        return session.get_one(Job, held.claim.job_id).revision
+
+
+def test_steps_are_for_mlflow_alone(hold: Hold) -> None:
+    steps = [events.Steps(1, first, [0.5] * 10, 0.01) for first in (1, 11, 21)]
+    _, heard, rows, changes = hear(hold(), *steps)
+    assert heard == steps
+    assert (rows, changes) == ([], 0)
+
+
+def test_an_epoch_is_a_row_with_its_phase_and_f1(hold: Hold) -> None:
+    epoch = events.Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5, val_f1=0.8, phase="fine_tune")
+    _, heard, rows, _ = hear(hold(), epoch)
+    assert heard == [epoch]
+    assert [(row.type, row.data["val_f1"], row.data["phase"]) for row in rows] == [("epoch", 0.8, "fine_tune")]
+
+
+def test_scores_and_the_end_are_kept_for_the_one_transaction_that_ends_the_job(hold: Hold) -> None:
+    told, heard, rows, changes = hear(hold(), events.Evaluated({"f1": 0.9}), events.Finished("model.safetensors"))
+    assert (told.metrics, told.finished) == ({"f1": 0.9}, events.Finished("model.safetensors"))
+    assert heard == [{"f1": 0.9}]
+    assert (rows, changes) == ([], 0)
+
+
+def test_the_log_of_a_defect_outlives_its_workspace_and_a_clients_mistake_leaves_none(
+    hold: Hold, tmp_path: Path
+) -> None:
+    held, log_file = hold(), tmp_path / "training.log"
+    log_file.write_text("Traceback …")
+    held.resources.settings.work.mkdir(parents=True)
+    for code, kept in (("BAD_DATASET", 0), ("INTERNAL", 1)):
+        with pytest.raises(WorkFailed):
+            _judge_end(held, Told(failed=events.Failed(code, "why")), cast(Child, None), log_file)
+        assert len(list(held.resources.settings.work.glob("*.log"))) == kept

@@ -1,0 +1,139 @@
+"""What a training's child is told, from the job's rows."""
+
+import io
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import lifecycle, registry
+from jobs.db import Sessions
+from jobs.registry import NewModel
+from jobs.settings import Settings
+from tests.worker.conftest import Hold
+from worker import orders
+from worker.resources import Resources
+from worker.running import Held, WorkFailed
+
+
+@pytest.fixture
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    """With a folder of weights, and a small cache."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    return settings.model_copy(update={"weights_dir": folder, "feature_cache_bytes": 1000})
+
+
+def told(held: Held, folder: Path) -> list[str]:
+    """The child's command line."""
+    folder.mkdir(exist_ok=True)
+    return orders.arguments(held, held.in_transaction(lambda session: orders.read(session, held)), folder)
+
+
+def after(flag: str, arguments: list[str]) -> str:
+    """What stands behind a flag."""
+    return arguments[arguments.index(flag) + 1]
+
+
+def refused(held: Held, folder: Path) -> dict[str, Any]:
+    """The error of an order that cannot be carried out."""
+    with pytest.raises(WorkFailed) as raised:
+        told(held, folder)
+    return raised.value.error
+
+
+def test_the_child_gets_all_parameters_the_cache_and_the_revision(
+    hold: Hold, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "code_revision", lambda: "abc123")
+    arguments = told(hold(epochs=3), tmp_path / "own")
+    assert arguments[0] == "run"
+    assert "--events" in arguments
+    assert "--base-weights" not in arguments
+    assert after("--cache", arguments) == str(settings.home.resolve() / "cache")
+    assert after("--cache-bytes", arguments) == "1000"
+    assert after("--revision", arguments) == "abc123"
+    params = yaml.safe_load(Path(after("--params", arguments)).read_text())
+    assert (params["epochs"], params["test_size"], params["network"]) == (3, 0.2, "vgg16")
+    config = yaml.safe_load(Path(after("--config", arguments)).read_text())
+    assert Path(config["data_ingestion"]["local_data_file"]).read_bytes() == b"a zip"
+
+
+def test_without_room_for_it_there_is_no_cache(hold: Hold, tmp_path: Path, resources: Resources) -> None:
+    resources.settings.feature_cache_bytes = 0
+    assert "--cache" not in told(hold(), tmp_path / "own")
+
+
+def test_a_job_of_an_earlier_version_is_read_by_the_names_of_its_day(hold: Hold, tmp_path: Path) -> None:
+    arguments = told(hold(held_out=0.3), tmp_path / "own")
+    params = yaml.safe_load(Path(after("--params", arguments)).read_text())
+    assert params["test_size"] == 0.3
+    assert "held_out" not in params
+
+
+def test_parameters_that_this_code_does_not_know_fail_the_job_by_name(hold: Hold, tmp_path: Path) -> None:
+    error = refused(hold(colour="red"), tmp_path / "own")
+    assert (error["code"], error["retryable"]) == ("BAD_PARAMS", False)
+    assert "colour" in error["detail"]
+
+
+# --- weights to begin from ---
+
+
+def test_a_file_is_taken_from_the_folder_of_weights(hold: Hold, tmp_path: Path, settings: Settings) -> None:
+    assert settings.weights_dir is not None
+    (settings.weights_dir / "mine.pth").write_bytes(b"w")
+    arguments = told(hold(weights="file:mine.pth"), tmp_path / "own")
+    assert after("--base-weights", arguments) == str(settings.weights_dir / "mine.pth")
+
+
+def test_a_file_that_is_not_there_says_what_to_put_where(hold: Hold, tmp_path: Path, settings: Settings) -> None:
+    error = refused(hold(weights="file:mine.pth"), tmp_path / "own")
+    assert (error["code"], error["retryable"]) == ("WEIGHTS_MISSING", False)
+    assert "mine.pth" in error["detail"]
+    assert "RENALQ_WEIGHTS_DIR" in error["detail"]
+    assert str(settings.weights_dir) not in error["detail"], "a client has no business with the workers' folders"
+
+
+def test_without_a_folder_of_weights_it_says_so(hold: Hold, tmp_path: Path, resources: Resources) -> None:
+    resources.settings.weights_dir = None
+    error = refused(hold(weights="file:mine.pth"), tmp_path / "own")
+    assert error["code"] == "WEIGHTS_MISSING"
+    assert "RENALQ_WEIGHTS_DIR" in error["detail"]
+
+
+@pytest.mark.parametrize("name", ["../secret.pth", "/etc/hostname", "..", "weights/../../secret.pth"])
+def test_no_name_leads_out_of_the_folder(hold: Hold, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.pth").write_bytes(b"w")
+    assert refused(hold(weights=f"file:{name}"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
+
+
+def made(hold: Hold, sessions: Sessions, weights_sha256: str) -> uuid.UUID:
+    """A version with these weights."""
+    held = hold()
+    with sessions.begin() as session:
+        version = registry.add(session, held.claim, NewModel(weights_sha256, ["A", "B"], {}, {}, None, None), 0.85)
+        lifecycle.succeed(session, held.claim)
+        return version.id
+
+
+def test_a_version_is_the_one_that_the_job_was_pinned_to(
+    hold: Hold, tmp_path: Path, sessions: Sessions, resources: Resources
+) -> None:
+    blob = resources.artifacts.put(io.BytesIO(b"weights"))
+    version = made(hold, sessions, blob.sha256)
+    for held in (hold(version, weights="version:1"), hold(weights="version:1")):
+        path = Path(after("--base-weights", told(held, tmp_path / str(held.claim.unit_id))))
+        assert path.read_bytes() == b"weights"
+
+
+def test_a_version_without_its_weights_fails_the_job(hold: Hold, tmp_path: Path, sessions: Sessions) -> None:
+    version = made(hold, sessions, "f" * 64)
+    assert refused(hold(version, weights="version:1"), tmp_path / "own")["code"] == "MODEL_MISSING"
+
+
+def test_a_version_that_is_gone_fails_the_job(hold: Hold, tmp_path: Path) -> None:
+    assert refused(hold(uuid.uuid4(), weights="version:1"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
+    assert refused(hold(weights="version:9"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"

@@ -1,0 +1,128 @@
+"""What MLflow missed while it was away is recorded from the rows, once it is back.
+
+The rows have parameters, epochs, scores, hashes and files. They do not have single steps, nor the machine's figures.
+"""
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import structlog
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from jobs import queries
+from jobs.bookkeeping import NOW
+from jobs.states import JobKind, JobState
+from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion
+from worker import mlflow_runs
+from worker.mlflow_runs import Description, describe
+from worker.provenance import BASE_WEIGHTS
+from worker.resources import Resources
+from worker.tracking import PUBLIC
+
+log = structlog.get_logger()
+
+AT_ONCE = 10
+"""Most trainings that one `catch_up` records."""
+WEIGHTS = "model.safetensors"
+STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.CANCELLED: "KILLED"}
+
+
+def is_behind(session: Session) -> bool:
+    """Whether an ended training is not, or not wholly, in MLflow."""
+    return session.scalar(_untracked().limit(1)) is not None
+
+
+def mark(session: Session, job_id: uuid.UUID) -> None:
+    """Say that MLflow has all of the training."""
+    session.execute(update(Job).where(Job.id == job_id).values(tracked_at=NOW))
+
+
+def catch_up(resources: Resources) -> int:
+    """Record ended trainings from their rows. Returns how many; 0 also where MLflow is still away."""
+    done = 0
+    try:
+        client = mlflow_runs.connect(resources.settings.mlflow_url)
+        with resources.sessions.begin() as session:
+            job_ids = session.scalars(_untracked().limit(AT_ONCE)).all()
+        for job_id in job_ids:
+            _record(client, resources, job_id)
+            done += 1
+    except Exception as error:
+        log.warning("mlflow_given_up", error=type(error).__name__)
+    return done
+
+
+def _untracked() -> Any:
+    return select(Job.id).where(
+        Job.kind == JobKind.TRAIN.value, Job.tracked_at.is_(None), Job.finished_at.is_not(None), Job.attempt > 0
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """An ended training, as its rows tell it."""
+
+    what: Description
+    run_id: str | None
+    state: JobState
+    metrics: Json | None
+    epochs: Sequence[Json]
+    files: Iterable[tuple[str, str]]
+    weights: tuple[str, str | None] | None  # by hash: those that it made, and those that it began with
+
+
+def _read(session: Session, job_id: uuid.UUID) -> _Rows:
+    job = session.get_one(Job, job_id)
+    dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
+    model = session.scalar(select(ModelVersion).where(ModelVersion.job_id == job_id))
+    files = session.execute(select(Artifact.name, Artifact.sha256).where(Artifact.job_id == job_id)).all()
+    return _Rows(
+        what=_described(job, dataset, model),
+        run_id=job.mlflow_run_id,
+        state=JobState(job.state),
+        metrics=job.metrics,
+        epochs=queries.epochs(session, job_id),
+        files=[(name, sha256) for name, sha256 in files],
+        weights=(model.weights_sha256, model.environment.get(BASE_WEIGHTS)) if model else None,
+    )
+
+
+def _described(job: Job, dataset: Dataset | None, model: ModelVersion | None) -> Description:
+    if model is None:
+        return describe(job.id, job.params, dataset.digest if dataset else None)
+    return describe(job.id, model.params, model.dataset_digest, model.code_revision, model.environment)
+
+
+def _record(client: Any, resources: Resources, job_id: uuid.UUID) -> None:
+    with resources.sessions.begin() as session:
+        rows = _read(session, job_id)
+    run = mlflow_runs.open_run(client, rows.what, rows.run_id)
+    known = {point.step for point in client.get_metric_history(run, "train_loss")}
+    missed = [epoch for epoch in rows.epochs if epoch["epoch"] not in known]
+    points = [point for epoch in missed for point in mlflow_runs.points_of_epoch(epoch)]
+    mlflow_runs.log_points(client, run, [*points, *mlflow_runs.points_of_scores(rows.metrics or {})])
+    if rows.weights:
+        mlflow_runs.log_weights(client, run, *rows.weights)
+    _log_files(client, run, resources, rows.files)
+    client.set_terminated(run, STATUS.get(rows.state, "FAILED"))
+    with resources.sessions.begin() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(mlflow_run_id=run))
+        session.execute(update(ModelVersion).where(ModelVersion.job_id == job_id).values(mlflow_run_id=run))
+        mark(session, job_id)
+    log.info("mlflow_caught_up", job_id=str(job_id))
+
+
+def _log_files(client: Any, run: str, resources: Resources, files: Iterable[tuple[str, str]]) -> None:
+    wanted = {*PUBLIC, *([WEIGHTS] if resources.settings.mlflow_log_weights else [])}
+    there = {file.path for file in client.list_artifacts(run)}
+    with TemporaryDirectory(dir=resources.settings.work) as folder:
+        for name, sha256 in files:
+            if name in wanted - there:
+                link = Path(folder) / name
+                link.symlink_to(resources.artifacts.fetch(sha256, Path(folder)))
+                client.log_artifact(run, str(link))

@@ -1,0 +1,153 @@
+"""What a training job asks for, read from its rows; and how its child is told: by flags, two files, and weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sqlalchemy.orm import Session
+
+from jobs import checkpoints, registry, training_params
+from jobs.errors import Invalid, ModelNotFound
+from jobs.tables import Checkpoint, Dataset, Job, Json
+from ml.errors import BadParams, WeightsMissing
+from ml.params import parse_params
+from worker.provenance import code_revision
+from worker.running import Held, WorkFailed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be trained, read from the rows once; and where an attempt before this one had come to."""
+
+    params: Json
+    archive_sha256: str | None
+    dataset_digest: str | None
+    source_url: str | None
+    base_sha256: str | None  # of the version to begin from
+    mlflow_run_id: str | None
+    checkpoints: Sequence[Checkpoint]
+
+
+def read(session: Session, held: Held) -> Order:
+    """The held job's order.
+
+    Raises:
+        WorkFailed: its dataset or base version is gone, or its parameters are not those of this code.
+    """
+    job = session.get_one(Job, held.claim.job_id)
+    dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
+    if dataset is None and job.source_url is None:
+        raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
+    return Order(
+        params=_complete(job.params),
+        archive_sha256=dataset.archive_sha256 if dataset else None,
+        dataset_digest=dataset.digest if dataset else None,
+        source_url=job.source_url,
+        base_sha256=_base(session, job),
+        mlflow_run_id=job.mlflow_run_id,
+        checkpoints=checkpoints.latest(session, job.id, job.retry_of),
+    )
+
+
+def _complete(params: Json) -> Json:
+    """The job's parameters with the defaults of `ml/params.py` beside them: what is recorded is what was used."""
+    try:
+        return parse_params(training_params.current(params)).model_dump(mode="json")
+    except BadParams as error:
+        raise WorkFailed("BAD_PARAMS", str(error)) from error
+
+
+def _base(session: Session, job: Job) -> str | None:
+    """The weights of the version that the job was pinned to when it was submitted."""
+    try:
+        if job.base_model_id is not None:
+            return registry.by_id(session, job.base_model_id).weights_sha256
+        base = registry.base_of(session, job.tenant_id, job.params)
+    except (ModelNotFound, Invalid) as error:
+        raise WorkFailed("WEIGHTS_MISSING", "The version that the training was to begin from is gone.") from error
+    return base.weights_sha256 if base else None
+
+
+# --- the child's ---
+
+
+def arguments(held: Held, order: Order, folder: Path) -> list[str]:
+    """The child's command line; the files that it names are written into the attempt's folder.
+
+    Raises:
+        WorkFailed: the weights to begin from are not there.
+    """
+    settings = held.resources.settings
+    config, params = _write_config(held, order, folder)
+    found = ["run", "--config", str(config), "--params", str(params), "--events"]
+    found += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(settings.checkpoint_seconds)]
+    if settings.feature_cache_bytes:
+        found += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]
+    if (base := _base_weights(held, order, folder)) is not None:
+        found += ["--base-weights", str(base)]
+    if (revision := code_revision()) is not None:
+        found += ["--revision", revision]
+    return found
+
+
+def _base_weights(held: Held, order: Order, folder: Path) -> Path | None:
+    """The file that `weights: file:NAME` or `version:N` stands for; None for other weights."""
+    if order.base_sha256 is not None:
+        return _version(held, order.base_sha256, folder)
+    name = training_params.base_file(order.params)
+    return None if name is None else _file(name, held.resources.settings.weights_dir)
+
+
+def _version(held: Held, sha256: str, folder: Path) -> Path:
+    try:
+        path = held.resources.artifacts.fetch(sha256, folder)
+        if path.is_file():
+            return path
+    except FileNotFoundError:
+        pass
+    raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
+
+
+def _file(name: str, folder: Path | None) -> Path:
+    # A name with a path in it would let a client read what it has no business with. The API refuses it as well.
+    plain = Path(name).name == name
+    if plain and folder is not None and (folder / name).is_file():
+        return folder.absolute() / name
+    where = "the folder that RENALQ_WEIGHTS_DIR names" if folder else "a folder, and its path into RENALQ_WEIGHTS_DIR"
+    detail = (
+        f"weights: the workers have no file {Path(name).name}. Put it into {where}, or set weights: imagenet or none."
+    )
+    raise WorkFailed(WeightsMissing.code, detail)
+
+
+def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
+    """The child's config and params files: those of `config/config.yaml`, with paths of this attempt's own."""
+    root = folder / "artifacts"
+    archive = folder / "data.zip"
+    if order.archive_sha256 is not None:
+        archive.symlink_to(held.resources.artifacts.fetch(order.archive_sha256, folder))
+    config: dict[str, Any] = {
+        "artifacts_root": str(root),
+        "data_ingestion": {
+            "root_dir": str(root / "data_ingestion"),
+            "source_URL": order.source_url or "",
+            "local_data_file": str(archive),
+            "unzip_dir": str(root / "data_ingestion" / "images"),
+        },
+        "prepare_base_model": {
+            "root_dir": str(root / "prepare_base_model"),
+            "base_model_path": str(root / "prepare_base_model" / "base_model.safetensors"),
+            "updated_base_model_path": str(root / "prepare_base_model" / "base_model_updated.safetensors"),
+        },
+        "training": {
+            "root_dir": str(root / "training"),
+            "trained_model_path": str(root / "training/model.safetensors"),
+        },
+        "evaluation": {"root_dir": str(root / "evaluation"), "scores_path": str(root / "evaluation" / "scores.json")},
+    }
+    files = folder / "config.yaml", folder / "params.yaml"
+    for path, content in zip(files, (config, order.params), strict=True):
+        path.write_text(yaml.safe_dump(content))
+    return files
