@@ -1,7 +1,9 @@
 """The plain loop, as document 000 describes it: `python -m bench.plain ZIP PARAMS FOLDER`. Written to be fair.
 
 No trick of ours is in it, and none is kept from it that such projects use: torch's threads, `no_grad` for the
-evaluation, two loader processes. The split is ours, so that both sides are tested on the same scans.
+evaluation, two loader processes. The split is ours, so that both sides are tested on the same scans; and so is the
+standardization of random features, as a layer: without it plain SGD learns next to nothing from them, and there would
+be no quality to compare.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -19,8 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ml.archives import extract_zip
-from ml.data import check_dataset, split_scans
-from ml.metrics import score
+from ml.data import check_dataset
+from ml.metrics import Judged, score
+from ml.splits import split_scans
 from ml.torchvision_ops import torchvision
 
 LOADERS = 2
@@ -39,6 +45,32 @@ class Scans(Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB")), int(self.labels[index])
 
 
+class Standardized(nn.Module):
+    """(x - mean) / std of the first batch of features, as ml.standardization has it of all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 [n, 25088]."""
+        if self.mean is None:
+            std, self.mean = torch.std_mean(features.detach(), dim=0)
+            self.scale = torch.hypot(std, 0.3 * std.mean() + 1e-12) / 0.3
+        return (features - self.mean) / self.scale
+
+
+@dataclass
+class Material:
+    """What every side of the comparison starts from."""
+
+    names: tuple[str, ...]
+    train: DataLoader
+    validation: DataLoader
+    test: DataLoader
+
+
 def transforms(augmentation: bool):
     """Document 000's two pipelines: (training, validation)."""
     t = torchvision().transforms
@@ -53,10 +85,29 @@ def transforms(augmentation: bool):
     return t.Compose([*resize, *(changes if augmentation else []), *end]), t.Compose([*resize, *end])
 
 
+def material(archive: Path, params: dict, folder: Path) -> Material:
+    """Unpack, check, split; a loader for each side."""
+    root = folder / "images"
+    extract_zip(archive, root)
+    report = check_dataset(root)
+    split = split_scans(report, params["seed"])
+    paths = np.array([str(root / scan.path) for scan in report.scans])
+    changing, still = transforms(params["augmentation"])
+
+    def loader(scans: np.ndarray, transform, shuffle: bool = False) -> DataLoader:
+        part = Scans(paths[scans], report.labels[scans], transform)
+        return DataLoader(part, batch_size=32, shuffle=shuffle, num_workers=LOADERS)
+
+    return Material(
+        report.names, loader(split.train, changing, True), loader(split.validation, still), loader(split.test, still)
+    )
+
+
 def build(classes: int) -> nn.Module:
     """VGG16 with frozen features and the new head."""
     model = torchvision().models.vgg16(weights=None)
     model.classifier[6] = nn.Linear(4096, classes)
+    model.classifier.insert(0, Standardized())
     for parameter in model.features.parameters():
         parameter.requires_grad = False
     return model
@@ -83,32 +134,33 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim
         optimizer.step()
 
 
+def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The head's parameters."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def report_scores(names: tuple[str, ...], labels: torch.Tensor, logits: torch.Tensor, seconds: list[float]) -> None:
+    """The last line of output: what `bench.train` reads."""
+    scores = score(Judged(names, labels.numpy(), logits.numpy()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mb": round(peak), "accuracy": scores.accuracy, "f1": scores.f1, "train_seconds": seconds}))
+
+
 def main(archive: str, params_path: str, folder: str) -> None:
-    """Unpack, split, train, evaluate, save; the last line of output is the scores."""
+    """Unpack, split, train, evaluate, save."""
     params = yaml.safe_load(Path(params_path).read_text())
     torch.manual_seed(params["seed"])
-    root = Path(folder) / "images"
-    extract_zip(Path(archive), root)
-    report = check_dataset(root)
-    split = split_scans(report, params["seed"])
-    paths = [root / scan.path for scan in report.scans]
-    loaders = []
-    for scans, transform in zip((split.train, split.held_out), transforms(params["augmentation"]), strict=True):
-        part = Scans([paths[i] for i in scans], report.labels[scans], transform)
-        loaders.append(DataLoader(part, batch_size=32, shuffle=scans is split.train, num_workers=LOADERS))
-    model = build(len(report.names))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=params["learning_rate"], momentum=0.9)
+    data = material(Path(archive), params, Path(folder))
+    model = build(len(data.names))
+    optimizer = torch.optim.SGD(trainable(model), lr=params["learning_rate"], momentum=0.9)
     seconds = []
     for _ in range(params["epochs"]):
         started = time.perf_counter()
-        train_one_epoch(model, loaders[0], optimizer)
-        labels, logits = evaluate(model, loaders[1])
+        train_one_epoch(model, data.train, optimizer)
+        evaluate(model, data.validation)
         seconds.append(round(time.perf_counter() - started, 2))
     torch.save(model.state_dict(), Path(folder) / "model.pth")
-    scores = score(labels.numpy(), logits.numpy(), report.names)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mb": round(peak), "accuracy": scores.accuracy, "f1": scores.f1, "train_seconds": seconds}))
+    report_scores(data.names, *evaluate(model, data.test), seconds)
 
 
 if __name__ == "__main__":
