@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     )
     work_dir: Path | None = Field(None, description="Scratch space of workers. Empty: HOME/work.")
     feature_cache_bytes: int = Field(
-        8 * GIB, ge=0, description="Most that a worker's cache of features, HOME/cache, may hold (bytes). 0: no cache."
+        8 * GIB, ge=0, description="Most that decoded scans and features in HOME/cache may hold (bytes). 0: no cache."
     )
 
     lease_seconds: float = Field(45, gt=0, description="A claim is lost after this time without a beat (s).")
