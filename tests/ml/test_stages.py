@@ -24,7 +24,7 @@ from ml.events import STAGES, Epoch, Evaluated, Event, Failed, Finished, StageFi
 from ml.params import NETWORKS, parse_params
 from ml.predict import Predictor, ScanInput
 from ml.run import Run, Surroundings
-from tests.ml.builders import DATA, make_files, write_zip
+from tests.ml.builders import make_files, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
 VGG16 = "vgg16-397923af.pth"
@@ -283,14 +283,3 @@ def test_sigterm_ends_a_training_at_once_and_leaves_no_half_written_file(small_r
     assert time.monotonic() - started < 5
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
     assert not (tmp_path / "training" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_real_scans_are_learned_without_imagenet_weights(tmp_path):
-    archive = DATA / "mri-465.zip"
-    if not archive.exists():
-        pytest.skip("the shared data are not here")
-    params = {"image_size": [224, 224, 3], "batch_size": 32, "epochs": 6, "seed": 1}
-    scores = scores_of(run_of(tmp_path, archive, **params))
-    assert scores["counts"]["test"] == pytest.approx(93, abs=6)
-    assert scores["f1"] >= 0.9
