@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Any
 
@@ -24,6 +23,7 @@ from ml.network import Model
 from ml.run import Run, write_json
 from ml.schedules import best_epoch
 from ml.splits import group_scans
+from ml.versions import installed
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
 FOLD_SHARE = 0.9  # of the stage's progress, where there are folds
@@ -143,7 +143,7 @@ def _show(state: Run, model: Model, judged: Judged, scores: Scores, leaked: Leak
         weights_sha256=(model.metadata.get("weights") or {}).get("sha256"),
         model_sha256=weights.sha256(state.config.training.trained_model_path),
         revision=state.around.revision,
-        versions=versions(),
+        versions={"python": python_version(), **installed(PACKAGES)},
         leak_reasons=leaked.reasons(),
         split_notes=_split_notes(state),
     )
@@ -157,17 +157,6 @@ def _split_notes(state: Run) -> list[str]:
         f"{params.test_size:g} for the test, {params.validation_size:g} for validation.",
         "Scans of one patient, copies, and near-duplicates are one group and stay together.",
     ]
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    found: dict[str, str] = {"python": python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _history(state: Run) -> list[Epoch]:

@@ -17,7 +17,7 @@ from ml.engines import device_name
 from ml.events import Resumed, Steps, reporter
 from ml.lineage import lineage
 from ml.member import training_team
-from ml.metrics import positive_class
+from ml.metrics import positive_index
 from ml.network import Model
 from ml.run import Run, precision_of, write_json
 from ml.splits import Split
@@ -48,7 +48,8 @@ def _together(state: Run, model: Model) -> AbstractContextManager[Team]:
     return training_team(
         state.params, model,
         pixels=state.config.data_ingestion.pixels_path, labels=state.report.labels, split=state.split,
-        positive=_positive(model), resume=state.around.checkpoints.resume, folder=state.config.data_ingestion.root_dir,
+        positive=positive_index(model.classes), resume=state.around.checkpoints.resume,
+        folder=state.config.data_ingestion.root_dir,
     )  # fmt: skip
 
 
@@ -67,12 +68,9 @@ def _train(state: Run, model: Model, members: Team) -> None:
 
 def data_of(state: Run, model: Model, split: Split, members: Team) -> TrainData:
     """What a training of this model learns from."""
-    return TrainData(lambda top: state.features(model, top, members), state.report.labels, split, _positive(model))
-
-
-def _positive(model: Model) -> int | None:
-    name = positive_class(model.classes)
-    return None if name is None else model.classes.index(name)
+    return TrainData(
+        lambda top: state.features(model, top, members), state.report.labels, split, positive_index(model.classes)
+    )
 
 
 def head_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -96,7 +94,7 @@ def test_logits(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
 def _calibrate(state: Run, model: Model) -> Calibration:
     """Temperature and threshold, by the validation scans: a prediction of this network has to use them."""
     scans = state.split.validation
-    return calibrate(state.report.labels[scans], test_logits(state, model, scans), _positive(model))
+    return calibrate(state.report.labels[scans], test_logits(state, model, scans), positive_index(model.classes))
 
 
 def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, object]:

@@ -34,12 +34,15 @@ def data_ingestion(state: Run) -> None:
             raise BadParams("data_ingestion: local_data_file does not exist, and source_URL is not set.")
         fetch(paths.source_url, paths.local_data_file, report=lambda fraction: tell(DOWNLOAD_SHARE * fraction))
         begin = DOWNLOAD_SHARE
-    if not _recalled(state):
+    key = None if state.around.cache is None else _key(state)
+    # A stage alone always unpacks: whoever runs it wants to see the scans.
+    if key is None or not state.whole or not _recalled(state, key):
         extract_zip(paths.local_data_file, paths.unzip_dir)
         report = _decode_all(state, lambda fraction: tell(begin + (1 - begin) * fraction))
         report.raise_for_problems()
         save_manifest(report, paths.manifest_path)
-        _remember(state)
+        if key is not None:
+            _remember(state, key)
     state.__dict__.pop("report", None)
     found = {"warnings": list(state.report.warnings), "inspection": asdict(state.report.inspection)}
     write_json(paths.report_path, {"classes": state.report.classes, "images": state.report.images, **found})
@@ -78,12 +81,10 @@ def _key(state: Run) -> str:
     return key_of(archive=archive, size=state.params.image_size, window=state.params.window, version=1)
 
 
-def _recalled(state: Run) -> bool:
-    """Whether this zip was decoded for an earlier training, which left manifest and pixels in the cache. A stage alone
-    always unpacks: whoever runs it wants to see the scans."""
-    if state.around.cache is None or not state.whole:
-        return False
-    entry, paths = state.around.cache.find(_key(state)), state.config.data_ingestion
+def _recalled(state: Run, key: str) -> bool:
+    """Whether this zip was decoded for an earlier training, which left manifest and pixels in the cache."""
+    assert state.around.cache is not None
+    entry, paths = state.around.cache.find(key), state.config.data_ingestion
     try:
         if entry is None or _has_other_classes(state, entry):
             return False
@@ -109,9 +110,8 @@ def _link(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def _remember(state: Run) -> None:
-    if state.around.cache is not None:
-        paths = state.config.data_ingestion
-        pixels = np.load(paths.pixels_path, mmap_mode="r")
-        files = {"pixels.npy": pixels, "manifest.json": paths.manifest_path.read_bytes()}
-        state.around.cache.store(_key(state), files)
+def _remember(state: Run, key: str) -> None:
+    assert state.around.cache is not None
+    paths = state.config.data_ingestion
+    pixels = np.load(paths.pixels_path, mmap_mode="r")
+    state.around.cache.store(key, {"pixels.npy": pixels, "manifest.json": paths.manifest_path.read_bytes()})

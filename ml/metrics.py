@@ -53,8 +53,7 @@ class Judged:
     @property
     def positive(self) -> int | None:
         """Index of the positive class, of two."""
-        name = positive_class(self.classes)
-        return None if name is None else self.classes.index(name)
+        return positive_index(self.classes)
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,12 @@ def positive_class(classes: tuple[str, ...]) -> str | None:
     if len(classes) != 2:
         return None
     return next((name for name in classes if name.lower() in _POSITIVE), classes[-1])
+
+
+def positive_index(classes: tuple[str, ...]) -> int | None:
+    """The place of `positive_class` among the network's outputs."""
+    name = positive_class(classes)
+    return None if name is None else classes.index(name)
 
 
 def score(judged: Judged) -> Scores:

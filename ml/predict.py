@@ -17,7 +17,7 @@ from ml.calibration import Calibration
 from ml.engines import Backbone, Precision, open_backbone
 from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
-from ml.metrics import positive_class
+from ml.metrics import positive_index
 from ml.transforms import Transform
 
 BAD_IMAGE = "BAD_IMAGE"
@@ -110,13 +110,8 @@ class Predictor:
     def _answers(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Class index and probabilities float64 [classes] of each scan."""
         logits = self.head(torch.from_numpy(features)).numpy()
-        decided = self.calibration.decide(logits, self._positive)
+        decided = self.calibration.decide(logits, positive_index(self.classes))
         return list(zip(decided.tolist(), self.calibration.probabilities(logits), strict=True))
-
-    @property
-    def _positive(self) -> int | None:
-        name = positive_class(self.classes)
-        return None if name is None else self.classes.index(name)
 
     def _prediction(self, one: _Decoded, answers: Iterator[tuple[int, np.ndarray]]) -> Prediction:
         if one.pixels is None:

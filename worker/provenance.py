@@ -5,8 +5,9 @@ import os
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ml.versions import installed
 
 BASE_WEIGHTS = "base_weights_sha256"
 """In an environment: the hash of the weights that the network began with."""
@@ -27,13 +28,8 @@ def code_revision() -> str | None:
 @cache
 def environment() -> dict[str, str]:
     """Python, the machine, and the packages that decide a network's numbers."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    return machine | installed(PACKAGES)
 
 
 def of_model(path: Path) -> dict[str, str]:
