@@ -2,7 +2,7 @@
 
 The plain side (bench/plain.py) is what projects of this kind ship: the whole network forward in fp32 in every epoch,
 PIL transforms, a DataLoader, `requires_grad = False` on the features, an evaluation after each epoch. Ours is
-`python -m ml run`. All unpack the zip, check it, split it by the same rule, train, evaluate and save, in a process of
+`python -m ml train`. All unpack the zip, check it, split it by the same rule, train, evaluate and save, in a process of
 their own, so that time (of the whole process) and peak memory are honest. Two settings: 2 epochs with augmentation; 10
 without. `--seeds N` repeats ours and the plain loop for the quality. Prints tables, writes bench/out/train.json.
 """
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(argv)
     results: dict[str, Any] = {"machine": machine(), "params": PARAMS}
     with tempfile.TemporaryDirectory(prefix="renalq-bench-") as folder:
-        data = _data(parsed.data, parsed.quick, Path(folder))
+        data = data_of(parsed.data, parsed.quick, Path(folder))
         results["data"] = data.name
         for name in parsed.settings:
             fields = SETTINGS[name] | ({"epochs": 1} if parsed.quick else {})
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data(given: Path | None, quick: bool, folder: Path) -> Path:
+def data_of(given: Path | None, quick: bool, folder: Path) -> Path:
     """The zip: as given, from RENALQ_BENCH_DATA, the shared real scans, else synthetic ones in equal number."""
     named = given or (Path(os.environ["RENALQ_BENCH_DATA"]) if os.environ.get("RENALQ_BENCH_DATA") else SHARED)
     if named.exists() and not quick:

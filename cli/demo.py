@@ -55,9 +55,9 @@ def demo(console: Console, keep: bool = False) -> int:
     signal.signal(signal.SIGTERM, _leave)
     folder = Settings().home.resolve() / "demo" / secrets.token_hex(4)
     try:
-        with _stack(folder / "home") as stack:
+        with running_stack(folder / "home") as stack:
             scans = _make_scans(folder / "scans", console)
-            client = _wait_until_ready(stack, folder / "home")
+            client = ready_client(stack, folder / "home")
             passed = _show(client, scans, console)
         console.print(f"Done in {time.monotonic() - began:.0f} s.", highlight=False)
         return 0 if passed else 1
@@ -76,7 +76,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _stack(home: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running_stack(home: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`renalq up` for the length of the block."""
     port = str(Settings().port) if "RENALQ_PORT" in os.environ else str(free_port())
     environ = {**os.environ, "RENALQ_HOME": str(home), "RENALQ_PORT": port, "COLUMNS": "200"}
@@ -120,7 +120,7 @@ def _phantom(log: Path, *options: str) -> None:
         raise CannotStartError(f"The synthetic CT could not be made: {last_line(log)} (log: {log})")
 
 
-def _wait_until_ready(stack: subprocess.Popen[bytes], home: Path) -> Client:
+def ready_client(stack: subprocess.Popen[bytes], home: Path) -> Client:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if stack.poll() is not None:
