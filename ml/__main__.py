@@ -1,11 +1,12 @@
 """`python -m ml`: the pipeline without a server.
 
-run                  all four stages in one process
-data_ingestion …     one stage, reading from disk what the one before wrote
+train                all four stages in one process: from scans to a network, its scores and a report
+data_ingestion …     one of these stages alone, reading from disk what the one before wrote
 predict MODEL FILE…  predictions as a table
 check FOLDER_OR_ZIP  what a dataset holds and what is wrong with it
-phantom …            synthetic CT (see `python -m ml phantom --help`)
+phantom …            synthetic CT to try it with
 
+`python -m ml COMMAND --help` tells the options of each; that of train also has examples, and all parameters.
 With --events, stdout carries one JSON object a line (ml.events) and nothing else; logs go to stderr.
 """
 
@@ -20,14 +21,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeAlias
 
-from ml.config import CheckpointPlan, load_config
+from ml.config import CheckpointPlan
 from ml.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
 from ml.events import STAGES, Emit, Event, Failed, to_json
-from ml.params import load_params
+from ml.options import USUAL_CONFIG, USUAL_OUT, USUAL_PARAMS, config_of, params_of, training_help
 
 log = logging.getLogger("ml")
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ml", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in ("run", *STAGES):
-        command = commands.add_parser(name, help="all four stages" if name == "run" else f"the stage {name} alone")
-        command.add_argument("--config", type=Path, default=Path("config/config.yaml"))
-        command.add_argument("--params", type=Path, default=Path("params.yaml"))
-        command.add_argument("--events", action="store_true", help="JSON lines on stdout, for a parent process")
-        command.set_defaults(command=_pipeline, stage=name, checkpoints=None, checkpoint_seconds=0.0, resume=None)
-        _add_surroundings(command)
-        if name in ("run", "training"):
-            _add_checkpoints(command)
+    _add_train(commands)
+    for name in STAGES:
+        _add_stage(commands, name)
     predict = commands.add_parser("predict", help="predict scans with a model file")
     predict.add_argument("model", type=Path)
     predict.add_argument("files", type=Path, nargs="+")
@@ -65,6 +62,45 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     commands.add_parser("phantom", help="write synthetic CT")
     return parser
+
+
+def _add_train(commands: Commands) -> None:
+    command = commands.add_parser(
+        "train", help="all four stages", epilog=training_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a network on scans, and evaluate it on those that were held out.",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", metavar="ZIP|FOLDER|URL", help="the scans, one folder a class (default: those that the config names)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"write all below it (default: as the config says, else {USUAL_OUT})"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="a parameter (below), instead of the file's; may be repeated",
+    )  # fmt: skip
+    _add_pipeline(command, "train")
+    _add_checkpoints(command)
+
+
+def _add_stage(commands: Commands, name: str) -> None:
+    command = commands.add_parser(name, help=f"the stage {name} alone")
+    command.set_defaults(data=None, out=None, settings=[], checkpoints=None, checkpoint_seconds=0.0, resume=None)
+    _add_pipeline(command, name)
+    if name == "training":
+        _add_checkpoints(command)
+
+
+def _add_pipeline(command: argparse.ArgumentParser, stage: str) -> None:
+    command.set_defaults(command=_pipeline, stage=stage)
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"where to read and write (default: {USUAL_CONFIG}, if it is there)"
+    )
+    command.add_argument(
+        "--params", type=Path, metavar="FILE", help=f"the parameters (default: {USUAL_PARAMS}, if it is there)"
+    )
+    command.add_argument("--events", action="store_true", help="JSON lines on stdout, for a parent process")
+    _add_surroundings(command)
 
 
 def _add_surroundings(command: argparse.ArgumentParser) -> None:
@@ -113,11 +149,13 @@ def _run(parsed: argparse.Namespace, emit: Emit) -> int:
 
 
 def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
+    # Before torch is imported: who has misspelt an option need not wait for it.
+    config, params = config_of(parsed.config, parsed.data, parsed.out), params_of(parsed.params, parsed.settings)
+
     from ml import stages
     from ml.cache import Cache
     from ml.run import Run, Surroundings
 
-    config, params = load_config(parsed.config), load_params(parsed.params)
     around = Surroundings(
         weights_dir=Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None,
         base_weights=parsed.base_weights,
@@ -125,7 +163,7 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
         checkpoints=CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume),
         revision=parsed.revision,
     )
-    if parsed.stage == "run":
+    if parsed.stage == "train":
         stages.run(config, params, emit, around)
     else:
         stages.run_stage(parsed.stage, Run(config, params, emit, around))

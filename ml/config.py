@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,17 @@ class _Section(BaseModel):
 
 
 class DataIngestion(_Section):
-    """`local_data_file` is used where it exists; otherwise `source_URL` is downloaded to it."""
+    """`local_data_file`, a zip or a folder, is used where it exists; otherwise `source_URL` is downloaded to it."""
 
     root_dir: Path
     source_url: str | None = Field(None, alias="source_URL")
     local_data_file: Path
     unzip_dir: Path
+
+    @property
+    def scans_dir(self) -> Path:
+        """The folder with one folder a class: `local_data_file` itself, or what its zip is unpacked to."""
+        return self.local_data_file if self.local_data_file.is_dir() else self.unzip_dir
 
     @property
     def manifest_path(self) -> Path:
@@ -74,6 +80,35 @@ class PipelineConfig(_Section):
     prepare_base_model: PrepareBaseModel
     training: Training
     evaluation: Evaluation
+
+    @classmethod
+    def below(cls, folder: Path) -> PipelineConfig:
+        """The places of config/config.yaml, with `folder` instead of artifacts."""
+        ingestion, base = folder / "data_ingestion", folder / "prepare_base_model"
+        training, evaluation = folder / "training", folder / "evaluation"
+        return cls(
+            artifacts_root=folder,
+            data_ingestion=DataIngestion(
+                root_dir=ingestion, source_url=None,
+                local_data_file=ingestion / "data.zip", unzip_dir=ingestion / "images",
+            ),
+            prepare_base_model=PrepareBaseModel(
+                root_dir=base, base_model_path=base / "base_model.safetensors",
+                updated_base_model_path=base / "base_model_updated.safetensors",
+            ),
+            training=Training(root_dir=training, trained_model_path=training / "model.safetensors"),
+            evaluation=Evaluation(root_dir=evaluation, scores_path=evaluation / "scores.json"),
+        )  # fmt: skip
+
+    def reading(self, data: str) -> PipelineConfig:
+        """The same places, and other scans: a zip, a folder with one folder a class, or the address of a zip."""
+        if "://" in data:
+            # Each address has a file of its own: what came from another one must not be taken for this one's.
+            name = f"data-{hashlib.sha256(data.encode()).hexdigest()[:8]}.zip"
+            scans = {"source_url": data, "local_data_file": self.data_ingestion.root_dir / name}
+        else:
+            scans = {"source_url": None, "local_data_file": Path(data)}
+        return self.model_copy(update={"data_ingestion": self.data_ingestion.model_copy(update=scans)})
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from ml.predict import Prediction
 
 
+FIGURES = ("accuracy", "precision", "recall", "f1", "roc_auc")
+REPORTS = ("report.html", "report.pdf", "scores.json")
+
+
 class Console:
-    """Shows events as they come: one bar a stage. Use as a context manager."""
+    """Shows events as they come: a bar for each stage, and at the end, below them, what came of it. For `with`."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         self._bars = Progress(*columns, TimeElapsedColumn())
         self._tasks: dict[str, TaskID] = {}
+        self._closing: list[str] = []
 
     def __enter__(self) -> Console:
         self._bars.start()
@@ -35,6 +40,8 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bars.stop()
+        for line in self._closing:
+            self._print(line)
 
     def show(self, event: events.Event) -> None:
         """Show one event."""
@@ -46,8 +53,13 @@ class Console:
             case events.StageFinished(stage):
                 self._bars.update(self._tasks[stage], completed=1.0)
                 self._bars.stop_task(self._tasks[stage])
-            case _:
-                self._bars.console.print(_line(event))
+            case events.Evaluated() | events.Finished() | events.Failed():
+                self._closing.append(_line(event))
+            case _ if line := _line(event):
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._bars.console.print(line, soft_wrap=True)  # a path that is broken in two cannot be copied
 
 
 def _line(event: events.Event) -> str:
@@ -55,7 +67,7 @@ def _line(event: events.Event) -> str:
         case events.Epoch():
             return (
                 f"epoch {event.epoch}/{event.epochs}  training loss {event.train_loss:.4f} accuracy "
-                f"{event.train_accuracy:.3f}  held out loss {event.val_loss:.4f} accuracy {event.val_accuracy:.3f}"
+                f"{event.train_accuracy:.3f}  validation loss {event.val_loss:.4f} accuracy {event.val_accuracy:.3f}"
                 f"  {event.seconds:.1f} s"
             )
         case events.Resumed(epoch):
@@ -63,14 +75,23 @@ def _line(event: events.Event) -> str:
         case events.Checkpointed(_, path, seconds):
             return f"checkpoint: {escape(path)}  {seconds:.1f} s"
         case events.Evaluated(metrics):
-            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "precision", "recall", "f1"))
-            return f"[bold]{shown}[/bold]  on {metrics['held_out']} held-out scans"
-        case events.Finished(model_path):
-            return f"model: {escape(model_path)}"
+            shown = "  ".join(_figure(name, metrics) for name in FIGURES if metrics.get(name) is not None)
+            return f"{shown}  on {metrics['held_out']} held-out scans"
+        case events.Finished(model_path, artifacts):
+            named = {"model": model_path} | {name: artifacts[name] for name in REPORTS if name in artifacts}
+            lines = [f"{name:<12} {escape(path)}" for name, path in named.items()]
+            return "\n".join([*lines, f"{'predict':<12} python -m ml predict {escape(model_path)} SCAN…"])
         case events.Failed(code, detail):
             return f"[red]{code}[/red] {escape(detail)}"
         case _:
             return ""
+
+
+def _figure(name: str, metrics: Mapping[str, Any]) -> str:
+    """A score, and the ends of its 95 % interval where it has one."""
+    ends = (metrics.get("intervals") or {}).get(name)
+    interval = f" ({ends[0]:.2f}–{ends[1]:.2f})" if ends else ""
+    return f"[bold]{name} {metrics[name]:.3f}[/bold]{interval}"
 
 
 def prediction_table(predictions: Iterable[Prediction]) -> None:

@@ -1,6 +1,6 @@
 """What a training child says to its parent: one JSON object a line on stdout, and nothing else there.
 
-The whole protocol between `python -m ml run --events` and the worker is in this file.
+The whole protocol between `python -m ml train --events` and the worker is in this file.
 """
 
 from __future__ import annotations

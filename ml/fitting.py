@@ -101,6 +101,7 @@ def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, ob
     """What a model file says of its learning."""
     seen = lineage(state.report, [*state.split.train, *state.split.validation])
     return {
+        "params": state.params.model_dump(mode="json"),  # a stage of its own may have got others than the one before
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
         "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
         "precision": precision_of(state.params),

@@ -1,5 +1,5 @@
-"""Stage 1, data_ingestion: a zip (local, or downloaded) → scans, manifest.json, dataset_report.json, and pixels.npy
-with every scan decoded once."""
+"""Stage 1, data_ingestion: a folder of scans, or a zip (local, or downloaded) → manifest.json, dataset_report.json, and
+pixels.npy with every scan decoded once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def data_ingestion(state: Run) -> None:
     begin = 0.0
     if not paths.local_data_file.exists():
         if not paths.source_url:
-            raise BadParams("data_ingestion: local_data_file does not exist, and source_URL is not set.")
+            raise BadParams(
+                "data_ingestion: local_data_file does not exist, and source_URL is not set: put a zip there, or name "
+                "the scans with --data."
+            )
         fetch(paths.source_url, paths.local_data_file, report=lambda fraction: tell(DOWNLOAD_SHARE * fraction))
         begin = DOWNLOAD_SHARE
-    key = None if state.around.cache is None else _key(state)
+    # A folder has no hash of its own; and reading it to hash it would take as long as most of what a cache saves.
+    key = None if state.around.cache is None or paths.local_data_file.is_dir() else _key(state)
     # A stage alone always unpacks: whoever runs it wants to see the scans.
     if key is None or not state.whole or not _recalled(state, key):
-        extract_zip(paths.local_data_file, paths.unzip_dir)
+        _unpack(state)
         report = _decode_all(state, lambda fraction: tell(begin + (1 - begin) * fraction))
         report.raise_for_problems()
         save_manifest(report, paths.manifest_path)
@@ -48,17 +52,32 @@ def data_ingestion(state: Run) -> None:
     write_json(paths.report_path, {"classes": state.report.classes, "images": state.report.images, **found})
 
 
+def _unpack(state: Run) -> None:
+    """The zip's scans into `unzip_dir`; a folder is read where it lies."""
+    paths, config = state.config.data_ingestion, state.config
+    if not paths.local_data_file.is_dir():
+        extract_zip(paths.local_data_file, paths.unzip_dir)
+        return
+    scans = paths.local_data_file.resolve()
+    for stage in (paths, config.prepare_base_model, config.training, config.evaluation):
+        if stage.root_dir.resolve().is_relative_to(scans):
+            raise BadParams(
+                f"data_ingestion: {stage.root_dir} lies in the folder of the scans, {paths.local_data_file}: the plots "
+                "would be taken for scans. Write elsewhere, with --out."
+            )
+
+
 def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
     paths, transform = state.config.data_ingestion, state.transform
     partial = paths.pixels_path.with_name(f".{paths.pixels_path.name}.partial")
-    shape = (count_images(paths.unzip_dir), transform.height, transform.width, 3)
+    shape = (count_images(paths.scans_dir), transform.height, transform.width, 3)
     try:
         pixels = _pixels_file(partial, shape) if shape[0] else np.empty(shape, np.uint8)
 
         def keep(index: int, image: np.ndarray) -> None:
             pixels[index] = transform.resize(image)
 
-        report = check_dataset(paths.unzip_dir, state.params.classes, keep, tell, transform.window)
+        report = check_dataset(paths.scans_dir, state.params.classes, keep, tell, transform.window)
         if not report.problems:
             partial.replace(paths.pixels_path)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -183,12 +184,26 @@ def load_params(path: Path) -> Params:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; BadParams when the file is missing or holds something else."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadParams(f"{path.name}: cannot be read as YAML.") from error
     if not isinstance(content, dict):
         raise BadParams(f"{path.name}: a mapping of names to values is expected.")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word: it wants 1.0e-3. Everybody else, YAML 1.2 included, takes it for a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; yaml.YAMLError where it says nothing."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def first_complaint(error: ValidationError) -> str:

@@ -81,7 +81,7 @@ def arguments(held: Held, order: Order, folder: Path) -> list[str]:
     """
     settings = held.resources.settings
     config, params = _write_config(held, order, folder)
-    found = ["run", "--config", str(config), "--params", str(params), "--events"]
+    found = ["train", "--config", str(config), "--params", str(params), "--events"]
     found += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(settings.checkpoint_seconds)]
     if settings.feature_cache_bytes:
         found += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]

@@ -1,4 +1,4 @@
-"""A training job: the dataset comes out of storage, `python -m ml run` does the work, its words become rows."""
+"""A training job: the dataset comes out of storage, `python -m ml train` does the work, its words become rows."""
 
 import datetime as dt
 import json

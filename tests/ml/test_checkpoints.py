@@ -395,10 +395,10 @@ def test_a_full_disk_is_named_where_a_model_or_the_pixels_are_written(small_disk
 
 
 def start_child(folder: Path, archive: Path, *options: str, **fields: object) -> subprocess.Popen[str]:
-    """`python -m ml run` in a folder of its own."""
+    """`python -m ml train` in a folder of its own."""
     config, params = write_config(folder, archive), folder / "params.yaml"
     params.write_text(yaml.safe_dump({**SMALL, **fields}))
-    command = [sys.executable, "-m", "ml", "run", "--events", "--config", str(config), "--params", str(params)]
+    command = [sys.executable, "-m", "ml", "train", "--events", "--config", str(config), "--params", str(params)]
     return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

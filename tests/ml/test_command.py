@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from ml.__main__ import main
@@ -46,3 +52,31 @@ def test_phantom_is_delegated(capsys):
         main(["phantom", "--help"])
     assert ended.value.code == 0
     assert "--patients" in capsys.readouterr().out
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_without_scans_says_what_to_give(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
+    assert main(["train", "--data", str(tmp_path / "none.zip"), "--out", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().out
+    assert "BAD_PARAMS --data: there is no file or folder" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_train_on_a_folder_needs_no_config_and_ends_with_what_to_do_next(tmp_path):
+    scans = write_folder(make_files(12, ("Cyst", "Normal", "Tumor")), tmp_path / "scans")
+    settings = ["network=resnet18", "weights=none", "EPOCHS=1", "image_size=[64, 64, 3]", "augmentation=false"]
+    options = [option for setting in settings for option in ("--set", setting)]
+    command = [sys.executable, "-m", "ml", "train", "--data", str(scans), "--out", "runs/first", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "runs/first/evaluation/report.html" in done.stdout
+    assert done.stdout.splitlines()[-1].split()[1:] == [
+        "python", "-m", "ml", "predict", "runs/first/training/model.safetensors", "SCAN…",
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "scans"]
+    assert not (tmp_path / "runs/first/data_ingestion/images").exists(), "a folder is read where it lies"

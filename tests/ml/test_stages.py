@@ -19,12 +19,13 @@ from ml import network, stages
 from ml.architectures import Architecture
 from ml.cache import Cache
 from ml.config import load_config
+from ml.data import load_manifest
 from ml.errors import BadDataset, BadParams, DownloadFailed, WeightsMissing
 from ml.events import STAGES, Epoch, Evaluated, Event, Failed, Finished, StageFinished, StageStarted, Steps, from_json
 from ml.params import NETWORKS, parse_params
 from ml.predict import Predictor, ScanInput
 from ml.run import Run, Surroundings
-from tests.ml.builders import make_files, write_zip
+from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
 VGG16 = "vgg16-397923af.pth"
@@ -35,7 +36,7 @@ def write_params(folder: Path, **fields: object) -> Path:
     return folder / "params.yaml"
 
 
-def start(folder: Path, stage: str = "run", **fields: object) -> subprocess.Popen[str]:
+def start(folder: Path, stage: str = "train", **fields: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ml", stage, "--events", "--config", str(folder / "config.yaml")]
     params = write_params(folder, **fields)
     return subprocess.Popen(
@@ -102,7 +103,10 @@ def test_stages_alone_give_what_a_run_gives(small_run, tmp_path):
     config = load_config(write_config(tmp_path, small_run.archive))
     events = []
     for stage in STAGES:
-        stages.run_stage(stage, Run(config, parse_params(SMALL | {"augmentation": False}), events.append))
+        # Who reruns the training alone (as dvc does) may have changed parameters of it since the stage before.
+        fields = SMALL | {"augmentation": False, "patience": 0 if stage in STAGES[:2] else 9}
+        stages.run_stage(stage, Run(config, parse_params(fields), events.append))
+    assert network.read_metadata(config.training.trained_model_path)["params"]["patience"] == 9
     ours = next(event.metrics for event in events if isinstance(event, Evaluated))
     theirs = next(event.metrics for event in small_run.events if isinstance(event, Evaluated))
     assert ours["confusion_matrix"] == theirs["confusion_matrix"]
@@ -138,6 +142,21 @@ def test_an_empty_zip_is_a_bad_dataset(tmp_path):
 def test_the_number_of_classes_must_be_the_one_asked_for(tmp_path):
     with pytest.raises(BadDataset, match="classes is 4"):
         ingest(tmp_path, write_zip(make_files(6), tmp_path / "data.zip"), classes=4)
+
+
+def test_a_folder_is_read_where_it_lies_and_is_the_same_dataset_as_its_zip(tmp_path):
+    files = make_files(6)
+    ingest(tmp_path / "one", write_zip(files, tmp_path / "data.zip"))
+    ingest(tmp_path / "two", write_folder(files, tmp_path / "scans"))
+    one, two = (load_manifest(tmp_path / name / "data" / "manifest.json") for name in ("one", "two"))
+    assert (one.digest, one.scans) == (two.digest, two.scans)
+    assert (tmp_path / "one/data/pixels.npy").read_bytes() == (tmp_path / "two/data/pixels.npy").read_bytes()
+    assert not (tmp_path / "two/data/images").exists()
+
+
+def test_a_folder_of_scans_that_would_be_written_into_is_refused(tmp_path):
+    with pytest.raises(BadParams, match=r"lies in the folder of the scans.*--out"):
+        ingest(tmp_path / "scans" / "out", write_folder(make_files(6), tmp_path / "scans"))
 
 
 def test_no_file_and_no_source_is_an_error_of_the_config(tmp_path):

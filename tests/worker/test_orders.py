@@ -49,7 +49,7 @@ def test_the_child_gets_all_parameters_the_cache_and_the_revision(
 ) -> None:
     monkeypatch.setattr(orders, "code_revision", lambda: "abc123")
     arguments = told(hold(epochs=3), tmp_path / "own")
-    assert arguments[0] == "run"
+    assert arguments[0] == "train"
     assert "--events" in arguments
     assert "--base-weights" not in arguments
     assert after("--cache", arguments) == str(settings.home.resolve() / "cache")

@@ -1,4 +1,4 @@
-"""Stands in for `python -m ml run` in trainings under test: the same protocol (ml.events), four stages, no network.
+"""Stands in for `python -m ml train` in trainings under test: the same protocol (ml.events), four stages, no network.
 
 What the act sets: `seconds` an epoch takes, `model_bytes`, `stubborn` (ignores SIGTERM), `refuses` (says of every
 checkpoint that it is of another training).
