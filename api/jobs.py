@@ -22,7 +22,7 @@ from api.requests import (
 )
 from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema, ResultsPage
 from api.services import principal, quota, services, tenant, transaction
-from jobs import datasets, lifecycle, queries, registry, reproduction, submission
+from jobs import datasets, lifecycle, places, queries, registry, reproduction, submission
 from jobs.errors import ArtifactNotFound
 from jobs.keys import Scope
 from jobs.queries import JobFilter, Page
@@ -131,8 +131,8 @@ def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
 @blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.NDJSON, success=True)
 @blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.CSV, success=True)
 @blueprint.doc(operationId="listResults")
-def list_results(query: dict[str, Any], job_id: uuid.UUID) -> dict[str, Any] | Response:
-    """List a prediction's results so far; all of them as NDJSON or CSV."""
+def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[dict[str, Any], int, dict[str, str]] | Response:
+    """List a prediction's results so far; all of them as NDJSON or CSV. A running job has more to come."""
     kind = streams.wanted(streams.NDJSON, streams.CSV)
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
@@ -140,7 +140,8 @@ def list_results(query: dict[str, Any], job_id: uuid.UUID) -> dict[str, Any] | R
     if kind != "application/json":
         return streams.results(view, kind, query["state"])
     rows = [streams.result(view, row) for row in found.data]
-    return {"data": rows, "has_more": found.has_more, "next": found.next}
+    answer = {"data": rows, "has_more": found.has_more, "next": found.next}
+    return answer, 200, {"Retry-After": "1"} if len(rows) < query["limit"] and found.has_more else {}
 
 
 @blueprint.route("/<id:job_id>/events")
@@ -210,7 +211,8 @@ def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
 def retry_job(job_id: uuid.UUID) -> waiting.Answer:
     """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
     with transaction() as session:
-        new_id = submission.retry(session, tenant(), job_id, services().settings.chunk_scans, quota()).id
+        chunk = places.chunk(session, Lane.BATCH, services().settings)
+        new_id = submission.retry(session, tenant(), job_id, chunk, quota()).id
     return waiting.accepted(new_id)
 
 

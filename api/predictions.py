@@ -11,7 +11,7 @@ from werkzeug.datastructures import FileStorage
 from api import intake
 from api.idempotency import key
 from api.services import admit, principal, quota, services, tenant, transaction
-from jobs import archives, datasets, registry
+from jobs import archives, datasets, places, registry
 from jobs.archives import Limits
 from jobs.errors import BadArchive
 from jobs.states import JobKind, Lane
@@ -25,7 +25,7 @@ def predict_one(body: Body) -> uuid.UUID:
     """Submit one scan: a file, bytes, or a stored one. Returns the job's id.
 
     Raises:
-        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound, QuotaExceeded, QueueFull
+        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
     """
     source: Any = body["file"].stream if "file" in body else body.get("image", body.get("scan_id"))
     name = intake.file_name(body["file"]) if "file" in body else None
@@ -48,7 +48,8 @@ def predict_many(body: Body) -> uuid.UUID:
     """Submit a batch: files, one zip, stored scans, or a dataset. Returns the job's id.
 
     Raises:
-        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, QuotaExceeded, QueueFull
+        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, Invalid, QuotaExceeded,
+        QueueFull
     """
     limits = Limits.of(services().settings)
     number = _announced(body, limits)  # looks into a zip before the model is asked for, as above
@@ -97,7 +98,9 @@ def _pinned(body: Body) -> ModelVersion:
 
 
 def _model(session: Session, body: Body) -> ModelVersion:
-    return registry.resolve(session, tenant(), body.get("model"))
+    version = registry.resolve(session, tenant(), body.get("model"))
+    registry.refuse_unadmitted(version, body.get("precision", "auto"))
+    return version
 
 
 def _submit(
@@ -112,6 +115,7 @@ def _submit(
         tenant_id=tenant(),
         kind=kind,
         lane=Lane(body.get("lane", lane)),
+        params={"precision": body["precision"]} if "precision" in body else {},
         metadata=body["metadata"],
         dataset_id=dataset_id,
         model_id=model.id,
@@ -122,4 +126,5 @@ def _submit(
     with transaction() as session:
         if dataset_id is not None:
             datasets.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted under the new job
-        return submit(session, new, scans, services().settings.chunk_scans, quota()).id
+        chunk = places.chunk(session, new.lane, services().settings)
+        return submit(session, new, scans, chunk, quota()).id

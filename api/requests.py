@@ -64,6 +64,10 @@ def _exactly_one(data: dict[str, Any], *names: str) -> None:
 
 class _Prediction(ma.Schema):
     model = ModelChoice()
+    precision = fields.String(
+        validate=validate.OneOf(["auto", "fp32", "bf16", "int8"]),
+        metadata={"description": "auto: the fastest that this network was admitted for, and that the worker has."},
+    )
     metadata = Metadata(load_default=dict)
     lane = fields.String(validate=validate.OneOf([str(Lane.URGENT), str(Lane.BATCH)]))
 

@@ -99,6 +99,9 @@ class JobSchema(ma.Schema):
     started_at = Time(attribute="job.started_at", allow_none=True)
     finished_at = Time(attribute="job.finished_at", allow_none=True)
     device_seconds = fields.Float(attribute="job.device_seconds")
+    engines = fields.List(
+        fields.String(), attribute="job.engines", metadata={"description": "What computed a prediction's results."}
+    )
     links = fields.Function(lambda view: links(view.job), metadata={"type": "object"})
 
 
@@ -139,6 +142,7 @@ class ResultSchema(ma.Schema):
     confidence = fields.Float(allow_none=True)
     probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
     model_version = fields.String(allow_none=True)
+    engine = fields.String(allow_none=True, metadata={"description": "What computed it, such as openvino-bf16."})
     error = fields.Nested(ErrorSchema)
 
 

@@ -102,6 +102,7 @@ def result(view: JobView, row: ScanResult) -> Json:
         "confidence": row.confidence,
         "probabilities": row.probabilities,
         "model_version": None if version is None else str(version),
+        "engine": row.engine,
     }
     optional = {"custom_id": row.custom_id, "error": row.error}
     return shown | {name: value for name, value in optional.items() if value is not None}
@@ -124,12 +125,12 @@ def _all_results(sessions: Sessions, view: JobView, state: str | None) -> Iterat
         with sessions.begin() as session:
             found = queries.results(session, view, state, ROWS, after)
         yield from (schema.dump(result(view, row)) for row in found.data)
-        if not found.has_more:
+        if not found.has_more or not found.data:
             return
         after = found.data[-1].ordinal
 
 
-COLUMNS = ("scan_id", "name", "custom_id", "state", "label", "confidence", "model_version")
+COLUMNS = ("scan_id", "name", "custom_id", "state", "label", "confidence", "model_version", "engine")
 
 
 def _csv(rows: Iterator[Json], classes: list[str]) -> Iterator[str]:

@@ -208,7 +208,7 @@ class Client:
         while True:
             page = self.call("GET", path, params=query)
             yield from page["data"]
-            if not page.get("has_more"):
+            if not page.get("has_more") or not page["data"]:  # of a job that runs, more will come: not now
                 return
             query["after"] = page["next"]
 

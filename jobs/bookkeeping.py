@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, all_, and_, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import Prepared
@@ -44,12 +44,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class ScanOutcome:
-    """The end of one scan: a label with its probabilities, or an error."""
+    """The end of one scan: a label with its probabilities and the engine that computed them, or an error."""
 
     ordinal: int
     label: str | None = None
     confidence: float | None = None
     probabilities: Mapping[str, float] | None = None
+    engine: str | None = None
     error: Json | None = None
 
 
@@ -122,6 +123,14 @@ def write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome
     if not counted:
         failed = sum(outcome.error is not None for outcome in outcomes)
         count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
+        for engine in engines_of(outcomes):
+            new = update(Job).where(Job.id == held.job_id, literal(engine) != all_(Job.engines))
+            session.execute(new.values(engines=func.array_append(Job.engines, engine)))
+
+
+def engines_of(outcomes: Sequence[ScanOutcome]) -> list[str]:
+    """Which engines computed them, each once."""
+    return sorted({outcome.engine for outcome in outcomes if outcome.engine is not None})
 
 
 def _result(held: Claim, outcome: ScanOutcome, now: Any) -> Json:
@@ -132,6 +141,7 @@ def _result(held: Claim, outcome: ScanOutcome, now: Any) -> Json:
         "label": outcome.label,
         "confidence": outcome.confidence,
         "probabilities": dict(outcome.probabilities) if outcome.probabilities else None,
+        "engine": outcome.engine,
         "error": outcome.error,
         "finished_at": now,
     }

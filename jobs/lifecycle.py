@@ -21,6 +21,7 @@ from jobs.bookkeeping import (
     ScanOutcome,
     end_if_done,
     end_scans,
+    engines_of,
     holds,
     lock_job,
     locking,
@@ -171,7 +172,7 @@ def report(
 
 SUCCEED = Prepared(
     "succeed_unit",
-    "uuid, uuid, bigint, text, int, int, float8, jsonb",
+    "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]",
     """
 WITH job AS MATERIALIZED (SELECT id FROM jobs WHERE id = $1 FOR NO KEY UPDATE),
 succeeded AS (
@@ -181,7 +182,9 @@ succeeded AS (
     RETURNING units.job_id
 )
 UPDATE jobs SET succeeded = jobs.succeeded + $5, failed = jobs.failed + $6,
-    device_seconds = device_seconds + $7, metrics = coalesce($8, metrics)
+    device_seconds = device_seconds + $7, metrics = coalesce($8, metrics),
+    engines = CASE WHEN jobs.engines @> $9 THEN jobs.engines
+        ELSE array(SELECT DISTINCT unnest(jobs.engines || $9) ORDER BY 1) END
 FROM succeeded WHERE jobs.id = succeeded.job_id
 RETURNING pg_notify('renalq_units', '')
 """,
@@ -205,7 +208,8 @@ def succeed(
     succeeded = 1 if held.kind not in PREDICTIONS else len(outcomes) - failed
     figures = None if metrics is None else json.dumps(metrics)
     mine = str(held.job_id), str(held.unit_id), held.fence, held.worker
-    if SUCCEED(session, *mine, succeeded, failed, device_seconds, figures).first() is None:
+    engines = engines_of(outcomes)
+    if SUCCEED(session, *mine, succeeded, failed, device_seconds, figures, engines).first() is None:
         raise LeaseLost
     write_outcomes(session, held, outcomes, counted=True)
     end_if_done(session, held.job_id)

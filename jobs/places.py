@@ -14,6 +14,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.orm import Session
 
 from jobs import processes
+from jobs.settings import Settings
 from jobs.states import UnitState
 from jobs.tables import Unit
 
@@ -21,6 +22,8 @@ FAR = 1000
 """No place is counted further than this."""
 LATEST_UNITS = 20
 """Units that a lane's pace is taken from."""
+LEAST_CHUNK, MOST_CHUNK = 16, 2048
+"""Scans in a unit. A device takes some 16 at once, and the ends of 2048 are written in well under a second."""
 ALIVE_SECONDS = 60.0
 """A worker that was seen within this time serves its lanes."""
 
@@ -114,6 +117,18 @@ def latest_units(lane: str) -> Select[Any, int]:
     took = func.extract("epoch", Unit.finished_at - Unit.started_at).label("seconds")
     succeeded = select(took, Unit.scans).where(Unit.lane == lane, Unit.state == UnitState.SUCCEEDED)
     return succeeded.order_by(Unit.finished_at.desc()).limit(LATEST_UNITS)
+
+
+def chunk(session: Session, lane: str, settings: Settings) -> int:
+    """How many scans of a batch one worker does in about `chunk_seconds`, by the lane's latest units.
+
+    Large enough that what a unit costs beside its work is nothing, small enough that a lost one is soon made good.
+    """
+    latest = latest_units(lane).subquery()
+    took, scans = session.execute(select(func.sum(latest.c.seconds), func.sum(latest.c.scans))).one()
+    if not scans or not took:
+        return settings.chunk_scans
+    return int(min(max(settings.chunk_seconds * scans / float(took), LEAST_CHUNK), MOST_CHUNK))
 
 
 def _pace(session: Session, lane: str) -> Pace | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Select, cast, or_, select
+from sqlalchemy import ColumnElement, Select, and_, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
@@ -18,9 +18,11 @@ from jobs.bookkeeping import NOW, PREDICTIONS
 from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
 from jobs.places import Place, places
 from jobs.states import TERMINAL, JobState, ResultState
-from jobs.tables import Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
+from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
 
 T = TypeVar("T")
+FURTHEST = 2**31 - 1
+"""No scan of a job comes after this one."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,37 @@ def results(
 ) -> Page[ScanResult]:
     """A prediction's results in the order of its scans: those that have ended, unless `state` says otherwise.
 
+    While the job runs, they end before the first scan that still waits, and there are more to come: who follows `next`
+    until there is no more has seen each result once, however many workers shared the scans.
+
     Raises:
         NoResults: the job predicts nothing.
     """
     if view.job.kind not in PREDICTIONS:
         raise NoResults(kind=view.job.kind)
-    wanted = ScanResult.state == state if state else ScanResult.state != ResultState.PENDING
-    query = select(ScanResult).where(
-        ScanResult.job_id == view.job.id, wanted, ScanResult.ordinal > (-1 if after is None else after)
-    )
-    rows = session.scalars(query.order_by(ScanResult.ordinal).limit(limit + 1)).all()
-    return page(rows, limit, lambda row: row.ordinal)
+    begin = -1 if after is None else after
+    query = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.ordinal > begin)
+    to_come = not view.terminal and state != ResultState.PENDING
+    if to_come:
+        waits = select(func.min(ScanResult.ordinal)).where(
+            ScanResult.job_id == view.job.id, ScanResult.ordinal > begin, ScanResult.state == ResultState.PENDING
+        )
+        query = query.where(ScanResult.ordinal < func.coalesce(waits.scalar_subquery(), FURTHEST))
+    query = query.where(_in_state(state)).order_by(ScanResult.ordinal).limit(limit + 1)
+    found = page(session.scalars(query).all(), limit, lambda row: row.ordinal)
+    if found.has_more or not to_come:
+        return found
+    last = found.data[-1].ordinal if found.data else after
+    return Page(found.data, True, None if last is None else str(last))
+
+
+def _in_state(state: str | None) -> ColumnElement[bool]:
+    if state is None:
+        return ScanResult.state != ResultState.PENDING
+    if state in (ResultState.FAILED, ResultState.CANCELLED):
+        # In the words of the index, so that a few among millions are found by it.
+        return and_(ScanResult.state == state, ScanResult.state.in_(NOT_SUCCEEDED))
+    return ScanResult.state == state
 
 
 def classes(session: Session, view: JobView) -> list[str]:

@@ -76,6 +76,22 @@ def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersio
     return found
 
 
+def refuse_unadmitted(version: ModelVersion, precision: str) -> None:
+    """Refuse what no engine of this precision was admitted for, when the version was trained (see ml.admission).
+
+    A version without trials is of an earlier RenalQ, and nothing is known of it: its worker decides.
+
+    Raises:
+        Invalid: it points at the field, and says what the trial showed.
+    """
+    trials: Json = version.metrics.get("engines") or {}
+    mine = [trial for name, trial in trials.items() if name.endswith(f"-{precision}")]
+    if precision in ("auto", "fp32") or not trials or any(trial["admitted"] for trial in mine):
+        return
+    why = mine[0]["reason"] if mine else "it was trained on a machine without it"
+    raise Invalid(f"Version {version.version} is not admitted for {precision}: {why}. Use auto.", "/precision")
+
+
 def base_of(session: Session, tenant_id: str, params: Json) -> ModelVersion | None:
     """The version that a training with `weights: version:N` begins from; None for other weights.
 

@@ -106,9 +106,10 @@ def write(session: Session, held: Claim) -> None:
 def compared(original: ModelVersion, now: ModelVersion) -> Json:
     """How two versions compare: revision, environment, dataset, and each metric that differs, as [original, now]."""
     environment = _different(original.environment, now.environment)
+    theirs, ours = (numbers({**version.metrics, "engines": None}) for version in (original, now))  # of the machine
     differences = {
         name: pair
-        for name, pair in _different(numbers(original.metrics), numbers(now.metrics)).items()
+        for name, pair in _different(theirs, ours).items()
         if None in pair or abs(pair[0] - pair[1]) > TOLERANCE
     }
     return {

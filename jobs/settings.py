@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(
         30, ge=0, description="A training writes a checkpoint at an epoch's end once so much time has passed (s)."
     )
-    chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch.")
+    chunk_seconds: float = Field(10.0, gt=0, description="Work in one unit of a batch, by the pace of the latest ones.")
+    chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch where no pace is known yet.")
     chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
     rung_ahead_seconds: float = Field(
         0.25, ge=0, description="Work of short units that is promised to busy workers, beyond what idle ones take (s)."

@@ -219,6 +219,7 @@ class Job(Base):
     metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    engines: Mapped[list[str]] = mapped_column(ARRAY(String(40)), default=list, server_default="{}")  # of its results
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
     tracked_at: Mapped[dt.datetime | None] = _time()  # when MLflow had all of an ended training
     idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
@@ -273,6 +274,9 @@ class Unit(Base):
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
 
 
+NOT_SUCCEEDED = frozenset((ResultState.FAILED, ResultState.CANCELLED))
+
+
 class ScanResult(Base):
     """One scan's place in a prediction job: made with the job as pending, ended exactly once."""
 
@@ -282,6 +286,14 @@ class ScanResult(Base):
         CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_is_ended"),
         CheckConstraint("(state = 'succeeded') = (label IS NOT NULL)", name="succeeded_has_label"),
         Index("ix_scan_results_unit_id", "unit_id"),
+        # Where a running job's results end for now, and the few that failed, among millions of others.
+        Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
+        Index(
+            "ix_scan_results_not_succeeded",
+            "job_id",
+            "ordinal",
+            postgresql_where=text(_one_of("state", NOT_SUCCEEDED)),
+        ),
     )
 
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
@@ -295,6 +307,7 @@ class ScanResult(Base):
     label: Mapped[str | None] = mapped_column(String(100))
     confidence: Mapped[float | None] = mapped_column(Double)
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
+    engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     finished_at: Mapped[dt.datetime | None] = _time()
 

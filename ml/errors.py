@@ -6,6 +6,7 @@ PipelineError
 ├── DownloadFailed      DOWNLOAD_FAILED   the source did not hand out the file
 ├── WeightsMissing      WEIGHTS_MISSING   ImageNet weights are nowhere to be had
 ├── BadCheckpoint       BAD_CHECKPOINT    a checkpoint is torn, foreign, or of another training
+├── EngineNotAdmitted   ENGINE_NOT_ADMITTED  the precision asked for is not here, or changes what the network says
 ├── DeviceOutOfMemory   DEVICE_OOM        the device or the machine has too little memory
 └── StorageFull         STORAGE_FULL      the disk is full
 
@@ -61,6 +62,12 @@ class BadCheckpoint(PipelineError):
     """
 
     code = "BAD_CHECKPOINT"
+
+
+class EngineNotAdmitted(PipelineError):
+    """The precision asked for is not in the machine's hardware, or changes too much of what this network says."""
+
+    code = "ENGINE_NOT_ADMITTED"
 
 
 class DeviceOutOfMemory(PipelineError):

@@ -45,7 +45,7 @@ def evaluation(state: Run) -> None:
     leaked = leaks(state.report, state.split, model.metadata.get("begun_lineage", ()))
     scores = score(judged).with_context(_counts(state), _patients_known(state), _as_counts(leaked), folds)
     state.device_seconds += time.perf_counter() - started
-    metrics = scores.as_dict() | {"test_digest": _test_digest(state)}
+    metrics = scores.as_dict() | {"test_digest": _test_digest(state), "engines": model.metadata.get("engines", {})}
     write_json(state.config.evaluation.scores_path, metrics)
     _show(state, model, judged, scores, leaked)
     state.emit(Evaluated(metrics))

@@ -14,7 +14,7 @@ import numpy as np
 
 from ml.augmentation import Augment
 from ml.cache import Cached, read_features
-from ml.engines import Backbone
+from ml.engines import Engine
 from ml.team import ALONE, Team
 from ml.tensorfile import reserve
 
@@ -24,17 +24,15 @@ IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked 
 class Features:
     """Features of a dataset's scans. `pixels`: uint8 [scans, height, width, 3], an array or a map of a file."""
 
-    def __init__(
-        self, backbone: Backbone, pixels: np.ndarray, team: Team = ALONE, cached: Cached | None = None
-    ) -> None:
-        self.backbone, self._pixels, self._team, self._cached = backbone, pixels, team, cached
+    def __init__(self, engine: Engine, pixels: np.ndarray, team: Team = ALONE, cached: Cached | None = None) -> None:
+        self.engine, self._pixels, self._team, self._cached = engine, pixels, team, cached
         self._tell: Callable[[int], None] = lambda count: None
         self._kept: np.ndarray | None = None
         self._known = np.zeros(len(pixels), dtype=bool)
         self._recall()
 
     def on_images(self, tell: Callable[[int], None]) -> None:
-        """`tell` hears how many images each batch had, as the backbone finishes it."""
+        """`tell` hears how many images each batch had, as the engine finishes it."""
         self._tell = tell
 
     def plain(self, scans: np.ndarray) -> np.ndarray:
@@ -83,9 +81,9 @@ class Features:
         self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice, np.ndarray]]:
         # The engine asks for the next batch while two are running, so augmenting happens beside the device's work.
-        size, done = self.backbone.batch, 0
+        size, done = self.engine.batch, 0
         batches = (pixels_of(rows[start : start + size]) for start in range(0, len(rows), size))
-        for features in self.backbone.stream(batches):
+        for features in self.engine.stream(batches):
             yield slice(done, done + len(features)), features
             done += len(features)
             self._tell(len(features) * self._team.size)

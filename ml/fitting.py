@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ml import network
+from ml.admission import SEEN, TRIED, Admission, admit
 from ml.calibration import Calibration, calibrate
 from ml.checkpoints import Keeper, Origin, resumed
 from ml.engines import device_name
@@ -37,7 +38,8 @@ def training(state: Run) -> None:
         _train(state, model, members)
     _forget_what_moved(state, members)
     calibration = _calibrate(state, model)
-    state.model = replace(model, metadata={**model.metadata, **_learned(state, model, calibration)})
+    learned = _learned(state, model, calibration) | _admit(state, model, calibration).as_dict()
+    state.model = replace(model, metadata={**model.metadata, **learned})
     state.device_seconds += time.perf_counter() - started
     network.save(state.model, state.config.training.trained_model_path)
     write_json(state.config.training.history_path, [asdict(epoch) for epoch in state.epochs])
@@ -55,7 +57,7 @@ def _together(state: Run, model: Model) -> AbstractContextManager[Team]:
 
 def _train(state: Run, model: Model, members: Team) -> None:
     data = data_of(state, model, state.split, members)
-    origin = Origin.of(state.params, state.report, model.network, data.features(0).backbone.name)
+    origin = Origin.of(state.params, state.report, model.network, data.features(0).engine.name)
     keeper = Keeper(state.around.checkpoints, origin, state.epochs, state.emit)
     start = _start(state, origin)
     steps, tell = _StepTeller(state), reporter(state.emit, "training")
@@ -97,6 +99,17 @@ def _calibrate(state: Run, model: Model) -> Calibration:
     return calibrate(state.report.labels[scans], test_logits(state, model, scans), positive_index(model.classes))
 
 
+def _admit(state: Run, model: Model, calibration: Calibration) -> Admission:
+    """Which engines may predict with this network, by some of its test scans; int8 is fitted to training scans."""
+    tested, seen = _evenly(state.split.test, TRIED), _evenly(state.split.train, SEEN)
+    return admit(model, calibration, state.pixels[tested], state.report.labels[tested], state.pixels[seen])
+
+
+def _evenly(scans: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the scans, from all over."""
+    return scans[np.unique(np.linspace(0, len(scans) - 1, min(len(scans), most)).astype(int))]
+
+
 def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, object]:
     """What a model file says of its learning."""
     seen = lineage(state.report, [*state.split.train, *state.split.validation])
@@ -105,7 +118,7 @@ def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, ob
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
         "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
         "precision": precision_of(state.params),
-        "engine": state.features(model, 0).backbone.name,
+        "engine": state.features(model, 0).engine.name,
         "device": device_name(),
     }
 

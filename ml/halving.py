@@ -1,4 +1,4 @@
-"""A backbone whose device runs out of memory gets half batches from then on. Once: a second time is a failure."""
+"""An engine whose device runs out of memory gets half batches from then on. Once: a second time is a failure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from ml.errors import DeviceOutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from ml.engines import Backbone
+    from ml.engines import Engine
 
 log = logging.getLogger("ml")
 
 
-class HalvingBackbone:
-    """A backbone (see `ml.engines.Backbone`) around another. Who streams through it sees nothing of the halving."""
+class HalvingEngine:
+    """An engine (see `ml.engines.Engine`) around another. Who streams through it sees nothing of the halving."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.name, self.batch = backbone.name, backbone.batch
-        self._backbone = backbone
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.batch = engine.name, engine.batch
+        self._engine = engine
         self._most: int | None = None  # images in a batch, once the device has refused one
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """See `Backbone.stream`: one answer for each batch, in order, also where it went through in parts.
+        """See `Engine.stream`: one answer for each batch, in order, also where it went through in parts.
 
         Raises:
             DeviceOutOfMemory: half a batch is too much as well, or the batch is one image.
@@ -53,7 +53,7 @@ class HalvingBackbone:
 
     def _answers(self, source: _Source) -> Iterator[np.ndarray]:
         parts: list[np.ndarray] = []
-        for features in self._backbone.stream(self._pieces(source)):
+        for features in self._engine.stream(self._pieces(source)):
             parts.append(features)
             if sum(map(len, parts)) == len(source.unanswered[0]):
                 source.unanswered.popleft()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ml import network
 from ml.checkpoints import load
-from ml.engines import open_backbone
+from ml.engines import open_engine
 from ml.features import Features
 from ml.gathering import Seat, gathered, sit_down
 from ml.params import Params
@@ -56,7 +56,7 @@ class Training:
         @cache
         def features(top: int) -> Features:
             below, _ = model.cut(top)
-            return Features(open_backbone(below, model.transform, precision_of(self.params)), pixels, team)
+            return Features(open_engine(below, model.transform, precision_of(self.params)), pixels, team)
 
         config = TrainConfig(model, self.params, start=start, team=team)
         for _ in train(config, TrainData(features, self.labels, self.split, self.positive)):

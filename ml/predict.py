@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from ml import network
+from ml.admission import form_of, whole
 from ml.ahead import ahead, batched
 from ml.calibration import Calibration
-from ml.engines import Backbone, Precision, open_backbone
+from ml.engines import Engine, Precision, open_engine
 from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
 from ml.metrics import positive_index
@@ -50,47 +49,47 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that stays loaded: backbone on the fastest engine, head in torch fp32. Not for two threads at once.
+    """A model that stays loaded, whole on the fastest engine that it is admitted for. Not for two threads at once.
 
     `calibration`: temperature and threshold, as the model's validation scans gave them."""
 
     classes: tuple[str, ...]
     transform: Transform
-    backbone: Backbone
-    head: nn.Module
+    engine: Engine
     calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
-    def load(cls, path: Path, precision: Precision | None = None) -> Predictor:
-        """Load a model file once. ModelFileError for any other file, DeviceOutOfMemory where it finds no room."""
+    def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
+        """Load a model file once. ModelFileError for any other file, DeviceOutOfMemory where it finds no room,
+        EngineNotAdmitted for a precision that this machine or this network is not made for."""
         return cls.of(network.load(path), precision)
 
     @classmethod
-    def of(cls, model: network.Model, precision: Precision | None = None) -> Predictor:
-        """A predictor of a model that is in memory, in the precision that it was trained with or in another."""
-        below, head = model.cut()
+    def of(cls, model: network.Model, precision: Precision = "auto") -> Predictor:
+        """A predictor of a model that is in memory; raises as `load`. `precision`: see `ml.admission.form_of`."""
+        form = form_of(model.metadata, precision)
         with naming_out_of_memory():
-            backbone = open_backbone(below, model.transform, precision or model.metadata.get("precision", "auto"))
+            engine = open_engine(whole(model), model.transform, form, model.metadata.get("ranges"))
         calibration = Calibration(**model.metadata.get("calibration", {}))
-        return cls(model.classes, model.transform, backbone, head.eval(), calibration)
+        return cls(model.classes, model.transform, engine, calibration)
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be endless: at most five batches of them are in memory.
 
         DeviceOutOfMemory where the device has too little memory, also for half a batch (see ml.halving).
         """
-        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * self.backbone.batch)
+        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * self.engine.batch)
         waiting: deque[list[_Decoded]] = deque()
 
         def batches() -> Iterator[np.ndarray]:
-            for chunk in batched(decoded, self.backbone.batch):
+            for chunk in batched(decoded, self.engine.batch):
                 waiting.append(chunk)
-                whole = [one.pixels for one in chunk if one.pixels is not None]
-                if whole:
-                    yield np.stack(whole)
+                pixels = [one.pixels for one in chunk if one.pixels is not None]
+                if pixels:
+                    yield np.stack(pixels)
 
-        for features in self.backbone.stream(batches()):
-            answers = iter(self._answers(features))
+        for logits in self.engine.stream(batches()):
+            answers = iter(self._answers(logits))
             while True:
                 chunk = waiting.popleft()
                 yield from (self._prediction(one, answers) for one in chunk)
@@ -105,11 +104,8 @@ class Predictor:
         except ImageError as error:
             return _Decoded(scan.id, None, str(error))
 
-    @naming_out_of_memory()
-    @torch.inference_mode()
-    def _answers(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def _answers(self, logits: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Class index and probabilities float64 [classes] of each scan."""
-        logits = self.head(torch.from_numpy(features)).numpy()
         decided = self.calibration.decide(logits, positive_index(self.classes))
         return list(zip(decided.tolist(), self.calibration.probabilities(logits), strict=True))
 

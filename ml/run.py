@@ -16,7 +16,7 @@ from ml.cache import Cache, Cached, key_of
 from ml.checkpoints import checksum
 from ml.config import CheckpointPlan, PipelineConfig
 from ml.data import DatasetReport, load_manifest
-from ml.engines import open_backbone
+from ml.engines import open_engine
 from ml.errors import BadDataset, BadParams
 from ml.events import Emit, Epoch
 from ml.features import Features
@@ -89,17 +89,17 @@ class Run:
         """The features below `top` unfrozen blocks of this model's network; opened once."""
         if top not in self.opened:
             below, _ = model.cut(top)
-            backbone = open_backbone(below, model.transform, precision_of(self.params))
+            engine = open_engine(below, model.transform, precision_of(self.params))
             cached = None
             if self.around.cache is not None:
                 scans = [scan.sha256 for scan in self.report.scans]
                 weights = [checksum(value) for value in below.state_dict().values()]
                 key = key_of(
                     scans=scans, network=model.architecture, head=model.head, top=top, weights=weights,
-                    transform=model.transform.as_dict(), engine=backbone.name, batch=backbone.batch,
+                    transform=model.transform.as_dict(), engine=engine.name, batch=engine.batch,
                 )  # fmt: skip
                 cached = Cached(self.around.cache, key)
-            self.opened[top] = Features(backbone, self.pixels, team, cached)
+            self.opened[top] = Features(engine, self.pixels, team, cached)
         return self.opened[top]
 
 

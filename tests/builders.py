@@ -93,12 +93,12 @@ def claim(session: Session, unit: Unit, worker: str = "worker-a", lease: float =
     return held
 
 
-def outcomes_of(session: Session, held: Claim, failed: int = 0) -> list[ScanOutcome]:
+def outcomes_of(session: Session, held: Claim, failed: int = 0, engine: str = "torch-fp32") -> list[ScanOutcome]:
     """An outcome for each scan of the unit, of which the first `failed` could not be read."""
     ordinals = session.scalars(
         select(ScanResult.ordinal).where(ScanResult.unit_id == held.unit_id).order_by(ScanResult.ordinal)
     ).all()
-    good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Normal": 0.1, "Tumor": 0.9}}
+    good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Normal": 0.1, "Tumor": 0.9}, "engine": engine}
     return [
         ScanOutcome(ordinal, error=BROKEN) if number < failed else ScanOutcome(ordinal, **good)
         for number, ordinal in enumerate(ordinals)

@@ -15,6 +15,7 @@ from jobs import lifecycle, registry
 from jobs.bookkeeping import ScanOutcome
 from jobs.states import ResultState
 from jobs.tables import Job, Scan, ScanResult
+from ml.engines import Precision
 from ml.errors import ModelFileError
 from ml.predict import Prediction, Predictor, ScanInput
 from worker.running import Held, WorkFailed
@@ -29,28 +30,31 @@ REPORT_EVERY = 2.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit's work: which weights, and which stored scan at which ordinal."""
+    """The unit's work: which weights in which precision, and which stored scan at which ordinal."""
 
     weights_sha256: str
+    precision: Precision
     scans: Sequence[tuple[int, str]]
 
 
 class Networks:
-    """The loaded networks, by the hash of their weights; the one unused for longest goes first."""
+    """The loaded networks, by the hash of their weights and the precision; the one unused for longest goes first."""
 
     def __init__(self) -> None:
-        self._loaded: OrderedDict[str, Predictor] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, Precision], Predictor] = OrderedDict()
 
-    def get(self, sha256: str, path: Path) -> Predictor:
+    def get(self, sha256: str, precision: Precision, path: Path) -> Predictor:
         """The network, loaded when it is not yet."""
-        if sha256 not in self._loaded:
+        key = sha256, precision
+        if key not in self._loaded:
             while len(self._loaded) >= LOADED_AT_ONCE:
                 self._loaded.popitem(last=False)
             started = time.monotonic()
-            self._loaded[sha256] = Predictor.load(path)
-            log.info("network_loaded", sha256=sha256[:12], seconds=round(time.monotonic() - started, 2))
-        self._loaded.move_to_end(sha256)
-        return self._loaded[sha256]
+            loaded = self._loaded[key] = Predictor.load(path, precision)
+            took = round(time.monotonic() - started, 2)
+            log.info("network_loaded", sha256=sha256[:12], engine=loaded.engine.name, seconds=took)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
 
 
 @cache
@@ -87,13 +91,15 @@ def _read_chunk(session: Session, held: Held) -> Chunk:
         .where(ScanResult.unit_id == held.claim.unit_id, ScanResult.state == ResultState.PENDING)
         .order_by(ScanResult.ordinal)
     )
-    return Chunk(version.weights_sha256, [(row.ordinal, row.sha256) for row in rows])
+    precision = job.params.get("precision", "auto")
+    return Chunk(version.weights_sha256, precision, [(row.ordinal, row.sha256) for row in rows])
 
 
 def _predictions(held: Held, chunk: Chunk, folder: Path) -> Iterator[ScanOutcome]:
     store = held.resources.artifacts
     try:
-        predictor = networks().get(chunk.weights_sha256, store.fetch(chunk.weights_sha256, folder))
+        weights = store.fetch(chunk.weights_sha256, folder)
+        predictor = networks().get(chunk.weights_sha256, chunk.precision, weights)
     except (FileNotFoundError, ModelFileError) as error:
         raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
     scans = (ScanInput(str(ordinal), store.fetch(sha256, folder)) for ordinal, sha256 in chunk.scans)
@@ -102,12 +108,12 @@ def _predictions(held: Held, chunk: Chunk, folder: Path) -> Iterator[ScanOutcome
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()
-        yield _outcome(prediction)
+        yield _outcome(prediction, predictor.engine.name)
 
 
-def _outcome(prediction: Prediction) -> ScanOutcome:
+def _outcome(prediction: Prediction, engine: str) -> ScanOutcome:
     ordinal = int(prediction.id)
     if prediction.error_code is not None:
         error = {"code": prediction.error_code, "detail": prediction.error_detail, "retryable": False}
         return ScanOutcome(ordinal, error=error)
-    return ScanOutcome(ordinal, prediction.label, prediction.confidence, prediction.probabilities)
+    return ScanOutcome(ordinal, prediction.label, prediction.confidence, prediction.probabilities, engine)

@@ -11,6 +11,7 @@ from flask.testing import FlaskClient
 
 from jobs import lifecycle
 from jobs.artifacts import Artifacts
+from jobs.bookkeeping import Claim
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
@@ -46,7 +47,9 @@ def test_a_prediction_is_pinned_to_the_champion_of_its_submission(
         "confidence": 0.9,
         "probabilities": {"Normal": 0.1, "Tumor": 0.9},
         "model_version": "1",
+        "engine": "torch-fp32",
     }
+    assert client.get(job["links"]["self"]).get_json()["engines"] == ["torch-fp32"]
 
 
 def test_base64_a_stored_scan_and_a_file_are_the_same_scan(client: FlaskClient, finish: Finish) -> None:
@@ -210,6 +213,62 @@ def test_results_are_paged_and_streamed_alike(client: FlaskClient, sessions: Ses
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["probability_Tumor"] for row in rows] == ["", "0.9", "0.9", "0.9", "0.9"]
     assert rows[0]["error_code"] == "BROKEN"
+
+
+def test_who_follows_next_while_a_batch_runs_sees_each_result_once(
+    client: FlaskClient, sessions: Sessions, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=9, chunk=3, model_id=champion.id, model_version=1)
+        first, second, third = (builders.claim(session, unit) for unit in builders.units_of(session, job))
+    path, seen = f"/jobs/{job.id}/results?limit=2", []
+
+    def read(query: str = "") -> dict:
+        answer = client.get(f"{path}{query}")
+        page = answer.get_json()
+        seen.extend(one["name"] for one in page["data"])
+        assert (answer.headers.get("Retry-After") == "1") == (len(page["data"]) < 2 and page["has_more"])
+        return page
+
+    def end(held: Claim) -> None:
+        with sessions.begin() as session:
+            lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
+
+    end(second)  # what comes first is not done yet: its results would be missed by who is past them
+    page = read()
+    assert (page["data"], page["has_more"], page["next"]) == ([], True, None)
+    end(first)
+    while page["has_more"] and (page["data"] or not seen):
+        page = read(f"&after={page['next']}" if page["next"] else "")
+    assert seen == [f"{number}.png" for number in range(6)]
+    assert [one["name"] for one in results(client, {"links": {"results": path}}, "&state=failed")] == ["0.png", "3.png"]
+    end(third)
+    while page["has_more"]:
+        page = read(f"&after={page['next']}")
+    assert seen == [f"{number}.png" for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("trials", "complaint"),
+    [
+        (
+            {"openvino-int8": {"admitted": False, "reason": "F1 fell by 0.020"}},
+            "not admitted for int8: F1 fell by 0.020",
+        ),
+        ({"openvino-fp32": {"admitted": True, "reason": "the reference"}}, "trained on a machine without it"),
+    ],
+)
+def test_a_precision_that_the_version_is_not_admitted_for_is_422(
+    client: FlaskClient, sessions: Sessions, champion: ModelVersion, trials: dict, complaint: str
+) -> None:
+    with sessions.begin() as session:
+        session.get_one(ModelVersion, champion.id).metrics = {"f1": 0.9, "engines": trials}
+    answer = client.post("/jobs/predict", data={"file": file(png()), "precision": "int8"})
+    problem = assert_problem(answer, 422)
+    assert complaint in problem["detail"]
+    assert problem["errors"][0]["pointer"] == "/precision"
+    job = client.post("/jobs/predict", data={"file": file(png()), "precision": "fp32"}).get_json()
+    assert job["params"] == {"precision": "fp32"}
 
 
 def test_a_name_that_a_spreadsheet_would_run_is_made_harmless(client: FlaskClient) -> None:

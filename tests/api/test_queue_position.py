@@ -8,9 +8,10 @@ from sqlalchemy import TextClause, event, func, select, text, update
 
 from jobs import lifecycle, processes, queries
 from jobs.db import Sessions
-from jobs.places import FAR, PLACES, latest_units
+from jobs.places import FAR, PLACES, chunk, latest_units
 from jobs.processes import SignOfLife
 from jobs.queries import JobFilter, JobView
+from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, Unit
 from tests import builders
@@ -265,3 +266,22 @@ def statements(sessions: Sessions, limit: int) -> int:
     finally:
         event.remove(engine, "before_cursor_execute", note)
     return len(asked)
+
+
+# --- the size of a chunk ---
+
+
+@pytest.mark.parametrize(
+    ("scans", "seconds", "expected"),
+    [(10, 1, 100), (10, 0.001, 2048), (10, 60, 16)],
+    ids=["ten seconds of work", "never too many to write at once", "never fewer than a device takes at once"],
+)
+def test_a_chunk_is_ten_seconds_of_work_by_the_lanes_pace(
+    sessions: Sessions, scans: int, seconds: float, expected: int
+) -> None:
+    with sessions.begin() as session:
+        assert chunk(session, "batch", Settings()) == Settings().chunk_scans
+    history(sessions, JobKind.PREDICT_BATCH, scans=scans, seconds=seconds)
+    with sessions.begin() as session:
+        assert chunk(session, "batch", Settings()) == pytest.approx(expected, rel=0.05)
+        assert chunk(session, "urgent", Settings()) == Settings().chunk_scans

@@ -149,7 +149,7 @@ def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypa
     """The mutation: without the fence in the guard, the stale worker's write goes through."""
     unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3 AND worker = $4", "")
     assert unfenced != lifecycle.SUCCEED.sql
-    types = "uuid, uuid, bigint, text, int, int, float8, jsonb"
+    types = "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]"
     monkeypatch.setattr(lifecycle, "SUCCEED", Prepared("succeed_unfenced", types, unfenced))
     with sessions.begin() as session:
         job = make_job(session)
@@ -242,13 +242,14 @@ def test_what_was_done_before_a_drain_is_kept(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
         first = claim(session, units_of(session, job)[0])
-        lifecycle.requeue(session, first, "DRAINED", outcomes_of(session, first)[:4])
+        lifecycle.requeue(session, first, "DRAINED", outcomes_of(session, first, engine="openvino-int8")[:4])
         (unit,) = units_of(session, job)
         assert (unit.state, unit.scans) == ("queued", 6)
         second = claim(session, unit)
-        lifecycle.succeed(session, second, outcomes=outcomes_of(session, second)[4:])
+        lifecycle.succeed(session, second, outcomes=outcomes_of(session, second, engine="openvino-bf16")[4:])
         session.refresh(job)
         assert (job.state, job.succeeded) == ("succeeded", 10)
+        assert sorted(job.engines) == ["openvino-bf16", "openvino-int8"]
         assert not faults(session)
 
 

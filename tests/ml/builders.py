@@ -15,7 +15,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from torch import nn
 
-from ml.engines import TorchBackbone
+from ml.engines import TorchEngine
 from ml.features import Features
 from ml.network import Model
 from ml.params import Params, parse_params
@@ -196,7 +196,7 @@ def make_tuned_data(model: Model, team: Team = ALONE) -> TrainData:
 
     @cache
     def features(top: int) -> Features:
-        return Features(TorchBackbone(model.cut(top)[0], model.transform, "cpu", bf16=False), pixels, team)
+        return Features(TorchEngine(model.cut(top)[0], model.transform, "cpu", "fp32"), pixels, team)
 
     return TrainData(features, np.arange(SCANS) % 2, make_split(), positive=1)
 

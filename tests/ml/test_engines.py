@@ -1,6 +1,8 @@
-"""Every engine gives the reference's features, in order, whatever the batches."""
+"""Every engine gives the reference's outputs, in order, whatever the batches."""
 
 from __future__ import annotations
+
+import gc
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 
 from ml import network
 from ml.architectures import ARCHITECTURES, cut
-from ml.engines import OpenVinoBackbone, TorchBackbone, cpu_has_bf16, features_of, open_backbone
+from ml.engines import OpenVinoEngine, TorchEngine, cpu_has_bf16, forms, open_engine, outputs_of
+from ml.graphs import graph_of, ranges_of
 from ml.params import FIXED_SIDE, LEAST_SIDE
 from ml.transforms import Transform
 from tests.ml.builders import make_scans
@@ -33,7 +36,7 @@ def below(vgg) -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def reference(below):
-    return features_of(TorchBackbone(below, SMALL, "cpu", bf16=False), make_batch(21))
+    return outputs_of(TorchEngine(below, SMALL, "cpu", "fp32"), make_batch(21))
 
 
 def test_the_reference_is_the_networks_own_forward(vgg, reference):
@@ -43,25 +46,25 @@ def test_the_reference_is_the_networks_own_forward(vgg, reference):
 
 
 def test_openvino_in_fp32_agrees_with_the_reference(below, reference):
-    assert distance(features_of(OpenVinoBackbone(below, SMALL, bf16=False), make_batch(21)), reference) < 1e-4
+    assert distance(outputs_of(OpenVinoEngine(below, SMALL, "fp32"), make_batch(21)), reference) < 1e-4
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU multiplies no bf16")
 def test_openvino_in_bf16_agrees_to_its_precision(below, reference):
-    assert distance(features_of(OpenVinoBackbone(below, SMALL, bf16=True), make_batch(21)), reference) < 0.02
+    assert distance(outputs_of(OpenVinoEngine(below, SMALL, "bf16"), make_batch(21)), reference) < 0.02
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU multiplies no bf16")
 def test_torch_in_bf16_agrees_to_its_precision(below, reference):
-    assert distance(features_of(TorchBackbone(below, SMALL, "cpu", bf16=True), make_batch(5)), reference[:5]) < 0.05
+    assert distance(outputs_of(TorchEngine(below, SMALL, "cpu", "bf16"), make_batch(5)), reference[:5]) < 0.05
 
 
 @pytest.mark.slow
 def test_the_documents_size_agrees_too(below):
     batch, full = make_batch(2, 224), Transform()
-    expected = features_of(TorchBackbone(below, full, "cpu", bf16=False), batch)
+    expected = outputs_of(TorchEngine(below, full, "cpu", "fp32"), batch)
     assert expected.shape == (2, 25088)
-    assert distance(features_of(OpenVinoBackbone(below, full, bf16=False), batch), expected) < 1e-4
+    assert distance(outputs_of(OpenVinoEngine(below, full, "fp32"), batch), expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -73,48 +76,92 @@ def test_openvino_agrees_on_every_network(name, top):
     built = network.build(2, 0, name, "gap").eval()
     network.calibrate(built, [transform.normalize(torch.from_numpy(images))])
     below, _ = cut(built, of, top)
-    expected = features_of(TorchBackbone(below, transform, "cpu", bf16=False), images)
-    ours = features_of(OpenVinoBackbone(below, transform, bf16=False), images)
+    expected = outputs_of(TorchEngine(below, transform, "cpu", "fp32"), images)
+    ours = outputs_of(OpenVinoEngine(below, transform, "fp32"), images)
     assert ours.shape == expected.shape
     assert ours.dtype == np.float32
     assert distance(ours, expected) < 1e-3
-    alone = features_of(OpenVinoBackbone(below, transform, bf16=False), images[3:4])
+    alone = outputs_of(OpenVinoEngine(below, transform, "fp32"), images[3:4])
     assert distance(alone, expected[3:4]) < 1e-3
 
 
 def test_vgg16s_gap_features_are_pooled_in_the_graph(vgg):
     built = network.build(2, 0, "vgg16", "gap").eval()
     below, _ = cut(built, ARCHITECTURES["vgg16"], 0)
-    expected = features_of(TorchBackbone(below, SMALL, "cpu", bf16=False), make_batch(3))
-    ours = features_of(OpenVinoBackbone(below, SMALL, bf16=False), make_batch(3))
+    expected = outputs_of(TorchEngine(below, SMALL, "cpu", "fp32"), make_batch(3))
+    ours = outputs_of(OpenVinoEngine(below, SMALL, "fp32"), make_batch(3))
     assert ours.shape == (3, 512)
     assert distance(ours, expected) < 1e-4
 
 
 def test_pictures_that_are_not_square_agree(below):
     transform, batch = Transform(64, 96), np.ascontiguousarray(make_batch(3, 96)[:, :64])
-    expected = features_of(TorchBackbone(below, transform, "cpu", bf16=False), batch)
-    assert distance(features_of(OpenVinoBackbone(below, transform, bf16=False), batch), expected) < 1e-4
+    expected = outputs_of(TorchEngine(below, transform, "cpu", "fp32"), batch)
+    assert distance(outputs_of(OpenVinoEngine(below, transform, "fp32"), batch), expected) < 1e-4
 
 
 def test_without_any_layer_below_the_features_are_the_normalized_pixels():
     batch = make_batch(3)
     expected = SMALL.normalize(torch.from_numpy(batch)).numpy()
-    for backbone in (TorchBackbone(nn.Sequential(), SMALL, "cpu", bf16=False), open_backbone(nn.Sequential(), SMALL)):
-        assert features_of(backbone, batch) == pytest.approx(expected, abs=1e-5)
+    for engine in (TorchEngine(nn.Sequential(), SMALL, "cpu", "fp32"), open_engine(nn.Sequential(), SMALL)):
+        assert outputs_of(engine, batch) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_whole_network_gives_its_logits(vgg):
+    whole = nn.Sequential(*cut(vgg, ARCHITECTURES["vgg16"], 0))
+    expected = outputs_of(TorchEngine(whole, SMALL, "cpu", "fp32"), make_batch(5))
+    assert expected.shape == (5, 2)
+    assert distance(outputs_of(OpenVinoEngine(whole, SMALL, "fp32"), make_batch(5)), expected) < 1e-4
+
+
+def int8_distance(layers: nn.Sequential, transform: Transform, images: np.ndarray, of: slice) -> float:
+    expected = outputs_of(TorchEngine(layers, transform, "cpu", "fp32"), images)
+    ranges = ranges_of(graph_of(layers, transform), images[of])
+    assert all(low <= high for low, high in ranges)
+    return distance(outputs_of(OpenVinoEngine(layers, transform, "int8", ranges), images), expected)
+
+
+@pytest.mark.skipif("int8" not in forms(), reason="this CPU multiplies no int8")
+def test_int8_agrees_to_its_precision_also_on_pictures_that_gave_no_range(below):
+    assert int8_distance(below, SMALL, make_batch(21), slice(8)) < 0.1
+
+
+@pytest.mark.skipif("int8" not in forms(), reason="this CPU multiplies no int8")
+def test_int8_is_there_for_traced_networks_too():
+    of, images = ARCHITECTURES["resnet18"], make_batch(6)
+    built = network.build(2, 0, "resnet18", "gap").eval()
+    network.calibrate(built, [SMALL.normalize(torch.from_numpy(images))])
+    assert int8_distance(nn.Sequential(*cut(built, of, 0)), SMALL, images, slice(None)) < 0.5
+
+
+def test_ranges_of_another_network_are_refused(below):
+    with pytest.raises(ValueError, match="3 ranges for 11 products"):
+        OpenVinoEngine(below, SMALL, "int8", [(0.0, 1.0)] * 3)
+
+
+def test_an_engine_outlives_the_network_that_it_was_made_of():
+    built = network.build(2, seed=3).eval()
+    whole = nn.Sequential(*cut(built, ARCHITECTURES["vgg16"], 0))
+    expected = outputs_of(TorchEngine(whole, SMALL, "cpu", "fp32"), make_batch(3))
+    engine = open_engine(whole, SMALL, "fp32")
+    del built, whole
+    gc.collect()
+    others = [np.full(2**20, 7.0, np.float32) for _ in range(500)]  # what was freed is written over
+    assert distance(outputs_of(engine, make_batch(3)), expected) < 1e-4
+    assert len(others) == 500
 
 
 def test_odd_batches_come_back_in_order(below, reference):
-    backbone = open_backbone(below, SMALL, "fp32")
+    engine = open_engine(below, SMALL, "fp32")
     images = make_batch(21)
-    parts = list(backbone.stream(images[start:end] for start, end in ((0, 1), (1, 8), (8, 9), (9, 21))))
+    parts = list(engine.stream(images[start:end] for start, end in ((0, 1), (1, 8), (8, 9), (9, 21))))
     assert [len(part) for part in parts] == [1, 7, 1, 12]
     assert distance(np.concatenate(parts), reference) < 1e-4
 
 
 def test_a_stream_that_is_left_early_does_not_spoil_the_next(below, reference):
-    backbone = open_backbone(below, SMALL, "fp32")
-    stream = backbone.stream(iter(np.array_split(make_batch(21), 7)))
+    engine = open_engine(below, SMALL, "fp32")
+    stream = engine.stream(iter(np.array_split(make_batch(21), 7)))
     next(stream)
     stream.close()
-    assert distance(features_of(backbone, make_batch(4)), reference[:4]) < 1e-4
+    assert distance(outputs_of(engine, make_batch(4)), reference[:4]) < 1e-4

@@ -12,10 +12,10 @@ import torch
 
 from ml.architectures import ARCHITECTURES, cut
 from ml.augmentation import Augment
-from ml.engines import TorchBackbone, open_backbone
+from ml.engines import TorchEngine, open_engine
 from ml.errors import DeviceOutOfMemory, as_pipeline_error, is_out_of_memory, naming_out_of_memory
 from ml.features import Features
-from ml.halving import HalvingBackbone
+from ml.halving import HalvingEngine
 from ml.predict import Predictor, ScanInput
 from ml.train import TrainConfig, train
 from ml.transforms import Transform
@@ -68,7 +68,7 @@ def test_half_batches_give_the_same_answers_batch_by_batch():
     parts = batches_of(images, 16, 5, 16, 1, 7)
     expected = list(SmallDevice(room=99).stream(parts))
     device = SmallDevice(room=8)
-    answers = list(HalvingBackbone(device).stream(iter(parts)))
+    answers = list(HalvingEngine(device).stream(iter(parts)))
     assert [len(answer) for answer in answers] == [16, 5, 16, 1, 7]
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(answers, expected, strict=True))
     assert device.sizes == [16, 8, 8, 5, 8, 8, 1, 7]
@@ -76,22 +76,22 @@ def test_half_batches_give_the_same_answers_batch_by_batch():
 
 def test_it_stays_halved():
     device = SmallDevice(room=8)
-    backbone = HalvingBackbone(device)
-    list(backbone.stream([make_images(16)]))
-    list(backbone.stream([make_images(16)]))
+    engine = HalvingEngine(device)
+    list(engine.stream([make_images(16)]))
+    list(engine.stream([make_images(16)]))
     assert device.sizes == [16, 8, 8, 8, 8]
 
 
 def test_an_odd_batch_is_halved_too():
     device = SmallDevice(room=3)
-    (answer,) = HalvingBackbone(device).stream([make_images(5)])
+    (answer,) = HalvingEngine(device).stream([make_images(5)])
     assert (len(answer), device.sizes) == (5, [5, 3, 2])
 
 
 @pytest.mark.parametrize("failing_late", [False, True])
 def test_where_half_is_too_much_as_well_it_says_what_to_do(failing_late):
     device = SmallDevice(room=8 if failing_late else 4)
-    stream = HalvingBackbone(device).stream([make_images(16)] * 8)
+    stream = HalvingEngine(device).stream([make_images(16)] * 8)
     if failing_late:
         next(stream)
         device.room = 7  # somebody else took the rest
@@ -103,14 +103,14 @@ def test_where_half_is_too_much_as_well_it_says_what_to_do(failing_late):
 def test_a_single_image_cannot_be_halved():
     device = SmallDevice(room=0)
     with pytest.raises(DeviceOutOfMemory):
-        list(HalvingBackbone(device).stream([make_images(1)]))
+        list(HalvingEngine(device).stream([make_images(1)]))
     assert device.sizes == [1]
 
 
 def test_other_errors_stay_what_they_are():
     device = SmallDevice(room=1, error=RuntimeError("the shapes differ"))
     with pytest.raises(RuntimeError, match="shapes"):
-        list(HalvingBackbone(device).stream([make_images(2)]))
+        list(HalvingEngine(device).stream([make_images(2)]))
 
 
 def test_a_caller_that_has_no_memory_is_no_reason_to_go_on_without_its_batches():
@@ -119,22 +119,22 @@ def test_a_caller_that_has_no_memory_is_no_reason_to_go_on_without_its_batches()
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        list(HalvingBackbone(SmallDevice(room=99)).stream(batches()))
+        list(HalvingEngine(SmallDevice(room=99)).stream(batches()))
 
 
 def test_a_stream_that_is_left_early_ends_the_callers_too():
-    backbone = HalvingBackbone(SmallDevice(room=8))
-    stream = backbone.stream(iter([make_images(16)] * 9))
+    engine = HalvingEngine(SmallDevice(room=8))
+    stream = engine.stream(iter([make_images(16)] * 9))
     next(stream)
     stream.close()
-    assert len(next(backbone.stream([make_images(3)]))) == 3
+    assert len(next(engine.stream([make_images(3)]))) == 3
 
 
 def test_the_engine_that_is_opened_can_halve(vgg):
     below, _ = cut(vgg, ARCHITECTURES["vgg16"], 0)
-    backbone = open_backbone(below, Transform(SIDE, SIDE))
-    assert isinstance(backbone, HalvingBackbone)
-    assert backbone.name == open_backbone(below, Transform(SIDE, SIDE)).name != ""
+    engine = open_engine(below, Transform(SIDE, SIDE))
+    assert isinstance(engine, HalvingEngine)
+    assert engine.name == open_engine(below, Transform(SIDE, SIDE)).name != ""
 
 
 # --- who uses it -----------------------------------------------------------------------------------------------------
@@ -142,14 +142,14 @@ def test_the_engine_that_is_opened_can_halve(vgg):
 
 def test_features_on_a_small_device_are_the_same():
     images, scans, drawn = make_images(21), np.arange(21), Augment("document", 3, 1)
-    features = [Features(HalvingBackbone(SmallDevice(room)), images) for room in (99, BATCH // 2)]
+    features = [Features(HalvingEngine(SmallDevice(room)), images) for room in (99, BATCH // 2)]
     assert np.array_equal(*(one.plain(scans) for one in features))
     assert np.array_equal(*(one.augmented(scans, drawn) for one in features))
 
 
 def test_each_image_is_counted_once_though_its_batch_went_twice():
     heard: list[int] = []
-    features = Features(HalvingBackbone(SmallDevice(BATCH // 2)), make_images(21))
+    features = Features(HalvingEngine(SmallDevice(BATCH // 2)), make_images(21))
     features.on_images(heard.append)
     features.plain(np.arange(21))
     assert sum(heard) == 21
@@ -157,15 +157,15 @@ def test_each_image_is_counted_once_though_its_batch_went_twice():
 
 def test_a_training_on_a_small_device_is_the_same():
     losses = [
-        [epoch.val_loss for epoch in train(TrainConfig(make_narrow_model(), make_params()), make_data(backbone))]
-        for backbone in (HalvingBackbone(SmallDevice(room)) for room in (99, BATCH // 2))
+        [epoch.val_loss for epoch in train(TrainConfig(make_narrow_model(), make_params()), make_data(engine))]
+        for engine in (HalvingEngine(SmallDevice(room)) for room in (99, BATCH // 2))
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("augmentation", [False, True])
 def test_a_training_without_room_for_half_a_batch_fails_with_device_oom(augmentation):
-    data = make_data(HalvingBackbone(SmallDevice(room=3)))
+    data = make_data(HalvingEngine(SmallDevice(room=3)))
     with pytest.raises(DeviceOutOfMemory):
         list(train(TrainConfig(make_narrow_model(), make_params(augmentation=augmentation)), data))
 
@@ -181,12 +181,21 @@ def test_a_step_of_the_head_without_memory_fails_with_device_oom():
     model = make_narrow_model()
     model.network.classifier[4] = FullAtLearning()
     with pytest.raises(DeviceOutOfMemory):
-        next(train(TrainConfig(model, make_params()), make_data(HalvingBackbone(SmallDevice(room=99)))))
+        next(train(TrainConfig(model, make_params()), make_data(HalvingEngine(SmallDevice(room=99)))))
+
+
+class WholeDevice(SmallDevice):
+    """With the head behind the features: logits come out."""
+
+    @torch.inference_mode()
+    def _features(self, batch: np.ndarray) -> np.ndarray:
+        features = torch.from_numpy(super()._features(batch))
+        head = make_narrow_model().network.classifier.eval()
+        return torch.cat([head(row[None]) for row in features]).numpy()  # one by one, as above
 
 
 def make_predictor(room: int) -> Predictor:
-    head = make_narrow_model().network.classifier.eval()
-    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), HalvingBackbone(SmallDevice(room)), head)
+    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), HalvingEngine(WholeDevice(room)))
 
 
 def test_predictions_on_a_small_device_are_the_same_and_in_order():
@@ -199,7 +208,7 @@ def test_predictions_on_a_small_device_are_the_same_and_in_order():
 
 def test_predictions_without_room_for_half_a_batch_raise_and_keep_what_was_done():
     predictor, done = make_predictor(room=99), []
-    device = predictor.backbone._backbone  # type: ignore[attr-defined]
+    device = predictor.engine._engine  # type: ignore[attr-defined]
     stream = predictor.predict(ScanInput(str(seed), encode(make_pixels(seed))) for seed in range(100))
     done.append(next(stream).id)
     device.room = 3
@@ -239,11 +248,11 @@ def test_other_errors_are_not_taken_for_it(error):
 
 def test_torchs_own_allocator_is_understood(vgg):
     below, _ = cut(vgg, ARCHITECTURES["vgg16"], 0)
-    backbone = TorchBackbone(below, Transform(SIDE, SIDE), "cpu", bf16=False)
+    engine = TorchEngine(below, Transform(SIDE, SIDE), "cpu", "fp32")
     image = make_pixels(0, SIDE, SIDE)
     endless = np.lib.stride_tricks.as_strided(image, (2**40, *image.shape), (0, *image.strides))
     with pytest.raises(Exception) as raised:  # noqa: PT011 - which one is what this asks
-        next(backbone.stream([endless]))
+        next(engine.stream([endless]))
     assert is_out_of_memory(raised.value)
 
 
@@ -252,17 +261,17 @@ import resource
 import numpy as np
 from ml import network
 from ml.architectures import ARCHITECTURES, cut
-from ml.engines import OpenVinoBackbone
+from ml.engines import OpenVinoEngine
 from ml.errors import DeviceOutOfMemory
-from ml.halving import HalvingBackbone
+from ml.halving import HalvingEngine
 from ml.transforms import Transform
 
 below, _ = cut(network.build(2, 0), ARCHITECTURES["vgg16"], 0)
-backbone = HalvingBackbone(OpenVinoBackbone(below, Transform(), bf16=False))
+engine = HalvingEngine(OpenVinoEngine(below, Transform(), "fp32"))
 taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, -1))
 try:
-    list(backbone.stream([np.zeros((128, 224, 224, 3), np.uint8)]))
+    list(engine.stream([np.zeros((128, 224, 224, 3), np.uint8)]))
 except DeviceOutOfMemory as error:
     print(error.code, error.__cause__)
 """

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(not openvino_door.is_here(), reason="OpenVINO is
 OPENS_A_TRACED_BACKBONE = """
 import sys
 from torch import nn
-from ml.engines import OpenVinoBackbone
+from ml.engines import OpenVinoEngine
 from ml.transforms import Transform
-OpenVinoBackbone(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten()).eval(), Transform(32, 32), bf16=False)
+OpenVinoEngine(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten()).eval(), Transform(32, 32), "fp32")
 print(sorted(name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module))
 """
 

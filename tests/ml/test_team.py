@@ -19,7 +19,7 @@ from ml import network
 from ml.cache import Cache, Cached
 from ml.checkpoints import Keeper, Origin, load
 from ml.config import CheckpointPlan
-from ml.engines import open_backbone
+from ml.engines import open_engine
 from ml.errors import BadParams, PipelineError
 from ml.events import Epoch
 from ml.features import Features
@@ -209,7 +209,7 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
 
         def features(top: int) -> Features:
             if top not in opened:
-                backbone = open_backbone(model.cut(top)[0], model.transform, "fp32")
+                backbone = open_engine(model.cut(top)[0], model.transform, "fp32")
                 opened[top] = Features(backbone, np.load(pixels), team, cached if top == 0 else None)
             return opened[top]
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_network")
@@ -47,6 +48,8 @@ class Prediction:
 class Predictor:
     """As ml.predict.Predictor, to those who call `load` and `predict`."""
 
+    engine = SimpleNamespace(name="stub")
+
     @classmethod
     def load(cls, path: Path, *_: Any, **__: Any) -> "Predictor":
         Path(path).read_bytes()  # a model that is not there is missed here as well
@@ -59,7 +62,7 @@ class Predictor:
 
 
 class _SmallDevice:
-    """As ml.engines.Backbone, with memory for so many images at once."""
+    """As ml.engines.Engine, with memory for so many images at once."""
 
     name, batch = "small", BATCH
 
@@ -73,9 +76,9 @@ class _SmallDevice:
 def _through_device(scans: list[ScanInput]) -> list[ScanInput]:
     import numpy as np
 
-    from ml.halving import HalvingBackbone
+    from ml.halving import HalvingEngine
 
-    assert sum(map(len, HalvingBackbone(_SmallDevice()).stream([np.zeros((len(scans), 1))]))) == len(scans)
+    assert sum(map(len, HalvingEngine(_SmallDevice()).stream([np.zeros((len(scans), 1))]))) == len(scans)
     return scans
 
 

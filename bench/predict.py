@@ -1,0 +1,351 @@
+"""Batch predictions beside other ways to serve a network: `python -m bench.predict`. VGG16 on 512 × 512 JPEGs.
+
+a  the network is loaded for each scan (document 000)      d  LitServe with dynamic batching, 32 clients
+b  warm, one scan after the other, torch fp32              e  the ceiling: the engine alone, pictures in memory
+c  Celery, one task a scan, warm                           f  ours: files in storage → rows in Postgres
+
+c, d, e and f predict with the same engine: the fastest that the model is admitted for. Images a second, ratios, peak
+memory and CPU use of each side's processes, in one run; the slow sides see fewer scans. `--int8` adds e and f with an
+int8 engine. Prints a table, writes bench/out/predict.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import requests
+from alembic import command
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bench.train import ROOT, machine
+from cli.plans import free_port
+from cli.servers import embedded_postgres, embedded_redis
+from jobs import lifecycle, places, registry
+from jobs.artifacts import Artifacts
+from jobs.db import make_engine, session_factory
+from jobs.registry import NewModel
+from jobs.settings import Settings
+from jobs.states import JobKind, Lane
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import ModelVersion, Scan, Unit
+from ml import network
+from ml.admission import SEEN, whole
+from ml.engines import engine_name, forms
+from ml.graphs import graph_of, ranges_of
+from ml.phantom import generate
+from ml.phantom_files import windowed
+from ml.transforms import Transform
+from tests.conftest import alembic_config
+from tests.processes import Stack, eventually, stack
+
+OUT = ROOT / "bench" / "out" / "predict.json"
+TENANT = "bench"
+SLOW = {"a": 12, "b": 60, "c": 400, "d": 400, "e": 400}
+"""Scans of the sides whose speed does not change with their number."""
+CLIENTS = 32
+
+
+@dataclass
+class Side:
+    """What a side did, and what it cost: `cpu`: cores busy on average."""
+
+    scans: int
+    seconds: float
+    peak_mb: float
+    cpu: float
+
+    @property
+    def per_second(self) -> float:
+        """Images."""
+        return self.scans / self.seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report."""
+    parsed = _parser().parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name, ExitStack() as everything:
+        folder = Path(name)
+        scans = make_scans(folder / "scans", parsed.scans)
+        rounds = [("", "bf16" if "bf16" in forms() else "fp32")]
+        rounds += [("_int8", "int8")] if parsed.int8 and "int8" in forms() else []
+        sides: dict[str, Side] = {}
+        for suffix, form in rounds:
+            os.environ["BENCH_MODEL"] = str(make_model(folder / f"{form}.safetensors", form, scans))
+            wanted = parsed.sides if not suffix else [side for side in ("e", "f") if side in parsed.sides]
+            for side in wanted:
+                Console().print(f"{side}{suffix} …")
+                sides[side + suffix] = _measure(side, folder, scans, everything)
+    return report(sides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n")[0])
+    parser.add_argument("--scans", type=int, default=2000)
+    parser.add_argument("--sides", nargs="+", choices=list("abcdef"), default=list("abcdef"))
+    parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+# --- what there is to predict ---
+
+
+def make_scans(folder: Path, count: int) -> list[Path]:
+    """So many different JPEGs of 512 × 512: synthetic slices, each turned and mirrored in eight ways."""
+    folder.mkdir(parents=True)
+    slices = [windowed(one.hu) for one in generate(patients=-(-count // 8), slices=1, seed=5)]
+    paths = []
+    for number in range(count):
+        picture = np.rot90(slices[number // 8], number % 4)
+        picture = picture[:, ::-1] if number % 8 >= 4 else picture
+        sink = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(picture)).convert("RGB").save(sink, "JPEG", quality=90)
+        paths.append(folder / f"{number:06}.jpg")
+        paths[-1].write_bytes(sink.getvalue())
+    return paths
+
+
+def make_model(path: Path, form: str, scans: list[Path]) -> Path:
+    """An untrained VGG16 costs what a trained one does. It is admitted for one form, whatever it says in it."""
+    model = network.Model(network.build(2, seed=0), ("Normal", "Tumor"), Transform())
+    trials = {engine_name(form): {"admitted": True, "reason": "for the benchmark"}}  # type: ignore[arg-type]
+    metadata: dict[str, Any] = {"engines": trials, "ranges": None}
+    if form == "int8":
+        seen = np.stack([model.transform.resize(np.asarray(Image.open(path))) for path in scans[:SEEN]])
+        metadata["ranges"] = ranges_of(graph_of(whole(model).eval(), model.transform), seen)
+    network.save(network.Model(model.network, model.classes, model.transform, metadata), path)
+    return path
+
+
+# --- the sides ---
+
+
+def _measure(side: str, folder: Path, scans: list[Path], everything: ExitStack) -> Side:
+    some = scans[: min(SLOW.get(side, len(scans)), len(scans))]
+    if side in "abe":
+        return _alone({"a": "cold", "b": "warm", "e": "ceiling"}[side], folder / "scans", len(some))
+    if side == "c":
+        return _celery(folder, some)
+    return _litserve(folder, some) if side == "d" else _ours(scans)
+
+
+def _alone(way: str, folder: Path, count: int) -> Side:
+    arguments = [sys.executable, "-m", "bench.serving.alone", way, str(folder), str(count)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with watched(process.pid) as use:
+        output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{way} ended with {process.returncode}")
+    said = json.loads(output.splitlines()[-1])
+    return Side(said["scans"], said["seconds"], use.peak_mb, use.cpu)
+
+
+def _celery(folder: Path, scans: list[Path]) -> Side:
+    with embedded_redis(folder / "redis-c") as url:
+        os.environ["RENALQ_REDIS_URL"] = url
+        from bench.serving.celery_tasks import predict
+
+        arguments = ["-m", "celery", "-A", "bench.serving.celery_tasks", "worker", "-c", "1", "-l", "WARNING"]
+        with process([*arguments, "--without-gossip", "--without-mingle"], folder / "celery.log") as pid:
+            for answer in [predict.delay(str(path)) for path in scans[:8]]:
+                answer.get(timeout=120)
+            with watched(pid) as use:
+                started = time.perf_counter()
+                answers = [predict.delay(str(path)) for path in scans]
+                for answer in answers:
+                    answer.get(timeout=600)
+                seconds = time.perf_counter() - started
+    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+
+
+def _litserve(folder: Path, scans: list[Path]) -> Side:
+    port, local = free_port(), threading.local()
+
+    def ask(path: Path) -> None:
+        local.session = getattr(local, "session", None) or requests.Session()
+        answer = local.session.post(
+            f"http://127.0.0.1:{port}/predict", files={"file": (path.name, path.read_bytes())}, timeout=120
+        )
+        answer.raise_for_status()
+
+    with process(["-m", "bench.serving.litserve_app", str(port)], folder / "litserve.log") as pid:
+        eventually(lambda: _answers(port), 120, lambda: (folder / "litserve.log").read_text()[-2000:])
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(ask, scans[:CLIENTS]))
+            with watched(pid) as use:
+                started = time.perf_counter()
+                list(pool.map(ask, scans))
+                seconds = time.perf_counter() - started
+    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+
+
+def _answers(port: int) -> bool:
+    with suppress(requests.RequestException):
+        return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+    return False
+
+
+def _ours(scans: list[Path]) -> Side:
+    with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name, ExitStack() as everything:
+        home = Path(name)
+        postgres = everything.enter_context(embedded_postgres(home / "postgres"))
+        redis = everything.enter_context(embedded_redis(home / "redis"))
+        with make_engine(postgres).connect() as connection:
+            command.upgrade(alembic_config(connection), "head")
+        settings = Settings(home=home, database_url=postgres, redis_url=redis)
+        sessions = session_factory(postgres, pool_size=4, application="bench")
+        processes = everything.enter_context(stack(settings, sessions, "dispatcher", "predict"))
+        processes.alive()
+        version, ids = _registered(processes), _stored(processes, scans)
+        _predicted(processes, version, ids[:64])  # the network is loaded, the lane's pace known
+        with watched(processes.running["predict"].pid) as use:
+            seconds = _predicted(processes, version, ids)
+    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+
+
+def _registered(processes: Stack) -> tuple[uuid.UUID, int]:
+    blob = Artifacts(processes.settings.artifacts).put_file(Path(os.environ["BENCH_MODEL"]))
+    with processes.sessions.begin() as session:
+        job = submit(session, NewJob(TENANT, JobKind.TRAIN, Lane.TRAIN))
+        unit = session.query(Unit).filter(Unit.job_id == job.id).one()
+        held = lifecycle.claim(session, unit.id, "bench", 45)
+        assert held is not None
+        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {"f1": 1.0}, None, None)
+        version: ModelVersion = registry.add(session, held, new, min_f1=0.0)
+        lifecycle.succeed(session, held)
+        return version.id, version.version
+
+
+def _stored(processes: Stack, scans: list[Path]) -> list[uuid.UUID]:
+    store, ids = Artifacts(processes.settings.artifacts), []
+    with processes.sessions.begin() as session:
+        for path in scans:
+            blob = store.put_file(path)
+            scan = Scan(
+                tenant_id=TENANT, sha256=blob.sha256, size=blob.size, media_type="image/jpeg", width=512, height=512
+            )
+            session.add(scan)
+            session.flush()
+            ids.append(scan.id)
+    return ids
+
+
+def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.UUID]) -> float:
+    """Seconds from the submit to the job's end, by Postgres' clock."""
+    with processes.sessions.begin() as session:
+        new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version[0], model_version=version[1])
+        chunk = places.chunk(session, Lane.BATCH, processes.settings)
+        job = submit(session, new, [NewResult(scan_id) for scan_id in ids], chunk)
+    ended = processes.wait_for(job.id, 3600)
+    assert ended.state == "succeeded", ended.error
+    assert ended.finished_at is not None
+    return (ended.finished_at - ended.created_at).total_seconds()
+
+
+# --- processes ---
+
+
+@dataclass
+class Use:
+    """Peak of the summed resident memory, and cores that were busy on average."""
+
+    peak_mb: float = 0.0
+    cpu: float = 0.0
+
+
+@contextmanager
+def watched(pid: int) -> Iterator[Use]:
+    """What a process and its children use during the block."""
+    use, over, started = Use(), threading.Event(), time.perf_counter()
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+
+    def look() -> None:
+        with suppress(psutil.NoSuchProcess):
+            parent, memory = psutil.Process(pid), 0
+            for one in [parent, *parent.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    times, memory = one.cpu_times(), memory + one.memory_info().rss
+                    last[one.pid] = times.user + times.system
+                    first.setdefault(one.pid, last[one.pid])
+            use.peak_mb = max(use.peak_mb, round(memory / 2**20))
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            look()
+
+    look()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield use
+    finally:
+        over.set()
+        thread.join()
+        use.cpu = round(sum(last[one] - first[one] for one in last) / (time.perf_counter() - started), 2)
+
+
+@contextmanager
+def process(arguments: Sequence[str], log: Path) -> Iterator[int]:
+    """A process of our Python, for the length of the block; its number."""
+    with log.open("wb") as file:
+        started = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file)
+    try:
+        yield started.pid
+    finally:
+        children = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
+        started.terminate()
+        started.wait(30)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+# --- the report ---
+
+
+def report(sides: dict[str, Side]) -> int:
+    """Print the table and write the figures."""
+    ratios = {
+        f"{ours}/{theirs}": round(sides[ours].per_second / sides[theirs].per_second, 2)
+        for ours, theirs in [*(("f", one) for one in "abcde"), *(("f_int8", one) for one in ("b", "e_int8"))]
+        if ours in sides and theirs in sides
+    }
+    figures = {name: round(side.per_second, 2) for name, side in sides.items()}
+    results = {
+        "machine": machine(),
+        **figures,
+        "ratios": ratios,
+        "sides": {name: asdict(side) for name, side in sides.items()},
+    }
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    table = Table("side", "scans", "images/s", "peak MB", "cores", title="VGG16, 512 × 512 JPEG")
+    for name, side in sides.items():
+        table.add_row(name, str(side.scans), f"{side.per_second:.2f}", f"{side.peak_mb:.0f}", f"{side.cpu:.2f}")
+    Console().print(table)
+    Console().print(ratios)
+    Console().print(f"written: {OUT.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

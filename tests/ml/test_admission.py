@@ -1,0 +1,130 @@
+"""An engine may predict with a network once it has shown that it says the same; and the fastest of them does."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ml import admission, network
+from ml.admission import Admission, admit, form_of
+from ml.calibration import Calibration
+from ml.engines import engine_name, forms
+from ml.errors import EngineNotAdmitted
+from ml.predict import Predictor
+from tests.ml.builders import make_pixels, make_scans
+
+REFERENCE = np.array([[2.0, -2.0], [1.0, -1.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
+LABELS = np.array([0, 0, 1, 1])
+
+
+def trial(form: str, logits: np.ndarray) -> admission.Trial:
+    return admission._Judge(Calibration(threshold=0.5), LABELS, 1, REFERENCE).trial(form, logits)
+
+
+def moved(row: int, by: float) -> np.ndarray:
+    logits = REFERENCE.copy()
+    logits[row, 1] += by
+    return logits
+
+
+def metadata(**admitted: bool) -> dict[str, object]:
+    trials = {form: {"admitted": fine, "reason": "F1 fell by 0.2"} for form, fine in admitted.items()}
+    return {"engines": {engine_name(form): trial for form, trial in trials.items()}}
+
+
+# --- what is little enough -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
+def test_the_same_answers_are_admitted(form):
+    found = trial(form, REFERENCE)
+    assert found.admitted
+    assert (found.labels_changed, found.largest_difference, found.scans) == (0, 0.0, 4)
+
+
+def test_a_probability_that_moved_too_far_is_refused_by_bf16_and_taken_by_int8():
+    assert not trial("bf16", moved(1, 0.3)).admitted
+    assert "moved by 0.0" in trial("bf16", moved(1, 0.3)).reason
+    assert trial("int8", moved(1, 0.3)).admitted
+
+
+def test_int8_is_refused_where_a_probability_moves_by_more_than_a_twentieth():
+    found = trial("int8", moved(1, 1.0))
+    assert not found.admitted
+    assert "more than 0.05" in found.reason
+
+
+def test_a_label_that_changes_is_refused_even_where_the_probability_hardly_moved(monkeypatch):
+    near = np.array([[2.0, -2.0], [0.001, 0.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
+    judge = admission._Judge(Calibration(threshold=0.5), LABELS, 1, near)
+    other = near.copy()
+    other[1, 1] = 0.002
+    assert judge.trial("bf16", other).reason == "1 labels changed"
+    assert judge.trial("int8", other).reason.startswith("F1 fell by 0.2")
+
+
+def test_int8_may_change_a_label_for_the_better():
+    wrong = np.array([[2.0, -2.0], [0.0, 0.001], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
+    judge = admission._Judge(Calibration(threshold=0.5), LABELS, 1, wrong)
+    right = wrong.copy()
+    right[1, 0] = 0.002
+    found = judge.trial("int8", right)
+    assert found.admitted
+    assert found.labels_changed == 1
+
+
+def test_answers_that_are_no_numbers_are_refused():
+    assert trial("int8", np.full_like(REFERENCE, np.nan)).reason == "its answers are not finite"
+
+
+# --- which one is taken ----------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_that_is_admitted_is_taken():
+    assert form_of(metadata(int8=True, bf16=True, fp32=True)) == forms()[0]
+    assert form_of(metadata(int8=False, bf16=False, fp32=True)) == "fp32"
+
+
+def test_what_was_never_tried_is_not_taken():
+    assert form_of({"engines": {}}) == "fp32"
+
+
+def test_a_file_without_trials_predicts_as_it_was_trained_and_never_in_int8():
+    assert form_of({"precision": "fp32"}) == "fp32"
+    assert form_of({}) == next(form for form in forms() if form != "int8")
+
+
+def test_who_asks_for_what_is_not_admitted_hears_why():
+    for form in forms()[:-1]:
+        with pytest.raises(EngineNotAdmitted, match=r"F1 fell by 0\.2"):
+            form_of(metadata(**{form: False}), form)
+        assert form_of(metadata(**{form: True}), form) == form
+
+
+def test_who_asks_for_what_is_not_in_the_hardware_hears_so(monkeypatch):
+    monkeypatch.setattr(admission, "forms", lambda: ("fp32",))
+    with pytest.raises(EngineNotAdmitted, match="does not compute int8 in hardware; use auto or fp32"):
+        form_of(metadata(int8=True), "int8")
+    assert form_of(metadata(), "fp32") == "fp32"
+
+
+# --- with a network --------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_network_carries_what_it_was_admitted_for(small_run):
+    told = network.read_metadata(small_run.model_path)
+    assert set(told["engines"]) == {engine_name(form) for form in forms()}
+    assert told["engines"][engine_name("fp32")]["admitted"]
+    scores = json.loads((small_run.folder / "evaluation" / "scores.json").read_text())
+    assert scores["engines"] == told["engines"]
+    assert Predictor.load(small_run.model_path).engine.name == engine_name(form_of(told))
+
+
+def test_each_engine_says_what_fp32_says(small_run):
+    model = network.load(small_run.model_path)
+    pictures = np.stack([make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(10)])
+    found = admit(model, Calibration(threshold=0.5), pictures, np.arange(10) % 2, make_scans(8, 64))
+    assert isinstance(found, Admission)
+    assert [found.trials[engine_name(form)].admitted for form in forms()] == [True] * len(forms()), found.trials
