@@ -46,15 +46,16 @@ lint: setup ## Style, types, and the arrows between packages.
 	lint-imports
 
 # All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last. The fault cases with
-# short clocks are among the fast tests; the few with a real network or a real MLflow take minutes: `make faults`.
+# short clocks are among the fast tests; the few with a real network or a real MLflow take minutes: `make faults`. The
+# fast ones wait more than they reckon, so two run beside each other; those with clocks, or with large networks, alone.
 test: setup ## Lint, then all tests: the fast ones first.
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; broken=(); \
 	step() { printf '\n── %s\n' "$$*"; "$$@" || broken+=("$$*"); }; \
-	tests() { printf '\n── pytest -m "%s"\n' "$$1"; pytest -m "$$1" 2>&1 | tee "$$log" || broken+=("pytest -m \"$$1\""); \
+	tests() { printf '\n── pytest -m "%s"\n' "$$1"; pytest -m "$$@" 2>&1 | tee "$$log" || broken+=("pytest -m \"$$1\""); \
 	  closing+=("$$(tail -n 1 "$$log")"); }; \
 	closing=(); \
 	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
-	tests "not slow"; tests "slow and not faults"; \
+	tests "not slow and not faults" -n 2 --dist loadfile; tests "faults and not slow"; tests "slow and not faults"; \
 	printf '\n'; \
 	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
 	printf '%s\n' "$${closing[@]}"; \

@@ -14,10 +14,9 @@ from api import create_app
 from api.auth import public
 from jobs import logs
 from jobs.settings import Settings
-from tests import builders
 from tests.api.conftest import Door, file, png, zipped
 
-UNKNOWN = str(builders.unknown_id())
+UNKNOWN = "01a1fee2-02aa-7524-a44d-7ccf93fff0eb"
 
 
 def assert_problem(answer: TestResponse, status: int, code: str | None = None) -> dict:

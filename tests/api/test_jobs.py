@@ -22,7 +22,7 @@ KEYS = {
     "id", "kind", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress", "eta_seconds",
     "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of", "reproduction",
     "model_version", "metrics", "error", "metadata",
-    "created_at", "started_at", "finished_at", "device_seconds", "links",
+    "created_at", "started_at", "finished_at", "device_seconds", "engines", "links",
 }  # fmt: skip
 TRAIN = {"source_url": "https://example.org/ct.zip"}
 
