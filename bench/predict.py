@@ -12,6 +12,7 @@ int8 engine. Prints a table, writes bench/out/predict.json.
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import json
 import os
@@ -181,9 +182,8 @@ def _litserve(folder: Path, scans: list[Path]) -> Side:
 
     def ask(path: Path) -> None:
         local.session = getattr(local, "session", None) or requests.Session()
-        answer = local.session.post(
-            f"http://127.0.0.1:{port}/predict", files={"file": (path.name, path.read_bytes())}, timeout=120
-        )
+        image = base64.b64encode(path.read_bytes()).decode()
+        answer = local.session.post(f"http://127.0.0.1:{port}/predict", json={"image": image}, timeout=120)
         answer.raise_for_status()
 
     with process(["-m", "bench.serving.litserve_app", str(port)], folder / "litserve.log") as pid:

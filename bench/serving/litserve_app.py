@@ -1,7 +1,6 @@
 """LitServe with dynamic batching: `python -m bench.serving.litserve_app PORT`. The engine is ours."""
 
-from __future__ import annotations
-
+import base64
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import litserve
 import numpy as np
 
+from ml.engines import outputs_of
 from ml.images import decode
 from ml.predict import Predictor
 
@@ -21,9 +21,9 @@ class Api(litserve.LitAPI):
         """Load the network."""
         self.predictor = Predictor.load(Path(os.environ["BENCH_MODEL"]))
 
-    def decode_request(self, request: Any) -> np.ndarray:
-        """A file's pixels, as the network takes them."""
-        return self.predictor.transform.resize(decode(request["file"].file.read()))
+    def decode_request(self, request):
+        """A file's pixels, as the network takes them; the body is JSON, as LitServe has it by itself."""
+        return self.predictor.transform.resize(decode(base64.b64decode(request["image"])))
 
     def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
         """Pictures into one array."""
@@ -31,8 +31,7 @@ class Api(litserve.LitAPI):
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Probabilities of a batch."""
-        (logits,) = self.predictor.engine.stream([x])
-        return self.predictor.calibration.probabilities(logits)
+        return self.predictor.calibration.probabilities(outputs_of(self.predictor.engine, x))
 
     def unbatch(self, output: np.ndarray) -> list[list[float]]:
         """One answer a request."""
