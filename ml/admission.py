@@ -73,7 +73,7 @@ def admit(
         if form == "int8":
             ranges = ranges_of(graph_of(layers, model.transform), seen)
         answers[form] = outputs_of(open_engine(layers, model.transform, form, ranges), pictures)
-    judge = _Judge(calibration, labels, positive_index(model.classes), answers["fp32"])
+    judge = Judge(calibration, labels, positive_index(model.classes), answers["fp32"])
     return Admission({engine_name(form): judge.trial(form, logits) for form, logits in answers.items()}, ranges)
 
 
@@ -102,14 +102,17 @@ def _is_admitted(trials: Mapping[str, Any], form: Form) -> bool:
     return form == "fp32" or bool(trials.get(engine_name(form), {}).get("admitted"))
 
 
-@dataclass(frozen=True)
-class _Judge:
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Compares logits [n, classes] with those of fp32, `reference`, on scans with int `labels` [n]."""
+
     calibration: Calibration
     labels: np.ndarray
     positive: int | None
     reference: np.ndarray
 
     def trial(self, form: Form, logits: np.ndarray) -> Trial:
+        """Whether these are near enough for an engine of this form."""
         ours, theirs = (softmax(each, self.calibration.temperature) for each in (logits, self.reference))
         difference = float(np.abs(ours - theirs).max())
         changed = int((self._decided(logits) != self._decided(self.reference)).sum())

@@ -1,10 +1,10 @@
 """Layers of torch as a graph of OpenVINO: uint8 pictures in, float32 out, the normalization inside; and its int8 form.
 
-int8 is asked for by FakeQuantize nodes: before each convolution and matrix product, on what comes in and on the
-weights. OpenVINO's CPU plugin takes such a pair for an integer product. What comes in keeps one range for the whole
-tensor, the weights one for each output channel (Krishnamoorthi 2018, "Quantizing deep convolutional networks for
-efficient inference"). The first convolution sees the picture and the last product makes the logits: both stay as they
-are, since their rounding would cost most and their work is about a hundredth.
+int8 is asked for by a FakeQuantize node on what comes into a convolution or a matrix product, and by weights that are
+int8 times the size of a step. OpenVINO's CPU plugin takes the two for an integer product. What comes in keeps one range
+for the whole tensor, the weights one for each output channel (Krishnamoorthi 2018, "Quantizing deep convolutional
+networks for efficient inference"). The first convolution sees the picture and the last product makes the logits: both
+stay as they are, since their rounding would cost most and their work is about a hundredth.
 """
 
 from __future__ import annotations
@@ -145,13 +145,21 @@ def quantize(graph: Any, ranges: Ranges) -> None:
     for node, (low, high) in zip(products, ranges, strict=True):
         ends = _integers(low, high)
         entering = op.fake_quantize(node.input_value(0), *(op.constant(np.float32(end)) for end in ends * 2), 256)
-        weights = node.input_value(1)
-        largest = np.abs(weights.get_node().data).max(axis=_inner_axes(node), keepdims=True)
-        largest = np.maximum(largest, np.finfo(np.float32).tiny).astype(np.float32)
-        bounds = [op.constant(end) for end in (-largest, largest)] * 2
+        steps, size = _stepped(node)
+        # Floats behind a FakeQuantize would do as well, but the plugin takes 3 s to turn VGG16's into this.
+        weights = op.multiply(op.convert(op.constant(steps), "f32"), op.constant(size))
         node.input(0).replace_source_output(entering.output(0))
-        node.input(1).replace_source_output(op.fake_quantize(weights, *bounds, 255).output(0))
+        node.input(1).replace_source_output(weights.output(0))
     graph.validate_nodes_and_infer_types()
+
+
+def _stepped(node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's weights as int8, and the size of a step for each output channel: together the weights, rounded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that must not be written; torch is four times as fast as numpy here
+        weights = torch.from_numpy(node.input_value(1).get_node().data)
+    size = weights.abs().amax(dim=_inner_axes(node), keepdim=True).clamp_min(1e-30) / 127
+    return (weights / size).round_().to(torch.int8).numpy(), size.numpy()
 
 
 def _integers(low: float, high: float) -> tuple[float, float]:

@@ -49,6 +49,7 @@ CLOCKS: dict[str, Any] = {
     "cancel_grace_seconds": 2,
     "checkpoint_seconds": 1,
     "chunk_scans": 32,
+    "chunk_seconds": 0.02,  # so that a batch has many chunks
     "idempotency_hours": 24,
 }
 PARAMS = {"weights": "none", "augmentation": False, "learning_rate": 0.01, "image_size": [64, 64, 3]}
