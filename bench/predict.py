@@ -32,22 +32,17 @@ from typing import Any
 import numpy as np
 import psutil
 import requests
-from alembic import command
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from bench.train import ROOT, machine
+from bench.turns import keep, register, start
 from cli.plans import free_port
-from cli.servers import embedded_postgres, embedded_redis
-from jobs import lifecycle, places, registry
-from jobs.artifacts import Artifacts
-from jobs.db import make_engine, session_factory
-from jobs.registry import NewModel
-from jobs.settings import Settings
+from cli.servers import embedded_redis
+from jobs import places
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import ModelVersion, Scan, Unit
 from ml import network
 from ml.admission import SEEN, whole
 from ml.engines import engine_name, forms
@@ -55,8 +50,7 @@ from ml.graphs import graph_of, ranges_of
 from ml.phantom import generate
 from ml.phantom_files import windowed
 from ml.transforms import Transform
-from tests.conftest import alembic_config
-from tests.processes import Stack, eventually, stack
+from tests.processes import Stack, eventually
 
 OUT = ROOT / "bench" / "out" / "predict.json"
 TENANT = "bench"
@@ -83,7 +77,7 @@ class Side:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     parsed = _parser().parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name, ExitStack() as everything:
+    with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name:
         folder = Path(name)
         scans = make_scans(folder / "scans", parsed.scans)
         rounds = [("", "bf16" if "bf16" in forms() else "fp32")]
@@ -94,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wanted = parsed.sides if not suffix else [side for side in ("e", "f") if side in parsed.sides]
             for side in wanted:
                 Console().print(f"{side}{suffix} …")
-                sides[side + suffix] = _measure(side, folder, scans, everything)
+                sides[side + suffix] = _measure(side, folder, scans)
     return report(sides)
 
 
@@ -139,7 +133,7 @@ def make_model(path: Path, form: str, scans: list[Path]) -> Path:
 # --- the sides ---
 
 
-def _measure(side: str, folder: Path, scans: list[Path], everything: ExitStack) -> Side:
+def _measure(side: str, folder: Path, scans: list[Path]) -> Side:
     some = scans[: min(SLOW.get(side, len(scans)), len(scans))]
     if side in "abe":
         return _alone({"a": "cold", "b": "warm", "e": "ceiling"}[side], folder / "scans", len(some))
@@ -205,47 +199,13 @@ def _answers(port: int) -> bool:
 
 def _ours(scans: list[Path]) -> Side:
     with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name, ExitStack() as everything:
-        home = Path(name)
-        postgres = everything.enter_context(embedded_postgres(home / "postgres"))
-        redis = everything.enter_context(embedded_redis(home / "redis"))
-        with make_engine(postgres).connect() as connection:
-            command.upgrade(alembic_config(connection), "head")
-        settings = Settings(home=home, database_url=postgres, redis_url=redis)
-        sessions = session_factory(postgres, pool_size=4, application="bench")
-        processes = everything.enter_context(stack(settings, sessions, "dispatcher", "predict"))
-        processes.alive()
-        version, ids = _registered(processes), _stored(processes, scans)
+        processes = start(Path(name), everything)
+        version = register(processes, TENANT, Path(os.environ["BENCH_MODEL"]))
+        ids = keep(processes, TENANT, scans, "image/jpeg")
         _predicted(processes, version, ids[:64])  # the network is loaded, the lane's pace known
         with watched(processes.running["predict"].pid) as use:
             seconds = _predicted(processes, version, ids)
     return Side(len(scans), seconds, use.peak_mb, use.cpu)
-
-
-def _registered(processes: Stack) -> tuple[uuid.UUID, int]:
-    blob = Artifacts(processes.settings.artifacts).put_file(Path(os.environ["BENCH_MODEL"]))
-    with processes.sessions.begin() as session:
-        job = submit(session, NewJob(TENANT, JobKind.TRAIN, Lane.TRAIN))
-        unit = session.query(Unit).filter(Unit.job_id == job.id).one()
-        held = lifecycle.claim(session, unit.id, "bench", 45)
-        assert held is not None
-        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {"f1": 1.0}, None, None)
-        version: ModelVersion = registry.add(session, held, new, min_f1=0.0)
-        lifecycle.succeed(session, held)
-        return version.id, version.version
-
-
-def _stored(processes: Stack, scans: list[Path]) -> list[uuid.UUID]:
-    store, ids = Artifacts(processes.settings.artifacts), []
-    with processes.sessions.begin() as session:
-        for path in scans:
-            blob = store.put_file(path)
-            scan = Scan(
-                tenant_id=TENANT, sha256=blob.sha256, size=blob.size, media_type="image/jpeg", width=512, height=512
-            )
-            session.add(scan)
-            session.flush()
-            ids.append(scan.id)
-    return ids
 
 
 def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.UUID]) -> float:

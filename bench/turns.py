@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(argv)
     with ExitStack() as everything:
         folder = Path(everything.enter_context(tempfile.TemporaryDirectory(prefix="renalq-bench-")))
-        processes = _start(folder, everything)
+        processes = start(folder, everything)
+        _model(processes, folder)
         scans = {tenant: _scans(processes, tenant, folder) for tenant in (A, B)}
         results = _measure(processes, scans, parsed.rounds)
     return _report(results, parsed.rounds)
@@ -60,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start(folder: Path, everything: ExitStack) -> Stack:
+def start(folder: Path, everything: ExitStack) -> Stack:
+    """A dispatcher and a predicting worker with the default settings, on a Postgres and a Redis of their own."""
     postgres = everything.enter_context(embedded_postgres(folder / "postgres"))
     redis = everything.enter_context(embedded_redis(folder / "redis"))
     engine = make_engine(postgres)
@@ -70,7 +72,6 @@ def _start(folder: Path, everything: ExitStack) -> Stack:
     sessions = session_factory(postgres, pool_size=4, application="bench")
     processes = everything.enter_context(stack(settings, sessions, "dispatcher", "predict"))
     processes.alive()
-    _model(processes, folder)
     return processes
 
 
@@ -81,27 +82,38 @@ def _model(processes: Stack, folder: Path) -> None:
     """An untrained VGG16 costs a worker what a trained one does. Both tenants have it."""
     path = folder / "model.safetensors"
     network.save(network.Model(network.build(2, seed=0), ("Normal", "Tumor"), Transform(224, 224)), path)
-    blob = Artifacts(processes.settings.artifacts).put_file(path)
     for tenant in (A, B):
-        with processes.sessions.begin() as session:
-            job = submit(session, NewJob(tenant, JobKind.TRAIN, Lane.TRAIN))
-            unit = session.scalars(select(Unit).where(Unit.job_id == job.id)).one()
-            held = lifecycle.claim(session, unit.id, "bench", 45)
-            assert held is not None
-            new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {"f1": 1.0}, None, None)
-            registry.add(session, held, new, min_f1=0.0)
-            lifecycle.succeed(session, held)
+        register(processes, tenant, path)
+
+
+def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]:
+    """A model file as the tenant's champion: id and number of its version."""
+    blob = Artifacts(processes.settings.artifacts).put_file(path)
+    with processes.sessions.begin() as session:
+        job = submit(session, NewJob(tenant, JobKind.TRAIN, Lane.TRAIN))
+        unit = session.scalars(select(Unit).where(Unit.job_id == job.id)).one()
+        held = lifecycle.claim(session, unit.id, "bench", 45)
+        assert held is not None
+        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {"f1": 1.0}, None, None)
+        version = registry.add(session, held, new, min_f1=0.0)
+        lifecycle.succeed(session, held)
+        return version.id, version.version
 
 
 def _scans(processes: Stack, tenant: str, folder: Path) -> list[uuid.UUID]:
     """Forty slices of 512 × 512, stored once; a batch names each of them many times."""
     phantom_files.write_dataset(folder / tenant, patients=10, slices=4, seed=1)
+    return keep(processes, tenant, sorted((folder / tenant).rglob("*.png")), "image/png")
+
+
+def keep(processes: Stack, tenant: str, paths: Sequence[Path], media_type: str) -> list[uuid.UUID]:
+    """Files of 512 × 512 as the tenant's stored scans: their ids."""
     store, ids = Artifacts(processes.settings.artifacts), []
     with processes.sessions.begin() as session:
-        for path in sorted((folder / tenant).rglob("*.png")):
+        for path in paths:
             blob = store.put_file(path)
             scan = Scan(
-                tenant_id=tenant, sha256=blob.sha256, size=blob.size, media_type="image/png", width=512, height=512
+                tenant_id=tenant, sha256=blob.sha256, size=blob.size, media_type=media_type, width=512, height=512
             )
             session.add(scan)
             session.flush()

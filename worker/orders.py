@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from sqlalchemy.orm import Session
@@ -11,6 +10,7 @@ from sqlalchemy.orm import Session
 from jobs import checkpoints, registry, training_params
 from jobs.errors import Invalid, ModelNotFound
 from jobs.tables import Checkpoint, Dataset, Job, Json
+from ml.config import PipelineConfig
 from ml.errors import BadParams, WeightsMissing
 from ml.params import parse_params
 from worker.provenance import code_revision
@@ -128,26 +128,10 @@ def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
     archive = folder / "data.zip"
     if order.archive_sha256 is not None:
         archive.symlink_to(held.resources.artifacts.fetch(order.archive_sha256, folder))
-    config: dict[str, Any] = {
-        "artifacts_root": str(root),
-        "data_ingestion": {
-            "root_dir": str(root / "data_ingestion"),
-            "source_URL": order.source_url or "",
-            "local_data_file": str(archive),
-            "unzip_dir": str(root / "data_ingestion" / "images"),
-        },
-        "prepare_base_model": {
-            "root_dir": str(root / "prepare_base_model"),
-            "base_model_path": str(root / "prepare_base_model" / "base_model.safetensors"),
-            "updated_base_model_path": str(root / "prepare_base_model" / "base_model_updated.safetensors"),
-        },
-        "training": {
-            "root_dir": str(root / "training"),
-            "trained_model_path": str(root / "training/model.safetensors"),
-        },
-        "evaluation": {"root_dir": str(root / "evaluation"), "scores_path": str(root / "evaluation" / "scores.json")},
-    }
+    config = PipelineConfig.below(root)
+    scans = {"source_url": order.source_url, "local_data_file": archive}
+    config = config.model_copy(update={"data_ingestion": config.data_ingestion.model_copy(update=scans)})
     files = folder / "config.yaml", folder / "params.yaml"
-    for path, content in zip(files, (config, order.params), strict=True):
+    for path, content in zip(files, (config.model_dump(mode="json", by_alias=True), order.params), strict=True):
         path.write_text(yaml.safe_dump(content))
     return files
