@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,23 @@ class ServerPlan:
     answers: Callable[[], bool]
 
 
+PORTS = range(10_000, 32_768)
+"""Where ports are drawn: below those that the kernel gives to outgoing connections (Linux: 32768 to 60999).
+
+A port that the kernel names as free is soon named again, for somebody's connection or for our own next server,
+between the naming and the listening. One drawn by lot out of thousands is not."""
+
+
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
-    with closing(socket.socket()) as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nobody listens on now.
+
+    Raises: OSError if a hundred drawn ports were all taken.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise OSError(f"No free port on {LOOPBACK}: 100 of {PORTS.start} to {PORTS.stop - 1} are all taken.")
 
 
 def wheel_folder(package: str) -> Path | None:
