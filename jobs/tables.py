@@ -130,6 +130,21 @@ class Scan(Base):
     created_at: Mapped[dt.datetime] = _now()
 
 
+class Upload(Base):
+    """A file that comes in pieces. How much of it is here is its file's length, and nowhere else."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (CheckConstraint("size >= 0", name="size"),)
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    size: Mapped[int] = mapped_column(BigInteger)
+    name: Mapped[str | None] = mapped_column(String(500))
+    created_at: Mapped[dt.datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.clock_timestamp(), index=True
+    )
+
+
 class ModelVersion(Base):
     """What a successful training made. At most one a tenant is champion: the partial index says so."""
 
@@ -183,6 +198,11 @@ class Job(Base):
         Index("uq_jobs_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
         # A job that is deleted looks for its reproductions by this.
         Index("ix_jobs_reproduction_of", "reproduction_of", postgresql_where=text("reproduction_of IS NOT NULL")),
+        Index(
+            "ix_jobs_unexpired",
+            "finished_at",
+            postgresql_where=text("kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL"),
+        ),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",
@@ -230,6 +250,7 @@ class Job(Base):
     created_at: Mapped[dt.datetime] = _now()
     started_at: Mapped[dt.datetime | None] = _time()
     finished_at: Mapped[dt.datetime | None] = _time()
+    results_expired_at: Mapped[dt.datetime | None] = _time()  # when a prediction's results were deleted
 
 
 class Unit(Base):
@@ -258,6 +279,7 @@ class Unit(Base):
     ordinal: Mapped[int] = mapped_column(Integer)
     lane: Mapped[str] = mapped_column(String(20))
     scans: Mapped[int] = mapped_column(Integer, default=1, server_default="1")  # its share of a lane, in scans
+    explains: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # the unit whose results it explains; else it predicts
     state: Mapped[str] = mapped_column(String(20), default=UnitState.QUEUED)
     attempt: Mapped[int] = _count()
     failures: Mapped[int] = _count()
@@ -288,6 +310,8 @@ class ScanResult(Base):
         Index("ix_scan_results_unit_id", "unit_id"),
         # Where a running job's results end for now, and the few that failed, among millions of others.
         Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
+        # What was computed once need not be again: the latest equal result of a scan is found here.
+        Index("ix_scan_results_computed", "scan_id", postgresql_where=text("state = 'succeeded' AND NOT cached")),
         Index(
             "ix_scan_results_not_succeeded",
             "job_id",
@@ -303,11 +327,16 @@ class ScanResult(Base):
     scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: it could not be stored
     name: Mapped[str | None] = mapped_column(String(500))
     custom_id: Mapped[str | None] = mapped_column(String(200))
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own keys, by which it groups results
+    study: Mapped[str | None] = mapped_column(String(200))
+    source_url: Mapped[str | None] = mapped_column(Text)  # where the worker fetches what is not stored here
     state: Mapped[str] = mapped_column(String(20), default=ResultState.PENDING)
     label: Mapped[str | None] = mapped_column(String(100))
     confidence: Mapped[float | None] = mapped_column(Double)
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
     engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
+    cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
+    explained: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     finished_at: Mapped[dt.datetime | None] = _time()
 
