@@ -9,7 +9,7 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
-from api import auth, datasets, health, jobs, keys, models, problems, scans, telemetry
+from api import auth, datasets, health, jobs, keys, models, problems, resumable, scans, telemetry
 from api.changes import Changes
 from api.fields import parse_uuid
 from api.services import EXTENSION, Services
@@ -18,7 +18,7 @@ from jobs.artifacts import Artifacts
 from jobs.db import session_factory
 from jobs.settings import Settings
 
-BLUEPRINTS = (jobs, datasets, scans, models, keys, health)
+BLUEPRINTS = (jobs, datasets, scans, resumable, models, keys, health)
 NOBODY = uuid.UUID(int=0)
 
 
@@ -31,7 +31,7 @@ class Renalq(Flask):
 class IdConverter(BaseConverter):
     """An id in a path. An ill-formed one becomes an id that nobody has: the same 404 as an unknown one."""
 
-    regex = r"(?!train\Z|predict\Z)[^/]+"  # the names of POST routes are no ids: another method there is 405
+    regex = r"(?!train\Z|predict\Z|known\Z)[^/]+"  # the names of POST routes are no ids: another method there is 405
 
     def to_python(self, value: str) -> uuid.UUID:
         return parse_uuid(value) or NOBODY

@@ -8,7 +8,8 @@ from api import intake
 from api.auth import needs
 from api.bodies import Blueprint, takes
 from api.idempotency import idempotent, key
-from api.requests import DatasetUpload, PageQuery
+from api.pieces import from_upload
+from api.requests import DatasetJson, DatasetUpload, PageQuery
 from api.schemas import CheckedDatasetSchema, DatasetSchema, DatasetsPage
 from api.services import admit, principal, quota, services, tenant, transaction
 from jobs import archives, datasets, queries
@@ -37,12 +38,13 @@ def _checked_by(job_id: uuid.UUID) -> Accepted:
 
 @blueprint.route("", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(multipart=DatasetUpload)
+@takes(json=DatasetJson, multipart=DatasetUpload)
 @blueprint.response(202, DatasetSchema)
 @blueprint.doc(operationId="createDataset")
 @idempotent(_checked_by)
+@from_upload("file")
 def create_dataset(body: dict[str, Any]) -> Accepted:
-    """Upload a dataset; a job checks it."""
+    """Upload a dataset, or take a whole upload for one; a job checks it."""
     file, store = body["file"], services().artifacts
     # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
     archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)

@@ -8,8 +8,8 @@ from api import intake
 from api.auth import needs
 from api.bodies import Blueprint, takes
 from api.idempotency import idempotent
-from api.requests import ScanJson, ScanUpload
-from api.schemas import ScanSchema
+from api.requests import KnownRequest, ScanJson, ScanUpload
+from api.schemas import KnownScansSchema, ScanSchema
 from api.services import tenant, transaction
 from jobs import queries
 from jobs.keys import Scope
@@ -30,6 +30,17 @@ def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
     scan, new = intake.keep(stream, intake.check(stream, "/file" if "file" in body else "/image"))
     return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
+
+
+@blueprint.route("/known", methods=["POST"])
+@needs(Scope.JOBS_READ)
+@takes(json=KnownRequest)
+@blueprint.response(200, KnownScansSchema)
+@blueprint.doc(operationId="findKnownScans")
+def find_known(body: dict[str, Any]) -> dict[str, Any]:
+    """Say which files are stored already, by their hashes: only the others need be sent."""
+    with transaction() as session:
+        return {"data": queries.scans_by_hash(session, tenant(), body["sha256"])}
 
 
 @blueprint.route("/<id:scan_id>")

@@ -6,6 +6,7 @@ werkzeug would keep up to 500 kB of every part in memory: 5 GB for ten thousand 
 import errno
 import io
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import IO, Any
@@ -101,6 +102,13 @@ class UploadRequest(Request):
         if self._spool is None:
             self._spool = Spool(current_app.config["SPOOL_FOLDER"])
         return self._spool.section()  # type: ignore[return-value]
+
+    def spooled(self) -> IO[bytes]:
+        """The whole body as one file."""
+        section = self._get_file_stream(None, None)
+        shutil.copyfileobj(self.stream, section)
+        section.seek(0)
+        return section
 
     def close(self) -> None:
         super().close()

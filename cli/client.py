@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,13 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from cli import sending
+from cli.errors import ApiError
+from cli.sending import Onlooker, Upload
 from jobs.settings import Settings
 
 Json = dict[str, Any]
+UNSEEN = Onlooker()
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
@@ -35,10 +38,6 @@ AGAIN = Retry(
     backoff_factor=0.5,
     raise_on_status=False,
 )
-
-
-class ApiError(Exception):
-    """The API refused, or did not answer; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -100,48 +99,8 @@ class Prediction:
         """From the API's JSON."""
         error = raw.get("error")
         failure = f"{error['code']}: {error['detail']}" if isinstance(error, dict) else error
-        return cls(raw["name"] or raw["scan_id"], raw["state"], raw.get("label"), raw.get("confidence"), failure)
-
-
-class Upload:
-    """A multipart body that is read from disk as it is sent: a data set need not fit into memory.
-
-    `requests` takes an iterable with a length and then sends Content-Length instead of chunks.
-    """
-
-    CHUNK = 1024**2
-
-    def __init__(self, field: str, files: Sequence[Path], form: dict[str, str] | None = None) -> None:
-        boundary = secrets.token_hex(16)
-        self.content_type = f"multipart/form-data; boundary={boundary}"
-        self._end = f"--{boundary}--\r\n".encode()
-        self._fields = [
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-            for name, value in (form or {}).items()
-        ]
-        self._parts = [(self._head(boundary, field, path), path, path.stat().st_size) for path in files]
-
-    @staticmethod
-    def _head(boundary: str, field: str, path: Path) -> bytes:
-        name = path.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-        return (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n"
-        ).encode()
-
-    def __len__(self) -> int:
-        files = sum(len(head) + size + 2 for head, _, size in self._parts)
-        return sum(map(len, self._fields)) + files + len(self._end)
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._fields
-        for head, path, _ in self._parts:
-            yield head
-            with path.open("rb") as stream:
-                while chunk := stream.read(self.CHUNK):
-                    yield chunk
-            yield b"\r\n"
-        yield self._end
+        name = raw["name"] or raw.get("custom_id") or raw["scan_id"]
+        return cls(name, raw["state"], raw.get("label"), raw.get("confidence"), failure)
 
 
 def default_url() -> str:
@@ -171,10 +130,17 @@ class Client:
         self._session.headers["Authorization"] = f"Bearer {key or default_key()}"
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(max_retries=AGAIN))
+        # What goes in pieces is not sent again as it was: the server knows where it ended.
+        self._session.mount(f"{self.url}/uploads/", HTTPAdapter())
         # A proxy of the environment is meant for the world outside, not for this machine.
         self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
 
     def call(self, method: str, path: str, **options: Any) -> Json:
+        """The JSON of `answer`."""
+        answer = self.answer(method, path, **options)
+        return dict(answer.json()) if answer.content else {}
+
+    def answer(self, method: str, path: str, **options: Any) -> requests.Response:
         """One request, repeated while the server asks for patience. A POST carries an Idempotency-Key: whatever answer
         is lost on its way, nothing is made twice.
 
@@ -188,8 +154,8 @@ class Client:
             time.sleep(float(answer.headers.get("Retry-After", 1)))
             answer = self._request(method, path, options)
         if not answer.ok:
-            raise ApiError(_refusal(answer))
-        return dict(answer.json()) if answer.content else {}
+            raise ApiError(_refusal(answer), answer.status_code)
+        return answer
 
     def _request(self, method: str, path: str, options: Json) -> requests.Response:
         try:
@@ -199,7 +165,8 @@ class Client:
         except requests.RequestException as error:
             raise ApiError(f"{method} {path} at {self.url} failed: {error}") from error
 
-    def _upload(self, path: str, upload: Upload, **headers: str) -> Json:
+    def send(self, path: str, upload: Upload, **headers: str) -> Json:
+        """POST files."""
         return self.call("POST", path, data=upload, headers={"Content-Type": upload.content_type, **headers})
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
@@ -227,12 +194,25 @@ class Client:
         """Submit one scan; with `wait_seconds` the answer may be the finished job."""
         upload = Upload("file", [scan], {"model": model} if model else None)
         headers = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
-        return Job.of(self._upload("/jobs/predict", upload, **headers))
+        return Job.of(self.send("/jobs/predict", upload, **headers))
 
-    def predict_batch(self, files: Sequence[Path], model: str | None = None) -> Job:
-        """Submit many scans, or one zip of them."""
-        upload = Upload("files", files, {"model": model} if model else None)
-        return Job.of(self._upload("/jobs/predict/batch", upload))
+    def predict_batch(self, files: Sequence[Path], model: str | None = None, onlooker: Onlooker = UNSEEN) -> Job:
+        """Submit many scans, or one zip of them. Of what is much, only what is not there yet is sent."""
+        form: Json = {"model": model} if model else {}
+        if sending.is_little(files):
+            return Job.of(self.send("/jobs/predict/batch", Upload("files", files, form)))
+        if len(files) == 1:
+            form["upload_id"] = sending.uploaded(self, files[0], onlooker)
+        else:
+            scans = sending.stored_scans(self, files, onlooker)
+            form["scan_ids"] = [scan_id for _, scan_id in scans]
+            form["custom_ids"] = [file.name[-200:] for file, _ in scans]
+        return Job.of(self._patiently("/jobs/predict/batch", form))
+
+    def _patiently(self, path: str, body: Json) -> Json:
+        """POST while the network is away, and with one key: nothing is made twice."""
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return sending.patiently(lambda: self.call("POST", path, json=body, headers=headers))
 
     def retry(self, job_id: str) -> Job:
         """Submit anew what a job did not bring to a good end; the new job."""
@@ -265,13 +245,16 @@ class Client:
 
     # Datasets
 
-    def add_dataset(self, archive: Path, name: str | None = None) -> Json:
+    def add_dataset(self, archive: Path, name: str | None = None, onlooker: Onlooker = UNSEEN) -> Json:
         """Upload a zip with one folder a class; its ingest job is in `job_id`."""
-        return self._upload("/datasets", Upload("file", [archive], {"name": name} if name else None))
+        form = {"name": name} if name else {}
+        if sending.is_little([archive]):
+            return self.send("/datasets", Upload("file", [archive], form))
+        return self._patiently("/datasets", {**form, "upload_id": sending.uploaded(self, archive, onlooker)})
 
-    def ready_dataset(self, archive: Path, name: str | None = None) -> Json:
+    def ready_dataset(self, archive: Path, name: str | None = None, onlooker: Onlooker = UNSEEN) -> Json:
         """Upload a zip and wait until it is checked. Raises `ApiError` with the reasons where it is invalid."""
-        dataset = self.add_dataset(archive, name)
+        dataset = self.add_dataset(archive, name, onlooker)
         if dataset.get("state") == "checking":
             self.wait(dataset["job_id"])
             dataset = self.dataset(dataset["id"])

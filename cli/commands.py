@@ -13,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from cli.client import Client, Job
+    from cli.watching import Shown
 
 Command = Callable[..., Any]
 IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".bmp", ".tif", ".tiff", ".webp", "")
@@ -85,6 +86,15 @@ def follow_or_show(client: Client, job: Job, watch: bool, machine: bool) -> Job:
     return ended
 
 
+def sending(machine: bool) -> Shown:
+    """Shows how files are sent; for machines on stderr, away from the JSON."""
+    from rich.console import Console
+
+    from cli.watching import Shown
+
+    return Shown(Console(stderr=machine))
+
+
 def parsed_params(pairs: Iterable[str]) -> dict[str, Any]:
     """`-p epochs=5 -p weights=none -p image_size=[224,224,3]`: values are JSON where they can be, else text."""
     params = {}
@@ -127,7 +137,8 @@ def train(
     if dataset is None:
         source = {"source_url": source_url}
     elif Path(dataset).is_file():
-        source = {"dataset_id": client.ready_dataset(Path(dataset))["id"]}
+        with sending(as_json) as onlooker:
+            source = {"dataset_id": client.ready_dataset(Path(dataset), onlooker=onlooker)["id"]}
     else:
         source = {"dataset_id": dataset}
     follow_or_show(client, client.train(source, params, name=name), watch, as_json)
@@ -147,7 +158,8 @@ def predict(client: Client, scans: tuple[Path, ...], model: str | None, wait: bo
     if len(files) == 1 and files[0].suffix.lower() != ".zip":
         job = client.predict(files[0], wait_seconds=30 if wait else 0, model=model)
     else:
-        job = client.predict_batch(files, model)
+        with sending(as_json) as onlooker:
+            job = client.predict_batch(files, model, onlooker)
     if not wait:
         return show_job(job, as_json)
     ended = follow_or_show(client, job, watch=not job.terminal, machine=as_json) if not job.terminal else job

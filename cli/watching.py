@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from cli.client import Client, Epoch, Job
+from cli.errors import ApiError
+from cli.sending import Onlooker
 
 LINE_SECONDS = 2.0
 """Without a terminal: at most one line of progress in this time, and one at every change of stage."""
@@ -18,7 +22,7 @@ LINE_SECONDS = 2.0
 
 def follow(client: Client, job_id: str, console: Console) -> Job:
     """Show a job until it has ended, and return it."""
-    view: _Bars | _Lines = _Bars(console) if console.is_terminal else _Lines(console)
+    view = _view(console)
     shown = 0
 
     def show(job: Job) -> None:
@@ -33,6 +37,35 @@ def follow(client: Client, job_id: str, console: Console) -> Job:
         job = client.wait(job_id, show)
     console.print(_ending(job), highlight=False, soft_wrap=True)
     return job
+
+
+class Shown(Onlooker):
+    """Shows how sending goes on, from when there is something to show; and names on stderr what is left out."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._view: _Bars | _Lines | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._view is not None:
+            self._view.__exit__(kind, error, trace)
+
+    def moved(self, stage: str, share: float) -> None:
+        if self._view is None:
+            self._view = _view(self._console).__enter__()
+        self._view.move(stage, share)
+
+    def refused(self, file: Path, error: ApiError) -> None:
+        click.echo(f"left out: {file}: {error}", err=True)
+
+
+def _view(console: Console) -> _Bars | _Lines:
+    return _Bars(console) if console.is_terminal else _Lines(console)
 
 
 def _epoch_line(epoch: Epoch) -> str:
@@ -77,9 +110,12 @@ class _Bars:
         self._progress.stop()
 
     def show(self, job: Job) -> None:
+        """Move the bar to where the job is."""
+        self.move(_stage(job), 1.0 if job.state == "succeeded" else job.progress, _eta(job))
+
+    def move(self, stage: str, share: float, eta: str = "") -> None:
         """Move the bar."""
-        completed = 1.0 if job.state == "succeeded" else job.progress
-        self._progress.update(self._task, completed=completed, stage=_stage(job), eta=_eta(job))
+        self._progress.update(self._task, completed=share, stage=stage, eta=eta)
 
 
 class _Lines:
@@ -97,9 +133,13 @@ class _Lines:
         return
 
     def show(self, job: Job) -> None:
+        """Say where the job is."""
+        self.move(_stage(job), job.progress, _eta(job))
+
+    def move(self, stage: str, share: float, eta: str = "") -> None:
         """Print a line if something moved, and not too often."""
-        state, now = (_stage(job), int(100 * job.progress)), time.monotonic()
+        state, now = (stage, int(100 * share)), time.monotonic()
         new_stage = state[0] != self._last[0]
         if new_stage or (state != self._last and now - self._at >= LINE_SECONDS):
             self._last, self._at = state, now
-            self._console.print(Text(f"  {state[0]:<20} {state[1]:>3} %  {_eta(job)}".rstrip()), soft_wrap=True)
+            self._console.print(Text(f"  {state[0]:<20} {state[1]:>3} %  {eta}".rstrip()), soft_wrap=True)

@@ -1,11 +1,17 @@
 """The real application on the test's own Postgres, and clients with keys of their own."""
 
 import io
+import os
+import signal
+import socket
 import struct
+import subprocess
+import sys
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -14,12 +20,14 @@ from flask.testing import FlaskClient
 
 from api import create_app
 from api.services import EXTENSION
+from cli.plans import free_port
 from jobs import keys, lifecycle, registry
 from jobs.db import Sessions
 from jobs.registry import NewModel
 from jobs.settings import Settings
 from jobs.tables import Job, ModelVersion
 from tests import builders
+from tests.processes import ROOT, eventually
 
 ALL_SCOPES = ["jobs:read", "jobs:write", "models:write", "admin"]
 
@@ -121,6 +129,46 @@ def dicom(rows: int = 16, columns: int = 12, deflate: bool = False, syntax: byte
 def file(content: bytes, name: str = "scan.png") -> tuple[io.BytesIO, str]:
     """A file for a multipart body."""
     return io.BytesIO(content), name
+
+
+class Server:
+    """The API as it runs in service, on a port of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._process = settings, None
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        command = [sys.executable, "-m", "gunicorn", "-c", "api/gunicorn_conf.py", "--bind", f"127.0.0.1:{self.port}"]
+        fields = self._settings.model_dump(mode="json", exclude_none=True)
+        environ = {**os.environ, **{f"RENALQ_{name.upper()}": str(value) for name, value in fields.items()}}
+        path = self._settings.home / "api.log"
+        with path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "api:create_app()"], cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True
+            )
+        eventually(self._answers, 30, path.read_text)
+
+    def kill(self) -> None:
+        """kill -9, with its worker."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(10)
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@pytest.fixture
+def server(settings: Settings, sessions: Sessions) -> Iterator[Server]:
+    """The API as it runs in service."""
+    server = Server(settings)
+    server.start()
+    yield server
+    server.kill()
 
 
 Finish = Callable[[str], None]

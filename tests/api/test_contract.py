@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.api.conftest import Door
 
 pytestmark = pytest.mark.slow
+schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")
 CHECKS = [
     allow_header_conformance,
     content_type_conformance,
@@ -50,7 +51,7 @@ def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
             tried.add(answer.status_code)
             assert answer.status_code < 500 or case.path == "/health/ready", (case.as_curl_command(), answer.text)
             case.validate_response(answer, checks=CHECKS)
-            if answer.status_code >= 400:
+            if answer.status_code >= 400 and case.method != "HEAD":  # what answers HEAD has no body
                 assert answer.json()["code"], case.as_curl_command()
 
         with suppress(Unsatisfiable):  # some operations take nothing that could be wrong

@@ -13,9 +13,12 @@ from tests import builders
 from tests.api.conftest import Door, file, png
 from tests.api.test_errors import assert_problem
 
+UPLOADS = {"Tus-Resumable": "1.0.0", "Upload-Offset": "0", "Content-Type": "application/offset+octet-stream"}
+"""Without these /uploads asks for them first."""
+
 
 def told(client: FlaskClient, method: str, path: str) -> dict:
-    body = assert_problem(client.open(path, method=method), 404)
+    body = assert_problem(client.open(path, method=method, headers=UPLOADS), 404)
     return {key: value for key, value in body.items() if key not in ("instance", "request_id")}
 
 
@@ -43,7 +46,8 @@ def test_what_belongs_to_another_tenant_answers_like_what_does_not_exist(
         scan = builders.make_scan(session)
     assert len(routes_with_an_id(client.application)) >= 11
     key = client.get("/keys").get_json()["data"][0]["id"]
-    ids = {"job_id": job.id, "dataset_id": dataset.id, "scan_id": scan.id, "key_id": key}
+    upload = client.post("/uploads", headers={**UPLOADS, "Upload-Length": "5"}).get_json()["id"]
+    ids = {"job_id": job.id, "dataset_id": dataset.id, "scan_id": scan.id, "key_id": key, "upload_id": upload}
     for method, rule in routes_with_an_id(client.application):
         name = next(name for name in ids if f"<id:{name}>" in rule)
         path = rule.replace("<path:name>", "a.png")

@@ -145,7 +145,7 @@ def test_a_post_is_sent_again_with_the_same_key_and_body_until_it_is_answered(tm
     with ThreadingHTTPServer(("127.0.0.1", 0), Moody) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = Client(f"http://127.0.0.1:{server.server_port}", "rq_key")
-        assert client._upload("/scans", Upload("file", [tmp_path / "a.png"])) == {"id": "42"}
+        assert client.send("/scans", Upload("file", [tmp_path / "a.png"])) == {"id": "42"}
         server.shutdown()
     assert len(Moody.asked) == 4
     assert len(set(Moody.asked)) == 1, "key and body are the same each time"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cli.client import Epoch, Job
-from cli.watching import _Bars, _ending, _epoch_line, _Lines
+from cli.errors import ApiError
+from cli.watching import Shown, _Bars, _ending, _epoch_line, _Lines
 
 
 def make_job(**fields: Any) -> Job:
@@ -62,3 +65,21 @@ def test_an_epoch_is_one_line() -> None:
     line = _epoch_line(Epoch(2, 0.19, 0.97, 0.16, 0.93, 0.01, 0.7))
     assert "\n" not in line
     assert "0.930" in line
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_sending_is_shown_once_there_is_something_to_send(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
+    with Shown(console):
+        pass
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    with Shown(console) as onlooker:
+        onlooker.moved("hashing", 1.0)
+        onlooker.moved("sending", 0.42)
+    assert "sending" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "42" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_file_that_is_left_out_is_named_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    Shown(Console(file=io.StringIO())).refused(Path("broken.png"), ApiError("422 This is not an image.", 422))
+    assert capsys.readouterr().err == "left out: broken.png: 422 This is not an image.\n"
