@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import flask
 import flask_smorest
@@ -12,11 +12,13 @@ from flask import request
 from marshmallow import fields
 from webargs.core import is_json
 from webargs.flaskparser import FlaskParser
-from werkzeug.datastructures import MultiDict
+from werkzeug.datastructures import FileStorage, MultiDict
 
 from api.fields import escaped, unstorable
 from api.problems import InvalidFields
-from api.uploads import JSON_BYTES
+from api.requests import MANIFEST
+from api.streams import CSV, NDJSON
+from api.uploads import JSON_BYTES, UploadRequest
 from jobs.errors import UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -52,22 +54,29 @@ class Blueprint(flask_smorest.Blueprint):
     ARGUMENTS_PARSER = Parser()
 
 
-def takes(json: type[ma.Schema] | None = None, multipart: type[ma.Schema] | None = None) -> Callable[[View], View]:
+def takes(
+    json: type[ma.Schema] | None = None,
+    multipart: type[ma.Schema] | None = None,
+    manifest: type[ma.Schema] | None = None,
+) -> Callable[[View], View]:
     """Declare a view's body: it gets the checked values as its first argument.
+
+    Args:
+        manifest: the body may be a file, which becomes the field `manifest`; the other fields come from the query.
 
     Raises:
         UnsupportedMedia: the body is of another kind.
         InvalidFields
     """
-    kinds = {kind: schema for kind, schema in ((MULTIPART, multipart), (JSON, json)) if schema}
+    declared = ((MULTIPART, multipart), (JSON, json), (CSV, manifest), (NDJSON, manifest))
+    kinds = {kind: schema for kind, schema in declared if schema}
 
     def decorate(view: View) -> View:
         @wraps(view)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return view(_body(kinds), *args, **kwargs)
 
-        content = {kind: {"schema": schema} for kind, schema in kinds.items()}
-        documented = flask_smorest.Blueprint.doc(requestBody={"required": True, "content": content})(wrapper)
+        documented = flask_smorest.Blueprint.doc(**_document(view, kinds))(wrapper)
         return documented  # type: ignore[no-any-return]
 
     return decorate
@@ -87,6 +96,16 @@ def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
         yield pointer, str(messages)
 
 
+def _document(view: Any, kinds: dict[str, type[ma.Schema]]) -> dict[str, Any]:
+    whole = {"type": "string", "description": MANIFEST}
+    content = {kind: {"schema": whole if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()}
+    document: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if CSV in kinds:
+        before = getattr(view, "_apidoc", {}).get("manual_doc", {}).get("parameters", [])  # lists are not merged
+        document["parameters"] = [*before, {"in": "query", "schema": kinds[CSV](exclude=["manifest"])}]
+    return document
+
+
 def _body(kinds: dict[str, type[ma.Schema]]) -> Any:
     if MULTIPART in kinds and request.mimetype == MULTIPART:
         schema = kinds[MULTIPART]()
@@ -94,6 +113,9 @@ def _body(kinds: dict[str, type[ma.Schema]]) -> Any:
     elif JSON in kinds and (is_json(request.mimetype) or not request.mimetype):
         schema = kinds[JSON]()
         raw = _json()
+    elif request.mimetype in (CSV, NDJSON) and request.mimetype in kinds:
+        schema = kinds[request.mimetype]()
+        raw = {"manifest": FileStorage(cast(UploadRequest, request).spooled()), **_query(schema)}
     else:
         raise UnsupportedMedia(f"Send the body as {' or '.join(kinds)}.")
     try:
@@ -108,9 +130,9 @@ def _json() -> Any:
     text = request.get_data(cache=False)
     try:
         value = json.loads(text, parse_constant=_no_constant) if text else {}
+        _refuse_unstorable(value)
     except (ValueError, RecursionError):
         raise InvalidFields([("", "Not valid JSON.")]) from None
-    _refuse_unstorable(value)
     return value
 
 
@@ -125,6 +147,15 @@ def _multipart(schema: ma.Schema) -> dict[str, Any]:
     return {name: _part(schema.fields.get(name), name, values) for name, values in parts.lists()}
 
 
+def _query(schema: ma.Schema) -> dict[str, Any]:
+    found = Parser().load_querystring(request, schema)
+    return {name: _typed(schema.fields.get(name), name, value) for name, value in found.items()}
+
+
+def _typed(field: Any, name: str, value: Any) -> Any:
+    return _value_of(name, value) if isinstance(field, fields.Boolean | fields.Number) else value
+
+
 def _part(field: Any, name: str, values: list[Any]) -> Any:
     texts = [value for value in values if isinstance(value, str)]
     _refuse_unstorable({name: texts})
@@ -132,17 +163,18 @@ def _part(field: Any, name: str, values: list[Any]) -> Any:
         return values
     if len(values) > 1:
         raise InvalidFields([(f"/{escaped(name)}", "Given more than once.")])
-    typed = isinstance(field, fields.Dict | fields.Boolean | fields.Number)
-    return _value_of(name, values[0]) if typed and texts else values[0]
+    if isinstance(field, fields.Dict) and texts:
+        return _value_of(name, values[0])
+    return _typed(field, name, values[0]) if texts else values[0]
 
 
 def _value_of(name: str, text: str) -> Any:
     """A part that stands for something other than text is written as JSON."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
+        _refuse_unstorable({name: value})
     except (ValueError, RecursionError):
         raise InvalidFields([(f"/{escaped(name)}", "Not valid JSON.")]) from None
-    _refuse_unstorable({name: value})
     return value
 
 

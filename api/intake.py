@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import IO
 
-from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
@@ -19,7 +18,7 @@ from api.services import Services, services, tenant, transaction
 from jobs.archives import Member
 from jobs.artifacts import Blob
 from jobs.errors import Invalid, NotAnImage, RenalQError, ScanNotFound, TooLarge
-from jobs.queries import known_scans
+from jobs.queries import known_scans, scans_by_hash
 from jobs.settings import Settings
 from jobs.submission import NewResult
 from jobs.tables import Scan, new_id
@@ -69,7 +68,7 @@ def keep(stream: IO[bytes], looked: Media) -> tuple[Scan, bool]:
     with transaction() as session:
         wanted = new_id()
         _register(session, [_row(blob, looked, wanted)])
-        found = _by_hash(session, [blob.sha256])[blob.sha256]
+        found = scans_by_hash(session, tenant(), [blob.sha256])[blob.sha256]
         return session.get_one(Scan, found), found == wanted
 
 
@@ -88,7 +87,7 @@ def keep_all(scans: Iterable[Incoming]) -> list[NewResult]:
 def _registered(stored: Sequence[tuple[Blob, Media]]) -> dict[str, uuid.UUID]:
     with transaction() as session:
         _register(session, [_row(blob, looked, new_id()) for blob, looked in stored])
-        return _by_hash(session, [blob.sha256 for blob, _ in stored])
+        return scans_by_hash(session, tenant(), [blob.sha256 for blob, _ in stored])
 
 
 def known(session: Session, scan_ids: Sequence[uuid.UUID], custom_ids: Sequence[str] = ()) -> list[NewResult]:
@@ -163,11 +162,6 @@ def _register(session: Session, rows: Sequence[dict[str, object]]) -> None:
         # In one order, so that two requests with the same scans cannot wait for each other.
         ordered = sorted(rows, key=lambda row: str(row["sha256"]))
         session.execute(insert(Scan).on_conflict_do_nothing(), ordered)
-
-
-def _by_hash(session: Session, hashes: Sequence[str]) -> dict[str, uuid.UUID]:
-    mine = select(Scan.sha256, Scan.id).where(Scan.tenant_id == tenant(), Scan.sha256.in_(hashes))
-    return {row.sha256: row.id for row in session.execute(mine)}
 
 
 def _size(stream: IO[bytes]) -> int:

@@ -2,17 +2,19 @@
 
 import io
 import uuid
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
-from api import intake
+from api import intake, manifests
 from api.idempotency import key
+from api.pieces import from_upload
 from api.services import admit, principal, quota, services, tenant, transaction
 from jobs import archives, datasets, places, registry
-from jobs.archives import Limits
+from jobs.archives import Limits, Member
 from jobs.errors import BadArchive
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
@@ -44,42 +46,50 @@ def predict_one(body: Body) -> uuid.UUID:
     return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
 
 
+@from_upload("files", many=True)
 def predict_many(body: Body) -> uuid.UUID:
-    """Submit a batch: files, one zip, stored scans, or a dataset. Returns the job's id.
+    """Submit a batch: files, one zip, a whole upload, a manifest, stored scans, or a dataset. Returns the job's id.
 
     Raises:
+        UploadNotFound, UploadIncomplete, UploadBusy
         BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, Invalid, QuotaExceeded,
         QueueFull
     """
     limits = Limits.of(services().settings)
-    number = _announced(body, limits)  # looks into a zip before the model is asked for, as above
-    model = _pinned(body)
-    admit(number, batches=1)
-    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, _taken(body, limits), body.get("dataset_id"))
+    with _members(body, limits) as members:
+        manifest = manifests.of(body.get("manifest"), body.get("files", ()), members)
+        # Only now the model, as above.
+        model = _pinned(body)
+        admit(len(manifest.rows) if manifest else _announced(body, members), batches=1)
+        scans = manifest.results() if manifest else _taken(body, members, limits)
+    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"))
 
 
-def _announced(body: Body, limits: Limits) -> int:
+@contextmanager
+def _members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
+    """The files of the zip that was sent, checked; None where it is no zip."""
+    files: list[FileStorage] = body.get("files", [])
+    if len(files) == 1 and archives.is_zip(files[0].stream):
+        with archives.opened(files[0].stream, limits) as members:
+            yield members
+    else:
+        yield None
+
+
+def _announced(body: Body, members: list[Member] | None) -> int:
     """How many scans will be in the job; of a dataset, `submit` finds out."""
-    if zipped := _zip(body):
-        return archives.check(zipped, limits)
-    return len(body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
+    return len(members or body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
 
 
-def _taken(body: Body, limits: Limits) -> list[NewResult]:
-    if zipped := _zip(body):
-        with archives.opened(zipped, limits) as members:
-            return intake.keep_all(intake.unpacked(members))
+def _taken(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
+    if members is not None:
+        return intake.keep_all(intake.unpacked(members))
     if "files" in body:
         return intake.keep_all(intake.uploaded(body["files"], body.get("custom_ids", ())))
     if "dataset_id" in body:
         return _of_dataset(body["dataset_id"], limits)
     with transaction() as session:
         return intake.known(session, body["scan_ids"], body.get("custom_ids", ()))
-
-
-def _zip(body: Body) -> IO[bytes] | None:
-    files: list[FileStorage] = body.get("files", [])
-    return files[0].stream if len(files) == 1 and archives.is_zip(files[0].stream) else None
 
 
 def _of_dataset(dataset_id: uuid.UUID, limits: Limits) -> list[NewResult]:
@@ -115,7 +125,7 @@ def _submit(
         tenant_id=tenant(),
         kind=kind,
         lane=Lane(body.get("lane", lane)),
-        params={"precision": body["precision"]} if "precision" in body else {},
+        params={name: body[name] for name in ("precision", "explain") if body.get(name)},
         metadata=body["metadata"],
         dataset_id=dataset_id,
         model_id=model.id,

@@ -14,11 +14,20 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from jobs.errors import IdempotencyInFlight, Invalid, QuotaExceeded, RenalQError, TooLarge, Unauthorized, Unavailable
+from jobs.errors import (
+    IdempotencyInFlight,
+    Invalid,
+    QuotaExceeded,
+    RenalQError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UploadBusy,
+)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
-COME_BACK = (QuotaExceeded, Unavailable, IdempotencyInFlight)
+COME_BACK = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
 """Errors that time mends."""
 
 log = structlog.get_logger()

@@ -15,6 +15,12 @@ from jobs.states import JobKind, JobState, Lane, ResultState
 BIGINT = 2**63 - 1
 MAX_SCANS = 10_000
 """Most scans in one request."""
+SOURCES = ("file", "scan_id", "url")
+"""What says which scan a manifest's row means."""
+MANIFEST = (
+    "CSV with a header row (comma, semicolon or tab), or NDJSON; UTF-8. Each row has exactly one of `file` (a file in "
+    "the same body or zip), `scan_id` and `url`, and may have `custom_id`, `patient` and `study`."
+)
 
 
 class File(Upload):
@@ -68,6 +74,10 @@ class _Prediction(ma.Schema):
         validate=validate.OneOf(["auto", "fp32", "bf16", "int8"]),
         metadata={"description": "auto: the fastest that this network was admitted for, and that the worker has."},
     )
+    explain = fields.Boolean(
+        load_default=False,
+        metadata={"description": "Also make a Grad-CAM overlay of each result, after all predictions of the job."},
+    )
     metadata = Metadata(load_default=dict)
     lane = fields.String(validate=validate.OneOf([str(Lane.URGENT), str(Lane.BATCH)]))
 
@@ -96,27 +106,57 @@ class _CustomIds(_Prediction):
 
 
 class BatchJson(_CustomIds):
-    """Scans that are stored already, or all of a dataset. `custom_ids` follow the order of `scan_ids`."""
+    """Scans that are stored already, all of a dataset, or a whole upload: one scan, or one zip of them.
+
+    `custom_ids` follow the order of `scan_ids`.
+    """
 
     scan_ids = fields.List(fields.UUID(), validate=validate.Length(1, MAX_SCANS))
     dataset_id = fields.UUID()
+    upload_id = fields.UUID()
 
     @ma.validates_schema
     def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
-        _exactly_one(data, "scan_ids", "dataset_id")
+        _exactly_one(data, "scan_ids", "dataset_id", "upload_id")
         if "custom_ids" in data and len(data["custom_ids"]) != len(data.get("scan_ids", ())):
             raise ma.ValidationError("Must be as many as scan_ids.", "custom_ids")
 
 
 class BatchUpload(_CustomIds):
-    """Many files, or one zip of them. `custom_ids` follow the order of the files."""
+    """Many files, or one zip of them. `custom_ids` follow the order of the files, unless a manifest says all."""
 
-    files: Any = fields.List(File(), required=True, validate=validate.Length(1, MAX_SCANS))
+    files: Any = fields.List(File(), validate=validate.Length(1, MAX_SCANS))
+    manifest: Any = File(metadata={"description": MANIFEST})
 
     @ma.validates_schema
     def _as_many_ids(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "manifest" not in data and "files" not in data:
+            raise ma.ValidationError("Missing data for required field.", "files")
+        if "manifest" in data and "custom_ids" in data:
+            raise ma.ValidationError("Write them into the manifest.", "custom_ids")
         if "custom_ids" in data and len(data["custom_ids"]) != len(data["files"]):
             raise ma.ValidationError("Must be as many as files.", "custom_ids")
+
+
+class BatchManifest(_Prediction):
+    """A manifest alone as the body; the rest stands in the query."""
+
+    manifest = File(required=True)
+
+
+class ManifestRow(ma.Schema):
+    """One scan of a manifest: a file that came with it, a stored scan, or an address to fetch it from."""
+
+    file = fields.String(validate=validate.Length(1, 1000))
+    scan_id = fields.UUID()
+    url = HttpUrl()
+    custom_id = fields.String(validate=validate.Length(1, 200))
+    patient = fields.String(validate=validate.Length(1, 200))
+    study = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        _exactly_one(data, *SOURCES)
 
 
 # --- requests: the rest ---
@@ -126,6 +166,13 @@ class DatasetUpload(ma.Schema):
     """A zip with one folder a class."""
 
     file = File(required=True)
+    name = fields.String(validate=validate.Length(1, 200))
+
+
+class DatasetJson(ma.Schema):
+    """A whole upload of such a zip."""
+
+    upload_id = fields.UUID(required=True)
     name = fields.String(validate=validate.Length(1, 200))
 
 
@@ -139,6 +186,16 @@ class ScanJson(ma.Schema):
     """One image or DICOM file in base64."""
 
     image = Base64(required=True)
+
+
+class KnownRequest(ma.Schema):
+    """SHA-256 of files, in hex."""
+
+    sha256 = fields.List(
+        fields.String(validate=validate.Regexp(r"\A[0-9a-f]{64}\Z", error="Must be 64 lower-case hex digits.")),
+        required=True,
+        validate=validate.Length(max=MAX_SCANS),
+    )
 
 
 class KeyRequest(ma.Schema):
@@ -173,6 +230,13 @@ class NumberedQuery(ma.Schema):
 
     limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
     after = fields.Integer(load_default=None, validate=validate.Range(0, BIGINT))
+
+
+class NamedQuery(ma.Schema):
+    """A page of a list in the order of its names."""
+
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
+    after = fields.String(load_default="", metadata={"description": "`next` of the page before."})
 
 
 class ResultsQuery(NumberedQuery):

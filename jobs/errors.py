@@ -2,11 +2,15 @@
 
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
+    │                             UploadNotFound
     ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse DatasetGone NoResults
-    │                             IdempotencyInFlight
+    │                             IdempotencyInFlight UploadIncomplete WrongOffset
+    ├── ResultsExpired      410
     ├── Invalid             422   NotAnImage BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
     ├── TooLarge            413
+    ├── OtherTusVersion     412
+    ├── UploadBusy          423
     ├── Unauthorized        401
     ├── ScopeMissing        403
     ├── QuotaExceeded       429
@@ -61,6 +65,10 @@ class ArtifactNotFound(NotFound):
     """This job has no artifact of that name. List them with GET /jobs/ID/artifacts."""
 
 
+class UploadNotFound(NotFound):
+    """No upload has this id: it was used, has expired, or never was. Begin one with POST /uploads."""
+
+
 class Conflict(RenalQError):
     """The thing is in a state that does not allow this."""
 
@@ -109,6 +117,24 @@ class IdempotencyInFlight(Conflict):
     code = "IDEMPOTENCY_IN_FLIGHT"
 
 
+class ResultsExpired(RenalQError):
+    """This job's results were deleted: they are kept for RENALQ_RESULTS_DAYS days. Submit the scans anew."""
+
+    status, code = 410, "RESULTS_EXPIRED"
+
+
+class UploadIncomplete(Conflict):
+    """Only {offset} of the upload's {size} bytes are here. PATCH /uploads/{id} from there on, then send this again."""
+
+    code = "UPLOAD_INCOMPLETE"
+
+
+class WrongOffset(Conflict):
+    """The piece begins at {given}, but the upload is at {offset} of {size} bytes. Send it on from there."""
+
+    code = "WRONG_OFFSET"
+
+
 class Invalid(RenalQError):
     """The request cannot be understood as it stands."""
 
@@ -147,6 +173,18 @@ class TooLarge(RenalQError):
     """The upload is larger than the {limit} bytes that are taken. Split it, or raise {setting}."""
 
     status, code = 413, "TOO_LARGE"
+
+
+class OtherTusVersion(RenalQError):
+    """Uploads speak tus {version}: send the header `Tus-Resumable: {version}`."""
+
+    status, code = 412, "TUS_VERSION"
+
+
+class UploadBusy(RenalQError):
+    """Another request holds this upload. Ask HEAD /uploads/ID for its offset shortly, and go on from there."""
+
+    status, code = 423, "UPLOAD_BUSY"
 
 
 class Unauthorized(RenalQError):

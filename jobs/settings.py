@@ -6,8 +6,10 @@ of ours reads `os.environ` for a setting.
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jobs.addresses import Host, parse_hosts
 
 GIB = 1024**3
 MIB = 1024**2
@@ -77,6 +79,9 @@ class Settings(BaseSettings):
     chunk_seconds: float = Field(10.0, gt=0, description="Work in one unit of a batch, by the pace of the latest ones.")
     chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch where no pace is known yet.")
     chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that are rung at the same time.")
+    reuse_results: bool = Field(
+        True, description="A scan that the same model has seen on the same engine gets its result from there: `cached`."
+    )
     rung_ahead_seconds: float = Field(
         0.25, ge=0, description="Work of short units that is promised to busy workers, beyond what idle ones take (s)."
     )
@@ -89,12 +94,23 @@ class Settings(BaseSettings):
     queue_ceiling: int = Field(1_000_000, ge=1, description="Most scans in the queue, of all tenants.")
     idempotency_hours: float = Field(24, gt=0, description="An Idempotency-Key is remembered for so long (h).")
 
+    results_days: float = Field(
+        0, ge=0, description="A prediction's results are deleted so long after its end (days). 0: kept for ever."
+    )
+
     max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest request body that is taken (bytes).")
+    upload_hours: float = Field(24, gt=0, description="An upload in pieces is forgotten after so long (h).")
     max_scan_bytes: int = Field(256 * MIB, gt=0, description="Largest single scan (bytes).")
     max_pixels: int = Field(50_000_000, gt=0, description="Largest declared image (pixels).")
     max_archive_members: int = Field(100_000, gt=0, description="Most files in one zip.")
     max_archive_bytes: int = Field(20 * GIB, gt=0, description="Most bytes that a zip may unpack to.")
     max_archive_ratio: float = Field(200, gt=1, description="Most times that a zip may be larger unpacked.")
+
+    fetch_hosts: str = Field(
+        "",
+        description="Hosts that workers may fetch scans from, such as `pacs.example,10.0.0.5:8042`. Empty: none.",
+    )
+    fetch_seconds: float = Field(30, gt=0, description="Longest that fetching one scan may take (s).")
 
     wait_slots: int = Field(
         200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams) at once."
@@ -103,10 +119,21 @@ class Settings(BaseSettings):
     promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
+    @field_validator("fetch_hosts")
+    @classmethod
+    def _readable_hosts(cls, text: str) -> str:
+        parse_hosts(text)
+        return text
+
     @property
     def artifacts(self) -> str:
         """Where blobs are kept, resolved."""
         return self.artifacts_url or str(self.home.resolve() / "artifacts")
+
+    @property
+    def allowed_hosts(self) -> frozenset[Host]:
+        """`fetch_hosts`, read."""
+        return parse_hosts(self.fetch_hosts)
 
     @property
     def work(self) -> Path:

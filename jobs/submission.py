@@ -5,10 +5,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from jobs import expiry
 from jobs.bookkeeping import PREDICTIONS, count, end_if_done, locking, record, wake_dispatcher
 from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WrongState
 from jobs.settings import Settings
@@ -42,12 +43,18 @@ class NewJob:
 
 @dataclass(frozen=True)
 class NewResult:
-    """One scan of a prediction job. With an `error` it has failed before it began."""
+    """One scan of a prediction job: stored, or to be fetched from `source_url`. With an `error` it has failed already.
+
+    `custom_id`, `patient` and `study` are the client's own keys.
+    """
 
     scan_id: uuid.UUID | None
     name: str | None = None
     custom_id: str | None = None
     error: Json | None = None
+    patient: str | None = None
+    study: str | None = None
+    source_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,11 @@ def submit(
     job = _new_job(new, total=len(scans) or 1)
     session.add(job)
     session.flush()
-    workable = [(ordinal, scan) for ordinal, scan in enumerate(scans) if scan.error is None]
-    chunks = [workable[i : i + chunk] for i in range(0, len(workable), chunk)] if scans else [[]]
-    units = [_unit(job, ordinal, len(part)) for ordinal, part in enumerate(chunks)]
+    parts = _parts(scans, chunk) if scans else [[]]
+    units = [_unit(job, ordinal, len(part)) for ordinal, part in enumerate(parts)]
     if units:
         session.execute(insert(Unit), units)
-    _insert_results(session, job, scans, {o: u["id"] for u, c in zip(units, chunks, strict=True) for o, _ in c})
+    _insert_results(session, job, scans, {o: u["id"] for u, part in zip(units, parts, strict=True) for o in part})
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
     _load(session, job, quota)
     end_if_done(session, job.id)  # a batch of broken scans alone has nothing to wait for
@@ -126,6 +132,8 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
     made: Job | None = session.scalar(select(Job).where(Job.retry_of == job_id))
     if made is not None:
         return made
+    if not expiry.are_kept(session, job_id):
+        raise WrongState("This job's results have expired, and with them which scans failed: submit those anew.")
     scans = _left_over(session, old)
     if old.kind in PREDICTIONS and not scans:
         detail = "None of this job's failed scans is stored: upload them again with a new job."
@@ -167,10 +175,16 @@ def _left_over(session: Session, old: Job) -> list[NewResult]:
     rows = session.scalars(
         select(ScanResult)
         .where(ScanResult.job_id == old.id, ScanResult.state.in_((ResultState.FAILED, ResultState.CANCELLED)))
-        .where(ScanResult.scan_id.is_not(None))
+        .where(or_(ScanResult.scan_id.is_not(None), ScanResult.source_url.is_not(None)))
         .order_by(ScanResult.ordinal)
     )
-    return [NewResult(row.scan_id, row.name, row.custom_id) for row in rows]
+    return [_again_result(row) for row in rows]
+
+
+def _again_result(row: ScanResult) -> NewResult:
+    return NewResult(
+        row.scan_id, row.name, row.custom_id, patient=row.patient, study=row.study, source_url=row.source_url
+    )
 
 
 # --- the tenant's load ---
@@ -239,6 +253,22 @@ def _unit(job: Job, ordinal: int, scans: int) -> Json:
     }
 
 
+def _parts(scans: Sequence[NewResult], chunk: int) -> list[list[int]]:
+    """The ordinals of each unit: `chunk` scans, less those that failed before they began.
+
+    The same scan is in one unit however often it comes: it is computed once.
+    """
+    alike: dict[object, list[int]] = {}
+    for ordinal, scan in enumerate(scans):
+        if scan.error is None:
+            alike.setdefault(scan.scan_id or scan.source_url, []).append(ordinal)
+    distinct = list(alike.values())
+    return [
+        [ordinal for same in distinct[start : start + chunk] for ordinal in same]
+        for start in range(0, len(distinct), chunk)
+    ]
+
+
 def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit_of: Mapping[int, uuid.UUID]) -> None:
     rows = [
         {
@@ -249,6 +279,9 @@ def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit
             "scan_id": scan.scan_id,
             "name": scan.name,
             "custom_id": scan.custom_id,
+            "patient": scan.patient,
+            "study": scan.study,
+            "source_url": scan.source_url,
             "error": scan.error,
             "state": ResultState.FAILED if scan.error else ResultState.PENDING,
             "finished_at": dt.datetime.now(dt.UTC) if scan.error else None,

@@ -1,0 +1,64 @@
+"""Which addresses may be fetched from: the same answer at submit and in a worker."""
+
+import pytest
+from pydantic import ValidationError
+
+from jobs.addresses import CREDENTIALS, MALFORMED, REFUSED, complaint, parse_hosts
+from jobs.settings import Settings
+
+HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://scans.example/a/7.dcm?study=1#x",
+        "HTTPS://SCANS.example/7.dcm",
+        "https://scans.example:443/7.dcm",
+        "http://10.0.0.5:8042/instances/7/file",
+        "http://[::1]:9000/7.dcm",
+    ],
+)
+def test_a_host_that_is_named_is_allowed(url: str) -> None:
+    assert complaint(url, HOSTS) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://other.example/7.dcm", REFUSED),
+        ("http://scans.example.other.example/7.dcm", REFUSED),
+        ("http://sub.scans.example/7.dcm", REFUSED),
+        ("http://scans.example:8080/7.dcm", REFUSED),
+        ("https://scans.example:80/7.dcm", REFUSED),
+        ("http://10.0.0.5/7.dcm", REFUSED),
+        ("http://scans.example%2eother.example/", REFUSED),
+        ("http://me:secret@scans.example/7.dcm", CREDENTIALS),
+        ("http://scans.example@other.example/7.dcm", CREDENTIALS),
+        ("http://scans.example\\@other.example/", MALFORMED),
+        ("http://scans.ex\tample/", MALFORMED),
+        (" http://scans.example/", MALFORMED),
+        ("http://scans.example/a b", MALFORMED),
+        ("http://scans.example/é", MALFORMED),
+        ("http://scans.example:port/", MALFORMED),
+        ("http://[::1/", MALFORMED),
+        ("http:///7.dcm", MALFORMED),
+        ("ftp://scans.example/7.dcm", MALFORMED),
+        ("file:///etc/passwd", MALFORMED),
+    ],
+)
+def test_anything_else_is_refused_in_words_that_do_not_repeat_it(url: str, why: str) -> None:
+    assert complaint(url, HOSTS) == why
+
+
+@pytest.mark.parametrize(
+    "hosts", ["http://scans.example", "scans.example/path", "me@scans.example", "a:b", "a b", ":80"]
+)
+def test_a_list_that_cannot_be_read_stops_the_process_at_its_start(hosts: str) -> None:
+    with pytest.raises(ValidationError, match=r"scans\.example|no host name|[Pp]ort"):
+        Settings(fetch_hosts=hosts)
+
+
+def test_by_default_no_host_is_allowed() -> None:
+    assert Settings.model_fields["fetch_hosts"].default == ""
+    assert complaint("http://scans.example/", parse_hosts("")) == REFUSED
