@@ -5,22 +5,24 @@ from typing import Any
 
 from flask import Response, send_file
 
-from api import streams, waiting
+from api import pictures, results, streams, summaries, waiting
 from api.auth import needs
 from api.bodies import Blueprint, takes
 from api.idempotency import idempotent, key
 from api.predictions import predict_many, predict_one
 from api.requests import (
     BatchJson,
+    BatchManifest,
     BatchUpload,
     JobsQuery,
+    NamedQuery,
     NumberedQuery,
     PredictJson,
     PredictUpload,
     ResultsQuery,
     TrainRequest,
 )
-from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema, ResultsPage
+from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema
 from api.services import principal, quota, services, tenant, transaction
 from jobs import datasets, lifecycle, places, queries, registry, reproduction, submission
 from jobs.errors import ArtifactNotFound
@@ -28,7 +30,8 @@ from jobs.keys import Scope
 from jobs.queries import JobFilter, Page
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob
-from jobs.tables import ModelVersion
+from jobs.summaries import Summary, summary
+from jobs.tables import Artifact, Json, ModelVersion
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
 
@@ -81,7 +84,7 @@ def predict(body: dict[str, Any]) -> waiting.Answer:
 
 @blueprint.route("/predict/batch", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=BatchJson, multipart=BatchUpload)
+@takes(json=BatchJson, multipart=BatchUpload, manifest=BatchManifest)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="predictBatch")
@@ -127,21 +130,32 @@ def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
 @blueprint.route("/<id:job_id>/results")
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(ResultsQuery, location="query")
-@blueprint.response(200, ResultsPage)
+@blueprint.response(200, results.ResultsPage)
 @blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.NDJSON, success=True)
 @blueprint.alt_response(200, schema={"type": "string"}, content_type=streams.CSV, success=True)
 @blueprint.doc(operationId="listResults")
-def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[dict[str, Any], int, dict[str, str]] | Response:
-    """List a prediction's results so far; all of them as NDJSON or CSV. A running job has more to come."""
+def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], int, dict[str, str]] | Response:
+    """List a prediction's results so far; as NDJSON or CSV all of them, followed to the job's end."""
     kind = streams.wanted(streams.NDJSON, streams.CSV)
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
-        found = queries.results(session, view, **query)
+        found = results.shown(session, view, queries.results(session, view, **query))
     if kind != "application/json":
-        return streams.results(view, kind, query["state"])
-    rows = [streams.result(view, row) for row in found.data]
-    answer = {"data": rows, "has_more": found.has_more, "next": found.next}
-    return answer, 200, {"Retry-After": "1"} if len(rows) < query["limit"] and found.has_more else {}
+        return results.streamed(view, kind, query["state"], query["after"])
+    return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}
+
+
+@blueprint.route("/<id:job_id>/summary")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, summaries.SummarySchema)
+@blueprint.alt_response(200, schema={"type": "string", "format": "binary"}, content_type=pictures.PNG, success=True)
+@blueprint.doc(operationId="getSummary")
+def get_summary(job_id: uuid.UUID) -> Summary | Response:
+    """Sum up a prediction's results so far: classes, confidences, errors; as image/png a picture of them."""
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        found = summary(session, view)
+    return summaries.answer(view, found)
 
 
 @blueprint.route("/<id:job_id>/events")
@@ -161,13 +175,14 @@ def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Respons
 
 @blueprint.route("/<id:job_id>/artifacts")
 @needs(Scope.JOBS_READ)
+@blueprint.arguments(NamedQuery, location="query")
 @blueprint.response(200, ArtifactsPage)
 @blueprint.doc(operationId="listArtifacts")
-def list_artifacts(job_id: uuid.UUID) -> dict[str, Any]:
-    """List the files that a job made."""
+def list_artifacts(query: dict[str, Any], job_id: uuid.UUID) -> Page[Artifact]:
+    """List the files that a job made, by name."""
     with transaction() as session:
         queries.job(session, tenant(), job_id)
-        return waiting.one_page(queries.artifacts(session, job_id))
+        return queries.artifacts(session, job_id, **query)
 
 
 @blueprint.route("/<id:job_id>/artifacts/<path:name>")

@@ -6,11 +6,11 @@ from marshmallow import fields
 from api.fields import Time, words
 from api.services import services
 from jobs.keys import Scope
-from jobs.states import DatasetState, JobKind, JobState, ResultState
+from jobs.states import DatasetState, JobKind, JobState
 from jobs.tables import Job
 
 
-class _Page(ma.Schema):
+class PageSchema(ma.Schema):
     has_more = fields.Boolean(required=True)
     next = fields.String(required=True, allow_none=True, metadata={"description": "`after` of the next page."})
 
@@ -98,7 +98,9 @@ class JobSchema(ma.Schema):
     created_at = Time(attribute="job.created_at")
     started_at = Time(attribute="job.started_at", allow_none=True)
     finished_at = Time(attribute="job.finished_at", allow_none=True)
+    results_expired_at = Time(attribute="job.results_expired_at", allow_none=True)
     device_seconds = fields.Float(attribute="job.device_seconds")
+    scans_per_second = fields.Float(allow_none=True, metadata={"description": "A prediction's pace since it began."})
     engines = fields.List(
         fields.String(), attribute="job.engines", metadata={"description": "What computed a prediction's results."}
     )
@@ -106,19 +108,20 @@ class JobSchema(ma.Schema):
 
 
 LINKED = ("events", "artifacts", "cancel", "retry")
-LINKED_BY_KIND = {JobKind.TRAIN: "metrics", JobKind.PREDICT: "results", JobKind.PREDICT_BATCH: "results"}
+RESULTS = ("results", "summary")
+LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
 
 
 def links(job: Job) -> dict[str, str]:
     """A job's addresses."""
-    own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind))
+    own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind), ())
     again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
-    found = {"self": own, **{name: f"{own}/{name}" for name in (special, *LINKED, again) if name}}
+    found = {"self": own, **{name: f"{own}/{name}" for name in (*special, *LINKED, again) if name}}
     mlflow = services().settings.mlflow_public_url.rstrip("/")
     return {**found, "mlflow": f"{mlflow}/#/runs/{job.mlflow_run_id}"} if mlflow and job.mlflow_run_id else found
 
 
-class JobsPage(_Page):
+class JobsPage(PageSchema):
     """Jobs, newest first."""
 
     data = fields.List(fields.Nested(JobSchema), required=True)
@@ -131,27 +134,6 @@ class MetricsSchema(ma.Schema):
     final = fields.Dict(required=True, allow_none=True)
 
 
-class ResultSchema(ma.Schema):
-    """A prediction for one scan."""
-
-    scan_id = fields.UUID(allow_none=True)
-    name = fields.String(allow_none=True)
-    custom_id = fields.String(allow_none=True)
-    state = fields.String(validate=words(ResultState))
-    label = fields.String(allow_none=True)
-    confidence = fields.Float(allow_none=True)
-    probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
-    model_version = fields.String(allow_none=True)
-    engine = fields.String(allow_none=True, metadata={"description": "What computed it, such as openvino-bf16."})
-    error = fields.Nested(ErrorSchema)
-
-
-class ResultsPage(_Page):
-    """Predictions in the order of their scans."""
-
-    data = fields.List(fields.Nested(ResultSchema), required=True)
-
-
 class EventSchema(ma.Schema):
     """Something that happened to a job."""
 
@@ -161,7 +143,7 @@ class EventSchema(ma.Schema):
     data = fields.Dict()
 
 
-class EventsPage(_Page):
+class EventsPage(PageSchema):
     """Events, oldest first."""
 
     data = fields.List(fields.Nested(EventSchema), required=True)
@@ -180,7 +162,7 @@ class ArtifactSchema(ma.Schema):
     )
 
 
-class ArtifactsPage(_Page):
+class ArtifactsPage(PageSchema):
     """A job's artifacts by name."""
 
     data = fields.List(fields.Nested(ArtifactSchema), required=True)
@@ -207,7 +189,7 @@ class CheckedDatasetSchema(DatasetSchema):
     report = fields.Dict(attribute="dataset.report", allow_none=True)
 
 
-class DatasetsPage(_Page):
+class DatasetsPage(PageSchema):
     """Datasets, newest first."""
 
     data = fields.List(fields.Nested(DatasetSchema), required=True)
@@ -223,6 +205,12 @@ class ScanSchema(ma.Schema):
     width = fields.Integer()
     height = fields.Integer()
     created_at = Time()
+
+
+class KnownScansSchema(ma.Schema):
+    """Ids of stored scans by the SHA-256 of their bytes."""
+
+    data = fields.Dict(keys=fields.String(), values=fields.UUID(), required=True)
 
 
 class GateSchema(ma.Schema):
@@ -252,7 +240,7 @@ class ModelSchema(ma.Schema):
     promoted_at = Time(allow_none=True)
 
 
-class ModelsPage(_Page):
+class ModelsPage(PageSchema):
     """Model versions, newest first."""
 
     data = fields.List(fields.Nested(ModelSchema), required=True)
@@ -275,7 +263,7 @@ class NewKeySchema(KeySchema):
     secret = fields.String(allow_none=True)
 
 
-class KeysPage(_Page):
+class KeysPage(PageSchema):
     """Keys, oldest first."""
 
     data = fields.List(fields.Nested(KeySchema), required=True)

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Select, and_, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from jobs import expiry
 from jobs.bookkeeping import NOW, PREDICTIONS
 from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
 from jobs.places import Place, places
@@ -77,6 +78,17 @@ class JobView:
             return None
         elapsed = (self.now - self.job.started_at).total_seconds()
         return round(max(0.0, elapsed * (1 - self.progress) / self.progress), 1)
+
+    @property
+    def scans_per_second(self) -> float | None:
+        """A prediction's pace since it began, to three digits; null before a scan has ended. What was cancelled is no
+        work done."""
+        job = self.job
+        done = job.succeeded + job.failed
+        if job.kind not in PREDICTIONS or job.started_at is None or not done:
+            return None
+        elapsed = ((job.finished_at or self.now) - job.started_at).total_seconds()
+        return float(f"{done / elapsed:.3g}") if elapsed > 0 else None
 
 
 @dataclass(frozen=True)
@@ -165,9 +177,9 @@ def results(
 
     Raises:
         NoResults: the job predicts nothing.
+        ResultsExpired: they were deleted, or are being deleted.
     """
-    if view.job.kind not in PREDICTIONS:
-        raise NoResults(kind=view.job.kind)
+    require_prediction(view)
     begin = -1 if after is None else after
     query = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.ordinal > begin)
     to_come = not view.terminal and state != ResultState.PENDING
@@ -178,10 +190,22 @@ def results(
         query = query.where(ScanResult.ordinal < func.coalesce(waits.scalar_subquery(), FURTHEST))
     query = query.where(_in_state(state)).order_by(ScanResult.ordinal).limit(limit + 1)
     found = page(session.scalars(query).all(), limit, lambda row: row.ordinal)
+    if view.terminal:
+        expiry.require_kept(session, view.job.id)
     if found.has_more or not to_come:
         return found
     last = found.data[-1].ordinal if found.data else after
     return Page(found.data, True, None if last is None else str(last))
+
+
+def require_prediction(view: JobView) -> None:
+    """Refuse a job without results per scan.
+
+    Raises:
+        NoResults
+    """
+    if view.job.kind not in PREDICTIONS:
+        raise NoResults(kind=view.job.kind)
 
 
 def _in_state(state: str | None) -> ColumnElement[bool]:
@@ -222,9 +246,11 @@ def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
     return [latest[number] for number in sorted(latest)]
 
 
-def artifacts(session: Session, job_id: uuid.UUID) -> Sequence[Artifact]:
-    """The job's artifacts by name."""
-    return session.scalars(select(Artifact).where(Artifact.job_id == job_id).order_by(Artifact.name)).all()
+def artifacts(session: Session, job_id: uuid.UUID, limit: int = 100, after: str = "") -> Page[Artifact]:
+    """The job's artifacts by name: a batch has as many explanations as scans."""
+    query = select(Artifact).where(Artifact.job_id == job_id, Artifact.name > after)
+    rows = session.scalars(query.order_by(Artifact.name).limit(limit + 1)).all()
+    return page(rows, limit, lambda row: row.name)
 
 
 def artifact(session: Session, job_id: uuid.UUID, name: str) -> Artifact:
@@ -257,3 +283,9 @@ def scan(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
 def known_scans(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Which of the ids are scans of the tenant."""
     return set(session.scalars(select(Scan.id).where(Scan.tenant_id == tenant_id, Scan.id.in_(scan_ids))))
+
+
+def scans_by_hash(session: Session, tenant_id: str, hashes: Sequence[str]) -> dict[str, uuid.UUID]:
+    """The tenant's scans with these contents (SHA-256 in hex): an id for each that is stored."""
+    mine = select(Scan.sha256, Scan.id).where(Scan.tenant_id == tenant_id, Scan.sha256.in_(hashes))
+    return {row.sha256: row.id for row in session.execute(mine)}

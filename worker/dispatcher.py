@@ -21,7 +21,7 @@ from psycopg2.errors import LockNotAvailable
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from jobs import bookkeeping, checkpoints, doorbells, idempotency, lifecycle, logs, processes
+from jobs import bookkeeping, checkpoints, doorbells, expiry, idempotency, lifecycle, logs, processes
 from jobs.artifacts import Artifacts
 from jobs.db import Sessions, forgetful_sessions, listening, session_factory
 from jobs.settings import Settings
@@ -53,6 +53,10 @@ class Every:
         self._next = now + self._seconds
         return True
 
+    def sooner(self, seconds: float) -> None:
+        """Be due after so many seconds at the latest."""
+        self._next = min(self._next, time.monotonic() + seconds)
+
 
 class Dispatcher:
     """One dispatcher. `step()` is all that it does; `run()` repeats it."""
@@ -67,6 +71,7 @@ class Dispatcher:
         self._living = Every(settings.process_seconds)
         self._pacing = Every(1.0)
         self._forgetting = Every(600.0)
+        self._expiring = Every(600.0)
         self._tracking = Every(settings.track_again_seconds)
         self._pace: dict[Lane, float] = {}
         self._turns = Turns(settings.chunk_scans, settings.rung_ahead_seconds, settings.newcomer_seconds)
@@ -96,6 +101,8 @@ class Dispatcher:
             self._show_life()
         if self._forgetting.due():
             self._forget()
+        if self._settings.results_days and self._expiring.due():
+            self._expire()
         if self._settings.mlflow_url and self._tracking.due():
             self._ring_tracking()
 
@@ -179,6 +186,13 @@ class Dispatcher:
             raise
         except Exception as error:  # a store that is away, or another dispatcher that was first: next time
             log.warning("checkpoints_not_pruned", error=type(error).__name__)
+
+    def _expire(self) -> None:
+        """A bite at a time, with ringing in between."""
+        with self._sessions.begin() as session:
+            more = expiry.expire(session, self._settings.results_days)
+        if more:
+            self._expiring.sooner(1.0)
 
     def _show_life(self) -> None:
         sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())

@@ -22,7 +22,8 @@ KEYS = {
     "id", "kind", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress", "eta_seconds",
     "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of", "reproduction",
     "model_version", "metrics", "error", "metadata",
-    "created_at", "started_at", "finished_at", "device_seconds", "engines", "links",
+    "created_at", "started_at", "finished_at", "results_expired_at", "device_seconds", "scans_per_second", "engines",
+    "links",
 }  # fmt: skip
 TRAIN = {"source_url": "https://example.org/ct.zip"}
 

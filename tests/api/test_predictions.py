@@ -39,6 +39,7 @@ def test_a_prediction_is_pinned_to_the_champion_of_its_submission(
     finish(job["id"])
     (result,) = results(client, job)
     assert result == {
+        "ordinal": 0,
         "scan_id": result["scan_id"],
         "name": "Kidney 7.png",
         "custom_id": "case-7",
@@ -48,6 +49,7 @@ def test_a_prediction_is_pinned_to_the_champion_of_its_submission(
         "probabilities": {"Normal": 0.1, "Tumor": 0.9},
         "model_version": "1",
         "engine": "torch-fp32",
+        "cached": False,
     }
     assert client.get(job["links"]["self"]).get_json()["engines"] == ["torch-fp32"]
 
@@ -110,7 +112,7 @@ def test_bad_base64_is_422_with_its_pointer(client: FlaskClient, text: str) -> N
         {"image": "aGk=", "scan_id": str(uuid.uuid4())},
         {"scan_id": "7"},
         {"scan_id": str(uuid.uuid4()), "model": "best"},
-        {"scan_id": str(uuid.uuid4()), "explain": True},
+        {"scan_id": str(uuid.uuid4()), "explain": "perhaps"},
         {"scan_id": str(uuid.uuid4()), "lane": "train"},
         {"scan_id": str(uuid.uuid4()), "colour": "red"},
     ],

@@ -126,7 +126,8 @@ def test_an_idempotency_key_does_no_harm(client: FlaskClient, sessions: Sessions
 
 
 @pytest.mark.parametrize(
-    ("kind", "special"), [(JobKind.TRAIN, {"metrics"}), (JobKind.PREDICT_BATCH, {"results"}), (JobKind.INGEST, set())]
+    ("kind", "special"),
+    [(JobKind.TRAIN, {"metrics"}), (JobKind.PREDICT_BATCH, {"results", "summary"}), (JobKind.INGEST, set())],
 )
 def test_a_job_links_to_what_its_kind_has(
     client: FlaskClient, sessions: Sessions, kind: JobKind, special: set[str]

@@ -1,0 +1,172 @@
+"""Results are kept for a time only: what goes, what stays, and who is told."""
+
+import uuid
+
+import pytest
+from sqlalchemy import func, select, text
+
+from jobs import expiry, lifecycle, queries, submission, summaries
+from jobs.db import Sessions
+from jobs.errors import ResultsExpired, WrongState
+from jobs.explanations import name_of
+from jobs.settings import Settings
+from jobs.states import JobKind, JobState
+from jobs.tables import Artifact, Job, JobEvent, ScanResult
+from tests import builders
+from worker.dispatcher import Dispatcher
+
+SOON = 1e-9
+"""Days that anything which has ended is over."""
+
+
+def ended(sessions: Sessions, scans: int = 3, failed: int = 0, kind: JobKind = JobKind.PREDICT_BATCH) -> uuid.UUID:
+    with sessions.begin() as session:
+        job = builders.make_job(session, kind, scans=scans)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed))
+        return job.id
+
+
+def expire(sessions: Sessions, days: float = SOON, rows: int = expiry.ROWS) -> bool:
+    with sessions.begin() as session:
+        return expiry.expire(session, days, rows)
+
+
+def left(sessions: Sessions, job_id: uuid.UUID) -> list[int]:
+    with sessions() as session:
+        mine = select(ScanResult.ordinal).where(ScanResult.job_id == job_id).order_by(ScanResult.ordinal)
+        return list(session.scalars(mine))
+
+
+def job(sessions: Sessions, job_id: uuid.UUID) -> Job:
+    with sessions() as session:
+        return session.get_one(Job, job_id)
+
+
+def test_results_go_and_the_job_stays_as_it_ended(sessions: Sessions) -> None:
+    job_id = ended(sessions, failed=1)
+    before = job(sessions, job_id)
+    assert expire(sessions) is False
+    after = job(sessions, job_id)
+    assert left(sessions, job_id) == []
+    assert after.results_expired_at is not None
+    for name in ("state", "total", "succeeded", "failed", "model_id", "finished_at", "error"):
+        assert getattr(after, name) == getattr(before, name), name
+    with sessions() as session:
+        types = session.scalars(select(JobEvent.type).where(JobEvent.job_id == job_id).order_by(JobEvent.id)).all()
+    assert types == ["submitted", "claimed", "partially_succeeded", "results_expired"]
+
+
+def test_only_what_ended_long_enough_ago_goes(sessions: Sessions) -> None:
+    recent, running = ended(sessions), ended(sessions)
+    with sessions.begin() as session:
+        running = builders.make_job(session, JobKind.PREDICT_BATCH, JobState.RUNNING, scans=2).id
+        training = builders.make_job(session, state=JobState.SUCCEEDED).id
+    assert expire(sessions, days=1) is False
+    assert len(left(sessions, recent)) == 3
+    expire(sessions)
+    assert (left(sessions, recent), left(sessions, running)) == ([], [0, 1])
+    assert job(sessions, training).results_expired_at is None
+
+
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
+def test_results_of_predictions_that_went_wrong_go_too(sessions: Sessions, state: JobState) -> None:
+    with sessions.begin() as session:
+        job_id = builders.make_job(session, JobKind.PREDICT, state, scans=1).id
+    expire(sessions)
+    assert left(sessions, job_id) == []
+    assert job(sessions, job_id).state == state
+
+
+def test_explanations_go_and_other_artifacts_stay(sessions: Sessions) -> None:
+    job_id = ended(sessions)
+    with sessions.begin() as session:
+        for name in (*map(name_of, range(3)), "explanations.txt", "report.html"):
+            blob = {"sha256": "a" * 64, "size": 1, "media_type": "image/png"}
+            session.add(Artifact(job_id=job_id, name=name, tenant_id=builders.TENANT, **blob))
+    assert expire(sessions, rows=2) is True
+    assert expire(sessions, rows=2) is False
+    with sessions() as session:
+        assert session.scalars(select(Artifact.name).order_by(Artifact.name)).all() == [
+            "explanations.txt",
+            "report.html",
+        ]
+
+
+def test_a_bite_is_bounded_and_takes_the_first_results_first(sessions: Sessions) -> None:
+    first, second = ended(sessions, 5), ended(sessions, 5)
+    assert expire(sessions, rows=3) is True
+    assert (left(sessions, first), len(left(sessions, second))) == ([3, 4], 5)
+    assert expire(sessions, rows=3) is True
+    assert (left(sessions, first), left(sessions, second)) == ([], [1, 2, 3, 4])
+    assert job(sessions, first).results_expired_at is not None
+    assert job(sessions, second).results_expired_at is None
+    while expire(sessions, rows=3):
+        pass
+    assert left(sessions, second) == []
+    with sessions() as session:
+        assert session.scalar(select(func.count()).where(JobEvent.type == "results_expired")) == 2
+
+
+def test_of_many_jobs_a_bite_takes_some(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expiry, "JOBS", 2)
+    jobs = [ended(sessions, 1, kind=JobKind.PREDICT) for _ in range(3)]
+    assert expire(sessions) is True
+    assert [len(left(sessions, each)) for each in jobs] == [0, 0, 1]
+    assert expire(sessions) is False
+    assert left(sessions, jobs[2]) == []
+
+
+def test_nobody_takes_half_of_the_results_for_all_of_them(sessions: Sessions) -> None:
+    job_id = ended(sessions, 4, failed=2)
+    with sessions() as session:
+        view = queries.job(session, builders.TENANT, job_id)
+        assert len(queries.results(session, view).data) == 4
+        expire(sessions, rows=1)
+        for read in (queries.results, summaries.summary):
+            with pytest.raises(ResultsExpired, match="RENALQ_RESULTS_DAYS"):
+                read(session, view)
+        with pytest.raises(WrongState, match="expired"):
+            submission.retry(session, builders.TENANT, job_id)
+
+
+def test_a_job_that_was_retried_before_is_still_the_same_retry(sessions: Sessions) -> None:
+    job_id = ended(sessions, 2, failed=1)
+    with sessions.begin() as session:
+        new = submission.retry(session, builders.TENANT, job_id).id
+    expire(sessions)
+    with sessions.begin() as session:
+        assert submission.retry(session, builders.TENANT, job_id).id == new
+
+
+def test_two_dispatchers_take_different_jobs(sessions: Sessions) -> None:
+    first, second = ended(sessions), ended(sessions)
+    with sessions.begin() as one:
+        one.execute(text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": first})
+        expire(sessions)
+        assert (len(left(sessions, first)), left(sessions, second)) == (3, [])
+    expire(sessions)
+    assert left(sessions, first) == []
+
+
+@pytest.mark.parametrize(("days", "kept"), [(0, 3), (30, 3), (SOON, 0)])
+def test_the_dispatcher_does_it_as_the_setting_says(
+    sessions: Sessions, settings: Settings, days: float, kept: int
+) -> None:
+    job_id = ended(sessions)
+    Dispatcher(settings.model_copy(update={"results_days": days}), sessions, lambda *_: None).step()
+    assert len(left(sessions, job_id)) == kept
+
+
+def test_the_dispatcher_comes_back_soon_where_there_is_more(
+    sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry, "JOBS", 1)
+    jobs = [ended(sessions) for _ in range(2)]
+    clock = [1000.0]
+    monkeypatch.setattr("worker.dispatcher.time.monotonic", lambda: clock[0])
+    dispatcher = Dispatcher(settings.model_copy(update={"results_days": SOON}), sessions, lambda *_: None)
+    for at, gone in ((1000.0, 1), (1000.9, 1), (1001.1, 2)):
+        clock[0] = at
+        dispatcher.step()
+        assert sum(not left(sessions, each) for each in jobs) == gone
