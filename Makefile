@@ -45,9 +45,9 @@ lint: setup ## Style, types, and the arrows between packages.
 	mypy
 	lint-imports
 
-# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last. The fault cases with
-# short clocks are among the fast tests; the few with a real network or a real MLflow take minutes: `make faults`. The
-# fast ones wait more than they reckon, so two run beside each other; those with clocks, or with large networks, alone.
+# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last. Tests wait more than
+# they reckon, so two run beside each other; the fault cases, which have clocks, alone. The few of those with a real
+# network or a real MLflow take minutes: `make faults`.
 test: setup ## Lint, then all tests: the fast ones first.
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; broken=(); \
 	step() { printf '\n── %s\n' "$$*"; "$$@" || broken+=("$$*"); }; \
@@ -55,7 +55,9 @@ test: setup ## Lint, then all tests: the fast ones first.
 	  closing+=("$$(tail -n 1 "$$log")"); }; \
 	closing=(); \
 	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
-	tests "not slow and not faults" -n 2 --dist loadfile; tests "faults and not slow"; tests "slow and not faults"; \
+	beside=(-n 2 --dist loadgroup); \
+	tests "not slow and not faults" "$${beside[@]}"; tests "faults and not slow"; \
+	tests "slow and not faults" "$${beside[@]}"; \
 	printf '\n'; \
 	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
 	printf '%s\n' "$${closing[@]}"; \

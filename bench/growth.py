@@ -39,7 +39,7 @@ FEW, MANY = 1_000, 100_000
 PLANS = {
     "claim": f"EXECUTE claim_unit ('{'0' * 32}', 'w', 45)",
     "claim of a promise": "EXECUTE claim_next ('batch', 'w', 45)",
-    "end": f"EXECUTE succeed_unit ('{'0' * 32}', '{'0' * 32}', 1, 'w', 1, 0, 1.0, NULL)",
+    "end": f"EXECUTE succeed_unit ('{'0' * 32}', '{'0' * 32}', 1, 'w', 1, 0, 1.0, NULL, '{{}}')",
     "end of the job": f"EXECUTE end_job ('{'0' * 32}')",
     "look": "EXECUTE look (4, 15, 64, 15)",
 }

@@ -3,8 +3,9 @@
 a  the network is loaded for each scan (document 000)      d  LitServe with dynamic batching, 32 clients
 b  warm, one scan after the other, torch fp32              e  the ceiling: the engine alone, pictures in memory
 c  Celery, one task a scan, warm                           f  ours: files in storage → rows in Postgres
+                                                           g  ours with two workers on the one device
 
-c, d, e and f predict with the same engine: the fastest that the model is admitted for. Images a second, ratios, peak
+c to g predict with the same engine: the fastest that the model is admitted for. Images a second, ratios, peak
 memory and CPU use of each side's processes, in one run; the slow sides see fewer scans. `--int8` adds e and f with an
 int8 engine. Prints a table, writes bench/out/predict.json.
 """
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n")[0])
     parser.add_argument("--scans", type=int, default=2000)
-    parser.add_argument("--sides", nargs="+", choices=list("abcdef"), default=list("abcdef"))
+    parser.add_argument("--sides", nargs="+", choices=list("abcdefg"), default=list("abcdefg"))
     parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True)
     return parser
 
@@ -139,7 +140,7 @@ def _measure(side: str, folder: Path, scans: list[Path]) -> Side:
         return _alone({"a": "cold", "b": "warm", "e": "ceiling"}[side], folder / "scans", len(some))
     if side == "c":
         return _celery(folder, some)
-    return _litserve(folder, some) if side == "d" else _ours(scans)
+    return _litserve(folder, some) if side == "d" else _ours(scans, workers=2 if side == "g" else 1)
 
 
 def _alone(way: str, folder: Path, count: int) -> Side:
@@ -197,23 +198,27 @@ def _answers(port: int) -> bool:
     return False
 
 
-def _ours(scans: list[Path]) -> Side:
+def _ours(scans: list[Path], workers: int) -> Side:
     with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name, ExitStack() as everything:
         processes = start(Path(name), everything)
+        names = ["predict", *(f"predict-{number}" for number in range(1, workers))]
+        for alias in names[1:]:
+            processes.start("predict", alias)
+        processes.alive(workers)
         version = register(processes, TENANT, Path(os.environ["BENCH_MODEL"]))
         ids = keep(processes, TENANT, scans, "image/jpeg")
-        _predicted(processes, version, ids[:64])  # the network is loaded, the lane's pace known
-        with watched(processes.running["predict"].pid) as use:
+        _predicted(processes, version, ids[:64], chunk=16)  # the network is loaded, by each; the lane's pace is known
+        with watched(*(processes.running[name].pid for name in names)) as use:
             seconds = _predicted(processes, version, ids)
     return Side(len(scans), seconds, use.peak_mb, use.cpu)
 
 
-def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.UUID]) -> float:
+def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.UUID], chunk: int = 0) -> float:
     """Seconds from the submit to the job's end, by Postgres' clock."""
     with processes.sessions.begin() as session:
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version[0], model_version=version[1])
-        chunk = places.chunk(session, Lane.BATCH, processes.settings)
-        job = submit(session, new, [NewResult(scan_id) for scan_id in ids], chunk)
+        size = chunk or places.chunk(session, Lane.BATCH, processes.settings)
+        job = submit(session, new, [NewResult(scan_id) for scan_id in ids], size)
     ended = processes.wait_for(job.id, 3600)
     assert ended.state == "succeeded", ended.error
     assert ended.finished_at is not None
@@ -232,16 +237,16 @@ class Use:
 
 
 @contextmanager
-def watched(pid: int) -> Iterator[Use]:
-    """What a process and its children use during the block."""
+def watched(*pids: int) -> Iterator[Use]:
+    """What processes and their children use during the block."""
     use, over, started = Use(), threading.Event(), time.perf_counter()
     first: dict[int, float] = {}
     last: dict[int, float] = {}
 
     def look() -> None:
         with suppress(psutil.NoSuchProcess):
-            parent, memory = psutil.Process(pid), 0
-            for one in [parent, *parent.children(recursive=True)]:
+            memory, parents = 0, [psutil.Process(pid) for pid in pids]
+            for one in [*parents, *(child for parent in parents for child in parent.children(recursive=True))]:
                 with suppress(psutil.NoSuchProcess):
                     times, memory = one.cpu_times(), memory + one.memory_info().rss
                     last[one.pid] = times.user + times.system
@@ -286,7 +291,11 @@ def report(sides: dict[str, Side]) -> int:
     """Print the table and write the figures."""
     ratios = {
         f"{ours}/{theirs}": round(sides[ours].per_second / sides[theirs].per_second, 2)
-        for ours, theirs in [*(("f", one) for one in "abcde"), *(("f_int8", one) for one in ("b", "e_int8"))]
+        for ours, theirs in [
+            *(("f", one) for one in "abcde"),
+            *(("f_int8", one) for one in ("b", "e_int8")),
+            ("g", "f"),
+        ]
         if ours in sides and theirs in sides
     }
     figures = {name: round(side.per_second, 2) for name, side in sides.items()}

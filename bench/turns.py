@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -40,7 +40,7 @@ from tests.processes import Stack, eventually, stack
 
 OUT = ROOT / "bench" / "out" / "turns.json"
 A, B = "a-large-clinic", "b-small-practice"
-MANY, FEW = 10_000, 10
+MANY, WARM, FEW = 10_000, 200, 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,16 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start(folder: Path, everything: ExitStack) -> Stack:
-    """A dispatcher and a predicting worker with the default settings, on a Postgres and a Redis of their own."""
+def start(folder: Path, everything: ExitStack, environ: Mapping[str, str] | None = None) -> Stack:
+    """A dispatcher and a predicting worker with the default settings, on a Postgres and a Redis of their own.
+
+    `environ`: what the worker has in its environment beside them.
+    """
     postgres = everything.enter_context(embedded_postgres(folder / "postgres"))
     redis = everything.enter_context(embedded_redis(folder / "redis"))
     engine = make_engine(postgres)
     with engine.connect() as connection:
         command.upgrade(alembic_config(connection), "head")
-    settings = Settings(home=folder, database_url=postgres, redis_url=redis)
+    settings = Settings(home=folder, database_url=postgres, redis_url=redis, reuse_results=False)
     sessions = session_factory(postgres, pool_size=4, application="bench")
-    processes = everything.enter_context(stack(settings, sessions, "dispatcher", "predict"))
+    processes = everything.enter_context(stack(settings, sessions, "dispatcher"))
+    processes.start("predict", environ=environ)
     processes.alive()
     return processes
 
@@ -101,9 +105,13 @@ def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]
 
 
 def _scans(processes: Stack, tenant: str, folder: Path) -> list[uuid.UUID]:
-    """Forty slices of 512 × 512, stored once; a batch names each of them many times."""
+    """Slices of 512 × 512: forty pictures, each in as many files as it takes, since equal files are one scan."""
     phantom_files.write_dataset(folder / tenant, patients=10, slices=4, seed=1)
-    return keep(processes, tenant, sorted((folder / tenant).rglob("*.png")), "image/png")
+    pictures = [path.read_bytes() for path in sorted((folder / tenant).rglob("*.png"))]
+    paths = [folder / tenant / f"{number}.png" for number in range(MANY if tenant == A else WARM)]
+    for number, path in enumerate(paths):
+        path.write_bytes(pictures[number % len(pictures)] + str(number).encode())  # behind its end a PNG may hold more
+    return keep(processes, tenant, paths, "image/png")
 
 
 def keep(processes: Stack, tenant: str, paths: Sequence[Path], media_type: str) -> list[uuid.UUID]:
@@ -126,7 +134,7 @@ def _submit(processes: Stack, tenant: str, scan_ids: Sequence[uuid.UUID], number
     with processes.sessions.begin() as session:
         model = session.scalars(select(ModelVersion).where(ModelVersion.tenant_id == tenant)).one()
         new = NewJob(tenant, kind, lane, model_id=model.id, model_version=model.version)
-        scans = [NewResult(scan_ids[n % len(scan_ids)]) for n in range(number)]
+        scans = [NewResult(scan_id) for scan_id in scan_ids[:number]]
         return submit(session, new, scans, processes.settings.chunk_scans)
 
 
@@ -142,7 +150,7 @@ def _seconds(processes: Stack, job: Job) -> float:
 
 
 def _measure(processes: Stack, scans: dict[str, list[uuid.UUID]], rounds: int) -> dict[str, list[float]]:
-    _seconds(processes, _submit(processes, B, scans[B], 200))  # the network is loaded, all is warm
+    _seconds(processes, _submit(processes, B, scans[B], WARM))  # the network is loaded, all is warm
     found: dict[str, list[float]] = {"alone": [], "behind": [], "urgent_starts": [], "chunk": []}
     for _ in range(rounds):
         time.sleep(processes.settings.newcomer_seconds + 1)

@@ -18,6 +18,14 @@ from jobs.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run beside each other (`-n 2 --dist loadgroup`): one file in one process, with its fixtures; and all
+    that speak to the one whole stack, with its one training."""
+    for item in items:
+        whole_stack = item.path.parent.name == "e2e"
+        item.add_marker(pytest.mark.xdist_group("e2e" if whole_stack else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Postgres server."""

@@ -10,7 +10,13 @@ from jobs.settings import Settings
 from tests.faults.sabotage import Sabotage
 from tests.processes import Stack, stack
 
-SHORT = {"cancel_grace_seconds": 0.5, "watch_seconds": 0.1, "newcomer_seconds": 0.5, "checkpoint_seconds": 0}
+SHORT = {
+    "cancel_grace_seconds": 0.5,
+    "watch_seconds": 0.1,
+    "newcomer_seconds": 0.5,
+    "checkpoint_seconds": 0,
+    "reuse_results": False,  # the cases count who looked at which scan, and their batches share scans
+}
 
 
 @pytest.fixture

@@ -1,18 +1,19 @@
 """What the cases give their workers to do: scans whose first word says what happens to them, and a model for them."""
 
+import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 
-from sqlalchemy import select, text
+from sqlalchemy import insert, select, text
 
 from jobs import lifecycle, registry
 from jobs.artifacts import Artifacts
 from jobs.registry import NewModel
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult, Unit
+from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult, Unit, new_id
 from tests import builders
 from tests.builders import TENANT
 from tests.jobs.checker import faults
@@ -66,24 +67,36 @@ def champion(processes: Stack, tenant_id: str = TENANT) -> ModelVersion:
 
 def _predict(processes: Stack, kind: JobKind, scans: Sequence[str], chunk: int, tenant_id: str) -> uuid.UUID:
     model = champion(processes, tenant_id)
-    stored = _stored(processes, set(scans), tenant_id)
-    results = [NewResult(stored[word], name=f"{ordinal}.png") for ordinal, word in enumerate(scans)]
+    stored = _stored(processes, scans, tenant_id)
+    results = [NewResult(scan_id, name=f"{ordinal}.png") for ordinal, scan_id in enumerate(stored)]
     new = NewJob(tenant_id, kind, builders.LANES[kind], model_id=model.id, model_version=model.version)
     with processes.sessions.begin() as session:
         return submit(session, new, results, chunk).id
 
 
-def _stored(processes: Stack, contents: set[str], tenant_id: str) -> dict[str, uuid.UUID]:
-    """The same bytes are one scan, which may stand in a batch ten thousand times."""
-    store = Artifacts(processes.settings.artifacts)
-    blobs = {word: store.put(BytesIO(word.encode())).sha256 for word in contents}
+def _stored(processes: Stack, words: Sequence[str], tenant_id: str) -> list[uuid.UUID]:
+    """Scans that differ by their hash, since equal ones are looked at once; the same ones for each batch.
+
+    Ten thousand files are one file for each word, under many names: the store takes a hash at its word.
+    """
+    store, here = Artifacts(processes.settings.artifacts), processes.settings.home
+    origins = {word: store.fetch(store.put(BytesIO(word.encode())).sha256, here) for word in set(words)}
+    names = [hashlib.sha256(f"{word} {ordinal}".encode()).hexdigest() for ordinal, word in enumerate(words)]
     with processes.sessions.begin() as session:
-        rows = session.execute(select(Scan.sha256, Scan.id).where(Scan.tenant_id == tenant_id)).all()
-        known = {row.sha256: row.id for row in rows}
-        return {
-            word: known.get(sha256) or builders.make_scan(session, tenant_id, sha256).id
-            for word, sha256 in blobs.items()
+        known = {
+            row.sha256: row.id for row in session.execute(select(Scan.sha256, Scan.id).filter_by(tenant_id=tenant_id))
         }
+        new = {name: new_id() for name in names if name not in known}
+        common = {"tenant_id": tenant_id, "size": 1000, "media_type": "image/png", "width": 512, "height": 512}
+        if new:
+            session.execute(insert(Scan), [{**common, "id": id, "sha256": name} for name, id in new.items()])
+    for word, name in zip(words, names, strict=True):
+        path = store.fetch(name, here)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.hardlink_to(origins[word])
+    ids = {**known, **new}
+    return [ids[name] for name in names]
 
 
 # --- what came of it ---

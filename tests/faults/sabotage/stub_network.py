@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,6 @@ from typing import Any
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_network")
 BATCH = 32
-BAD_IMAGE = "BAD_IMAGE"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ScanInput:
     """As in ml.predict."""
 
     id: str
-    source: bytes | Path
+    source: bytes | Path | Callable[[], bytes | Path]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Prediction:
     probabilities: dict[str, float] = field(default_factory=dict)
     error_code: str | None = None
     error_detail: str | None = None
+    retryable: bool = False
 
 
 class Predictor:
@@ -83,7 +83,8 @@ def _through_device(scans: list[ScanInput]) -> list[ScanInput]:
 
 
 def _look(scan: ScanInput) -> Prediction:
-    content = scan.source if isinstance(scan.source, bytes) else scan.source.read_bytes()
+    source = scan.source() if callable(scan.source) else scan.source
+    content = source if isinstance(source, bytes) else source.read_bytes()
     word = (content.split() or [b""])[0][:16].decode(errors="replace")
     _note(scan.id, word)
     if word == "poison":
@@ -94,7 +95,7 @@ def _look(scan: ScanInput) -> Prediction:
         _pause()
     time.sleep(ACT["seconds"])
     if word == "broken":
-        return Prediction(scan.id, error_code=BAD_IMAGE, error_detail="This is no image.")
+        return Prediction(scan.id, error_code="BAD_IMAGE", error_detail="This is no image.")
     tumor = word == "tumor" or (word != "normal" and hashlib.sha256(content).digest()[0] % 2 == 0)
     probabilities = {"Normal": 0.1, "Tumor": 0.9} if tumor else {"Normal": 0.9, "Tumor": 0.1}
     return Prediction(scan.id, "Tumor" if tumor else "Normal", 0.9, probabilities)
