@@ -4,6 +4,7 @@ Everything here is called inside a verb's transaction, with the job's row locked
 """
 
 import datetime as dt
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from jobs.db import Prepared
 from jobs.errors import LeaseLost
 from jobs.states import JobKind, ResultState, UnitState
-from jobs.tables import Job, JobEvent, Json, ScanResult, Unit
+from jobs.tables import Job, JobEvent, Json, ScanResult, Unit, new_id
 
 UNITS_CHANNEL = "renalq_units"
 """NOTIFY channel: a unit waits for the dispatcher, or a worker is done with one."""
@@ -28,7 +29,8 @@ PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
 
 @dataclass(frozen=True)
 class Claim:
-    """A unit under lease. `fence` and `worker` must be named by every later write.
+    """A unit under lease. `fence` and `worker` must be named by every later write. `explains`: it predicts nothing, but
+    explains what another unit has found.
 
     The fence alone would do, but for a Postgres that crashed and forgot the claim: it may give the number once more.
     """
@@ -40,6 +42,7 @@ class Claim:
     attempt: int
     fence: int
     worker: str
+    explains: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class ScanOutcome:
     confidence: float | None = None
     probabilities: Mapping[str, float] | None = None
     engine: str | None = None
+    cached: bool = False
+    """Taken from an equal result: the same scan by the same model on the same engine."""
     error: Json | None = None
 
 
@@ -114,12 +119,26 @@ def count(session: Session, job_id: uuid.UUID, **more: int) -> None:
 # --- a unit's scans ---
 
 
+# All of a chunk in one statement: 2048 rows in one trip, each found by its key.
+WRITE_OUTCOMES = Prepared(
+    "write_outcomes",
+    "uuid, jsonb",
+    """
+UPDATE scan_results SET state = CASE WHEN ended.error IS NULL THEN 'succeeded' ELSE 'failed' END,
+    label = ended.label, confidence = ended.confidence, probabilities = ended.probabilities, engine = ended.engine,
+    cached = coalesce(ended.cached, false), error = ended.error, finished_at = (SELECT clock_timestamp())
+FROM jsonb_to_recordset($2) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
+    cached boolean, error jsonb)
+WHERE scan_results.job_id = $1 AND scan_results.ordinal = ended.ordinal
+""",
+)
+
+
 def write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome], counted: bool = False) -> None:
     """Write the ends of scans of the unit, and count them where the caller has not."""
     if not outcomes:
         return
-    now = session.scalar(select(NOW))
-    session.execute(update(ScanResult), [_result(held, outcome, now) for outcome in outcomes])
+    WRITE_OUTCOMES(session, str(held.job_id), json.dumps([vars(outcome) for outcome in outcomes]))
     if not counted:
         failed = sum(outcome.error is not None for outcome in outcomes)
         count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
@@ -133,20 +152,6 @@ def engines_of(outcomes: Sequence[ScanOutcome]) -> list[str]:
     return sorted({outcome.engine for outcome in outcomes if outcome.engine is not None})
 
 
-def _result(held: Claim, outcome: ScanOutcome, now: Any) -> Json:
-    return {
-        "job_id": held.job_id,
-        "ordinal": outcome.ordinal,
-        "state": ResultState.FAILED if outcome.error else ResultState.SUCCEEDED,
-        "label": outcome.label,
-        "confidence": outcome.confidence,
-        "probabilities": dict(outcome.probabilities) if outcome.probabilities else None,
-        "engine": outcome.engine,
-        "error": outcome.error,
-        "finished_at": now,
-    }
-
-
 def end_scans(session: Session, held: Claim, state: ResultState, error: Json | None) -> None:
     """End a unit's pending scans alike, and count them. A unit without scans counts as one."""
     ended = 1
@@ -158,6 +163,16 @@ def end_scans(session: Session, held: Claim, state: ResultState, error: Json | N
             .execution_options(synchronize_session=False)
         ).rowcount  # type: ignore[attr-defined]
     count(session, held.job_id, **{str(state): ended})
+
+
+def add_unit(session: Session, held: Claim, **values: Any) -> uuid.UUID:
+    """One more unit of the job, after all that it has; its id."""
+    of_job = select(func.max(Unit.ordinal) + 1, func.max(Unit.lane)).where(Unit.job_id == held.job_id)
+    ordinal, lane = session.execute(of_job).one()
+    unit_id = new_id()
+    own = {"id": unit_id, "tenant_id": held.tenant_id, "job_id": held.job_id, "ordinal": ordinal, "lane": lane}
+    session.execute(insert(Unit).values(**own, **values))
+    return unit_id
 
 
 # --- the end of a job ---

@@ -23,7 +23,8 @@ from jobs.tables import Unit
 
 @dataclass(frozen=True)
 class Waiting:
-    """A unit whose doorbell may be rung. `scans`: its size. `again`: it was rung before, and nobody came."""
+    """A unit whose doorbell may be rung. `scans`: its size. `again`: it was rung before, and nobody came. `explains`:
+    it predicts nothing."""
 
     unit_id: uuid.UUID
     lane: Lane
@@ -32,6 +33,7 @@ class Waiting:
     scans: int
     again: bool = False
     promised: bool = False
+    explains: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ WITH RECURSIVE tenants AS (
         ORDER BY lane, tenant_id LIMIT 1) AS following
 ), waiting AS (
     SELECT jsonb_agg(jsonb_build_array(due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
-        due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0)) AS units
+        due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0,
+        due.explains IS NOT NULL)) AS units
     FROM tenants CROSS JOIN LATERAL (
-        SELECT unit.id, unit.scans, unit.state, unit.rings, jobs.kind
+        SELECT unit.id, unit.scans, unit.state, unit.rings, unit.explains, jobs.kind
         FROM jobs CROSS JOIN LATERAL (
-            SELECT id, scans, state, ordinal, not_before, dispatched_at, rings FROM units
+            SELECT id, scans, state, ordinal, not_before, dispatched_at, rings, explains FROM units
             WHERE units.job_id = jobs.id AND finished_at IS NULL AND state IN ('queued', 'dispatched')
             ORDER BY ordinal LIMIT $1) AS unit
         WHERE (jobs.lane, jobs.tenant_id) >= (tenants.lane, tenants.tenant_id)
@@ -111,7 +114,7 @@ FROM waiting
 PACE = """
 SELECT lanes.name, avg(extract(epoch FROM latest.finished_at - latest.started_at))::float
 FROM unnest(CAST(:lanes AS text[])) AS lanes(name) CROSS JOIN LATERAL (
-    SELECT started_at, finished_at FROM units WHERE units.lane = lanes.name AND state = 'succeeded'
+    SELECT started_at, finished_at FROM units WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL
     ORDER BY finished_at DESC LIMIT 20) AS latest
 GROUP BY lanes.name
 """

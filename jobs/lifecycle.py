@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
+from jobs import explanations
 from jobs.bookkeeping import (
     NOW,
     PREDICTIONS,
@@ -83,7 +84,8 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM job
     WHERE units.id = job.unit_id AND state IN ('queued', 'dispatched') AND not_before <= clock_timestamp()
-    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker
+    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker,
+        explains IS NOT NULL AS explains
 ), started AS (
     UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
         attempt = greatest(jobs.attempt, claimed.attempt)
@@ -92,7 +94,7 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
 )
-SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker FROM claimed
+SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker, explains FROM claimed
 """
 CLAIM_UNIT = Prepared(
     "claim_unit",
@@ -123,7 +125,7 @@ def _claimed(row: Any) -> Claim | None:
     if row is None:
         return None
     ids = uuid.UUID(str(row.unit_id)), uuid.UUID(str(row.job_id))
-    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
+    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker, row.explains)
 
 
 def beat(session: Session, held: Claim, lease: float) -> bool:
@@ -198,8 +200,11 @@ def succeed(
     outcomes: Sequence[ScanOutcome] = (),
     metrics: Json | None = None,
     device_seconds: float = 0.0,
+    then_explain: bool = False,
 ) -> None:
     """End the unit well: its results, the counters and, with the last unit, the job's end, in this one transaction.
+
+    `then_explain`: a unit that explains its results comes after all that the job has.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended; nothing was written.
@@ -212,6 +217,8 @@ def succeed(
     if SUCCEED(session, *mine, succeeded, failed, device_seconds, figures, engines).first() is None:
         raise LeaseLost
     write_outcomes(session, held, outcomes, counted=True)
+    if then_explain:
+        explanations.follow(session, held)
     end_if_done(session, held.job_id)
 
 

@@ -115,7 +115,9 @@ def _place(row, pace: Pace | None) -> Place:  # type: ignore[no-untyped-def]
 def latest_units(lane: str) -> Select[Any, int]:
     """What the lane's latest units took (s), and how many scans each had."""
     took = func.extract("epoch", Unit.finished_at - Unit.started_at).label("seconds")
-    succeeded = select(took, Unit.scans).where(Unit.lane == lane, Unit.state == UnitState.SUCCEEDED)
+    succeeded = select(took, Unit.scans).where(
+        Unit.lane == lane, Unit.state == UnitState.SUCCEEDED, Unit.explains.is_(None)
+    )
     return succeeded.order_by(Unit.finished_at.desc()).limit(LATEST_UNITS)
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs.bookkeeping import PREDICTIONS, Claim, record
+from jobs.bookkeeping import PREDICTIONS, Claim, add_unit, record
 from jobs.states import JobKind, ResultState
-from jobs.tables import Json, ScanResult, Unit, new_id
+from jobs.tables import Json, ScanResult, Unit
 
 PARTS = 8
 """A chunk of 128 scans is down to one in three splits; in two halves it would take seven deaths."""
@@ -35,23 +35,16 @@ def split(session: Session, held: Claim, failures: int) -> None:
         update(Unit).where(Unit.id == held.unit_id).values(**values).execution_options(synchronize_session=False)
     )
     for part in parts[1:]:
-        _own_unit(session, held, part, failures)
+        own = add_unit(session, held, scans=len(part), failures=failures)
+        session.execute(
+            update(ScanResult)
+            .where(ScanResult.job_id == held.job_id, ScanResult.ordinal.in_(part))
+            .values(unit_id=own)
+            .execution_options(synchronize_session=False)
+        )
     record(session, held.job_id, held.tenant_id, "split", {"attempt": held.attempt, "parts": len(parts)})
 
 
 def _pending(session: Session, held: Claim) -> Sequence[int]:
     of_unit = select(ScanResult.ordinal).where(ScanResult.unit_id == held.unit_id)
     return session.scalars(of_unit.where(ScanResult.state == ResultState.PENDING).order_by(ScanResult.ordinal)).all()
-
-
-def _own_unit(session: Session, held: Claim, ordinals: Sequence[int], failures: int) -> None:
-    of_job = select(func.max(Unit.ordinal) + 1, func.max(Unit.lane)).where(Unit.job_id == held.job_id)
-    ordinal, lane = session.execute(of_job).one()
-    unit: Json = {"id": new_id(), "tenant_id": held.tenant_id, "job_id": held.job_id, "ordinal": ordinal, "lane": lane}
-    session.execute(insert(Unit).values(**unit, scans=len(ordinals), failures=failures))
-    session.execute(
-        update(ScanResult)
-        .where(ScanResult.job_id == held.job_id, ScanResult.ordinal.in_(ordinals))
-        .values(unit_id=unit["id"])
-        .execution_options(synchronize_session=False)
-    )

@@ -336,7 +336,6 @@ class ScanResult(Base):
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
     engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
     cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
-    explained: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     finished_at: Mapped[dt.datetime | None] = _time()
 

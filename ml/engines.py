@@ -149,7 +149,10 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _forward(self, batch: np.ndarray) -> torch.Tensor:
-        images = self._transform.normalize(torch.from_numpy(batch).to(self._device)).to(self._dtype)
+        pixels = torch.from_numpy(batch)
+        if self._device == "cuda":  # a pinned batch is copied while the device computes the one before
+            pixels = pixels.pin_memory().to("cuda", non_blocking=True)
+        images = self._transform.normalize(pixels).to(self._dtype)
         return self._layers(images.contiguous(memory_format=torch.channels_last)).float()  # type: ignore[no-any-return]
 
 

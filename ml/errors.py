@@ -91,6 +91,9 @@ class StorageFull(PipelineError):
 class ImageError(ValueError):
     """One scan cannot be read. The sentence carries neither patient data nor content of the file."""
 
+    code = "BAD_IMAGE"
+    retryable = False
+
 
 class ArchiveError(ValueError):
     """A zip is broken or unsafe; nothing of it was kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +19,20 @@ from ml.images import decode
 from ml.metrics import positive_index
 from ml.transforms import Transform
 
-BAD_IMAGE = "BAD_IMAGE"
 _THREADS = 2
 
 
 @dataclass(frozen=True)
 class ScanInput:
-    """One scan: an id of the caller's choosing, and the file's bytes or its path."""
+    """One scan: an id of the caller's choosing, and the file's bytes or its path; or a function that brings either,
+    called ahead of the device. It may raise ImageError."""
 
     id: str
-    source: bytes | Path
+    source: bytes | Path | Callable[[], bytes | Path]
+
+    def content(self) -> bytes | Path:
+        """What is to be decoded."""
+        return self.source() if callable(self.source) else self.source
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Prediction:
     probabilities: dict[str, float] = field(default_factory=dict)
     error_code: str | None = None
     error_detail: str | None = None
+    retryable: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,7 @@ class Predictor:
         form = form_of(model.metadata, precision)
         with naming_out_of_memory():
             engine = open_engine(whole(model), model.transform, form, model.metadata.get("ranges"))
-        calibration = Calibration(**model.metadata.get("calibration", {}))
-        return cls(model.classes, model.transform, engine, calibration)
+        return cls(model.classes, model.transform, engine, Calibration.of(model.metadata))
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be endless: at most five batches of them are in memory.
@@ -100,9 +104,9 @@ class Predictor:
 
     def _decode(self, scan: ScanInput) -> _Decoded:
         try:
-            return _Decoded(scan.id, self.transform.resize(decode(scan.source, self.transform.window)), None)
+            return _Decoded(scan.id, self.transform.resize(decode(scan.content(), self.transform.window)), None)
         except ImageError as error:
-            return _Decoded(scan.id, None, str(error))
+            return _Decoded(scan.id, None, error)
 
     def _answers(self, logits: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Class index and probabilities float64 [classes] of each scan."""
@@ -111,7 +115,8 @@ class Predictor:
 
     def _prediction(self, one: _Decoded, answers: Iterator[tuple[int, np.ndarray]]) -> Prediction:
         if one.pixels is None:
-            return Prediction(one.id, error_code=BAD_IMAGE, error_detail=one.error)
+            error = one.error or ImageError()
+            return Prediction(one.id, error_code=error.code, error_detail=str(error), retryable=error.retryable)
         decided, values = next(answers)
         named = {name: float(value) for name, value in zip(self.classes, values, strict=True)}
         return Prediction(one.id, self.classes[decided], float(values[decided]), named)
@@ -121,7 +126,7 @@ class Predictor:
 class _Decoded:
     id: str
     pixels: np.ndarray | None
-    error: str | None
+    error: ImageError | None
 
 
 def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:

@@ -1,10 +1,11 @@
 """A chunk of scans: blobs out of storage, predictions into rows. The network stays loaded between chunks."""
 
 import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import structlog
@@ -13,11 +14,13 @@ from sqlalchemy.orm import Session
 
 from jobs import lifecycle, registry
 from jobs.bookkeeping import ScanOutcome
+from jobs.reuse import Known, known_results
 from jobs.states import ResultState
-from jobs.tables import Job, Scan, ScanResult
+from jobs.tables import Job, Json, Scan, ScanResult
 from ml.engines import Precision
 from ml.errors import ModelFileError
 from ml.predict import Prediction, Predictor, ScanInput
+from worker.bringing import Wanted, bring
 from worker.running import Held, WorkFailed
 
 log = structlog.get_logger()
@@ -30,11 +33,18 @@ REPORT_EVERY = 2.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit's work: which weights in which precision, and which stored scan at which ordinal."""
+    """The unit's work: which model in which precision, and which scans. `explain`: they are explained afterwards."""
 
+    model_id: uuid.UUID
     weights_sha256: str
     precision: Precision
-    scans: Sequence[tuple[int, str]]
+    explain: bool
+    scans: Sequence[Wanted]
+
+    @property
+    def results(self) -> int:
+        """How many results there will be: a scan may be wanted several times."""
+        return sum(len(wanted.ordinals) for wanted in self.scans)
 
 
 class Networks:
@@ -43,14 +53,14 @@ class Networks:
     def __init__(self) -> None:
         self._loaded: OrderedDict[tuple[str, Precision], Predictor] = OrderedDict()
 
-    def get(self, sha256: str, precision: Precision, path: Path) -> Predictor:
-        """The network, loaded when it is not yet."""
+    def get(self, sha256: str, precision: Precision, fetch: Callable[[str], Path]) -> Predictor:
+        """The network; where it is not loaded yet, `fetch` brings the file with its weights."""
         key = sha256, precision
         if key not in self._loaded:
             while len(self._loaded) >= LOADED_AT_ONCE:
                 self._loaded.popitem(last=False)
             started = time.monotonic()
-            loaded = self._loaded[key] = Predictor.load(path, precision)
+            loaded = self._loaded[key] = Predictor.load(fetch(sha256), precision)
             took = round(time.monotonic() - started, 2)
             log.info("network_loaded", sha256=sha256[:12], engine=loaded.engine.name, seconds=took)
         self._loaded.move_to_end(key)
@@ -68,14 +78,17 @@ def predict_chunk(held: Held) -> None:
     chunk = held.in_transaction(lambda session: _read_chunk(session, held))
     started = time.monotonic()
     with held.workspace() as folder:
-        for outcome in _predictions(held, chunk, folder):
+        predictor = _predictor(held, chunk, folder)
+        for outcome in _outcomes(held, chunk, predictor, folder):
             held.outcomes.append(outcome)
-            if len(held.outcomes) < len(chunk.scans):  # what is complete has nothing to hand back
+            if len(held.outcomes) < chunk.results:  # what is complete has nothing to hand back
                 held.check()
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
-        lifecycle.succeed(session, held.claim, outcomes=held.outcomes, device_seconds=seconds)
+        lifecycle.succeed(
+            session, held.claim, outcomes=held.outcomes, device_seconds=seconds, then_explain=chunk.explain
+        )
 
     held.finish(end)
 
@@ -85,35 +98,71 @@ def _read_chunk(session: Session, held: Held) -> Chunk:
     if job.model_id is None:
         raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
     version = registry.by_id(session, job.model_id)
+    precision, explain = job.params.get("precision", "auto"), bool(job.params.get("explain"))
+    return Chunk(version.id, version.weights_sha256, precision, explain, _wanted(session, held.claim.unit_id))
+
+
+def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
+    """The unit's scans, each once."""
     rows = session.execute(
-        select(ScanResult.ordinal, Scan.sha256)
-        .join(Scan, Scan.id == ScanResult.scan_id)
-        .where(ScanResult.unit_id == held.claim.unit_id, ScanResult.state == ResultState.PENDING)
+        select(ScanResult.ordinal, ScanResult.scan_id, ScanResult.source_url, Scan.sha256)
+        .join(Scan, Scan.id == ScanResult.scan_id, isouter=True)
+        .where(ScanResult.unit_id == unit_id, ScanResult.state == ResultState.PENDING)
         .order_by(ScanResult.ordinal)
     )
-    precision = job.params.get("precision", "auto")
-    return Chunk(version.weights_sha256, precision, [(row.ordinal, row.sha256) for row in rows])
+    wanted: dict[object, Wanted] = {}
+    for row in rows:
+        same = wanted.setdefault(row.scan_id or row.source_url, Wanted([], row.sha256, row.source_url, row.scan_id))
+        same.ordinals.append(row.ordinal)
+    return list(wanted.values())
 
 
-def _predictions(held: Held, chunk: Chunk, folder: Path) -> Iterator[ScanOutcome]:
-    store = held.resources.artifacts
+def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
     try:
-        weights = store.fetch(chunk.weights_sha256, folder)
-        predictor = networks().get(chunk.weights_sha256, chunk.precision, weights)
+        fetch = partial(held.resources.artifacts.fetch, folder=folder)
+        return networks().get(chunk.weights_sha256, chunk.precision, fetch)
     except (FileNotFoundError, ModelFileError) as error:
         raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
-    scans = (ScanInput(str(ordinal), store.fetch(sha256, folder)) for ordinal, sha256 in chunk.scans)
+
+
+def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, folder: Path) -> Iterator[ScanOutcome]:
+    engine = predictor.engine.name
+    known = _known(held, chunk, engine)
+    left: dict[str, Wanted] = {}
+    for wanted in chunk.scans:
+        found = known.get(wanted.scan_id) if wanted.scan_id else None
+        if found is None:
+            left[str(wanted.ordinals[0])] = wanted
+        else:
+            yield from _alike(wanted, _known_outcome(found, engine))
+    scans = (ScanInput(id, partial(bring, held.resources, wanted, folder)) for id, wanted in left.items())
     reported = time.monotonic()
     for prediction in predictor.predict(scans):
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()
-        yield _outcome(prediction, predictor.engine.name)
+        yield from _alike(left[prediction.id], _outcome(prediction, engine))
+
+
+def _known(held: Held, chunk: Chunk, engine: str) -> dict[uuid.UUID, Known]:
+    ids = [wanted.scan_id for wanted in chunk.scans if wanted.scan_id is not None]
+    if not held.resources.settings.reuse_results or not ids:
+        return {}
+    return held.in_transaction(lambda session: known_results(session, chunk.model_id, engine, ids))
+
+
+def _alike(wanted: Wanted, outcome: ScanOutcome) -> Iterator[ScanOutcome]:
+    """The outcome at each place of the scan; it was computed for the first at most."""
+    for number, ordinal in enumerate(wanted.ordinals):
+        yield replace(outcome, ordinal=ordinal, cached=outcome.error is None and (outcome.cached or number > 0))
+
+
+def _known_outcome(known: Known, engine: str) -> ScanOutcome:
+    return ScanOutcome(-1, known.label, known.confidence, known.probabilities, engine, cached=True)
 
 
 def _outcome(prediction: Prediction, engine: str) -> ScanOutcome:
-    ordinal = int(prediction.id)
     if prediction.error_code is not None:
-        error = {"code": prediction.error_code, "detail": prediction.error_detail, "retryable": False}
-        return ScanOutcome(ordinal, error=error)
-    return ScanOutcome(ordinal, prediction.label, prediction.confidence, prediction.probabilities, engine)
+        error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
+        return ScanOutcome(-1, error={**error, "retryable": prediction.retryable})
+    return ScanOutcome(-1, prediction.label, prediction.confidence, prediction.probabilities, engine)

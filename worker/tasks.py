@@ -85,6 +85,10 @@ def _do(held: Held) -> None:
             from worker.ingest import check_upload
 
             check_upload(held)
+        case _ if held.claim.explains:
+            from worker.explain import explain_results
+
+            explain_results(held)
         case _:
             from worker.predict import predict_chunk
 

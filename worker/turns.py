@@ -91,6 +91,7 @@ class Turns:
         yields: list[Running] = []
         for lane in Lane:
             mine = [unit for unit in view.waiting if unit.lane == lane and not unit.again]
+            mine.sort(key=lambda unit: unit.explains)  # of each tenant, explanations come behind predictions
             promised, new = [u for u in mine if u.promised], [u for u in mine if not u.promised]
             idle, ahead = self._room(view, lane, pace.get(lane))
             woken = promised[:idle]  # whom they were promised to is idle now: nobody would come for them

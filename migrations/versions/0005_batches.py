@@ -1,5 +1,5 @@
 """Batches in depth: results that were not computed anew, that know their patient and study, that come from an address,
-that are explained, that expire; and uploads that can be resumed.
+that expire; units that explain what others found; and uploads that can be resumed.
 
 The code before this revision neither reads nor writes any of it: both run on the same tables.
 
@@ -19,7 +19,6 @@ WORDS: dict[str, sa.types.TypeEngine[str]] = {
     "study": sa.String(length=200),
     "source_url": sa.Text(),
 }
-FLAGS = ("cached", "explained")
 COMPUTED = "state = 'succeeded' AND NOT cached"
 UNEXPIRED = "kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL"
 
@@ -27,8 +26,7 @@ UNEXPIRED = "kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL
 def upgrade() -> None:
     for name, kind in WORDS.items():
         op.add_column("scan_results", sa.Column(name, kind, nullable=True))
-    for name in FLAGS:
-        op.add_column("scan_results", sa.Column(name, sa.Boolean(), server_default="false", nullable=False))
+    op.add_column("scan_results", sa.Column("cached", sa.Boolean(), server_default="false", nullable=False))
     op.create_index("ix_scan_results_computed", "scan_results", ["scan_id"], postgresql_where=sa.text(COMPUTED))
     op.add_column("units", sa.Column("explains", sa.Uuid(), nullable=True))
     op.add_column("jobs", sa.Column("results_expired_at", sa.DateTime(timezone=True), nullable=True))
@@ -54,5 +52,5 @@ def downgrade() -> None:
     op.drop_column("jobs", "results_expired_at")
     op.drop_column("units", "explains")
     op.drop_index("ix_scan_results_computed", table_name="scan_results", postgresql_where=sa.text(COMPUTED))
-    for name in (*FLAGS, *WORDS):
+    for name in ("cached", *WORDS):
         op.drop_column("scan_results", name)

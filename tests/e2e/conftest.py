@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,10 +16,13 @@ import psutil
 import pytest
 import requests
 
+from cli import demo
 from cli.plans import free_port
+from ml import phantom_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
+PARAMS = {"weights": "none", "epochs": 5, "learning_rate": 0.01, "augmentation": False}
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,55 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", home: Path) 
             pass
         time.sleep(0.2)
     raise AssertionError((home / "up.log").read_text()[-3000:])
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real scans where they lie beside the project; else the synthetic CT of `renalq demo`."""
+    real = SHARED / "mri-465.zip"
+    if real.exists():
+        return real
+    made = tmp_path_factory.mktemp("data") / "phantom.zip"
+    phantom_files.write_zip(made, patients=demo.PATIENTS, slices=demo.SLICES, seed=demo.SEED)
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained(client: Client, archive: Path) -> dict[str, Any]:
+    """A training that ended well, watched while it ran (`seen`: what /events and /metrics showed meanwhile)."""
+    with archive.open("rb") as file:
+        answer = client.post("/datasets", files={"file": (archive.name, file)}, data={"name": "first"})
+    assert answer.status_code == 202, answer.text
+    dataset = answer.json()
+    client.ended(client.get(f"/jobs/{dataset['job_id']}").json())
+    checked = client.get(f"/datasets/{dataset['id']}").json()
+    assert checked["state"] == "ready", checked["problems"]
+
+    answer = client.post(
+        "/jobs/train", json={"dataset_id": dataset["id"], "params": PARAMS, "metadata": {"study": "a"}}
+    )
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert answer.headers["Location"].endswith(job["links"]["self"])
+    seen: list[dict[str, Any]] = []
+    watcher = threading.Thread(target=_watch, args=(client, job, seen))
+    watcher.start()
+    ended = client.ended(job)
+    watcher.join(30)
+    return {**ended, "seen": seen}
+
+
+def _watch(client: Client, job: dict[str, Any], seen: list[dict[str, Any]]) -> None:
+    """Follow /events; at each epoch ask /metrics too."""
+    headers = {"Accept": "text/event-stream"}
+    with client.get(job["links"]["events"], headers=headers, stream=True) as stream:
+        kind = ""
+        for line in stream.iter_lines(decode_unicode=True):
+            if line.startswith("event:"):
+                kind = line.removeprefix("event:").strip()
+            elif line.startswith("data:"):
+                epochs = client.get(job["links"]["metrics"]).json()["epochs"] if kind == "epoch" else []
+                state = client.get(job["links"]["self"]).json()["state"] if kind == "epoch" else None
+                seen.append(
+                    {"event": kind, "epochs": len(epochs), "state": state, "memory": client.memory("worker-train")}
+                )

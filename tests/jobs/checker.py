@@ -60,7 +60,7 @@ QUESTIONS = {
     "a waiting or running unit's size differs from its scans": """
         SELECT u.id FROM units u JOIN jobs j ON j.id = u.job_id
             LEFT JOIN scan_results r ON r.unit_id = u.id AND r.state = 'pending'
-        WHERE u.finished_at IS NULL AND j.kind LIKE 'predict%'
+        WHERE u.finished_at IS NULL AND u.explains IS NULL AND j.kind LIKE 'predict%'
         GROUP BY u.id HAVING u.scans <> greatest(1, count(r.*))""",
     "a tenant's load differs from its unfinished jobs": """
         SELECT coalesce(l.tenant_id, j.tenant_id) FROM tenant_loads l FULL JOIN (

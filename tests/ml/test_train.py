@@ -212,6 +212,12 @@ def test_patience_counts_in_each_phase():
     assert len([epoch for epoch in epochs if epoch.phase == "fine_tune"]) == 2
 
 
+def test_blocks_that_diverge_name_the_rate_that_is_theirs():
+    model = make_tiny_model()
+    with pytest.raises(BadParams, match=r"^fine_tune_learning_rate: .* clip_norm"):
+        run(model, make_params(**{**TUNED, "fine_tune_learning_rate": 10.0, "fine_tune_epochs": 30}), make_tuned_data(model))
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,15 @@ def test_short_units_are_promised_with_the_ring_since_a_look_between_two_of_them
     assert (len(plan.rings), len(plan.promises)) == (0, 25)
 
 
+def test_explanations_wait_for_all_predictions_of_their_tenant() -> None:
+    explanation = replace(waiting("a", 1)[0], explains=True)
+    prediction, of_another = waiting("a", 1)[0], replace(waiting("b", 1)[0], explains=True)
+    policy, units = turns(), [explanation, prediction, of_another]
+    assert policy.plan(view(units), pace={}).rings == [prediction]
+    policy.plan(view([explanation, of_another]), pace={})
+    assert policy.plan(view([explanation]), pace={}).rings == [explanation]
+
+
 def test_nothing_is_promised_to_a_worker_that_is_busy_in_another_lane() -> None:
     urgent = waiting("a", 3, scans=1, lane=Lane.URGENT)
     plan = turns().plan(view(urgent, (running("a"),)), pace={Lane.URGENT: 0.01})

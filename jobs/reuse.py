@@ -1,0 +1,43 @@
+"""What was computed once need not be again: results of the same scan by the same model on the same engine.
+
+The index ix_scan_results_computed holds computed results alone, so however often a scan is sent again, it is there once
+for each model and engine.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs.states import ResultState
+from jobs.tables import Job, ScanResult
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was found for a scan before."""
+
+    label: str | None
+    confidence: float | None
+    probabilities: dict[str, float] | None
+
+
+def known_results(
+    session: Session, model_id: uuid.UUID, engine: str, scan_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, Known]:
+    """Results of these scans by this model on this engine, where there are any. Scan ids are of one tenant, and so is
+    the model's: nobody is answered out of another's work."""
+    rows = session.execute(
+        select(ScanResult.scan_id, ScanResult.label, ScanResult.confidence, ScanResult.probabilities)
+        .join(Job, Job.id == ScanResult.job_id)
+        .where(
+            ScanResult.scan_id.in_(scan_ids),
+            ScanResult.state == ResultState.SUCCEEDED,
+            ScanResult.cached.is_(False),
+            ScanResult.engine == engine,
+            Job.model_id == model_id,
+        )
+    )
+    return {row.scan_id: Known(row.label, row.confidence, row.probabilities) for row in rows}

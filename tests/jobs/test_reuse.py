@@ -1,0 +1,154 @@
+"""What was computed once is known; and explanations follow their results without holding anybody up."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from jobs import explanations, lifecycle
+from jobs.artifacts import Blob
+from jobs.bookkeeping import Claim, ScanOutcome
+from jobs.db import Sessions
+from jobs.errors import LeaseLost
+from jobs.reuse import Known, known_results
+from jobs.states import JobKind, JobState, Lane
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import Artifact, Job, ScanResult, Unit, new_id
+from tests import builders
+from tests.builders import TENANT, outcomes_of, units_of
+from tests.jobs.checker import faults
+
+MODEL = new_id()
+
+
+@pytest.fixture
+def session(sessions: Sessions) -> Iterator[Session]:
+    """A transaction that the test's verbs share."""
+    with sessions.begin() as opened:
+        yield opened
+        assert faults(opened) == []
+
+
+def batch(session: Session, scans: int = 3, chunk: int = 10, **new: object) -> Job:
+    """A batch on the model."""
+    return builders.make_job(session, JobKind.PREDICT_BATCH, scans=scans, chunk=chunk, model_id=MODEL, **new)
+
+
+def first(session: Session, job: Job) -> Claim:
+    """The job's first unit that waits, claimed."""
+    waits = [unit for unit in units_of(session, job) if unit.finished_at is None]
+    return builders.claim(session, waits[0])
+
+
+def scan_ids(session: Session, job: Job) -> list:
+    """The job's scans in order."""
+    of_job = select(ScanResult.scan_id).where(ScanResult.job_id == job.id).order_by(ScanResult.ordinal)
+    return list(session.scalars(of_job))
+
+
+def test_a_result_is_known_for_its_model_and_engine_alone(session: Session) -> None:
+    job = batch(session)
+    ids = scan_ids(session, job)
+    assert known_results(session, MODEL, "torch-fp32", ids) == {}
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1))
+    found = Known("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9})
+    assert known_results(session, MODEL, "torch-fp32", ids) == dict.fromkeys(ids[1:], found), "a failure is no answer"
+    assert known_results(session, MODEL, "openvino-bf16", ids) == {}
+    assert known_results(session, new_id(), "torch-fp32", ids) == {}
+
+
+def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
+    """However often a scan is sent, the index holds it once for each model and engine."""
+    job = batch(session, scans=1)
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+    (scan,) = scan_ids(session, job)
+    again = submit(session, NewJob(TENANT, JobKind.PREDICT, Lane.URGENT, model_id=MODEL), [NewResult(scan)])
+    held = first(session, again)
+    known = known_results(session, MODEL, "torch-fp32", [scan])[scan]
+    copied = ScanOutcome(0, known.label, known.confidence, known.probabilities, "torch-fp32", cached=True)
+    lifecycle.succeed(session, held, outcomes=[copied])
+    rows = session.execute(select(ScanResult.cached).where(ScanResult.scan_id == scan).order_by(ScanResult.job_id))
+    assert sorted(rows.scalars()) == [False, True]
+    plan = session.scalar(text("SELECT indexdef FROM pg_indexes WHERE indexname = 'ix_scan_results_computed'"))
+    assert "NOT cached" in plan
+
+
+def test_equal_scans_of_a_batch_are_in_one_unit(session: Session) -> None:
+    ids = [builders.make_scan(session).id for _ in range(4)]
+    order = [0, 1, 0, 2, 3, 0, 3]
+    new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=MODEL)
+    job = submit(session, new, [NewResult(ids[number]) for number in order], chunk=2)
+    rows = session.execute(
+        select(Unit.ordinal, ScanResult.ordinal)
+        .join(Unit, Unit.id == ScanResult.unit_id)
+        .where(ScanResult.job_id == job.id)
+        .order_by(ScanResult.ordinal)
+    )
+    assert [unit for unit, _ in rows] == [0, 0, 0, 1, 1, 0, 1]
+    assert [unit.scans for unit in units_of(session, job)] == [4, 3]
+
+
+def test_explanations_follow_behind_all_predictions(session: Session) -> None:
+    job = batch(session, scans=4, chunk=2)
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), then_explain=True)
+    kinds = [(unit.ordinal, unit.explains, unit.scans) for unit in units_of(session, job)]
+    assert kinds == [(0, None, 2), (1, None, 2), (2, held.unit_id, 1)]
+    held = first(session, job)
+    assert not held.explains
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+
+    explaining = first(session, job)
+    assert explaining.explains
+    (left,) = explanations.unexplained(session, explaining)
+    assert (left.ordinal, left.label) == (1, "Tumor")
+    explanations.keep(session, explaining, [(1, Blob("a" * 64, 10))])
+    assert explanations.unexplained(session, explaining) == [], "what is written is not done again"
+    assert explanations.named(session, job.id, range(4)) == {1: "explanations/000001.png"}
+    lifecycle.succeed(session, explaining)
+    session.refresh(job)
+    assert job.state == JobState.RUNNING, "two results still wait for theirs"
+
+    last = first(session, job)
+    lifecycle.fail(session, last, builders.BROKEN)
+    session.refresh(job)
+    assert (job.state, job.succeeded, job.failed) == (JobState.PARTIALLY_SUCCEEDED, 3, 1), "the results stand"
+    assert job.error == builders.BROKEN, "and why they are not all explained is said"
+
+
+def test_nothing_found_is_nothing_to_explain(session: Session) -> None:
+    job = batch(session, scans=1)
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), then_explain=True)
+    session.refresh(job)
+    assert job.state == JobState.FAILED
+
+
+def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) -> None:
+    job = batch(session, scans=2)
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+    lost = first(session, job)
+    explanations.keep(session, lost, [(0, Blob("a" * 64, 10))])
+    lifecycle.requeue(session, lost, "DRAINED")
+    following = first(session, job)
+    with pytest.raises(LeaseLost):
+        explanations.keep(session, lost, [(1, Blob("b" * 64, 10))])
+    assert [one.ordinal for one in explanations.unexplained(session, following)] == [1]
+    explanations.keep(session, following, [(1, Blob("b" * 64, 10))])
+    lifecycle.succeed(session, following)
+    session.refresh(job)
+    assert job.state == JobState.SUCCEEDED
+    assert len(session.scalars(select(Artifact).where(Artifact.job_id == job.id)).all()) == 2
+
+
+def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session: Session) -> None:
+    job = batch(session, scans=2)
+    held = first(session, job)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+    lifecycle.cancel(session, TENANT, job.id)
+    session.refresh(job)
+    assert (job.state, job.succeeded, job.cancelled) == (JobState.SUCCEEDED, 2, 0)

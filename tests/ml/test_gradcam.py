@@ -1,0 +1,289 @@
+"""Grad-CAM: the heat lies where the network looks, on the scan as it is, for each of the six networks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from ml import network
+from ml.architectures import ARCHITECTURES, Patches
+from ml.errors import BadParams, ImageError, ModelFileError
+from ml.gradcam import Explainer, Explanation, _Maps, _Tokens
+from ml.images import decode
+from ml.network import Model
+from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
+from ml.predict import Predictor, ScanInput
+from ml.torchvision_ops import torchvision
+from ml.transforms import Transform
+from tests.ml.builders import CLASSES, encode, make_dicom, make_pixels, make_scans
+
+CONVOLUTIONAL = sorted({*NETWORKS} - {"vit_b_16"})
+HEIGHT, WIDTH, SPOT = 150, 260, 50
+
+
+def make_model(name: str = "resnet18", side: int | None = None, **metadata: object) -> Model:
+    """Untrained, but with normalizations that fit its pictures."""
+    side = side or FIXED_SIDE.get(name, LEAST_SIDE.get(name, 64))
+    of, built = ARCHITECTURES[name], network.build(len(CLASSES), 0, name, "gap").eval()
+    transform = Transform(side, side, of.mean, of.std)
+    with torch.no_grad():
+        network.calibrate(built, [transform.normalize(torch.from_numpy(make_scans(6, side)))])
+    return Model(built, CLASSES, transform, metadata, name, "gap")
+
+
+@torch.no_grad()
+def make_spotter(name: str) -> Model:
+    """A network that lets the brightness through, and calls a bright scan a tumour."""
+    model = make_model(name, side=224)
+    built = network.build(len(CLASSES), 0, name, "gap").eval()
+    for path, layer in built.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.zero_()
+            if name == "vgg16" or path == "conv1" or "downsample" in path:  # the rest of a residual block adds nothing
+                middle = layer.kernel_size[0] // 2
+                layer.weight[0, 0, middle, middle] = 1
+    spotter = Model(built, CLASSES, model.transform, {}, name, "gap")
+    spotter.last_linear.weight.zero_()[:, 0] = torch.tensor([-1.0, 1.0])
+    spotter.last_linear.bias.zero_()
+    return spotter
+
+
+def with_spot(top: int, left: int, height: int = HEIGHT, width: int = WIDTH) -> bytes:
+    pixels = np.full((height, width, 3), 20, np.uint8)
+    pixels[top : top + SPOT, left : left + SPOT] = 240
+    return encode(pixels)
+
+
+@cache
+def explainer() -> Explainer:
+    """Of a ResNet18 for small pictures. Not to be changed."""
+    return Explainer(make_model())
+
+
+def explained(scan: bytes, label: str | None = None, by: Explainer | None = None) -> Explanation:
+    (one,) = (by or explainer()).explain([ScanInput("a", scan)], label)
+    return one
+
+
+def picture_of(one: Explanation) -> np.ndarray:
+    assert one.overlay is not None
+    return np.asarray(Image.open(io.BytesIO(one.overlay), formats=["PNG"]))
+
+
+def grey_of(scan: bytes) -> np.ndarray:
+    grey = np.asarray(Image.fromarray(decode(scan)).convert("L"))
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+# --- where the heat lies ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_the_peak_is_in_the_corner_that_the_answer_depends_on(name):
+    spotter = Explainer(make_spotter(name))
+    for top in (0, HEIGHT - SPOT):
+        for left in (0, WIDTH - SPOT):
+            one = explained(with_spot(top, left), "Tumor", spotter)
+            row, column = np.unravel_index(one.heatmap.argmax(), one.heatmap.shape)
+            assert top <= row < top + SPOT, (top, left)
+            assert left <= column < left + SPOT, (top, left)
+            far = one.heatmap[SPOT:-SPOT, 2 * SPOT : -2 * SPOT]
+            assert far.max() < 0.1 < 0.9 < one.heatmap.max() <= 1
+
+
+def test_what_speaks_for_one_class_says_nothing_for_the_other():
+    spotter, scan = Explainer(make_spotter("resnet18")), with_spot(10, 200)
+    maps = {label: explained(scan, label, spotter) for label in CLASSES}
+    assert maps["Tumor"].heatmap.max() > 0.9
+    assert maps["Normal"].heatmap[10 : 10 + SPOT, 200 : 200 + SPOT].max() < maps["Normal"].heatmap.max() or (
+        maps["Normal"].heatmap.max() == 0
+    )
+
+
+@torch.no_grad()
+def evenly(name: str) -> nn.Module:
+    """A network whose every convolution is a mean, so that a cell's gradient spreads evenly over what it looks at."""
+    built = network.build(2, 0, name, "gap").eval()
+    for layer in built.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.fill_(1 / layer.weight[0].numel())
+        if isinstance(layer, torchvision().ops.SqueezeExcitation):
+            layer.fc2.weight.zero_()  # it looks at the whole picture
+    return built
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_cells_are_where_their_receptive_fields_have_their_centre(name, monkeypatch):
+    monkeypatch.setattr(F, "max_pool2d", lambda x, size, stride, pad=0, *_, **__: F.avg_pool2d(x, size, stride, pad))
+    built, seen = evenly(name), list[torch.Tensor]()
+    built.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
+    images = torch.ones(1, 3, 1024, 96, requires_grad=True)
+    built(images)
+    step, first = ARCHITECTURES[name].cells
+    for row in (int(400 / step), int(600 / step)):
+        (looked,) = torch.autograd.grad(seen[0][0, :, row].sum(), images, retain_graph=True)
+        rows = looked[0].sum((0, 2)).double()
+        assert float((rows * torch.arange(1024)).sum() / rows.sum()) == pytest.approx(first + row * step, abs=0.5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_transformers_tokens_are_the_patches_row_by_row():
+    model = make_model("vit_b_16")
+    pictures = np.zeros((2, 224, 224, 3), np.uint8)
+    pictures[1, 3 * 16 : 4 * 16, 12 * 16 : 13 * 16] = 255
+    tokens = Patches(model.network)(model.transform.normalize(torch.from_numpy(pictures)))
+    maps, class_token = _Maps()(tokens)
+    assert torch.equal(_Tokens()((maps, class_token)), tokens)
+    changed = (maps[1] - maps[0]).abs().sum(0)
+    assert np.argwhere(changed.numpy() > 1e-3).tolist() == [[3, 12]]
+    step, first = ARCHITECTURES["vit_b_16"].cells
+    assert (first + 3 * step, first + 12 * step) == (3 * 16 + 7.5, 12 * 16 + 7.5)
+
+
+# --- every network ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
+)
+def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name):
+    by, scan = Explainer(make_model(name)), encode(make_pixels(1, 40, 70, bright=True))
+    first, second = (explained(scan, label, by) for label in CLASSES)
+    for one in (first, second):
+        assert (one.heatmap.shape, one.heatmap.dtype) == ((40, 70), np.float32)
+        assert 0 <= one.heatmap.min() <= one.heatmap.max() <= 1
+    assert max(first.heatmap.max(), second.heatmap.max()) > 0.5
+    assert not np.allclose(first.heatmap, second.heatmap, atol=0.01)
+    assert np.array_equal(explained(scan, CLASSES[0], by).heatmap, first.heatmap)
+    assert explained(scan, CLASSES[0], by).overlay == first.overlay
+
+
+def test_below_the_layer_nothing_is_kept_for_gradients():
+    by, seen = Explainer(make_model()), list[bool]()
+    hooks = [
+        by._network.get_submodule(path).register_forward_hook(lambda layer, inputs, out: seen.append(out.requires_grad))
+        for path in ("0.0", "0.3", "0.5")  # the stem, layer3 and the pooling behind layer4
+    ]
+    explained(encode(make_pixels()), by=by)
+    assert seen == [False, False, True]
+    for hook in hooks:
+        hook.remove()
+    assert not any(weight.requires_grad or weight.grad is not None for weight in by._network.parameters())
+
+
+# --- the scan's own size ---------------------------------------------------------------------------------------------
+
+SCANS = {
+    "wide": encode(make_pixels(0, 60, 100)),
+    "high": encode(make_pixels(0, 100, 30), "JPEG"),
+    "tiny": encode(make_pixels(0, 3, 2)),
+    "one pixel": encode(np.full((1, 1, 3), 90, np.uint8)),
+    "DICOM": make_dicom(np.arange(50 * 80, dtype=np.int16).reshape(50, 80) // 10 - 150),
+}
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_heatmap_and_overlay_have_the_size_of_the_scan(scan):
+    one = explained(SCANS[scan])
+    assert one.heatmap.shape == decode(SCANS[scan]).shape[:2]
+    assert picture_of(one).shape == (*one.heatmap.shape, 3)
+
+
+def test_the_overlay_is_the_grey_scan_where_nothing_is_seen_and_coloured_where_it_is():
+    scan = with_spot(50, 100)
+    one = explained(scan, "Tumor", Explainer(make_spotter("resnet18")))
+    overlay, grey = picture_of(one).astype(int), grey_of(scan)
+    cold, hot = one.heatmap == 0, one.heatmap > 0.9
+    assert np.array_equal(overlay[cold], grey[cold])
+    assert cold.any()
+    assert (np.ptp(overlay[hot], axis=1) > 50).all()
+    assert hot.any()
+
+
+def spoiled(value: float) -> Explainer:
+    model = make_model()
+    with torch.no_grad():
+        model.last_linear.weight.fill_(value)
+    return Explainer(model)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_without_a_usable_gradient_the_heat_is_nowhere(value):
+    scan = encode(make_pixels())
+    one = explained(scan, by=spoiled(value))
+    assert np.isfinite(one.heatmap).all()
+    assert 0 <= one.heatmap.min() <= one.heatmap.max() <= 1
+    if not value:
+        assert one.heatmap.max() == 0
+        assert np.array_equal(picture_of(one), grey_of(scan))
+
+
+# --- which class, which scans ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("explained") / "model.safetensors"
+    network.save(make_model(), path)
+    return path
+
+
+def test_without_a_label_it_is_the_class_that_predictions_name(model_path):
+    scans = [ScanInput(str(seed), encode(make_pixels(seed, bright=seed % 2 == 1))) for seed in range(6)]
+    predicted = list(Predictor.of(network.load(model_path), "fp32").predict(scans))
+    found = list(Explainer.load(model_path).explain(scans))
+    assert [(one.id, one.label) for one in found] == [(one.id, one.label) for one in predicted]
+
+
+@pytest.mark.parametrize(("threshold", "label"), [(0.0, "Tumor"), (1.0, "Normal")])
+def test_the_models_threshold_decides_the_class(threshold, label):
+    by = Explainer(make_model(calibration={"temperature": 1.0, "threshold": threshold}))
+    assert explained(encode(make_pixels()), by=by).label == label
+
+
+def test_a_label_that_the_network_does_not_know_is_refused_at_once():
+    with pytest.raises(BadParams, match=r"label.*Normal, Tumor"):
+        explainer().explain([], "Cyst")
+
+
+def test_broken_scans_are_errors_of_their_own_and_in_their_place(tmp_path):
+    def gone() -> bytes:
+        raise ImageError("The scan is no longer there.")
+
+    good = encode(make_pixels())
+    sources = [good, b"junk", tmp_path / "missing.png", gone, lambda: good]
+    found = list(explainer().explain(ScanInput(str(number), source) for number, source in enumerate(sources)))
+    assert [one.id for one in found] == ["0", "1", "2", "3", "4"]
+    assert [one.error_code for one in found] == [None, *["BAD_IMAGE"] * 3, None]
+    assert found[3].error_detail == "The scan is no longer there."
+    for one in found[1:4]:
+        assert (one.label, one.heatmap, one.overlay) == (None, None, None)
+
+
+def test_scans_are_taken_one_at_a_time():
+    taken: list[str] = []
+
+    def endless() -> Iterator[ScanInput]:
+        for number in count():
+            taken.append(str(number))
+            yield ScanInput(str(number), encode(make_pixels(number)))
+
+    stream = explainer().explain(endless())
+    assert [next(stream).id, next(stream).id] == taken == ["0", "1"]
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelFileError):
+        Explainer.load(tmp_path / "model.safetensors")
