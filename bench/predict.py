@@ -26,8 +26,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,14 @@ CLIENTS = 32
 
 @dataclass
 class Side:
-    """What a side did, and what it cost: `cpu`: cores busy on average."""
+    """What a side did, and what it cost. `cpu`: cores busy on average. `growth`: memory in the last quarter of the
+    time against that in the first."""
 
     scans: int
     seconds: float
     peak_mb: float
     cpu: float
+    growth: float
 
     @property
     def per_second(self) -> float:
@@ -151,7 +154,7 @@ def _alone(way: str, folder: Path, count: int) -> Side:
     if process.returncode:
         raise SystemExit(f"{way} ended with {process.returncode}")
     said = json.loads(output.splitlines()[-1])
-    return Side(said["scans"], said["seconds"], use.peak_mb, use.cpu)
+    return use.side(said["scans"], said["seconds"])
 
 
 def _celery(folder: Path, scans: list[Path]) -> Side:
@@ -169,7 +172,7 @@ def _celery(folder: Path, scans: list[Path]) -> Side:
                 for answer in answers:
                     answer.get(timeout=600)
                 seconds = time.perf_counter() - started
-    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+    return use.side(len(scans), seconds)
 
 
 def _litserve(folder: Path, scans: list[Path]) -> Side:
@@ -189,7 +192,7 @@ def _litserve(folder: Path, scans: list[Path]) -> Side:
                 started = time.perf_counter()
                 list(pool.map(ask, scans))
                 seconds = time.perf_counter() - started
-    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+    return use.side(len(scans), seconds)
 
 
 def _answers(port: int) -> bool:
@@ -210,7 +213,7 @@ def _ours(scans: list[Path], workers: int) -> Side:
         _predicted(processes, version, ids[:64], chunk=16)  # the network is loaded, by each; the lane's pace is known
         with watched(*(processes.running[name].pid for name in names)) as use:
             seconds = _predicted(processes, version, ids)
-    return Side(len(scans), seconds, use.peak_mb, use.cpu)
+    return use.side(len(scans), seconds)
 
 
 def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.UUID], chunk: int = 0) -> float:
@@ -230,10 +233,16 @@ def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.
 
 @dataclass
 class Use:
-    """Peak of the summed resident memory, and cores that were busy on average."""
+    """Summed resident memory, five times a second, and cores that were busy on average."""
 
-    peak_mb: float = 0.0
+    memory_mb: list[float] = field(default_factory=list)
     cpu: float = 0.0
+
+    def side(self, scans: int, seconds: float) -> Side:
+        """What was done meanwhile, with what it cost."""
+        quarter = max(1, len(self.memory_mb) // 4)
+        growth = mean(self.memory_mb[-quarter:]) / mean(self.memory_mb[:quarter])
+        return Side(scans, seconds, max(self.memory_mb), self.cpu, round(growth, 3))
 
 
 @contextmanager
@@ -251,7 +260,7 @@ def watched(*pids: int) -> Iterator[Use]:
                     times, memory = one.cpu_times(), memory + one.memory_info().rss
                     last[one.pid] = times.user + times.system
                     first.setdefault(one.pid, last[one.pid])
-            use.peak_mb = max(use.peak_mb, round(memory / 2**20))
+            use.memory_mb.append(round(memory / 2**20, 1))
 
     def watch() -> None:
         while not over.wait(0.2):
@@ -307,9 +316,16 @@ def report(sides: dict[str, Side]) -> int:
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = Table("side", "scans", "images/s", "peak MB", "cores", title="VGG16, 512 × 512 JPEG")
+    table = Table("side", "scans", "images/s", "peak MB", "growth", "cores", title="VGG16, 512 × 512 JPEG")
     for name, side in sides.items():
-        table.add_row(name, str(side.scans), f"{side.per_second:.2f}", f"{side.peak_mb:.0f}", f"{side.cpu:.2f}")
+        table.add_row(
+            name,
+            str(side.scans),
+            f"{side.per_second:.2f}",
+            f"{side.peak_mb:.0f}",
+            f"{side.growth:.3f}",
+            f"{side.cpu:.2f}",
+        )
     Console().print(table)
     Console().print(ratios)
     Console().print(f"written: {OUT.relative_to(ROOT)}")

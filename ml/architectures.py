@@ -37,7 +37,8 @@ Pool = Callable[[Any], nn.Module]
 @dataclass(frozen=True)
 class Architecture:
     """One network. `head`: the attribute that holds it. `pooled`: features a scan under head gap. `cam`: the layer
-    whose maps Grad-CAM weighs, as a path of attributes. `options`: for torchvision's builder."""
+    whose maps Grad-CAM weighs, as a path of attributes. `cells`: pixels from one cell of these maps to the next, and
+    the pixel that the first one looks at: the centre of its receptive field. `options`: for torchvision's builder."""
 
     name: str
     head: str
@@ -45,6 +46,7 @@ class Architecture:
     blocks: Blocks
     pool: Pool
     cam: str
+    cells: tuple[float, float]
     weights: str
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -163,21 +165,21 @@ class ClassToken(nn.Module):
 ARCHITECTURES = {
     each.name: each
     for each in (
-        Architecture("vgg16", "classifier", 512, _vgg_blocks, _pooled, "features.29", "VGG16_Weights"),
-        Architecture("resnet18", "fc", 512, _resnet_blocks, _pooled, "layer4", "ResNet18_Weights"),
-        Architecture("resnet50", "fc", 2048, _resnet_blocks, _pooled, "layer4", "ResNet50_Weights"),
+        Architecture("vgg16", "classifier", 512, _vgg_blocks, _pooled, "features.29", (16, 7.5), "VGG16_Weights"),
+        Architecture("resnet18", "fc", 512, _resnet_blocks, _pooled, "layer4", (32, 0), "ResNet18_Weights"),
+        Architecture("resnet50", "fc", 2048, _resnet_blocks, _pooled, "layer4", (32, 0), "ResNet50_Weights"),
         Architecture(
-            "inception_v3", "fc", 2048, _inception_blocks, _pooled, "Mixed_7c", "Inception_V3_Weights",
+            "inception_v3", "fc", 2048, _inception_blocks, _pooled, "Mixed_7c", (32, 37), "Inception_V3_Weights",
             # Its ImageNet weights learned from pixels in [-1, 1], and without the second head of its training.
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), options={"aux_logits": False, "init_weights": True},
         ),
         Architecture(
-            "efficientnet_b0", "classifier", 1280, lambda network: list(network.features), _pooled, "features.8",
-            "EfficientNet_B0_Weights",
+            "efficientnet_b0", "classifier", 1280, lambda network: list(network.features), _pooled,
+            "features.8", (32, 0), "EfficientNet_B0_Weights",
         ),
         Architecture(
             "vit_b_16", "heads", 768, _vit_blocks, lambda network: ClassToken(network.encoder.ln),
-            "encoder.layers.encoder_layer_11.ln_1", "ViT_B_16_Weights",
+            "encoder.layers.encoder_layer_11.ln_1", (16, 7.5), "ViT_B_16_Weights",
         ),
     )
 }  # fmt: skip

@@ -5,7 +5,9 @@ Few validation scans are the rule here, so both choices begin at "leave it as it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,11 @@ class Calibration:
     temperature: float = 1.0
     threshold: float | None = None
     reason: str = ""
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Calibration:
+        """As a model file carries it; where it carries none, all is left as it is."""
+        return cls(**metadata.get("calibration", {}))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Float64 [N, classes], rows sum to 1, of logits [N, classes]."""

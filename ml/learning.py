@@ -128,7 +128,9 @@ def restore_optimizer(
     """The reverse of `optimizer_state`."""
     for path, value in state.items():
         name, _, key = path.rpartition(".")
-        optimizer.state[parameters[name]][key] = value.clone()
+        # A tensor of the parameter's form lives where the parameter does; AdamW's count of steps stays on the CPU.
+        where = parameters[name].device if value.shape == parameters[name].shape else value.device
+        optimizer.state[parameters[name]][key] = value.to(where, copy=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

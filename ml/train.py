@@ -115,7 +115,8 @@ def _told_epoch(
     loss, accuracy, rate = train_one_epoch(learner, data, config, phase, history, progress)
     val_loss, val_accuracy, val_f1 = evaluate(learner, data, phase, config.team)
     if not (math.isfinite(loss) and math.isfinite(val_loss)):
-        raise BadParams("learning_rate: the loss became infinite; choose a smaller one.")
+        rate_of = "fine_tune_learning_rate" if phase.top else "learning_rate"
+        raise BadParams(f"{rate_of}: the loss became infinite; choose a smaller one, or set clip_norm.")
     seconds = time.perf_counter() - started
     return Epoch(
         len(history) + 1, total, loss, accuracy, val_loss, val_accuracy, rate, seconds, val_f1, phase.name

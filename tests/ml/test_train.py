@@ -214,8 +214,9 @@ def test_patience_counts_in_each_phase():
 
 def test_blocks_that_diverge_name_the_rate_that_is_theirs():
     model = make_tiny_model()
+    params = make_params(**{**TUNED, "fine_tune_learning_rate": 10.0, "fine_tune_epochs": 30})
     with pytest.raises(BadParams, match=r"^fine_tune_learning_rate: .* clip_norm"):
-        run(model, make_params(**{**TUNED, "fine_tune_learning_rate": 10.0, "fine_tune_epochs": 30}), make_tuned_data(model))
+        run(model, params, make_tuned_data(model))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
