@@ -119,17 +119,18 @@ def count(session: Session, job_id: uuid.UUID, **more: int) -> None:
 # --- a unit's scans ---
 
 
-# All of a chunk in one statement: 2048 rows in one trip, each found by its key.
+# All of a chunk in one statement: 2048 rows in one trip. The ordinals are named once more by themselves: a planner that
+# has not seen a new batch yet takes it for a few rows, and would join the whole batch to find a chunk in it.
 WRITE_OUTCOMES = Prepared(
     "write_outcomes",
-    "uuid, jsonb",
+    "uuid, int[], jsonb",
     """
 UPDATE scan_results SET state = CASE WHEN ended.error IS NULL THEN 'succeeded' ELSE 'failed' END,
     label = ended.label, confidence = ended.confidence, probabilities = ended.probabilities, engine = ended.engine,
     cached = coalesce(ended.cached, false), error = ended.error, finished_at = (SELECT clock_timestamp())
-FROM jsonb_to_recordset($2) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
+FROM jsonb_to_recordset($3) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
     cached boolean, error jsonb)
-WHERE scan_results.job_id = $1 AND scan_results.ordinal = ended.ordinal
+WHERE scan_results.job_id = $1 AND scan_results.ordinal = ANY ($2) AND scan_results.ordinal = ended.ordinal
 """,
 )
 
@@ -138,7 +139,8 @@ def write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome
     """Write the ends of scans of the unit, and count them where the caller has not."""
     if not outcomes:
         return
-    WRITE_OUTCOMES(session, str(held.job_id), json.dumps([vars(outcome) for outcome in outcomes]))
+    ordinals = [outcome.ordinal for outcome in outcomes]
+    WRITE_OUTCOMES(session, str(held.job_id), ordinals, json.dumps([vars(outcome) for outcome in outcomes]))
     if not counted:
         failed = sum(outcome.error is not None for outcome in outcomes)
         count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
