@@ -27,6 +27,13 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def in_rounds(items: Iterable[Item], size: int, streams: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, for a device that takes so many `streams` of them at the same time. What is left at the
+    end is shared evenly: one stream does not work for two while the other has nothing."""
+    for some in batched(items, size * streams):
+        yield from batched(some, -(-len(some) // streams))
+
+
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Lists of `size` items, the last one shorter."""
     source = iter(items)

@@ -40,11 +40,12 @@ and whoever wants the device in between, such as an urgent scan, waits for a bat
 class Engine(Protocol):
     """Pixels to features or logits, never with gradients. `batch`: how many images it likes at once; more is no faster.
 
-    `name`: where it runs and in what form, such as openvino-bf16.
+    `name`: where it runs and in what form, such as openvino-bf16. `streams`: batches that it takes at the same time.
     """
 
     name: str
     batch: int
+    streams: int
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """uint8 [n, height, width, 3] batches (n may differ) → float32 [n, …], in the same order."""
@@ -127,6 +128,8 @@ def cpu_flags() -> frozenset[str]:
 class TorchEngine:
     """torch itself: bf16 in channels_last on CUDA, eager fp32 on the CPU as the reference."""
 
+    streams = 1
+
     def __init__(self, layers: nn.Sequential, transform: Transform, device: str, form: Form) -> None:
         if form == "int8":
             raise ValueError("torch has no int8 engine here")
@@ -159,14 +162,14 @@ class TorchEngine:
 class OpenVinoEngine:
     """OpenVINO: two streams, any batch size up to what is asked, the normalization inside the graph."""
 
-    STREAMS = 2
+    streams = 2
 
     def __init__(self, layers: nn.Sequential, transform: Transform, form: Form, ranges: Ranges | None = None) -> None:
         self.name = f"openvino-{form}"
         self.batch = 16 if form != "fp32" and cpu_flags() & {"amx_tile"} else SMALL_BATCH
         options = {
             "INFERENCE_PRECISION_HINT": "f32" if form == "fp32" or not cpu_has_bf16() else "bf16",
-            "NUM_STREAMS": self.STREAMS,
+            "NUM_STREAMS": self.streams,
             "PERFORMANCE_HINT": "THROUGHPUT",
             **_shared_cores(),
         }
@@ -176,7 +179,7 @@ class OpenVinoEngine:
                 raise ValueError("int8 needs the ranges of what comes into the layers")
             quantize(graph, ranges)
         compiled = openvino_door.openvino().Core().compile_model(graph, "CPU", options)
-        self._requests = [compiled.create_infer_request() for _ in range(self.STREAMS)]
+        self._requests = [compiled.create_infer_request() for _ in range(self.streams)]
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """See `Engine.stream`. One stream at a time: the requests are shared."""

@@ -22,7 +22,7 @@ class HalvingEngine:
     """An engine (see `ml.engines.Engine`) around another. Who streams through it sees nothing of the halving."""
 
     def __init__(self, engine: Engine) -> None:
-        self.name, self.batch = engine.name, engine.batch
+        self.name, self.batch, self.streams = engine.name, engine.batch, engine.streams
         self._engine = engine
         self._most: int | None = None  # images in a batch, once the device has refused one
 

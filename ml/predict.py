@@ -11,7 +11,7 @@ import numpy as np
 
 from ml import network
 from ml.admission import form_of, whole
-from ml.ahead import ahead, batched
+from ml.ahead import ahead, in_rounds
 from ml.calibration import Calibration
 from ml.engines import Engine, Precision, open_engine
 from ml.errors import ImageError, naming_out_of_memory
@@ -78,15 +78,15 @@ class Predictor:
         return cls(model.classes, model.transform, engine, Calibration.of(model.metadata))
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
-        """Predictions in the order of `scans`, which may be endless: at most five batches of them are in memory.
+        """Predictions in the order of `scans`, which may be endless: at most eight batches of them are in memory.
 
         DeviceOutOfMemory where the device has too little memory, also for half a batch (see ml.halving).
         """
-        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * self.engine.batch)
+        decoded = ahead(self._decode, scans, threads=_THREADS, depth=2 * self.engine.batch * self.engine.streams)
         waiting: deque[list[_Decoded]] = deque()
 
         def batches() -> Iterator[np.ndarray]:
-            for chunk in batched(decoded, self.engine.batch):
+            for chunk in in_rounds(decoded, self.engine.batch, self.engine.streams):
                 waiting.append(chunk)
                 pixels = [one.pixels for one in chunk if one.pixels is not None]
                 if pixels:

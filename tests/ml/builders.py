@@ -136,7 +136,7 @@ def make_narrow_model(seed: int = 0, head: str = "vgg", dropout: float = 0.5, wi
 class CountingBackbone:
     """A stand-in device with the real interface: a fixed random projection that counts each distinct picture."""
 
-    name, batch = "projection", 16
+    name, batch, streams = "projection", 16, 1
 
     def __init__(self) -> None:
         self.seen: Counter[bytes] = Counter()

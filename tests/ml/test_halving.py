@@ -32,7 +32,7 @@ def make_error() -> Exception:
 class SmallDevice:
     """A device with room for `room` images at once. Like the real ones it keeps two batches in flight."""
 
-    name, batch = "small", BATCH
+    name, batch, streams = "small", BATCH, 1
 
     def __init__(self, room: int, error: Exception | None = None) -> None:
         self.room, self.error, self.sizes = room, error or make_error(), list[int]()

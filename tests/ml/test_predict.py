@@ -8,6 +8,7 @@ import math
 import pytest
 
 from ml import network
+from ml.ahead import in_rounds
 from ml.data import load_manifest
 from ml.errors import ModelFileError
 from ml.predict import Predictor, ScanInput, predict
@@ -52,6 +53,12 @@ def test_broken_scans_anywhere_are_errors_of_their_own(predictor, tmp_path):
     assert [one.error_code is None for one in found] == [source == good for source in sources]
     assert {one.error_code for one in found} == {None, "BAD_IMAGE"}
     assert all(one.error_detail.endswith(".") and one.label is None for one in found if one.error_code)
+
+
+def test_the_last_batches_are_shared_evenly_between_the_streams():
+    sizes = [[len(some) for some in in_rounds(range(count), 4, 2)] for count in (0, 1, 5, 8, 11, 18)]
+    assert sizes == [[], [1], [3, 2], [4, 4], [4, 4, 2, 1], [4, 4, 4, 4, 1, 1]]
+    assert [n for some in in_rounds(range(18), 4, 2) for n in some] == list(range(18)), "in their order"
 
 
 def test_no_scans_give_no_predictions(predictor):

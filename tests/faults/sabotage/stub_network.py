@@ -64,7 +64,7 @@ class Predictor:
 class _SmallDevice:
     """As ml.engines.Engine, with memory for so many images at once."""
 
-    name, batch = "small", BATCH
+    name, batch, streams = "small", BATCH, 1
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
