@@ -139,7 +139,8 @@ def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], 
     kind = streams.wanted(streams.NDJSON, streams.CSV)
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
-        found = results.shown(session, view, queries.results(session, view, **query))
+        if kind == "application/json":
+            found = results.shown(session, view, queries.results(session, view, **query))
     if kind != "application/json":
         return results.streamed(view, kind, query["state"], query["after"])
     return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}

@@ -19,6 +19,7 @@ from sqlalchemy import delete, select
 from werkzeug.datastructures import FileStorage
 
 from api.services import services, tenant, transaction
+from jobs.artifacts import sync
 from jobs.bookkeeping import NOW, seconds
 from jobs.errors import TooLarge, UploadBusy, UploadIncomplete, UploadNotFound
 from jobs.tables import Upload
@@ -85,7 +86,7 @@ def create(size: int, name: str | None) -> Upload:
     path = _path(upload.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600, exist_ok=False)
-    _sync(path.parent)  # the folder holds the name (fsync(2))
+    sync(path.parent)  # the folder holds the name (fsync(2))
     return upload
 
 
@@ -98,7 +99,7 @@ def find(upload_id: uuid.UUID) -> tuple[Upload, int]:
     upload = _mine(upload_id)
     try:
         offset = _path(upload_id).stat().st_size
-        _sync(_path(upload_id))
+        sync(_path(upload_id))
     except FileNotFoundError:
         raise UploadNotFound from None
     return upload, offset
@@ -197,11 +198,3 @@ def _locked(upload_id: uuid.UUID) -> Iterator[IO[bytes]]:
 
 def _path(upload_id: uuid.UUID) -> Path:
     return services().settings.home / UPLOADS / str(upload_id)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

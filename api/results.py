@@ -91,10 +91,11 @@ def streamed(view: JobView, kind: str, state: str | None, after: int | None) -> 
     ended they come as they do, until its end.
 
     Raises:
-        TooManyWatchers
+        NoResults, ResultsExpired, TooManyWatchers
     """
     sessions, changes, owner, job_id = services().sessions, services().changes, tenant(), view.job.id
     with sessions.begin() as session:
+        queries.results(session, view, state, 1, after)  # what has no results is refused before the answer begins
         classes = queries.classes(session, view)
     stack = ExitStack()
     bell = None if view.terminal else stack.enter_context(changes.watch(job_id))

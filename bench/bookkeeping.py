@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.predict import Use, watched
 from bench.train import ROOT, machine
 from bench.turns import start
 from ml import network
@@ -47,18 +45,12 @@ class Side:
 
     scans: int
     seconds: float
-    memory_mb: list[float]
+    use: Use
 
     @property
     def ms(self) -> float:
         """Milliseconds a scan."""
         return self.seconds / self.scans * 1e3
-
-    @property
-    def growth(self) -> float:
-        """Memory in the last quarter of the time against that in the first."""
-        quarter = max(1, len(self.memory_mb) // 4)
-        return mean(self.memory_mb[-quarter:]) / mean(self.memory_mb[:quarter])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,32 +84,11 @@ def device_ms() -> float:
 def _measure(processes: Stack, scans: int, chunk: int) -> Side:
     Console().print(f"{scans:,} scans …")
     job_id = batch(processes, words(scans), chunk)
-    with _watched(processes) as memory:
+    with watched(processes.running["predict"].pid, every=0.1) as use:
         job = processes.wait_for(job_id, 1800)
     assert (job.state, job.succeeded) == ("succeeded", scans), processes.logs()
     assert job.finished_at is not None
-    return Side(scans, (job.finished_at - job.created_at).total_seconds(), memory)
-
-
-@contextmanager
-def _watched(processes: Stack) -> Iterator[list[float]]:
-    """Resident megabytes of the predicting worker with its children, ten times a second."""
-    taken: list[float] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        parent = psutil.Process(processes.running["predict"].pid)
-        while not over.wait(0.1):
-            with suppress(psutil.NoSuchProcess):
-                taken.append(sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 2**20)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield taken
-    finally:
-        over.set()
-        thread.join()
+    return Side(scans, (job.finished_at - job.created_at).total_seconds(), use)
 
 
 def _report(sides: list[Side], device: float, chunk: int) -> int:
@@ -127,8 +98,8 @@ def _report(sides: list[Side], device: float, chunk: int) -> int:
             "seconds": round(side.seconds, 2),
             "ms_per_scan": round(side.ms, 3),
             "share": round(side.ms / (side.ms + device), 4),
-            "memory_growth": round(side.growth, 3),
-            "memory_mb": round(max(side.memory_mb), 1),
+            "memory_growth": round(side.use.growth, 3),
+            "memory_mb": round(max(side.use.memory_mb), 1),
         }
         for side in sides
     ]

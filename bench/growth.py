@@ -36,6 +36,8 @@ from jobs.tables import Unit
 
 OUT = ROOT / "bench" / "out" / "growth.json"
 FEW, MANY = 1_000, 100_000
+Taken = dict[str, list[float]]
+"""How long each question took (ms)."""
 PLANS = {
     "claim": f"EXECUTE claim_unit ('{'0' * 32}', 'w', 45)",
     "claim of a promise": "EXECUTE claim_next ('batch', 'w', 45)",
@@ -94,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for queue in (few, many) if number % 2 else (many, few):
                 _ask(queue, number)
         plans = {length: _plans(queue) for length, queue in ((FEW, few), (MANY, many))}
-    return _report(few, many, plans[MANY])
+    # A scan of a table whose rows are tenants or living processes is no scan of the queue.
+    _, scanned = compared(OUT, (FEW, few.taken), (MANY, many.taken), plans[MANY], "waiting", ("units", "jobs"))
+    return 1 if scanned else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,14 +108,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _queue(url: str, length: int) -> Queue:
-    name = f"queue_{length}"
+    own = migrated(url, f"queue_{length}")
+    queue = Queue(session_factory(own, application="bench"), forgetful_sessions(own, "bench"), length)
+    queue.fill()
+    return queue
+
+
+def migrated(url: str, name: str) -> str:
+    """A new database with our tables on the server: its URL."""
     create_database(url, name)
     own = make_url(url).set(database=name).render_as_string(hide_password=False)
     environ = {**os.environ, "RENALQ_DATABASE_URL": own}
     subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], cwd=ROOT, env=environ, check=True)
-    queue = Queue(session_factory(own, application="bench"), forgetful_sessions(own, "bench"), length)
-    queue.fill()
-    return queue
+    return own
 
 
 def _ask(queue: Queue, number: int) -> None:
@@ -155,32 +164,37 @@ def _with_bounds(asked: dict[str, Any]) -> dict[str, Any]:
     return {**{name: bound.value for name, bound in places.PLACES._bindparams.items() if bound.value}, **asked}
 
 
-def _report(few: Queue, many: Queue, plans: dict[str, list[str]]) -> int:
-    rows = {
-        name: {
-            "few_ms": round(median(few.taken[name]), 3),
-            "many_ms": round(median(many.taken[name]), 3),
-            "ratio": round(median(many.taken[name]) / median(few.taken[name]), 3),
-        }
-        for name in few.taken
-    }
-    # A scan of a table whose rows are tenants or living processes is no scan of the queue.
-    scans = {
-        name: [line.strip() for line in plan if "Seq Scan on units" in line or "Seq Scan on jobs" in line]
-        for name, plan in plans.items()
-    }
-    results = {"machine": machine(), "few": FEW, "many": MANY, "questions": rows, "scans": scans, "plans": plans}
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = Table("question", f"{FEW:,} waiting", f"{MANY:,} waiting", "ratio", title="Medians in ms")
+def compared(
+    out: Path,
+    few: tuple[int, Taken],
+    many: tuple[int, Taken],
+    plans: dict[str, list[str]],
+    what: str,
+    tables: Sequence[str],
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Print and write two sides of so many `what`: medians, ratios and plans. Returns the figures by question, and how
+    often a plan scans one of the tables."""
+    rows = {name: _compared(few[1][name], many[1][name]) for name in many[1]}
+    scanning = tuple(f"Seq Scan on {table}" for table in tables)
+    scans = {name: [line.strip() for line in plan if any(s in line for s in scanning)] for name, plan in plans.items()}
+    results = {"machine": machine(), "few": few[0], "many": many[0], "questions": rows, "scans": scans, "plans": plans}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    table = Table("question", f"{few[0]:,} {what}", f"{many[0]:,} {what}", "ratio", title="Medians in ms")
     for name, row in rows.items():
         table.add_row(name, *(f"{figure:.2f}" for figure in row.values()))
     console = Console()
     for name, plan in plans.items():
         console.print(f"── {name}", *plan, sep="\n", markup=False, highlight=False)
     console.print(table)
-    console.print(f"tables scanned: {sum(map(len, scans.values()))}; written: {OUT.relative_to(ROOT)}")
-    return 1 if any(scans.values()) else 0
+    scanned = sum(map(len, scans.values()))
+    console.print(f"tables scanned: {scanned}; written: {out.relative_to(ROOT)}")
+    return rows, scanned
+
+
+def _compared(few: list[float], many: list[float]) -> dict[str, float]:
+    ratio = median(many) / median(few)
+    return {"few_ms": round(median(few), 3), "many_ms": round(median(many), 3), "ratio": round(ratio, 3)}
 
 
 if __name__ == "__main__":

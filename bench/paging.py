@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from flask.testing import FlaskClient
 from rich.console import Console
-from rich.table import Table
 from sqlalchemy import Engine, event, text
-from sqlalchemy.engine import make_url
 
 from api import create_app
 from api.services import EXTENSION
-from bench.train import ROOT, machine
-from cli.postgres import create_database
+from bench.growth import compared, migrated
+from bench.train import ROOT
 from cli.servers import embedded_postgres
 from jobs import keys, logs
 from jobs.settings import Settings
@@ -108,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 services = side.client.application.extensions[EXTENSION]
                 services.changes.close()
                 services.sessions.kw["bind"].dispose()
-    return _report(few, many, plans)
+    rows, _ = compared(OUT, (few.rows, few.taken), (many.rows, many.taken), plans, "results", ("scan_results",))
+    return 1 if any(row["many_ms"] > 20 or row["ratio"] > 1.2 for row in rows.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,10 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 def _side(folder: Path, url: str, rows: int) -> Side:
     name = f"results_{rows}"
     Console().print(f"{rows:,} results …")
-    create_database(url, name)
-    own = make_url(url).set(database=name).render_as_string(hide_password=False)
-    environ = {**os.environ, "RENALQ_DATABASE_URL": own}
-    subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], cwd=ROOT, env=environ, check=True)
+    own = migrated(url, name)
     app = create_app(Settings(home=folder / name, database_url=own))
     sessions = app.extensions[EXTENSION].sessions
     _fill(sessions.kw["bind"], rows)
@@ -181,39 +173,6 @@ def _plans(side: Side, question: str) -> list[str]:
             if statement.lstrip().upper().startswith(("SELECT", "WITH")):
                 lines += connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars()
     return lines
-
-
-def _report(few: Side, many: Side, plans: dict[str, list[str]]) -> int:
-    rows = {
-        name: {
-            "few_ms": round(median(few.taken[name]), 2),
-            "many_ms": round(median(many.taken[name]), 2),
-            "ratio": round(median(many.taken[name]) / median(few.taken[name]), 3),
-        }
-        for name in many.questions
-    }
-    scans = {
-        name: [line.strip() for line in plan if "Seq Scan on scan_results" in line] for name, plan in plans.items()
-    }
-    results = {
-        "machine": machine(),
-        "few": few.rows,
-        "many": many.rows,
-        "questions": rows,
-        "scans": scans,
-        "plans": plans,
-    }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = Table("question", f"{few.rows:,} results", f"{many.rows:,} results", "ratio", title="Medians in ms")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{figure:.2f}" for figure in row.values()))
-    console = Console()
-    for name, plan in plans.items():
-        console.print(f"── {name}", *plan, sep="\n", markup=False, highlight=False)
-    console.print(table)
-    console.print(f"tables scanned: {sum(map(len, scans.values()))}; written: {OUT.relative_to(ROOT)}")
-    return 1 if any(row["many_ms"] > 20 or row["ratio"] > 1.2 for row in rows.values()) else 0
 
 
 if __name__ == "__main__":

@@ -236,21 +236,25 @@ def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.
 
 @dataclass
 class Use:
-    """Summed resident memory, once a second, and cores that were busy on average."""
+    """Summed resident memory at each look, and cores that were busy on average."""
 
     memory_mb: list[float] = field(default_factory=list)
     cpu: float = 0.0
 
+    @property
+    def growth(self) -> float:
+        """Memory in the last quarter of the time against that in the first."""
+        quarter = max(1, len(self.memory_mb) // 4)
+        return mean(self.memory_mb[-quarter:]) / mean(self.memory_mb[:quarter])
+
     def side(self, scans: int, seconds: float) -> Side:
         """What was done meanwhile, with what it cost."""
-        quarter = max(1, len(self.memory_mb) // 4)
-        growth = mean(self.memory_mb[-quarter:]) / mean(self.memory_mb[:quarter])
-        return Side(scans, seconds, max(self.memory_mb), self.cpu, round(growth, 3))
+        return Side(scans, seconds, max(self.memory_mb), self.cpu, round(self.growth, 3))
 
 
 @contextmanager
-def watched(*pids: int) -> Iterator[Use]:
-    """What processes and their children use during the block."""
+def watched(*pids: int, every: float = LOOK_SECONDS) -> Iterator[Use]:
+    """What processes and their children use during the block, looked at `every` so many seconds."""
     use, over, started = Use(), threading.Event(), time.perf_counter()
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -266,7 +270,7 @@ def watched(*pids: int) -> Iterator[Use]:
             use.memory_mb.append(round(memory / 2**20, 1))
 
     def watch() -> None:
-        while not over.wait(LOOK_SECONDS):
+        while not over.wait(every):
             look()
 
     look()

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bench.predict import watched
 from bench.train import ROOT, machine
 from bench.turns import start
 from cli.client import Client
@@ -122,35 +122,18 @@ def _in_pieces(client: Client, packed: Path) -> str:
 def _measured(name: str, api: psutil.Process, files: Sequence[Path], send: Callable[[], str]) -> dict[str, Any]:
     Console().print(f"{name} …")
     size = sum(path.stat().st_size for path in files) / 2**20
-    before, over, seen = _memory_mb(api), threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            seen.append(_memory_mb(api))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     started = time.monotonic()
-    try:
+    with watched(api.pid, every=0.02) as use:
         send()
-    finally:
-        over.set()
-        watcher.join()
-    seconds = time.monotonic() - started
+    seconds, before, peak = time.monotonic() - started, use.memory_mb[0], max(use.memory_mb)
     return {
         "way": name,
         "mb": round(size),
         "mb_per_second": round(size / seconds, 1),
-        "memory_before_mb": round(before, 1),
-        "memory_peak_mb": round(max(seen), 1),
-        "growth_mb": round(max(seen) - before, 1),
+        "memory_before_mb": before,
+        "memory_peak_mb": peak,
+        "growth_mb": round(peak - before, 1),
     }
-
-
-def _memory_mb(parent: psutil.Process) -> float:
-    with suppress(psutil.NoSuchProcess):
-        return float(sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 2**20)
-    return 0.0
 
 
 def _report(rows: list[dict[str, Any]]) -> int:

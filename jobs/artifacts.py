@@ -133,7 +133,7 @@ class Artifacts:
             self._fs.put_file(str(temporary), key)
         else:
             temporary.replace(key)
-            _sync_folder(Path(key).parent)
+            sync(Path(key).parent)
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[Path, IO[bytes]]]:
@@ -173,12 +173,12 @@ def _move(path: Path, target: Path) -> None:
         finally:
             beside.unlink(missing_ok=True)
         path.unlink()
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut (fsync(2): the folder holds the name)."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut (fsync(2): the folder holds the name)."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

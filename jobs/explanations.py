@@ -46,15 +46,15 @@ class Unexplained:
 def unexplained(session: Session, held: Claim) -> list[Unexplained]:
     """What an explaining unit has left to do, in order."""
     of = select(Unit.explains).where(Unit.id == held.unit_id).scalar_subquery()
-    name = func.concat(FOLDER, func.to_char(ScanResult.ordinal, "FM000000"), ".png")
-    done = select(Artifact.name).where(Artifact.job_id == held.job_id, Artifact.name == name).exists()
     rows = session.execute(
         select(ScanResult.ordinal, Scan.sha256, ScanResult.source_url, ScanResult.label)
         .join(Scan, Scan.id == ScanResult.scan_id, isouter=True)
-        .where(ScanResult.unit_id == of, ScanResult.state == ResultState.SUCCEEDED, ~done)
+        .where(ScanResult.unit_id == of, ScanResult.state == ResultState.SUCCEEDED)
         .order_by(ScanResult.ordinal)
-    )
-    return [Unexplained(row.ordinal, row.sha256, row.source_url, row.label or "") for row in rows]
+    ).all()
+    done = named(session, held.job_id, [row.ordinal for row in rows])
+    left = [row for row in rows if row.ordinal not in done]
+    return [Unexplained(row.ordinal, row.sha256, row.source_url, row.label or "") for row in left]
 
 
 def keep(session: Session, held: Claim, made: Iterable[tuple[int, Blob]]) -> None:

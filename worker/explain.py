@@ -7,15 +7,15 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from jobs import explanations, lifecycle, registry
+from jobs import explanations, lifecycle
 from jobs.artifacts import Blob
 from jobs.explanations import Unexplained
 from jobs.tables import Job
-from ml.errors import ModelFileError
 from ml.gradcam import Explainer
 from ml.predict import ScanInput
 from worker.bringing import Wanted, bring
-from worker.running import Held, WorkFailed
+from worker.predict import pinned, reading_weights
+from worker.running import Held
 
 WRITE_EVERY = 2.0
 """Seconds of work that an interruption may cost."""
@@ -51,19 +51,15 @@ def explain_results(held: Held) -> None:
 
 def _read(session: Session, held: Held) -> tuple[str, list[Unexplained]]:
     job = session.get_one(Job, held.claim.job_id)
-    if job.model_id is None:
-        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
-    return registry.by_id(session, job.model_id).weights_sha256, explanations.unexplained(session, held.claim)
+    return pinned(session, job).weights_sha256, explanations.unexplained(session, held.claim)
 
 
 def _explainer(held: Held, sha256: str, folder: Path) -> Explainer:
     loaded = explainers()
     if sha256 not in loaded:
         loaded.clear()
-        try:
+        with reading_weights():
             loaded[sha256] = Explainer.load(held.resources.artifacts.fetch(sha256, folder))
-        except (FileNotFoundError, ModelFileError) as error:
-            raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
     return loaded[sha256]
 
 

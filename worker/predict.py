@@ -4,6 +4,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from jobs import lifecycle, registry
 from jobs.bookkeeping import ScanOutcome
 from jobs.reuse import Known, known_results
 from jobs.states import ResultState
-from jobs.tables import Job, Json, Scan, ScanResult
+from jobs.tables import Job, Json, ModelVersion, Scan, ScanResult
 from ml.engines import Precision
 from ml.errors import ModelFileError
 from ml.predict import Prediction, Predictor, ScanInput
@@ -95,11 +96,25 @@ def predict_chunk(held: Held) -> None:
 
 def _read_chunk(session: Session, held: Held) -> Chunk:
     job = session.get_one(Job, held.claim.job_id)
-    if job.model_id is None:
-        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
-    version = registry.by_id(session, job.model_id)
+    version = pinned(session, job)
     precision, explain = job.params.get("precision", "auto"), bool(job.params.get("explain"))
     return Chunk(version.id, version.weights_sha256, precision, explain, _wanted(session, held.claim.unit_id))
+
+
+def pinned(session: Session, job: Job) -> ModelVersion:
+    """The version that the job was pinned to at its submit. Raises WorkFailed."""
+    if job.model_id is None:
+        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
+    return registry.by_id(session, job.model_id)
+
+
+@contextmanager
+def reading_weights() -> Iterator[None]:
+    """WorkFailed where the version's weights are not stored, or are none."""
+    try:
+        yield
+    except (FileNotFoundError, ModelFileError) as error:
+        raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
 
 
 def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
@@ -118,11 +133,9 @@ def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
 
 
 def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
-    try:
-        fetch = partial(held.resources.artifacts.fetch, folder=folder)
+    fetch = partial(held.resources.artifacts.fetch, folder=folder)
+    with reading_weights():
         return networks().get(chunk.weights_sha256, chunk.precision, fetch)
-    except (FileNotFoundError, ModelFileError) as error:
-        raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
 
 
 def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, folder: Path) -> Iterator[ScanOutcome]:
