@@ -58,12 +58,14 @@ def test_short_units_are_promised_with_the_ring_since_a_look_between_two_of_them
 
 
 def test_explanations_wait_for_all_predictions_of_their_tenant() -> None:
-    explanation = replace(waiting("a", 1)[0], explains=True)
-    prediction, of_another = waiting("a", 1)[0], replace(waiting("b", 1)[0], explains=True)
-    policy, units = turns(), [explanation, prediction, of_another]
-    assert policy.plan(view(units), pace={}).rings == [prediction]
-    policy.plan(view([explanation, of_another]), pace={})
+    explanation, prediction = replace(waiting("a", 1)[0], explains=True), waiting("a", 1)[0]
+    of_another = replace(waiting("b", 1)[0], explains=True)
+    policy = turns()
+    assert policy.plan(view([explanation, prediction]), pace={}).rings == [prediction]
     assert policy.plan(view([explanation]), pace={}).rings == [explanation]
+    two = (PREDICTOR, Worker("predict@b", PREDICTOR.lanes))
+    rung = turns().plan(view([explanation, prediction, of_another], workers=two), pace={}).rings
+    assert {unit.unit_id for unit in rung} == {prediction.unit_id, of_another.unit_id}, "of their tenant alone"
 
 
 def test_nothing_is_promised_to_a_worker_that_is_busy_in_another_lane() -> None:
