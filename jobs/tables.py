@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -169,8 +170,69 @@ class ModelVersion(Base):
     code_revision: Mapped[str | None] = mapped_column(String(64))
     environment: Mapped[Json] = mapped_column(JSONB, default=dict)
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    mlflow_version: Mapped[str | None] = mapped_column(String(20))  # its number in MLflow's registry, once it is there
+    reference: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # its test scans; see jobs/drift.py
     created_at: Mapped[dt.datetime] = _now()
     promoted_at: Mapped[dt.datetime | None] = _time()
+
+
+class ModelEvaluation(Base):
+    """A version's scores on one set of test scans: its own, and those of later trainings that it was compared on."""
+
+    __tablename__ = "model_evaluations"
+
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    test_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    scans: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[Json] = mapped_column(JSONB)
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class How(StrEnum):
+    """What made a version the champion."""
+
+    GATE = "gate"  # the gate at its training's end
+    REQUEST = "request"  # somebody asked, and the gate agreed
+    FORCE = "force"  # somebody decided against the gate, and said why
+    ROLLBACK = "rollback"
+
+
+class Promotion(Base):
+    """A change of the champion: who, when, why. Append-only (a trigger); the latest one is in force.
+
+    `back_id` is the promotion that a rollback returns to; a rollback takes over that of the one it returned to, so
+    that the next rollback goes one further back.
+    """
+
+    __tablename__ = "promotions"
+    __table_args__ = (
+        CheckConstraint(_one_of("how", How), name="how"),
+        CheckConstraint("(how <> 'force') OR (reason IS NOT NULL)", name="force_has_reason"),
+        Index("ix_promotions_tenant_id_id", "tenant_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
+    version: Mapped[int] = mapped_column(Integer)
+    replaced: Mapped[int | None] = mapped_column(Integer)  # the version that was champion before
+    back_id: Mapped[int | None] = mapped_column(ForeignKey("promotions.id"))
+    how: Mapped[str] = mapped_column(String(20))
+    reason: Mapped[str | None] = mapped_column(Text)
+    verdict: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # the gate's: {"promoted", "reasons"}
+    by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    at: Mapped[dt.datetime] = _now()
+
+
+class RegistryMirror(Base):
+    """How far MLflow's registry has followed a tenant's promotions."""
+
+    __tablename__ = "registry_mirrors"
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    promotion_id: Mapped[int] = mapped_column(BigInteger)
 
 
 class Job(Base):
@@ -336,8 +398,51 @@ class ScanResult(Base):
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
     engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
     cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
+    disposition: Mapped[str | None] = mapped_column(String(100))  # what may be done with it: see ml/disposition.py
+    reason: Mapped[str | None] = mapped_column(Text)  # why it is indeterminate or rejected
+    ood_score: Mapped[float | None] = mapped_column(Double)  # above 1 it is unlike what the network has learnt from
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     finished_at: Mapped[dt.datetime | None] = _time()
+
+
+class PredictionCount(Base):
+    """How many scans a version predicted on a day (UTC) in one bin of one figure: what drift is reckoned from.
+
+    `what`: an input statistic, `confidence`, `class` or `disposition`; `bin`: a number of the version's reference, or a
+    word. Results that were taken over from equal ones are not counted again.
+    """
+
+    __tablename__ = "prediction_counts"
+
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    day: Mapped[dt.date] = mapped_column(Date, primary_key=True)
+    what: Mapped[str] = mapped_column(String(40), primary_key=True)
+    bin: Mapped[str] = mapped_column(String(100), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    scans: Mapped[int] = mapped_column(BigInteger)
+
+
+class Truth(Base):
+    """What a scan turned out to show, told of one of its predictions. Append-only: of one model's, the latest counts.
+
+    It holds what was predicted, so that it outlives the results.
+    """
+
+    __tablename__ = "truths"
+    __table_args__ = (Index("ix_truths_model_id_scan_id", "model_id", "scan_id", "id"),)
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = _tenant()
+    scan_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("scans.id"))
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"))
+    label: Mapped[str] = mapped_column(String(100))
+    predicted: Mapped[str] = mapped_column(String(100))
+    confidence: Mapped[float] = mapped_column(Double)
+    disposition: Mapped[str | None] = mapped_column(String(100))
+    predicted_at: Mapped[dt.datetime] = mapped_column(DateTime(timezone=True))
+    by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    at: Mapped[dt.datetime] = _now()
 
 
 TERMINAL_EVENTS = frozenset(str(state) for state in TERMINAL)
@@ -434,3 +539,49 @@ class Process(Base):
     lanes: Mapped[list[str]] = mapped_column(ARRAY(String(20)), default=list)
     broker_reachable: Mapped[bool] = mapped_column(Boolean, default=False)
     seen_at: Mapped[dt.datetime] = _now()
+
+
+class Webhook(Base):
+    """Where a tenant wants to hear of events. The secret signs each delivery (Standard Webhooks), so it is kept."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = _tenant()
+    url: Mapped[str] = mapped_column(Text)
+    events: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
+    secret: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[dt.datetime] = _now()
+
+
+class DeliveryState(StrEnum):
+    """`pending` until an address has answered 2xx, or has been tried for long enough."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
+class Delivery(Base):
+    """One event on its way to one webhook: written in the transaction of the event, sent by the dispatcher."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", DeliveryState), name="state"),
+        Index("uq_deliveries_webhook_id_event_id", "webhook_id", "event_id", unique=True),
+        Index("ix_deliveries_pending", "next_at", postgresql_where=text("state = 'pending'")),
+    )
+
+    id: Mapped[uuid.UUID] = _id()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    webhook_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event_id: Mapped[str] = mapped_column(String(80))  # the same for every webhook that hears of the event
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[Json] = mapped_column(JSONB)  # ids and states, nothing of the patient
+    state: Mapped[str] = mapped_column(String(20), default=DeliveryState.PENDING, server_default="pending")
+    attempts: Mapped[int] = _count()
+    status: Mapped[int | None] = mapped_column(Integer)  # of the latest answer
+    error: Mapped[str | None] = mapped_column(String(200))
+    next_at: Mapped[dt.datetime] = _now()
+    created_at: Mapped[dt.datetime] = _now()
+    ended_at: Mapped[dt.datetime | None] = _time()
