@@ -1,5 +1,6 @@
 """How the pieces become one application."""
 
+import re
 import uuid
 from functools import partial
 from importlib.metadata import version
@@ -9,7 +10,24 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
-from api import auth, datasets, health, jobs, keys, models, problems, resumable, scans, telemetry
+from api import (
+    auth,
+    compat,
+    datasets,
+    drift,
+    health,
+    jobs,
+    keys,
+    models,
+    pages,
+    problems,
+    prometheus,
+    resumable,
+    scans,
+    telemetry,
+    truths,
+    webhooks,
+)
 from api.changes import Changes
 from api.fields import parse_uuid
 from api.services import EXTENSION, Services
@@ -18,8 +36,11 @@ from jobs.artifacts import Artifacts
 from jobs.db import session_factory
 from jobs.settings import Settings
 
-BLUEPRINTS = (jobs, datasets, scans, resumable, models, keys, health)
+BLUEPRINTS = (
+    jobs, truths, datasets, scans, resumable, models, drift, keys, webhooks, health, prometheus, compat, pages,
+)  # fmt: skip
 NOBODY = uuid.UUID(int=0)
+VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
 
 
 class Renalq(Flask):
@@ -37,9 +58,18 @@ class IdConverter(BaseConverter):
         return parse_uuid(value) or NOBODY
 
 
+class VersionConverter(BaseConverter):
+    """`champion` or a version's number in a path. Anything else becomes a number that no version has."""
+
+    regex = r"(?!compare\Z|promotions\Z|rollback\Z)[^/]+"
+
+    def to_python(self, value: str) -> str:
+        return value if VERSION.fullmatch(value) else "0"
+
+
 def build(settings: Settings) -> Flask:
     """The application with these settings."""
-    app = Renalq("api", static_folder=None)
+    app = Renalq("api")
     app.config.update(
         MAX_CONTENT_LENGTH=settings.max_upload_bytes,
         MAX_FORM_PARTS=MAX_PARTS,
@@ -52,6 +82,7 @@ def build(settings: Settings) -> Flask:
     )
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.converters["id"] = IdConverter
+    app.url_map.converters["version"] = VersionConverter
     app.extensions[EXTENSION] = _services(settings)
     telemetry.register(app)
     auth.register(app)
@@ -77,13 +108,14 @@ def _services(settings: Settings) -> Services:
 def _register_blueprints(app: Flask) -> None:
     api = problems.ProblemApi(app, spec_kwargs={"info": {"description": DESCRIPTION}})
     api.register_converter(IdConverter, lambda converter: {"type": "string", "format": "uuid"})
+    api.register_converter(VersionConverter, lambda converter: {"type": "string", "pattern": VERSION.pattern})
     api.ma_plugin.converter.add_parameter_attribute_function(_deep_object)
-    api.spec.components.security_scheme("key", {"type": "http", "scheme": "bearer", "description": "A key: rq_…"})
+    api.spec.components.security_scheme("key", {"type": "http", "scheme": "bearer", "description": KEY})
     api.spec.options["security"] = [{"key": []}]
     for module in BLUEPRINTS:
         api.register_blueprint(module.blueprint)
     app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.json", {"app_name": "RenalQ"}))
-    for endpoint in ("api-docs.openapi_json", "swagger_ui.show"):
+    for endpoint in ("api-docs.openapi_json", "swagger_ui.show", "static"):
         app.view_functions[endpoint] = auth.public(partial(app.view_functions[endpoint]))
 
 
@@ -91,4 +123,5 @@ def _deep_object(self: object, field: fields.Field, **kwargs: object) -> dict[st
     return {"style": "deepObject", "explode": True} if isinstance(field, fields.Dict) else {}
 
 
+KEY = "A key: rq_…. HTTP Basic is taken too, with the key as its password."
 DESCRIPTION = "Train, track and use a kidney-CT classifier. Not for diagnosis. Errors are RFC 9457 problem details."

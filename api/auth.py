@@ -1,4 +1,9 @@
-"""Bearer keys, deny by default: a view that declares neither a scope nor that it is public is refused to everybody."""
+"""Keys, deny by default: a view that declares neither a scope nor that it is public is refused to everybody.
+
+A key comes as a bearer's token, or by HTTP Basic (RFC 7617), so that a client which knows nothing of keys can have one
+in its address: http://:rq_…@host:8080. We never ask for Basic, though: a browser would show its own dialogue, keep what
+was typed, and send it along with requests of other sites.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -49,19 +54,35 @@ def _check() -> None:
     access = access_of(current_app, request.endpoint)
     if access == PUBLIC:
         return
-    g.principal = _authenticated()
+    g.principal = authenticated()
     if access is None:
         raise ScopeMissing("This endpoint is open to nobody.")
     if not g.principal.may(Scope(access)):
         raise ScopeMissing(scope=access)
 
 
-def _authenticated() -> Principal:
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secret.strip():
+def authenticated() -> Principal:
+    """Who asks.
+
+    Raises:
+        Unauthorized
+    """
+    secret = _secret()
+    if not secret:
         raise Unauthorized
     with transaction() as session:
-        found = keys.authenticate(session, secret.strip())
+        found = keys.authenticate(session, secret)
     if found is None:
         raise Unauthorized("This key is unknown or was revoked.")
     return found
+
+
+def _secret() -> str:
+    """The key that came with the request; empty without one."""
+    scheme, _, rest = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    basic = request.authorization
+    if basic is None or basic.type != "basic":
+        return ""
+    return basic.password or basic.username or ""

@@ -2,7 +2,7 @@
 
 import uuid
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from api import intake
 from api.auth import needs
@@ -12,6 +12,7 @@ from api.pieces import from_upload
 from api.requests import DatasetJson, DatasetUpload, PageQuery
 from api.schemas import CheckedDatasetSchema, DatasetSchema, DatasetsPage
 from api.services import admit, principal, quota, services, tenant, transaction
+from api.truth_datasets import truths_zip
 from jobs import archives, datasets, queries
 from jobs.archives import Limits
 from jobs.datasets import DatasetView
@@ -44,16 +45,23 @@ def _checked_by(job_id: uuid.UUID) -> Accepted:
 @idempotent(_checked_by)
 @from_upload("file")
 def create_dataset(body: dict[str, Any]) -> Accepted:
-    """Upload a dataset, or take a whole upload for one; a job checks it."""
-    file, store = body["file"], services().artifacts
+    """Upload a dataset, take a whole upload for one, or make one of known truths; a job checks it."""
+    if "truths" in body:
+        with truths_zip(body["truths"]) as stream:
+            return _created(body.get("name", "truths"), stream)
+    file = body["file"]
     # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
     archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)
     admit()
-    file.stream.seek(0)
-    blob = store.put(file.stream)
-    name = body.get("name") or PurePosixPath(intake.file_name(file) or "dataset").stem[:200]
+    return _created(body.get("name") or PurePosixPath(intake.file_name(file) or "dataset").stem[:200], file.stream)
+
+
+def _created(name: str, stream: IO[bytes]) -> Accepted:
+    store = services().artifacts
+    stream.seek(0)
+    blob = store.put(stream)
     with transaction() as session:
-        datasets.keep_blob(session, store, blob, file.stream)
+        datasets.keep_blob(session, store, blob, stream)
         view, _ = datasets.create(session, tenant(), name, blob, principal().key_id, key(), quota())
     return _accepted(view)
 

@@ -101,10 +101,13 @@ def _mark(response: Response) -> Response:
 
 
 def _keep(keyed: Keyed, held: Fresh, secrets: Sequence[str], response: Response) -> Response:
-    """Keep a good answer, or give the key up. Where Postgres is away, the lock runs out by itself."""
+    """Keep a good answer, or give the key up. Where Postgres is away, the lock runs out by itself.
+
+    A picture is not kept: the same request again finds the job that made it.
+    """
     try:
         with transaction() as session:
-            if 200 <= response.status_code < 300:
+            if 200 <= response.status_code < 300 and not (response.mimetype or "").startswith("image/"):
                 idempotency.finish(session, keyed, held, _replay(response, secrets))
             else:
                 idempotency.release(session, keyed, held)

@@ -3,11 +3,12 @@
 import uuid
 from typing import Any
 
-from flask import Response, send_file
+from flask import Response, after_this_request
 
 from api import pictures, results, streams, summaries, waiting
 from api.auth import needs
 from api.bodies import Blueprint, takes
+from api.downloads import download
 from api.idempotency import idempotent, key
 from api.predictions import predict_many, predict_one
 from api.requests import (
@@ -24,14 +25,13 @@ from api.requests import (
 )
 from api.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema
 from api.services import principal, quota, services, tenant, transaction
-from jobs import datasets, lifecycle, places, queries, registry, reproduction, submission
-from jobs.errors import ArtifactNotFound
+from api.trainings import train_one
+from jobs import lifecycle, places, queries, reproduction, submission
 from jobs.keys import Scope
 from jobs.queries import JobFilter, Page
-from jobs.states import JobKind, Lane
-from jobs.submission import NewJob
+from jobs.states import Lane
 from jobs.summaries import Summary, summary
-from jobs.tables import Artifact, Json, ModelVersion
+from jobs.tables import Artifact, Json
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
 
@@ -45,29 +45,7 @@ blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainin
 @idempotent(waiting.accepted)
 def train(body: dict[str, Any]) -> waiting.Answer:
     """Train a network on a dataset."""
-    with transaction() as session:
-        if "dataset_id" in body:
-            datasets.ready(session, tenant(), body["dataset_id"])
-        base = registry.base_of(session, tenant(), body.get("params", {}))
-        job_id = submission.submit(session, _training(body, base), quota=quota()).id
-    return waiting.accepted(job_id)
-
-
-def _training(body: dict[str, Any], base: ModelVersion | None) -> NewJob:
-    return NewJob(
-        tenant_id=tenant(),
-        kind=JobKind.TRAIN,
-        lane=Lane(body["lane"]),
-        name=body.get("name"),
-        params=body.get("params", {}),
-        metadata=body["metadata"],
-        dataset_id=body.get("dataset_id"),
-        source_url=body.get("source_url"),
-        base_model_id=base.id if base else None,
-        promote=body["promote"],
-        created_by=principal().key_id,
-        idempotency_key=key(),
-    )
+    return waiting.accepted(train_one(body))
 
 
 @blueprint.route("/predict", methods=["POST"])
@@ -98,9 +76,11 @@ def predict_batch(body: dict[str, Any]) -> waiting.Answer:
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(JobsQuery, location="query")
 @blueprint.response(200, JobsPage)
+@blueprint.alt_response(304, description="The client has this very page.", success=True)
 @blueprint.doc(operationId="listJobs")
 def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
     """List jobs, newest first."""
+    after_this_request(waiting.unless_same)
     limit, after = query.pop("limit"), query.pop("after")
     with transaction() as session:
         return queries.jobs(session, tenant(), JobFilter(**query), limit, after)
@@ -196,14 +176,7 @@ def get_artifact(job_id: uuid.UUID, name: str) -> Response:
     with transaction() as session:
         queries.job(session, tenant(), job_id)
         found = queries.artifact(session, job_id, name)
-    try:
-        stream = services().artifacts.open(found.sha256)
-    except FileNotFoundError:
-        raise ArtifactNotFound("This artifact's bytes are no longer stored.") from None
-    response = send_file(stream, found.media_type, True, name.rpartition("/")[2], etag=found.sha256)
-    if response.status_code == 200:
-        response.content_length = found.size
-    return response
+    return download(found.sha256, name.rpartition("/")[2], found.media_type)
 
 
 @blueprint.route("/<id:job_id>/cancel", methods=["POST"])

@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#0
 """Okabe and Ito's, but for yellow, which is pale on white."""
 INK, FAINT, GRID, OTHERS = "#1a1a1a", "#595959", "#d9d9d9", "#8C8C8C"
 SCALE = 2
-WIDTH, LEFT, RIGHT, HEAD, LEGEND, PANEL, GAP, FOOT = 960, 84, 28, 84, 24, 140, 36, 58
+WIDTH, LEFT, RIGHT, HEAD, LEGEND, PANEL, GAP, FOOT = 960, 84, 28, 106, 24, 140, 36, 58
 """Points, each of `SCALE` pixels."""
 COLUMNS = 3
 """Of the legend."""
@@ -87,6 +87,15 @@ class Canvas:
         """How wide the text is."""
         return float(self._font(size).getlength(text)) / SCALE
 
+    def line(self, points: list[tuple[float, float]], colour: str, width: float = 2) -> None:
+        """A line through the points."""
+        flat = [(x * SCALE, y * SCALE) for x, y in points]
+        self._draw.line(flat, colour, round(width * SCALE), joint="curve")
+
+    def dot(self, x: float, y: float, radius: float, colour: str) -> None:
+        """A filled circle."""
+        self._draw.circle((x * SCALE, y * SCALE), radius * SCALE, colour)
+
     def upright(self, x: float, y: float, text: str, size: int) -> None:
         """Text from below to above, its middle at the point."""
         picture = Image.new("L", (round(self.width(text, size) * SCALE) + 2 * SCALE, 2 * size * SCALE))
@@ -113,12 +122,14 @@ def _head(canvas: Canvas, view: JobView, found: Summary) -> None:
     title = plain(name)
     if not title or title.count(UNSHOWN) > name.count(UNSHOWN):
         title = f"Job {job.id}"
-    canvas.text(LEFT, 38, _fitting(canvas, title, 22, WIDTH - LEFT - RIGHT), 22)
+    canvas.text(LEFT, 38, fitting(canvas, title, 22, WIDTH - LEFT - RIGHT), 22)
     numbers = {**found.counts, "cached": found.cached}
     facts = [f"{number:,} {word}" for word, number in numbers.items() if number and word != "total"]
     version = [] if job.model_version is None else [f"model version {job.model_version}"]
     facts = [*version, f"{numbers['total']:,} scans", *facts, job.state.replace("_", " ")]
     canvas.text(LEFT, 62, " · ".join(facts), 14, FAINT)
+    disposed = " · ".join(f"{number:,} {plain(word)}" for word, number in found.dispositions.items())
+    canvas.text(LEFT, 82, fitting(canvas, disposed, 14, WIDTH - LEFT - RIGHT), 14, FAINT)
 
 
 def _legend(canvas: Canvas, panels: list[Panel]) -> None:
@@ -128,7 +139,7 @@ def _legend(canvas: Canvas, panels: list[Panel]) -> None:
         x, y, scans = LEFT + number % COLUMNS * room, HEAD + number // COLUMNS * LEGEND, sum(panel.bins)
         canvas.box(x, y, x + 14, y + 14, panel.colour)
         share = f"  {scans:,} ({scans / all_scans:.1%})" if all_scans else ""
-        label = _fitting(canvas, plain(panel.label), 15, room - 40 - canvas.width(share, 15))
+        label = fitting(canvas, plain(panel.label), 15, room - 40 - canvas.width(share, 15))
         canvas.text(x + 21, y + 12, label + share, 15)
 
 
@@ -143,7 +154,7 @@ def _panel(canvas: Canvas, panel: Panel, top: float) -> None:
             canvas.box(x + 1.5, edge, x + wide - 1.5, bottom, panel.colour)
             canvas.text(x + wide / 2, edge - 3, f"{scans:,}", 11, anchor="ms")
     canvas.box(LEFT, bottom, WIDTH - RIGHT, bottom + 1, INK)
-    canvas.text(LEFT, top - 8, _fitting(canvas, plain(panel.label), 15, WIDTH - LEFT - RIGHT), 15)
+    canvas.text(LEFT, top - 8, fitting(canvas, plain(panel.label), 15, WIDTH - LEFT - RIGHT), 15)
     if not any(panel.bins):
         canvas.text((LEFT + WIDTH - RIGHT) / 2, top + PANEL / 2, "no scans so far", 14, FAINT, "mm")
 
@@ -186,7 +197,8 @@ def plain(text: str) -> str:
     return "".join(mark if mark.isascii() and mark.isprintable() else UNSHOWN for mark in letters)
 
 
-def _fitting(canvas: Canvas, text: str, size: int, room: float) -> str:
+def fitting(canvas: Canvas, text: str, size: int, room: float) -> str:
+    """The text, cut where there is no room for all of it."""
     if canvas.width(text, size) <= room:
         return text
     while text and canvas.width(text + "…", size) > room:

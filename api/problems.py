@@ -17,6 +17,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from jobs.errors import (
     IdempotencyInFlight,
     Invalid,
+    PromotionRefused,
     QuotaExceeded,
     RenalQError,
     TooLarge,
@@ -107,7 +108,8 @@ def answer_error(error: RenalQError) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
     if isinstance(error, COME_BACK):
         headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
-    return problem(error.status, error.code, str(error), headers, errors=_field_errors(error))
+    reasons = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
+    return problem(error.status, error.code, str(error), headers, errors=_field_errors(error), **reasons)
 
 
 def problem(

@@ -7,8 +7,9 @@ from flask_smorest.fields import Upload
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
-from api.fields import Base64, HttpUrl, ImageOrScanId, Metadata, Time, words
+from api.fields import Base64, Boolean, HttpUrl, ImageOrScanId, Metadata, Time, words
 from api.training_params import ParamsSchema
+from jobs.explanations import ALL
 from jobs.keys import Scope
 from jobs.states import JobKind, JobState, Lane, ResultState
 
@@ -38,6 +39,21 @@ class ModelChoice(fields.String):
     def __init__(self, **kwargs: Any) -> None:
         checks = validate.Regexp(r"\A(champion|[1-9][0-9]{0,8})\Z", error="Must be `champion` or a version's number.")
         super().__init__(validate=checks, metadata={"example": "champion"}, **kwargs)
+
+
+class Explain(fields.Field[Any]):
+    """True or false, in JSON or in words; or `all`. No fields.Boolean: what a form says for those must be JSON."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        told = "Also make a Grad-CAM overlay and a heatmap of each result: for the class that was found, or for `all`."
+        kinds = {"type": ["string", "boolean"], "enum": [ALL, True, False]}
+        super().__init__(metadata={**kinds, "description": told}, **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        try:
+            return ALL if value == ALL else fields.Boolean().deserialize(value)
+        except ma.ValidationError:
+            raise ma.ValidationError(f"Must be true, false or `{ALL}`.") from None
 
 
 # --- requests: training ---
@@ -74,10 +90,7 @@ class _Prediction(ma.Schema):
         validate=validate.OneOf(["auto", "fp32", "bf16", "int8"]),
         metadata={"description": "auto: the fastest that this network was admitted for, and that the worker has."},
     )
-    explain = fields.Boolean(
-        load_default=False,
-        metadata={"description": "Also make a Grad-CAM overlay of each result, after all predictions of the job."},
-    )
+    explain = Explain(load_default=False)
     metadata = Metadata(load_default=dict)
     lane = fields.String(validate=validate.OneOf([str(Lane.URGENT), str(Lane.BATCH)]))
 
@@ -169,11 +182,23 @@ class DatasetUpload(ma.Schema):
     name = fields.String(validate=validate.Length(1, 200))
 
 
-class DatasetJson(ma.Schema):
-    """A whole upload of such a zip."""
+class TruthsChoice(ma.Schema):
+    """Which truths: all, or those told since a time, or of one version's predictions."""
 
-    upload_id = fields.UUID(required=True)
+    since = Time()
+    model = ModelChoice()
+
+
+class DatasetJson(ma.Schema):
+    """A whole upload of such a zip; or scans whose truth is known, each in the folder of its class."""
+
+    upload_id = fields.UUID()
+    truths = fields.Nested(TruthsChoice, unknown=ma.RAISE)
     name = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        _exactly_one(data, "upload_id", "truths")
 
 
 class ScanUpload(ma.Schema):
@@ -196,6 +221,39 @@ class KnownRequest(ma.Schema):
         required=True,
         validate=validate.Length(max=MAX_SCANS),
     )
+
+
+class Reason(fields.String):
+    """Why somebody changes the champion; it is kept with the change."""
+
+    def __init__(self) -> None:
+        checks = [validate.Length(max=1000), validate.Regexp(r"\s*\S", error="Must not be blank.")]
+        super().__init__(validate=checks, load_default=None, allow_none=True)
+
+
+class PromoteRequest(ma.Schema):
+    """A new champion; with `force` also against the gate, and then with a reason."""
+
+    force = Boolean(load_default=False)
+    reason = Reason()
+
+    @ma.validates_schema
+    def _force_has_reason(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if data["force"] and data["reason"] is None:
+            raise ma.ValidationError("Say why the gate is passed over.", "reason")
+
+
+class RollbackRequest(ma.Schema):
+    """The champion before, back again."""
+
+    reason = Reason()
+
+
+class CompareQuery(ma.Schema):
+    """Which two versions to compare."""
+
+    a = ModelChoice(required=True)
+    b = ModelChoice(required=True)
 
 
 class KeyRequest(ma.Schema):

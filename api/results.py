@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import marshmallow as ma
 from flask import Response
 from marshmallow import fields
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,11 +16,12 @@ from sqlalchemy.orm import Session
 
 from api import streams
 from api.changes import Bell, Changes
+from api.explained import ExplainedSchema, explained
 from api.fields import words
 from api.schemas import ErrorSchema, PageSchema
 from api.services import services, tenant
 from api.streams import CSV
-from jobs import explanations, queries
+from jobs import queries, truths
 from jobs.errors import RenalQError
 from jobs.queries import JobView, Page
 from jobs.states import ResultState
@@ -32,7 +32,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a cell begins that a spreadsheet would run."""
 
 
-class ResultSchema(ma.Schema):
+class ResultSchema(ExplainedSchema):
     """A prediction for one scan."""
 
     ordinal = fields.Integer(metadata={"description": "Its place in the job, from 0: `after` of what follows it."})
@@ -45,10 +45,18 @@ class ResultSchema(ma.Schema):
     label = fields.String(allow_none=True)
     confidence = fields.Float(allow_none=True)
     probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
+    disposition = fields.String(
+        allow_none=True,
+        metadata={"description": "What may be done with it: a class in lower case, `indeterminate` or `rejected`."},
+    )
+    reason = fields.String(allow_none=True, metadata={"description": "Why it is indeterminate or rejected."})
+    ood_score = fields.Float(
+        allow_none=True, metadata={"description": "Above 1 the scan is unlike those that the network has learnt from."}
+    )
+    truth = fields.String(metadata={"description": "What it turned out to show, once that was told."})
     model_version = fields.String(allow_none=True)
     engine = fields.String(allow_none=True, metadata={"description": "What computed it, such as openvino-bf16."})
     cached = fields.Boolean(metadata={"description": "Taken from an equal result: same scan, model and engine."})
-    explanation = fields.String(metadata={"description": "Where its Grad-CAM overlay is, once it is made."})
     error = fields.Nested(ErrorSchema)
 
 
@@ -60,13 +68,13 @@ class ResultsPage(PageSchema):
 
 def shown(session: Session, view: JobView, found: Page[ScanResult]) -> Page[Json]:
     """Predictions as a client sees them; those that are explained by now say where."""
-    job_id, explain = view.job.id, view.job.params.get("explain")
-    explained = explanations.named(session, job_id, [row.ordinal for row in found.data]) if explain else {}
-    rows = [_result(view, row, explained.get(row.ordinal)) for row in found.data]
+    seen = explained(session, view, found.data)
+    told = truths.labels(session, view.job.model_id, [row.scan_id for row in found.data])
+    rows = [_result(view, row, told.get(row.scan_id)) | seen.get(row.ordinal, {}) for row in found.data]
     return Page(rows, found.has_more, found.next)
 
 
-def _result(view: JobView, row: ScanResult, explanation: str | None) -> Json:
+def _result(view: JobView, row: ScanResult, truth: str | None) -> Json:
     version = view.job.model_version
     result: Json = {
         "ordinal": row.ordinal,
@@ -76,13 +84,15 @@ def _result(view: JobView, row: ScanResult, explanation: str | None) -> Json:
         "label": row.label,
         "confidence": row.confidence,
         "probabilities": row.probabilities,
+        "disposition": row.disposition,
+        "reason": row.reason,
+        "ood_score": row.ood_score,
         "model_version": None if version is None else str(version),
         "engine": row.engine,
         "cached": row.cached,
     }
-    optional = {"custom_id": row.custom_id, "patient": row.patient, "study": row.study, "error": row.error}
-    if explanation is not None:
-        optional["explanation"] = f"/jobs/{view.job.id}/artifacts/{explanation}"
+    optional: Json = {"custom_id": row.custom_id, "patient": row.patient, "study": row.study, "truth": truth}
+    optional["error"] = row.error
     return result | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -153,8 +163,9 @@ def _ndjson(pages: Iterator[list[Json]]) -> Iterator[str]:
 
 
 COLUMNS = (
-    "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "model_version", "engine",
-    "cached", "explanation", "ordinal",
+    "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "disposition",
+    "reason", "ood_score", "truth", "model_version", "engine", "cached", "explanation", "heatmap",
+    "explanation_note", "ordinal",
 )  # fmt: skip
 
 

@@ -213,39 +213,6 @@ class KnownScansSchema(ma.Schema):
     data = fields.Dict(keys=fields.String(), values=fields.UUID(), required=True)
 
 
-class GateSchema(ma.Schema):
-    """The promotion gate's verdict."""
-
-    promoted = fields.Boolean()
-    reasons = fields.List(fields.String())
-
-
-class ModelSchema(ma.Schema):
-    """A model version: what a training made, and all that it was made of."""
-
-    version = fields.String()
-    champion = fields.Boolean()
-    job_id = fields.UUID()
-    dataset_id = fields.UUID(allow_none=True)
-    dataset_digest = fields.String(allow_none=True)
-    weights_sha256 = fields.String()
-    classes = fields.List(fields.String())
-    params = fields.Dict()
-    metrics = fields.Dict()
-    gate = fields.Nested(GateSchema)
-    code_revision = fields.String(allow_none=True)
-    environment = fields.Dict()
-    mlflow_run_id = fields.String(allow_none=True)
-    created_at = Time()
-    promoted_at = Time(allow_none=True)
-
-
-class ModelsPage(PageSchema):
-    """Model versions, newest first."""
-
-    data = fields.List(fields.Nested(ModelSchema), required=True)
-
-
 class KeySchema(ma.Schema):
     """A key, without its secret."""
 

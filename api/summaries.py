@@ -27,6 +27,11 @@ class SummarySchema(ma.Schema):
     classes = fields.Dict(
         keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by label: every class."}
     )
+    dispositions = fields.Dict(
+        keys=fields.String(),
+        values=fields.Integer(),
+        metadata={"description": "Scans by what may be done with them: a class, indeterminate, rejected."},
+    )
     confidence = fields.Nested(ConfidenceSchema)
     errors = fields.Dict(keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by code."})
     cached = fields.Integer(metadata={"description": "Results that were known before."})

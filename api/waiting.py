@@ -15,6 +15,7 @@ from jobs.queries import JobView
 from jobs.states import Lane
 
 MAX_WAIT = 60
+LOOK_SECONDS = 1.0
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
 
 Answer = tuple[JobView, int, dict[str, str]]
@@ -36,6 +37,16 @@ def accepted(job_id: uuid.UUID) -> Answer:
     return view, 200 if waited and view.terminal else 202, headers
 
 
+def ended(job_id: uuid.UUID, seconds: float) -> JobView:
+    """The job at its end, or as it stands after `seconds`. With no slot left we look for ourselves."""
+    view, waited = _when_done(job_id, seconds)
+    deadline = time.monotonic() + seconds
+    while not (waited or view.terminal or services().changes.closed) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+        view = job(job_id)
+    return view
+
+
 def unless_known(view: JobView) -> Answer | Response:
     """200 with the job, or 304 where the client has it. The place in the queue changes no row, so the tag names it."""
     tag = f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}"
@@ -43,6 +54,15 @@ def unless_known(view: JobView) -> Answer | Response:
     if request.if_none_match.contains_weak(tag):
         return Response(status=304, headers=headers)
     return view, 200, headers
+
+
+def unless_same(response: Response) -> Response:
+    """304 where the client has this very answer. For `after_this_request`."""
+    if response.status_code == 200:
+        response.add_etag(weak=True)
+        response.headers["Cache-Control"] = "private, no-cache"
+    response.make_conditional(request)
+    return response
 
 
 def retry_after(view: JobView) -> dict[str, str]:

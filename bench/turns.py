@@ -28,6 +28,7 @@ from cli.servers import embedded_postgres, embedded_redis
 from jobs import doorbells, lifecycle, registry
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine, session_factory
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
@@ -98,8 +99,9 @@ def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]
         unit = session.scalars(select(Unit).where(Unit.job_id == job.id)).one()
         held = lifecycle.claim(session, unit.id, "bench", 45)
         assert held is not None
-        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {"f1": 1.0}, None, None)
-        version = registry.add(session, held, new, min_f1=0.0)
+        scores = {"f1": 1.0, "recall": 1.0, "ece": 0.0, "ece_chance": 0.0}
+        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, scores, None, None)
+        version = registry.add(session, held, new, Policy())
         lifecycle.succeed(session, held)
         return version.id, version.version
 

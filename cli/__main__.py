@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from cli import commands, registry
+from cli import commands, models, registry
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,7 +50,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*commands.ALL, *registry.ALL):
+for _command in (*commands.ALL, *models.ALL, *registry.ALL):
     main.add_command(_command)
 
 

@@ -279,6 +279,7 @@ def _refusal(answer: requests.Response) -> str:
     except ValueError:
         return f"{answer.status_code} {answer.reason}: {answer.text[:200]}"
     fields = [f"{error.get('pointer')}: {error.get('detail')}" for error in problem.get("errors") or []]
+    fields += problem.get("reasons") or []
     line = f"{answer.status_code} {problem.get('title') or answer.reason}"
     line += f": {problem['detail']}" if problem.get("detail") else ""
     line += f" [{'; '.join(fields)}]" if fields else ""

@@ -1,4 +1,4 @@
-"""The commands that look at what is kept: models, datasets, keys."""
+"""The commands that look at what is kept: datasets, keys."""
 
 from __future__ import annotations
 
@@ -11,25 +11,6 @@ from cli.commands import as_json, echo_json, echo_table, speaks
 
 if TYPE_CHECKING:
     from cli.client import Client
-
-
-@click.command()
-@as_json
-@speaks
-def models(client: Client, as_json: bool) -> None:
-    """The model versions, and which one is champion."""
-    found = list(client.pages("/models"))
-    if as_json:
-        return echo_json(found)
-    rows = [
-        (model["version"], "champion" if model["champion"] else "", _f1(model), model["created_at"]) for model in found
-    ]
-    echo_table(("version", "", "F1", "created"), rows)
-
-
-def _f1(model: dict[str, Any]) -> str | None:
-    value = (model.get("metrics") or {}).get("f1")
-    return None if value is None else f"{value:.3f}"
 
 
 @click.group()
@@ -125,4 +106,4 @@ def keys_revoke(client: Client, key: str) -> None:
     click.echo(f"key {key} is revoked")
 
 
-ALL: tuple[click.Command, ...] = (models, datasets, keys)
+ALL: tuple[click.Command, ...] = (datasets, keys)

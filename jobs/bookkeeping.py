@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, all_, and_, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
+from jobs import prediction_counts, webhooks
 from jobs.db import Prepared
 from jobs.errors import LeaseLost
 from jobs.states import JobKind, ResultState, UnitState
@@ -47,7 +48,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class ScanOutcome:
-    """The end of one scan: a label with its probabilities and the engine that computed them, or an error."""
+    """The end of one scan: a label with its probabilities and the engine that computed them, or an error.
+
+    `disposition`, `reason`, `ood_score`: see ml/disposition.py. `statistics` of the picture are counted, and not kept.
+    """
 
     ordinal: int
     label: str | None = None
@@ -57,6 +61,10 @@ class ScanOutcome:
     cached: bool = False
     """Taken from an equal result: the same scan by the same model on the same engine."""
     error: Json | None = None
+    disposition: str | None = None
+    reason: str | None = None
+    ood_score: float | None = None
+    statistics: Mapping[str, float] | None = None
 
 
 def seconds(value: Any) -> ColumnElement[dt.timedelta]:
@@ -127,9 +135,10 @@ WRITE_OUTCOMES = Prepared(
     """
 UPDATE scan_results SET state = CASE WHEN ended.error IS NULL THEN 'succeeded' ELSE 'failed' END,
     label = ended.label, confidence = ended.confidence, probabilities = ended.probabilities, engine = ended.engine,
-    cached = coalesce(ended.cached, false), error = ended.error, finished_at = (SELECT clock_timestamp())
+    cached = coalesce(ended.cached, false), error = ended.error, disposition = ended.disposition,
+    reason = ended.reason, ood_score = ended.ood_score, finished_at = (SELECT clock_timestamp())
 FROM jsonb_to_recordset($3) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
-    cached boolean, error jsonb)
+    cached boolean, error jsonb, disposition text, reason text, ood_score float8)
 WHERE scan_results.job_id = $1 AND scan_results.ordinal = ANY ($2) AND scan_results.ordinal = ended.ordinal
 """,
 )
@@ -140,13 +149,32 @@ def write_outcomes(session: Session, held: Claim, outcomes: Sequence[ScanOutcome
     if not outcomes:
         return
     ordinals = [outcome.ordinal for outcome in outcomes]
-    WRITE_OUTCOMES(session, str(held.job_id), ordinals, json.dumps([vars(outcome) for outcome in outcomes]))
+    WRITE_OUTCOMES(session, str(held.job_id), ordinals, json.dumps([_kept(outcome) for outcome in outcomes]))
+    _count_predictions(session, held, outcomes)
     if not counted:
         failed = sum(outcome.error is not None for outcome in outcomes)
         count(session, held.job_id, succeeded=len(outcomes) - failed, failed=failed)
         for engine in engines_of(outcomes):
             new = update(Job).where(Job.id == held.job_id, literal(engine) != all_(Job.engines))
             session.execute(new.values(engines=func.array_append(Job.engines, engine)))
+
+
+def _kept(outcome: ScanOutcome) -> Json:
+    return {name: value for name, value in vars(outcome).items() if value is not None and name != "statistics"}
+
+
+def _count_predictions(session: Session, held: Claim, outcomes: Sequence[ScanOutcome]) -> None:
+    """Count what was predicted now, for jobs/drift.py. Failures are no predictions, and what was taken over was counted
+    when it was computed."""
+    found: dict[str, list[str | float]] = {}
+    for outcome in outcomes:
+        if outcome.error is None and not outcome.cached:
+            words = {"class": outcome.label, "disposition": outcome.disposition, "confidence": outcome.confidence}
+            for what, value in (*words.items(), *(outcome.statistics or {}).items()):
+                if value is not None:
+                    found.setdefault(what, []).append(value)
+    if found:
+        prediction_counts.add(session, held.job_id, found)
 
 
 def engines_of(outcomes: Sequence[ScanOutcome]) -> list[str]:
@@ -203,15 +231,22 @@ WITH ended AS (
     UPDATE tenant_loads SET scans = scans - total, batches = batches - (kind = 'predict_batch')::int
     FROM ended WHERE tenant_loads.tenant_id = ended.tenant_id
 )
-SELECT total, state = 'failed' AND error IS NULL AS unexplained FROM ended
+SELECT tenant_id, kind, state, total, state = 'failed' AND error IS NULL AS unexplained,
+    EXISTS (SELECT FROM webhooks WHERE webhooks.tenant_id = ended.tenant_id) AS has_webhooks FROM ended
 """,
 )
 
 
 def end_if_done(session: Session, job_id: uuid.UUID) -> None:
-    """When no unit is left, the counters say how the job ended; its event is written and its tenant's load falls."""
+    """When no unit is left, the counters say how the job ended; its event is written, its tenant's load falls, and its
+    tenant's webhooks hear of it."""
     ended = END_JOB(session, str(job_id)).first()
-    if ended is not None and ended.unexplained:
+    if ended is None:
+        return
+    if ended.has_webhooks:
+        data = {"job_id": str(job_id), "kind": ended.kind, "state": ended.state}
+        webhooks.emit(session, ended.tenant_id, f"job_{job_id}_{ended.state}", f"job.{ended.state}", data)
+    if ended.unexplained:
         session.execute(update(Job).where(Job.id == job_id).values(error=_error_of_scans(session, job_id, ended.total)))
 
 

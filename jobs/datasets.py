@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.artifacts import Artifacts, Blob
-from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady
+from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, NoDataset
 from jobs.queries import Page, page
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
 from jobs.submission import UNLIMITED, NewJob, Quota, submit
@@ -87,6 +87,19 @@ def ready(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> Dataset:
     if view.state != DatasetState.READY:
         raise DatasetNotReady(state=view.state)
     return view.dataset
+
+
+def newest_ready(session: Session, tenant_id: str) -> Dataset:
+    """The newest dataset that may be trained on.
+
+    Raises:
+        NoDataset
+    """
+    ready = select(Dataset).where(Dataset.tenant_id == tenant_id, Dataset.state == DatasetState.READY)
+    found = session.scalar(ready.order_by(Dataset.id.desc()).limit(1))
+    if found is None:
+        raise NoDataset
+    return found
 
 
 def finish_check(

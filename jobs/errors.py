@@ -2,9 +2,10 @@
 
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
-    │                             UploadNotFound
-    ├── Conflict            409   WrongState NoChampion DatasetNotReady DatasetInUse DatasetGone NoResults
-    │                             IdempotencyInFlight UploadIncomplete WrongOffset
+    │                             UploadNotFound WebhookNotFound DeliveryNotFound ResultNotFound TruthNotFound
+    ├── Conflict            409   WrongState NoChampion PromotionRefused NothingBefore NoDataset DatasetNotReady
+    │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
+    │                             WrongOffset TooManyWebhooks
     ├── ResultsExpired      410
     ├── Invalid             422   NotAnImage BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
@@ -20,6 +21,7 @@
 `status` is the HTTP status that the API answers with; `code` is a stable word for programs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -61,8 +63,24 @@ class KeyNotFound(NotFound):
     """No key has this id. List them with GET /keys."""
 
 
+class WebhookNotFound(NotFound):
+    """No webhook has this id. List yours with GET /webhooks."""
+
+
+class DeliveryNotFound(NotFound):
+    """No delivery of this webhook has this id. List them with GET /webhooks/ID/deliveries."""
+
+
 class ArtifactNotFound(NotFound):
     """This job has no artifact of that name. List them with GET /jobs/ID/artifacts."""
+
+
+class ResultNotFound(NotFound):
+    """This job has no result of that scan. List them with GET /jobs/ID/results."""
+
+
+class TruthNotFound(NotFound):
+    """Nobody has told what this scan shows. POST its label to this address."""
 
 
 class UploadNotFound(NotFound):
@@ -85,6 +103,28 @@ class NoChampion(Conflict):
     """No model is champion yet. Train one with POST /jobs/train, or name a version in `model`."""
 
     code = "NO_CHAMPION"
+
+
+class PromotionRefused(Conflict):
+    """The gate refuses version {version}, and `reasons` says why. Train anew, or send `force` with a `reason`."""
+
+    code = "PROMOTION_REFUSED"
+
+    def __init__(self, version: int, reasons: Sequence[str]) -> None:
+        super().__init__(version=version)
+        self.reasons = list(reasons)
+
+
+class NothingBefore(Conflict):
+    """No champion came before this one, so there is nothing to go back to. Promote the version that you want."""
+
+    code = "NOTHING_BEFORE"
+
+
+class NoDataset(Conflict):
+    """No dataset is ready to be trained on. Upload one with POST /datasets, and wait until it is checked."""
+
+    code = "NO_DATASET"
 
 
 class DatasetNotReady(Conflict):
@@ -115,6 +155,12 @@ class IdempotencyInFlight(Conflict):
     """The first request with this Idempotency-Key is still being answered. Send the same again shortly."""
 
     code = "IDEMPOTENCY_IN_FLIGHT"
+
+
+class TooManyWebhooks(Conflict):
+    """You have {most} webhooks, as many as are allowed. Delete one with DELETE /webhooks/ID."""
+
+    code = "TOO_MANY_WEBHOOKS"
 
 
 class ResultsExpired(RenalQError):

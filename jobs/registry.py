@@ -8,11 +8,14 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from jobs import training_params
+from jobs import evaluations, training_params, webhooks
+from jobs.bookkeeping import wake_dispatcher
 from jobs.errors import Invalid, ModelNotFound, NoChampion
-from jobs.gate import gate
+from jobs.evaluations import Measured
+from jobs.gate import Policy, gate
 from jobs.lifecycle import Claim
-from jobs.tables import Job, Json, ModelVersion
+from jobs.tables import How, Job, Json, ModelVersion, Promotion
+from jobs.webhooks import EventType
 
 CHAMPION = "champion"
 
@@ -29,32 +32,124 @@ class NewModel:
     code_revision: str | None
     environment: Json = field(default_factory=dict)
     mlflow_run_id: str | None = None
+    reference: Json | None = None
 
 
-def add(session: Session, held: Claim, new: NewModel, min_f1: float) -> ModelVersion:
-    """Insert the version that the held training made, promoted where the gate says so."""
-    # One at a time per tenant: version numbers have no gaps, and the champion is compared with the real one.
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtext("model_versions:" + held.tenant_id))))
+def add(session: Session, held: Claim, new: NewModel, policy: Policy, measured: Measured | None = None) -> ModelVersion:
+    """Insert the version that the held training made, with its scores; promoted where the gate says so.
+
+    `measured`: how the champion of the training's start did on the same test scans; None where there was no champion.
+    """
+    lock(session, held.tenant_id)
     job = session.get_one(Job, held.job_id)
-    champion = _champion(session, held.tenant_id)
-    verdict = gate(new.metrics, champion.metrics if champion else None, job.promote, min_f1)
+    version = _inserted(session, job, new)
+    evaluations.keep(session, version, measured)
+    champion = find_champion(session, held.tenant_id)
+    against = evaluations.against(session, version, champion, evaluations.why_not(champion, measured))
+    verdict = gate(new.metrics, against, job.promote, policy)
+    version.gate = verdict.as_dict()
+    job.model_id, job.model_version = version.id, version.version
+    session.flush()
+    made = {"model_version": str(version.version), "job_id": str(job.id), "promoted": verdict.promoted}
+    webhooks.emit(session, held.tenant_id, f"model_{version.id}_created", EventType.MODEL_CREATED, made)
     if verdict.promoted:
-        session.execute(_champions(held.tenant_id).values(champion=False))
+        before = in_force(session, champion)
+        crown(session, version, How.GATE, before.id if before else None, verdict=version.gate)
+    return version
+
+
+def _inserted(session: Session, job: Job, new: NewModel) -> ModelVersion:
     version = ModelVersion(
-        tenant_id=held.tenant_id,
-        version=_next_version(session, held.tenant_id),
-        champion=verdict.promoted,
-        promoted_at=session.scalar(select(func.clock_timestamp())) if verdict.promoted else None,
+        tenant_id=job.tenant_id,
+        version=_next_version(session, job.tenant_id),
         job_id=job.id,
         dataset_id=job.dataset_id,
-        gate={"promoted": verdict.promoted, "reasons": verdict.reasons},
+        gate={},
         **vars(new),
     )
     session.add(version)
     session.flush()
-    job.model_id, job.model_version = version.id, version.version
-    session.flush()
     return version
+
+
+# --- the champion ---
+
+
+def lock(session: Session, tenant_id: str) -> None:
+    """One at a time per tenant until the transaction's end: numbers have no gaps, and the champion is who it seems."""
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtext("model_versions:" + tenant_id))))
+
+
+def find_champion(session: Session, tenant_id: str) -> ModelVersion | None:
+    """The tenant's champion, as it is now."""
+    mine = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion)
+    # What the session has read before the lock may be history.
+    return session.scalar(mine.execution_options(populate_existing=True))
+
+
+def in_force(session: Session, champion: ModelVersion | None) -> Promotion | None:
+    """The promotion that made the champion. The code before migration 0006 wrote none: then it is written here."""
+    if champion is None:
+        return None
+    mine = select(Promotion).where(Promotion.tenant_id == champion.tenant_id)
+    latest = session.scalar(mine.order_by(Promotion.id.desc()).limit(1))
+    if latest is not None and latest.model_id == champion.id:
+        return latest
+    missed = _promotion(champion, How.GATE, latest.id if latest else None, champion.gate)
+    missed.replaced = latest.version if latest else None
+    session.add(missed)
+    session.flush()
+    return missed
+
+
+def crown(
+    session: Session,
+    version: ModelVersion,
+    how: How,
+    back_id: int | None,
+    *,
+    verdict: Json | None = None,
+    reason: str | None = None,
+    key_id: uuid.UUID | None = None,
+) -> None:
+    """Make the version the champion in place of whoever is, and write it into the history. `lock` must be held.
+
+    `back_id`: the promotion that a rollback from here returns to.
+    """
+    mine = ModelVersion.tenant_id == version.tenant_id
+    down = update(ModelVersion).where(mine, ModelVersion.champion).values(champion=False)
+    replaced = session.scalar(down.returning(ModelVersion.version))
+    up = update(ModelVersion).where(ModelVersion.id == version.id)
+    session.execute(up.values(champion=True, promoted_at=func.clock_timestamp()))
+    row = _promotion(version, how, back_id, verdict)
+    row.replaced, row.reason, row.by_key = replaced, reason, key_id
+    session.add(row)
+    session.flush()
+    session.refresh(version)
+    _tell(session, row)
+    wake_dispatcher(session)
+
+
+def _tell(session: Session, row: Promotion) -> None:
+    """Tell webhooks. Not the reason: it was written for people of the house, and may name anything."""
+    type_ = EventType.MODEL_ROLLED_BACK if row.how == How.ROLLBACK else EventType.MODEL_PROMOTED
+    replaced = None if row.replaced is None else str(row.replaced)
+    data = {"model_version": str(row.version), "replaced": replaced, "how": str(row.how)}
+    webhooks.emit(session, row.tenant_id, f"promotion_{row.id}", type_, data)
+
+
+def _promotion(version: ModelVersion, how: How, back_id: int | None, verdict: Json | None) -> Promotion:
+    return Promotion(
+        tenant_id=version.tenant_id,
+        model_id=version.id,
+        version=version.version,
+        how=how,
+        back_id=back_id,
+        verdict=verdict,
+    )
+
+
+# --- finding ---
 
 
 def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersion:
@@ -64,7 +159,7 @@ def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersio
         NoChampion, ModelNotFound
     """
     if wanted in (None, "", CHAMPION):
-        champion = _champion(session, tenant_id)
+        champion = find_champion(session, tenant_id)
         if champion is None:
             raise NoChampion
         return champion
@@ -137,14 +232,6 @@ def _number(wanted: Any) -> int:
         return int(wanted)
     except (TypeError, ValueError):
         raise ModelNotFound from None
-
-
-def _champion(session: Session, tenant_id: str) -> ModelVersion | None:
-    return session.scalar(select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion))
-
-
-def _champions(tenant_id: str) -> Any:
-    return update(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion)
 
 
 def _next_version(session: Session, tenant_id: str) -> int:

@@ -105,11 +105,11 @@ def write(session: Session, held: Claim) -> None:
 
 def compared(original: ModelVersion, now: ModelVersion) -> Json:
     """How two versions compare: revision, environment, dataset, and each metric that differs, as [original, now]."""
-    environment = _different(original.environment, now.environment)
+    environment = different(original.environment, now.environment)
     theirs, ours = (numbers({**version.metrics, "engines": None}) for version in (original, now))  # of the machine
     differences = {
         name: pair
-        for name, pair in _different(theirs, ours).items()
+        for name, pair in different(theirs, ours).items()
         if None in pair or abs(pair[0] - pair[1]) > TOLERANCE
     }
     return {
@@ -141,7 +141,8 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, float]]:
             yield from _leaves(child, f"{name}.{key}" if name else str(key))
 
 
-def _different(original: Json, now: Json) -> dict[str, list[Any]]:
+def different(original: Json, now: Json) -> dict[str, list[Any]]:
+    """What differs between the two, by name, as [original, now]; None where one has nothing of that name."""
     names = [*original, *(name for name in now if name not in original)]
     pairs = {name: [original.get(name), now.get(name)] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -17,11 +17,13 @@ from jobs.tables import Job, ScanResult
 
 @dataclass(frozen=True)
 class Known:
-    """What was found for a scan before."""
+    """What was found for a scan before. What may be done with it is decided anew: the policy may be another by now."""
 
     label: str | None
     confidence: float | None
-    probabilities: dict[str, float] | None
+    probabilities: dict[str, float]
+    ood_score: float | None = None
+    reason: str | None = None
 
 
 def known_results(
@@ -30,7 +32,14 @@ def known_results(
     """Results of these scans by this model on this engine, where there are any. Scan ids are of one tenant, and so is
     the model's: nobody is answered out of another's work."""
     rows = session.execute(
-        select(ScanResult.scan_id, ScanResult.label, ScanResult.confidence, ScanResult.probabilities)
+        select(
+            ScanResult.scan_id,
+            ScanResult.label,
+            ScanResult.confidence,
+            ScanResult.probabilities,
+            ScanResult.ood_score,
+            ScanResult.reason,
+        )
         .join(Job, Job.id == ScanResult.job_id)
         .where(
             ScanResult.scan_id.in_(scan_ids),
@@ -40,4 +49,4 @@ def known_results(
             Job.model_id == model_id,
         )
     )
-    return {row.scan_id: Known(row.label, row.confidence, row.probabilities) for row in rows}
+    return {row.scan_id: Known(row.label, row.confidence, row.probabilities, row.ood_score, row.reason) for row in rows}

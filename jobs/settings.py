@@ -4,9 +4,10 @@
 of ours reads `os.environ` for a setting.
 """
 
+import math
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.addresses import Host, parse_hosts
@@ -112,18 +113,68 @@ class Settings(BaseSettings):
     )
     fetch_seconds: float = Field(30, gt=0, description="Longest that fetching one scan may take (s).")
 
+    webhook_hosts: str = Field(
+        "",
+        description="Hosts inside the network that webhooks may be sent to, such as `ris.example,10.0.0.7:8443`. "
+        "Public ones need no mention.",
+    )
+    webhook_seconds: float = Field(10, gt=0, description="Longest that a webhook's receiver may take to answer (s).")
+    webhook_retry_seconds: str = Field(
+        "5,300,1800,7200,18000,36000,50400,72000,86400",
+        description="Waits between the tries of one delivery (s); after the last of them it has failed.",
+    )
+    delivery_days: float = Field(30, gt=0, description="A webhook's deliveries are listed for so long (days).")
+
     wait_slots: int = Field(
         200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams) at once."
     )
     db_pool: int = Field(16, ge=1, description="Database connections of one process.")
     promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")
+    promote_min_sensitivity: float = Field(
+        0.80, ge=0, le=1, description="Every champion needs at least this sensitivity (recall), but by force."
+    )
+    promote_max_calibration_error: float = Field(
+        0.10, ge=0, le=1, description="Every champion's calibration error beyond chance is at most this, but by force."
+    )
+    indeterminate_above: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="Up to this probability of the positive class, of two, a scan's disposition is the negative one.",
+    )
+    indeterminate_below: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="From this probability on a class is a scan's disposition: of two the positive one, of more any.",
+    )
+    drift_bound: float = Field(
+        0.25, gt=0, description="A champion's figure has drifted beyond this (population stability index)."
+    )
+    drift_least_scans: int = Field(
+        50, ge=1, description="Scans that a verdict on drift needs; a day with fewer is taken with those before it."
+    )
+    drift_seconds: float = Field(60, gt=0, description="Time between two looks for drift, which webhooks hear of (s).")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
-    @field_validator("fetch_hosts")
+    @field_validator("fetch_hosts", "webhook_hosts")
     @classmethod
     def _readable_hosts(cls, text: str) -> str:
         parse_hosts(text)
         return text
+
+    @field_validator("webhook_retry_seconds")
+    @classmethod
+    def _readable_seconds(cls, text: str) -> str:
+        if not all(0 < wait < math.inf for wait in _numbers(text)):
+            raise ValueError("write seconds greater than 0, such as 5,300,1800")
+        return text
+
+    @model_validator(mode="after")
+    def _leaves_room_for_doubt(self) -> "Settings":
+        if self.indeterminate_above >= self.indeterminate_below:
+            raise ValueError("RENALQ_INDETERMINATE_ABOVE must be less than RENALQ_INDETERMINATE_BELOW")
+        return self
 
     @property
     def artifacts(self) -> str:
@@ -136,6 +187,16 @@ class Settings(BaseSettings):
         return parse_hosts(self.fetch_hosts)
 
     @property
+    def receiver_hosts(self) -> frozenset[Host]:
+        """`webhook_hosts`, read."""
+        return parse_hosts(self.webhook_hosts)
+
+    @property
+    def webhook_retries(self) -> tuple[float, ...]:
+        """`webhook_retry_seconds`, read."""
+        return _numbers(self.webhook_retry_seconds)
+
+    @property
     def work(self) -> Path:
         """Scratch space of workers, resolved."""
         return (self.work_dir or self.home / "work").resolve()
@@ -144,6 +205,10 @@ class Settings(BaseSettings):
     def feature_cache(self) -> Path:
         """Features and pixels that trainings keep for the next one, resolved."""
         return (self.home / "cache").resolve()
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(",") if number.strip())
 
 
 def as_markdown() -> str:

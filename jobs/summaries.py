@@ -33,10 +33,11 @@ class Confidence:
 @dataclass(frozen=True)
 class Summary:
     """A prediction's results so far. `counts`: scans by state; `classes`: by label, each class of the model among them;
-    `errors`: by code."""
+    `dispositions`: by what may be done with them; `errors`: by code."""
 
     counts: dict[str, int]
     classes: dict[str, int]
+    dispositions: dict[str, int]
     confidence: Confidence
     errors: dict[str, int]
     cached: int
@@ -58,6 +59,7 @@ def summary(session: Session, view: JobView) -> Summary:
     return Summary(
         counts={"total": by_state.total(), **{str(state): by_state[state] for state in STATES}},
         classes={label: sum(bins) for label, bins in histograms.items()},
+        dispositions=dict(sorted(_counted((row.disposition, row.scans) for row in rows if row.disposition).items())),
         confidence=Confidence(EDGES, histograms),
         errors=dict(_counted((row.code, row.scans) for row in rows if row.code is not None)),
         cached=sum(row.cached for row in rows),
@@ -66,9 +68,10 @@ def summary(session: Session, view: JobView) -> Summary:
 
 
 def _groups(view: JobView) -> Any:
-    """Scans that are alike in state, label, bin of confidence and error."""
+    """Scans that are alike in state, label, disposition, bin of confidence and error."""
     bin_ = func.least(func.width_bucket(ScanResult.confidence, 0, 1, BINS), BINS)  # 1.0 itself is beyond the last bin
-    keys = ScanResult.state, ScanResult.label, bin_.label("bin"), ScanResult.error["code"].astext.label("code")
+    found = ScanResult.state, ScanResult.label, ScanResult.disposition
+    keys = *found, bin_.label("bin"), ScanResult.error["code"].astext.label("code")
     scans, cached = func.count().label("scans"), func.count().filter(ScanResult.cached).label("cached")
     return select(*keys, scans, cached).where(ScanResult.job_id == view.job.id).group_by(*keys)
 

@@ -21,6 +21,20 @@ def network(params: Json) -> str:
     return str(params.get("network", NETWORK))
 
 
+def head(params: Json) -> str:
+    """The layers that end in the logits. Every version had VGG16's own before there was a choice."""
+    told = str(params.get("head", "auto"))
+    return told if told != "auto" else "vgg" if network(params) == NETWORK else "gap"
+
+
+def transform(params: Json) -> Json:
+    """How a scan becomes the network's input: height and width in pixels, and a CT's window in Hounsfield units as
+    [centre, width]; None for that which its file names."""
+    height, width = [*params.get("image_size", ()), None, None][:2]
+    window = [params.get("window_center"), params.get("window_width")]
+    return {"height": height, "width": width, "window": None if None in window else window}
+
+
 def base_version(params: Json) -> int | None:
     """N of `weights: version:N`."""
     found = _VERSION.fullmatch(str(params.get("weights", "")))

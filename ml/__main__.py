@@ -110,6 +110,9 @@ def _add_surroundings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded scans and frozen features there")
     command.add_argument("--cache-bytes", type=int, default=8 * 2**30, metavar="N", help="at most (default: 8 GiB)")
     command.add_argument("--revision", metavar="TEXT", help="of the code, for the report")
+    command.add_argument(
+        "--champion", type=Path, metavar="FILE", help="score this model file on the same test scans, for comparison"
+    )
 
 
 def _add_checkpoints(command: argparse.ArgumentParser) -> None:
@@ -162,6 +165,7 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
         cache=Cache(parsed.cache, parsed.cache_bytes) if parsed.cache else None,
         checkpoints=CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume),
         revision=parsed.revision,
+        champion=parsed.champion,
     )
     if parsed.stage == "train":
         stages.run(config, params, emit, around)

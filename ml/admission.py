@@ -2,25 +2,28 @@
 
 Rounding is harmless for most networks and ruins some, and nobody can tell which by looking. So what is faster than fp32
 has to show that it says the same: with bf16 every label is the same and no probability moves by more than 0.01; with
-int8 neither F1 nor sensitivity falls by more than 0.005, and no probability moves by more than 0.05.
+int8 neither F1 nor sensitivity falls by more than 0.005, and no probability moves by more than 0.05. With both no
+out-of-distribution score moves by more than 0.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
 from ml.calibration import Calibration, softmax
+from ml.descriptor import served
 from ml.engines import Form, Precision, engine_name, forms, open_engine, outputs_of
 from ml.errors import EngineNotAdmitted
 from ml.graphs import Ranges, graph_of, ranges_of
 from ml.intervals import Decisions, figures
 from ml.metrics import positive_index
 from ml.network import Model
+from ml.outliers import Outliers
 
 TRIED = 64
 """Test scans, at most: beyond that the trial takes longer than it tells."""
@@ -30,6 +33,8 @@ LARGEST = {"bf16": 0.01, "int8": 0.05}
 """How far a probability may move."""
 LEAST_LOSS = 0.005
 """How far int8 may lower F1 and sensitivity."""
+LARGEST_SCORE = 0.1
+"""How far an out-of-distribution score may move, of the 1 from which a scan is rejected."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Admission:
-    """All trials by the engine's name, and the ranges that int8 needs (see ml.graphs)."""
+    """All trials by the engine's name, the ranges that int8 needs (see ml.graphs), and what the out-of-distribution
+    score needs, by now with each form's shift."""
 
     trials: Mapping[str, Trial] = field(default_factory=dict)
     ranges: Ranges | None = None
+    outliers: Outliers | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a model file's metadata."""
         ranges = None if self.ranges is None else [list(one) for one in self.ranges]
-        return {"engines": {name: asdict(trial) for name, trial in self.trials.items()}, "ranges": ranges}
+        engines = {name: asdict(trial) for name, trial in self.trials.items()}
+        return {"engines": engines, "ranges": ranges, "outliers": self.outliers and self.outliers.as_dict()}
 
 
 def whole(model: Model) -> nn.Sequential:
@@ -62,19 +70,55 @@ def whole(model: Model) -> nn.Sequential:
 
 
 def admit(
-    model: Model, calibration: Calibration, pictures: np.ndarray, labels: np.ndarray, seen: np.ndarray
+    model: Model,
+    calibration: Calibration,
+    pictures: np.ndarray,
+    labels: np.ndarray,
+    seen: np.ndarray,
+    outliers: Outliers | None = None,
 ) -> Admission:
     """Try every engine that this machine computes in hardware.
 
-    `pictures`: test scans, uint8 [n, height, width, 3], with int `labels` [n]. `seen`: training scans, for the ranges.
+    `pictures`: test scans, uint8 [n, height, width, 3], with int `labels` [n]. `seen`: training scans, for the ranges
+    and the shifts.
     """
-    layers, answers, ranges = whole(model).eval(), dict[Form, np.ndarray](), None
+    layers, ranges = served(model).eval(), None
+    tried, known = dict[Form, np.ndarray](), dict[Form, np.ndarray]()
     for form in reversed(forms()):
         if form == "int8":
             ranges = ranges_of(graph_of(layers, model.transform), seen)
-        answers[form] = outputs_of(open_engine(layers, model.transform, form, ranges), pictures)
-    judge = Judge(calibration, labels, positive_index(model.classes), answers["fp32"])
-    return Admission({engine_name(form): judge.trial(form, logits) for form, logits in answers.items()}, ranges)
+        outputs = outputs_of(open_engine(layers, model.transform, form, ranges), np.concatenate([pictures, seen]))
+        tried[form], known[form] = outputs[: len(pictures)], outputs[len(pictures) :]
+    classes = len(model.classes)
+    shifted = _shifted(outliers, {form: each[:, classes:] for form, each in known.items()})
+    moved = _moved(shifted, {form: each[:, classes:] for form, each in tried.items()})
+    judge = Judge(calibration, labels, positive_index(model.classes), tried["fp32"][:, :classes])
+    judged = {form: judge.trial(form, each[:, :classes]) for form, each in tried.items()}
+    return Admission({engine_name(form): _near(judged[form], moved[form]) for form in judged}, ranges, shifted)
+
+
+def _shifted(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray]) -> Outliers | None:
+    """With what each form's rounding shifts in the descriptors of training scans."""
+    if outliers is None:
+        return None
+    shifts = {str(form): (each - descriptors["fp32"]).mean(axis=0) for form, each in descriptors.items()}
+    return replace(outliers, shifts=shifts)
+
+
+def _moved(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray]) -> dict[Form, float]:
+    """How far each form moves an out-of-distribution score, at most."""
+    if outliers is None:
+        return dict.fromkeys(descriptors, 0.0)
+    scores = {form: outliers.through(form).descriptors.quotients(each) for form, each in descriptors.items()}
+    return {form: float(np.abs(each - scores["fp32"]).max()) for form, each in scores.items()}
+
+
+def _near(trial: Trial, moved: float) -> Trial:
+    """The trial, refused where a score moved too far."""
+    if not trial.admitted or moved <= LARGEST_SCORE:
+        return trial
+    why = f"an out-of-distribution score moved by {moved:.2f}, more than {LARGEST_SCORE}"
+    return replace(trial, admitted=False, reason=why)
 
 
 def form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:

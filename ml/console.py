@@ -76,7 +76,7 @@ def _line(event: events.Event) -> str:
             return f"checkpoint: {escape(path)}  {seconds:.1f} s"
         case events.Evaluated(metrics):
             shown = "  ".join(_figure(name, metrics) for name in FIGURES if metrics.get(name) is not None)
-            return f"{shown}  on {metrics['held_out']} held-out scans"
+            return f"{shown}  on {metrics['held_out']} held-out scans{_beside(event.champion)}"
         case events.Finished(model_path, artifacts):
             named = {"model": model_path} | {name: artifacts[name] for name in REPORTS if name in artifacts}
             lines = [f"{name:<12} {escape(path)}" for name, path in named.items()]
@@ -85,6 +85,17 @@ def _line(event: events.Event) -> str:
             return f"[red]{code}[/red] {escape(detail)}"
         case _:
             return ""
+
+
+def _beside(champion: Mapping[str, Any] | None) -> str:
+    """How the champion did, in a line of its own; nothing where none was given."""
+    if champion is None:
+        return ""
+    if not champion["comparable"]:
+        return f"\nnot compared with the champion: {escape(champion['why'])}"
+    ours, theirs = (champion[who]["f1"] for who in ("candidate", "champion"))
+    where = f"on {champion['scans']} test scans that neither has learnt from"
+    return f"\nf1 {ours:.4f}, the champion's {theirs:.4f}  {where}"
 
 
 def _figure(name: str, metrics: Mapping[str, Any]) -> str:
@@ -96,11 +107,18 @@ def _figure(name: str, metrics: Mapping[str, Any]) -> str:
 
 def prediction_table(predictions: Iterable[Prediction]) -> None:
     """Print predictions as a table."""
-    table = Table("scan", "label", "confidence", "error")
+    table = Table("scan", "label", "confidence", "ood score", "note")
     for one in predictions:
         confidence = "" if one.confidence is None else f"{one.confidence:.4f}"
-        table.add_row(escape(one.id), one.label or "", confidence, one.error_detail or "")
+        score = "" if one.ood_score is None else f"{one.ood_score:.2f}"
+        table.add_row(escape(one.id), one.label or "", confidence, score, _note(one))
     RichConsole().print(table)
+
+
+def _note(one: Prediction) -> str:
+    if one.error_detail is not None or one.ood_score is None or one.ood_score <= 1:
+        return one.error_detail or ""
+    return f"unlike what was learnt from{f': {one.oddity}' if one.oddity else ''}"
 
 
 def dataset_table(report: DatasetReport) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ class DatasetReport:
         """Each scan's class as an index: int64 [images]."""
         index = {name: number for number, name in enumerate(self.names)}
         return np.array([index[scan.label] for scan in self.scans], dtype=np.int64)
+
+    def digest_of(self, scans: Iterable[int]) -> str:
+        """Which scans these are: two networks' scores on scans of the same digest are comparable."""
+        chosen = sorted(f"{self.scans[scan].label}\0{self.scans[scan].sha256}" for scan in scans)
+        return hashlib.sha256("\n".join(chosen).encode()).hexdigest()
 
     def raise_for_problems(self) -> None:
         """BadDataset with all reasons when there is one."""

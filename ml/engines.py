@@ -201,7 +201,8 @@ class OpenVinoEngine:
     def _collect(free: deque[Any], running: deque[Any]) -> np.ndarray:
         request = running.popleft()
         request.wait()
-        features: np.ndarray = request.get_output_tensor(0).data.copy()
+        outputs = [tensor.data for tensor in request.output_tensors]
+        features: np.ndarray = outputs[0].copy() if len(outputs) == 1 else np.concatenate(outputs, axis=1)
         free.append(request)
         return features
 

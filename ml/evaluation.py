@@ -3,7 +3,6 @@ and the report."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -13,42 +12,56 @@ from typing import Any
 
 import numpy as np
 
-from ml import crossvalidation, weights
+from ml import champion, crossvalidation, weights
+from ml.calibration import Calibration
 from ml.errors import BadParams
 from ml.events import Epoch, Evaluated, reporter
-from ml.fitting import test_logits
+from ml.fitting import descriptors, test_logits
+from ml.input_statistics import input_statistics
 from ml.lineage import Leaks, leaks
 from ml.metrics import Judged, Scores, score
 from ml.network import Model
+from ml.outliers import Outliers
+from ml.reference import reference_of
 from ml.run import Run, write_json
 from ml.schedules import best_epoch
 from ml.splits import group_scans
 from ml.versions import installed
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
-FOLD_SHARE = 0.9  # of the stage's progress, where there are folds
+FOLD_SHARE = 0.9  # of the new network's share of the stage's progress, where there are folds
+CHAMPION_SHARE = 0.5  # of the stage's progress, where a champion is scored too
 
 
 def evaluation(state: Run) -> None:
     """See the module."""
     started, tell = time.perf_counter(), reporter(state.emit, "evaluation")
+    own = 1.0 - (CHAMPION_SHARE if state.around.champion else 0.0)
     model = state.model_of(state.config.training.trained_model_path)
-    if state.params.folds:
-        begin = 1 - FOLD_SHARE
-        state.features(model, 0).on_images(_counting(state, lambda fraction: tell(begin * fraction)))
-        judged = _judged(state, model)
-        folds = crossvalidation.run(state, lambda fraction: tell(begin + FOLD_SHARE * fraction))
-    else:
-        state.features(model, 0).on_images(_counting(state, tell))
-        judged, folds = _judged(state, model), None
+    judged, folds = _tested(state, model, lambda fraction: tell(own * fraction))
     _remember(state)
     leaked = leaks(state.report, state.split, model.metadata.get("begun_lineage", ()))
     scores = score(judged).with_context(_counts(state), _patients_known(state), _as_counts(leaked), folds)
+    beside = champion.compare(state, model, judged, lambda fraction: tell(own + (1 - own) * fraction))
     state.device_seconds += time.perf_counter() - started
-    metrics = scores.as_dict() | {"test_digest": _test_digest(state), "engines": model.metadata.get("engines", {})}
+    metrics = scores.as_dict() | {
+        "test_digest": state.report.digest_of(state.split.test),
+        "engines": model.metadata.get("engines", {}),
+    }
     write_json(state.config.evaluation.scores_path, metrics)
     _show(state, model, judged, scores, leaked)
-    state.emit(Evaluated(metrics))
+    reference = _reference(state, model, judged)
+    state.emit(Evaluated(metrics, reference, beside.as_dict() if beside else None))
+
+
+def _tested(state: Run, model: Model, tell: Callable[[float], None]) -> tuple[Judged, dict[str, Any] | None]:
+    """The network's answers to the test scans, and the folds' figures, if they are wanted."""
+    begin = 1 - FOLD_SHARE if state.params.folds else 1.0
+    state.features(model, 0).on_images(_counting(state, lambda fraction: tell(begin * fraction)))
+    judged = _judged(state, model)
+    if not state.params.folds:
+        return judged, None
+    return judged, crossvalidation.run(state, lambda fraction: tell(begin + FOLD_SHARE * fraction))
 
 
 def _remember(state: Run) -> None:
@@ -69,6 +82,17 @@ def _judged(state: Run, model: Model) -> Judged:
         model.classes, report.labels[split.test], logits[:tested],
         report.labels[split.validation], logits[tested:], groups, state.params.seed,
     )  # fmt: skip
+
+
+def _reference(state: Run, model: Model, judged: Judged) -> dict[str, Any]:
+    """What the test scans are like, seen as predictions will see theirs."""
+    scans, calibration, outliers = state.split.test, Calibration.of(model.metadata), Outliers.of(model.metadata)
+    statistics = [input_statistics(state.pixels[scan]) for scan in scans]
+    decided = calibration.decide(judged.test_logits, judged.positive)
+    confidences = calibration.probabilities(judged.test_logits)[np.arange(len(decided)), decided]
+    rejected = int((outliers.scores(descriptors(state, model, scans), statistics) > 1).sum()) if outliers else 0
+    labels = [model.classes[place] for place in decided]
+    return reference_of(statistics, confidences.tolist(), labels, model.classes, rejected)
 
 
 def _counting(state: Run, tell: Callable[[float], None]) -> Callable[[int], None]:
@@ -100,12 +124,6 @@ def _as_counts(found: Leaks) -> dict[str, int]:
         "duplicates": found.duplicates,
         "near_duplicates": found.near_duplicates,
     }
-
-
-def _test_digest(state: Run) -> str:
-    """Which scans were tested: two networks' scores are comparable where it is the same."""
-    tested = sorted(f"{state.report.scans[scan].label}\0{state.report.scans[scan].sha256}" for scan in state.split.test)
-    return hashlib.sha256("\n".join(tested).encode()).hexdigest()
 
 
 # --- what people look at ---------------------------------------------------------------------------------------------

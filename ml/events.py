@@ -94,10 +94,16 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The scores on the held-out scans: see `ml.metrics.Scores.as_dict`."""
+    """The scores on the held-out scans: see `ml.metrics.Scores.as_dict`.
+
+    `reference`: what the test scans are like, for drift (see ml.reference). `champion`: how the champion that the run
+    was given did on the same scans (see ml.champion).
+    """
 
     event: ClassVar[str] = "evaluated"
     metrics: dict[str, Any]
+    reference: dict[str, Any] | None = None
+    champion: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,22 @@ from ml import network
 from ml.admission import SEEN, TRIED, Admission, admit
 from ml.calibration import Calibration, calibrate
 from ml.checkpoints import Keeper, Origin, resumed
+from ml.descriptor import descriptors_of
 from ml.engines import device_name
 from ml.events import Resumed, Steps, reporter
+from ml.input_statistics import input_statistics
 from ml.lineage import lineage
 from ml.member import training_team
 from ml.metrics import positive_index
 from ml.network import Model
+from ml.outliers import Outliers, learn
 from ml.run import Run, precision_of, write_json
-from ml.splits import Split
+from ml.splits import Split, group_scans
 from ml.team import Team
 from ml.train import Start, TrainConfig, TrainData, logits_of, train
 
 STEPS_EVERY = 0.5  # seconds between two events of steps
+RESEMBLED = 512  # training scans, at most, that others are compared with; more would take time and tell little
 
 
 def training(state: Run) -> None:
@@ -37,8 +41,9 @@ def training(state: Run) -> None:
     with _together(state, model) as members:
         _train(state, model, members)
     _forget_what_moved(state, members)
-    calibration = _calibrate(state, model)
-    learned = _learned(state, model, calibration) | _admit(state, model, calibration).as_dict()
+    calibration, outliers = _calibrate(state, model), _outliers(state, model)
+    admission = _admit(state, model, calibration, outliers)
+    learned = _learned(state, model, calibration) | admission.as_dict()
     state.model = replace(model, metadata={**model.metadata, **learned})
     state.device_seconds += time.perf_counter() - started
     network.save(state.model, state.config.training.trained_model_path)
@@ -93,21 +98,36 @@ def test_logits(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
     return logits_of(head_of(model), state.features(model, 0), scans).numpy()
 
 
+def descriptors(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
+    """Descriptors of scans (see ml.descriptor), some at a time: their features may be fifty times as large."""
+    features = state.features(model, 0)
+    features.keep(scans)
+    parts = (scans[start : start + 512] for start in range(0, len(scans), 512))
+    return np.concatenate([descriptors_of(model, features.plain(part)) for part in parts])
+
+
 def _calibrate(state: Run, model: Model) -> Calibration:
     """Temperature and threshold, by the validation scans: a prediction of this network has to use them."""
     scans = state.split.validation
     return calibrate(state.report.labels[scans], test_logits(state, model, scans), positive_index(model.classes))
 
 
-def _admit(state: Run, model: Model, calibration: Calibration) -> Admission:
+def _admit(state: Run, model: Model, calibration: Calibration, outliers: Outliers | None) -> Admission:
     """Which engines may predict with this network, by some of its test scans; int8 is fitted to training scans."""
     tested, seen = _evenly(state.split.test, TRIED), _evenly(state.split.train, SEEN)
-    return admit(model, calibration, state.pixels[tested], state.report.labels[tested], state.pixels[seen])
+    return admit(model, calibration, state.pixels[tested], state.report.labels[tested], state.pixels[seen], outliers)
 
 
 def _evenly(scans: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the scans, from all over."""
     return scans[np.unique(np.linspace(0, len(scans) - 1, min(len(scans), most)).astype(int))]
+
+
+def _outliers(state: Run, model: Model) -> Outliers | None:
+    """What the training scans are like, for those that are not: see ml.outliers."""
+    scans = _evenly(state.split.train, RESEMBLED)
+    groups = group_scans([state.report.scans[scan] for scan in scans])
+    return learn(descriptors(state, model, scans), [input_statistics(state.pixels[scan]) for scan in scans], groups)
 
 
 def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, object]:

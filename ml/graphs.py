@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ml import openvino_door
+from ml.descriptor import Described
 from ml.transforms import Transform
 
 Ranges = Sequence[tuple[float, float]]
@@ -26,9 +27,17 @@ _SEEN_AT_ONCE = 4  # pictures; see ml.engines.SMALL_BATCH
 
 
 def graph_of(layers: nn.Sequential, transform: Transform) -> Any:
-    """An `openvino.Model` of the layers: uint8 [n, height, width, 3] → float32 [n, …]."""
+    """An `openvino.Model` of the layers: uint8 [n, height, width, 3] → float32 [n, …].
+
+    With a `Described` at the end it has two outputs, logits and descriptor: behind a Concat the logits would be rounded
+    to bf16 wherever the network is.
+    """
     leaves = list(_leaves(layers))
-    return _written(leaves, transform) if all(map(_can_be_written, leaves)) else _traced(layers, transform)
+    graph = _written(leaves, transform) if all(map(_can_be_written, leaves)) else _traced(layers, transform)
+    if not any(isinstance(leaf, Described) for leaf in leaves):
+        return graph
+    concat = graph.get_results()[0].input_value(0).get_node()
+    return openvino_door.openvino().Model(concat.input_values(), graph.get_parameters(), "network")
 
 
 # --- layers to nodes -------------------------------------------------------------------------------------------------
@@ -43,6 +52,8 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _can_be_written(layer: nn.Module) -> bool:
+    if isinstance(layer, Described):
+        return all(map(_can_be_written, _leaves(layer.head)))
     kinds = nn.Conv2d | nn.ReLU | nn.MaxPool2d | nn.AdaptiveAvgPool2d | nn.Flatten | nn.Linear | nn.Dropout
     return isinstance(layer, kinds)
 
@@ -78,10 +89,20 @@ def _write_layer(op: Any, layer: nn.Module, node: Any) -> Any:
         return op.reshape(node, np.array([0, -1]), True)
     if isinstance(layer, nn.Dropout):
         return node
+    if isinstance(layer, Described):
+        return _write_described(op, layer, node)
     side = int(layer.output_size)  # type: ignore[arg-type]
     output = node if hasattr(node, "get_partial_shape") else node.output(0)
     sides = [output.get_partial_shape()[axis].get_length() for axis in (2, 3)]
     return node if sides == [side, side] else op.adaptive_avg_pool(node, op.constant(np.array([side, side])))
+
+
+def _write_described(op: Any, layer: Described, features: Any) -> Any:
+    logits = features
+    for leaf in _leaves(layer.head):
+        logits = _write_layer(op, leaf, logits)
+    maps = op.reshape(features, np.array([0, layer.maps, -1]), True)
+    return op.concat([logits, op.reduce_mean(maps, np.array([2]))], 1)
 
 
 def _traced(layers: nn.Sequential, transform: Transform) -> Any:

@@ -52,6 +52,14 @@ def data_ingestion(state: Run) -> None:
     write_json(paths.report_path, {"classes": state.report.classes, "images": state.report.images, **found})
 
 
+def unpacked(state: Run) -> Path:
+    """The folder of the scans. Where their pixels came out of the cache they were not unpacked: then they are here."""
+    folder = state.config.data_ingestion.scans_dir
+    if not folder.exists():
+        _unpack(state)
+    return folder
+
+
 def _unpack(state: Run) -> None:
     """The zip's scans into `unzip_dir`; a folder is read where it lies."""
     paths, config = state.config.data_ingestion, state.config

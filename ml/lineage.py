@@ -70,19 +70,28 @@ def leaks(report: DatasetReport, split: Split, ancestors: Sequence[str] = ()) ->
     `ancestors`: the lineage of the weights that training began from. Compared directly, not through third scans.
     ModelFileError for an ancestor that is no token of `lineage`.
     """
+    patients, copies, near = _shared(report, split, ancestors)
+    return Leaks(int(patients.sum()), int(copies.sum()), int((near & ~copies).sum()))
+
+
+def unlearnt(report: DatasetReport, split: Split, ancestors: Sequence[str] = ()) -> np.ndarray:
+    """The test scans of which nothing was learnt, as places among `split.test`: those that `leaks` does not count."""
+    patients, copies, near = _shared(report, split, ancestors)
+    return np.flatnonzero(~(patients | copies | near))
+
+
+def _shared(report: DatasetReport, split: Split, ancestors: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which test scans share a patient, a content, a likeness with what was learnt from: bool [tested] each."""
     learned = [report.scans[index] for index in (*split.train, *split.validation)]
     earlier = [_parts(token) for token in ancestors]
     contents = {scan.sha256 for scan in learned} | {content for content, _, _ in earlier}
     patients = {scan.patient for scan in learned} | {patient for _, _, patient in earlier}
-    test = [report.scans[index] for index in split.test]
-    copies = np.array([_is_copy(scan, contents) for scan in test], dtype=bool)
     known = [scan.likeness for scan in learned] + [likeness for _, likeness, _ in earlier]
+    test = [report.scans[index] for index in split.test]
+    of_patients = [scan.patient is not None and scan.patient in patients for scan in test]
+    copies = [_is_copy(scan, contents) for scan in test]
     near = resembling([scan.likeness for scan in test], known)
-    return Leaks(
-        patients=sum(scan.patient is not None and scan.patient in patients for scan in test),
-        duplicates=int(copies.sum()),
-        near_duplicates=int((near & ~copies).sum()),
-    )
+    return np.array(of_patients, dtype=bool), np.array(copies, dtype=bool), near
 
 
 def _is_copy(scan: ScanFile, contents: set[str]) -> bool:

@@ -143,9 +143,10 @@ def positive_index(classes: tuple[str, ...]) -> int | None:
     return None if name is None else classes.index(name)
 
 
-def score(judged: Judged) -> Scores:
-    """All scores of the test scans; temperature and threshold are chosen on the validation scans."""
-    calibration = calibration_of(judged)
+def score(judged: Judged, calibration: Calibration | None = None) -> Scores:
+    """All scores of the test scans; temperature and threshold are those of `calibration`, else chosen on the validation
+    scans."""
+    calibration = calibration or calibration_of(judged)
     made, labels = decisions(judged, calibration), judged.test_labels
     found: dict[str, Any] = {
         **_headline(made),

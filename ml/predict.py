@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from ml import network
-from ml.admission import form_of, whole
+from ml.admission import form_of
 from ml.ahead import ahead, in_rounds
 from ml.calibration import Calibration
+from ml.descriptor import served
 from ml.engines import Engine, Precision, open_engine
 from ml.errors import ImageError, naming_out_of_memory
 from ml.images import decode
+from ml.input_statistics import input_statistics
 from ml.metrics import positive_index
+from ml.outliers import Outliers
 from ml.transforms import Transform
 
 _THREADS = 2
@@ -40,7 +43,9 @@ class Prediction:
     """What the network says of a scan, or (`error_code` set) why it could not look at it.
 
     Probabilities are calibrated and sum to 1; `label` is decided by the network's threshold, so with two classes it may
-    be the less probable one. `confidence` is its probability.
+    be the less probable one. `confidence` is its probability. `ood_score`: how unlike the scans that were learnt from
+    it is, above 1 too much to be trusted (see ml.outliers); None where the model file cannot tell. `oddity`: the input
+    statistic that sets such a scan apart, in words. `statistics`: see ml.input_statistics.
     """
 
     id: str
@@ -50,18 +55,23 @@ class Prediction:
     error_code: str | None = None
     error_detail: str | None = None
     retryable: bool = False
+    ood_score: float | None = None
+    oddity: str | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Predictor:
     """A model that stays loaded, whole on the fastest engine that it is admitted for. Not for two threads at once.
 
-    `calibration`: temperature and threshold, as the model's validation scans gave them."""
+    `engine` gives logits and descriptor (see ml.descriptor). `calibration`: temperature and threshold, as the model's
+    validation scans gave them. `outliers`: what its training scans are like."""
 
     classes: tuple[str, ...]
     transform: Transform
     engine: Engine
     calibration: Calibration = field(default_factory=Calibration)
+    outliers: Outliers | None = None
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
@@ -74,8 +84,10 @@ class Predictor:
         """A predictor of a model that is in memory; raises as `load`. `precision`: see `ml.admission.form_of`."""
         form = form_of(model.metadata, precision)
         with naming_out_of_memory():
-            engine = open_engine(whole(model), model.transform, form, model.metadata.get("ranges"))
-        return cls(model.classes, model.transform, engine, Calibration.of(model.metadata))
+            engine = open_engine(served(model), model.transform, form, model.metadata.get("ranges"))
+        outliers = Outliers.of(model.metadata)
+        seen = outliers.through(form) if outliers is not None else None
+        return cls(model.classes, model.transform, engine, Calibration.of(model.metadata), seen)
 
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be endless: at most eight batches of them are in memory.
@@ -92,41 +104,55 @@ class Predictor:
                 if pixels:
                     yield np.stack(pixels)
 
-        for logits in self.engine.stream(batches()):
-            answers = iter(self._answers(logits))
+        for outputs in self.engine.stream(batches()):
             while True:
                 chunk = waiting.popleft()
-                yield from (self._prediction(one, answers) for one in chunk)
+                yield from self._predictions(chunk, outputs)
                 if any(one.pixels is not None for one in chunk):
                     break
         for chunk in waiting:  # chunks of broken scans alone at the end
-            yield from (self._prediction(one, iter(())) for one in chunk)
+            yield from self._predictions(chunk, np.empty(0))
 
     def _decode(self, scan: ScanInput) -> _Decoded:
         try:
-            return _Decoded(scan.id, self.transform.resize(decode(scan.content(), self.transform.window)), None)
+            pixels = self.transform.resize(decode(scan.content(), self.transform.window))
         except ImageError as error:
-            return _Decoded(scan.id, None, error)
+            return _Decoded(scan.id, error=error)
+        return _Decoded(scan.id, pixels, input_statistics(pixels))
 
-    def _answers(self, logits: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Class index and probabilities float64 [classes] of each scan."""
+    def _predictions(self, chunk: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
+        """Of a chunk whose readable scans got these outputs."""
+        readable = [one for one in chunk if one.pixels is not None]
+        answers = iter(self._answers(readable, outputs) if readable else ())
+        for one in chunk:
+            if one.pixels is None:
+                error = one.error or ImageError()
+                yield Prediction(one.id, error_code=error.code, error_detail=str(error), retryable=error.retryable)
+            else:
+                yield next(answers)
+
+    def _answers(self, scans: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
+        logits, descriptors = np.split(outputs, [len(self.classes)], axis=1)
         decided = self.calibration.decide(logits, positive_index(self.classes))
-        return list(zip(decided.tolist(), self.calibration.probabilities(logits), strict=True))
-
-    def _prediction(self, one: _Decoded, answers: Iterator[tuple[int, np.ndarray]]) -> Prediction:
-        if one.pixels is None:
-            error = one.error or ImageError()
-            return Prediction(one.id, error_code=error.code, error_detail=str(error), retryable=error.retryable)
-        decided, values = next(answers)
-        named = {name: float(value) for name, value in zip(self.classes, values, strict=True)}
-        return Prediction(one.id, self.classes[decided], float(values[decided]), named)
+        statistics = [one.statistics for one in scans]
+        scores = self.outliers.scores(descriptors, statistics).tolist() if self.outliers else [None] * len(scans)
+        for one, place, values, score in zip(
+            scans, decided, self.calibration.probabilities(logits), scores, strict=True
+        ):
+            named = {name: float(value) for name, value in zip(self.classes, values, strict=True)}
+            odd = self.outliers.oddity(one.statistics) if self.outliers and score > 1 else None
+            yield Prediction(
+                one.id, self.classes[place], float(values[place]), named,
+                ood_score=score, oddity=odd, statistics=one.statistics,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Decoded:
     id: str
-    pixels: np.ndarray | None
-    error: ImageError | None
+    pixels: np.ndarray | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+    error: ImageError | None = None
 
 
 def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:

@@ -30,13 +30,14 @@ from ml.transforms import Transform
 @dataclass(frozen=True)
 class Surroundings:
     """What a run finds where it runs: folders of weights, the file that `weights: file:` or `version:` stands for, the
-    cache, checkpoints, and the code's revision."""
+    cache, checkpoints, the code's revision, and the champion's file, which is scored beside the new network."""
 
     weights_dir: Path | None = None
     base_weights: Path | None = None
     cache: Cache | None = None
     checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     revision: str | None = None
+    champion: Path | None = None
 
 
 @dataclass

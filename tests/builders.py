@@ -6,11 +6,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import lifecycle
+from jobs import lifecycle, registry
+from jobs.evaluations import Measured
+from jobs.gate import Policy
 from jobs.lifecycle import Claim, ScanOutcome
+from jobs.registry import NewModel
 from jobs.states import JobKind, JobState, Lane
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import Dataset, Job, Scan, ScanResult, Unit, new_id
+from jobs.tables import Dataset, Job, Json, ModelVersion, Scan, ScanResult, Unit, new_id
 
 TENANT = "default"
 LANES = {
@@ -20,6 +23,8 @@ LANES = {
     JobKind.PREDICT_BATCH: Lane.BATCH,
 }
 BROKEN = {"code": "BROKEN", "detail": "It broke.", "retryable": False}
+SCORES: Json = {"f1": 0.97, "recall": 0.96, "ece": 0.04, "ece_chance": 0.03}
+"""Metrics that the gate takes for a first champion."""
 TRANSIENT = {"code": "SHAKY", "detail": "Try again.", "retryable": True}
 
 
@@ -99,6 +104,7 @@ def outcomes_of(session: Session, held: Claim, failed: int = 0, engine: str = "t
         select(ScanResult.ordinal).where(ScanResult.unit_id == held.unit_id).order_by(ScanResult.ordinal)
     ).all()
     good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Normal": 0.1, "Tumor": 0.9}, "engine": engine}
+    good |= {"disposition": "tumor", "ood_score": 0.4}
     return [
         ScanOutcome(ordinal, error=BROKEN) if number < failed else ScanOutcome(ordinal, **good)
         for number, ordinal in enumerate(ordinals)
@@ -108,3 +114,19 @@ def outcomes_of(session: Session, held: Claim, failed: int = 0, engine: str = "t
 def unknown_id() -> uuid.UUID:
     """An id that nothing has."""
     return new_id()
+
+
+def make_model(
+    session: Session, scores: Json | None = None, tenant_id: str = TENANT, dataset: Dataset | None = None, **new: Any
+) -> ModelVersion:
+    """A version as its training's end leaves it, scored beside the champion on the same scans where there is one."""
+    metrics = {**SCORES, **(scores or {})}
+    job = make_job(session, tenant_id=tenant_id, dataset_id=dataset.id if dataset else None)
+    held = claim(session, units_of(session, job)[0])
+    champion = registry.find_champion(session, tenant_id)
+    measured = Measured(champion.id, "", "c" * 64, 93, metrics, champion.metrics) if champion else None
+    given = {"classes": ["Normal", "Tumor"], "params": {}, "dataset_digest": "d" * 64, "code_revision": "abc"}
+    made = NewModel(**{"weights_sha256": "a" * 64, "metrics": metrics, **given, **new})
+    version = registry.add(session, held, made, Policy(), measured)
+    lifecycle.succeed(session, held, metrics=metrics)
+    return version

@@ -1,10 +1,12 @@
 """What MLflow missed while it was away is recorded from the rows, once it is back.
 
 The rows have parameters, epochs, scores, hashes and files. They do not have single steps, nor the machine's figures.
+MLflow's registry follows behind that (`worker.mirroring`).
 """
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +20,8 @@ from jobs import queries
 from jobs.bookkeeping import NOW
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion
-from worker import mlflow_runs
-from worker.mlflow_runs import Description, describe
+from worker import mirroring, mlflow_runs
+from worker.mlflow_runs import WEIGHTS, Description, describe
 from worker.provenance import BASE_WEIGHTS
 from worker.resources import Resources
 from worker.tracking import PUBLIC
@@ -28,13 +30,12 @@ log = structlog.get_logger()
 
 AT_ONCE = 10
 """Most trainings that one `catch_up` records."""
-WEIGHTS = "model.safetensors"
 STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.CANCELLED: "KILLED"}
 
 
 def is_behind(session: Session) -> bool:
-    """Whether an ended training is not, or not wholly, in MLflow."""
-    return session.scalar(_untracked().limit(1)) is not None
+    """Whether an ended training is not, or not wholly, in MLflow, or its registry is behind ours."""
+    return session.scalar(_untracked().limit(1)) is not None or mirroring.is_behind(session)
 
 
 def mark(session: Session, job_id: uuid.UUID) -> None:
@@ -43,18 +44,28 @@ def mark(session: Session, job_id: uuid.UUID) -> None:
 
 
 def catch_up(resources: Resources) -> int:
-    """Record ended trainings from their rows. Returns how many; 0 also where MLflow is still away."""
+    """Record ended trainings from their rows, and let the registry follow. Returns how many trainings; 0 also where
+    MLflow is still away."""
     done = 0
-    try:
-        client = mlflow_runs.connect(resources.settings.mlflow_url)
+    client = mlflow_runs.connect(resources.settings.mlflow_url)
+    with _patient():
         with resources.sessions.begin() as session:
             job_ids = session.scalars(_untracked().limit(AT_ONCE)).all()
         for job_id in job_ids:
             _record(client, resources, job_id)
             done += 1
+    with _patient():  # though a training could not be recorded: somebody may have deleted its run
+        mirroring.mirror(client, resources.sessions)
+    return done
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """What fails is done at the next look."""
+    try:
+        yield
     except Exception as error:
         log.warning("mlflow_given_up", error=type(error).__name__)
-    return done
 
 
 def _untracked() -> Any:

@@ -1,4 +1,4 @@
-"""The only publisher. It rings doorbells in a fair order, takes back lost leases, and forgets what is old.
+"""The only publisher. It rings doorbells in a fair order, takes back lost leases, sends webhooks, forgets what is old.
 
 It listens for NOTIFY, and sweeps behind that: a notification may be missed, a sweep is not. Several dispatchers may run
 at once; each row is rung by one of them (SKIP LOCKED). Run it with `python -m worker.dispatcher`.
@@ -21,13 +21,15 @@ from psycopg2.errors import LockNotAvailable
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from jobs import bookkeeping, checkpoints, doorbells, expiry, idempotency, lifecycle, logs, processes
+from jobs import bookkeeping, checkpoints, deliveries, doorbells, drift, expiry, idempotency, lifecycle, logs, processes
 from jobs.artifacts import Artifacts
 from jobs.db import Sessions, forgetful_sessions, listening, session_factory
 from jobs.settings import Settings
 from jobs.states import Lane
+from jobs.versions import MIRROR
 from worker.app import TASK_OF, ring, ring_tracking
 from worker.catching_up import is_behind
+from worker.delivering import delivering
 from worker.turns import Plan, Turns
 
 log = structlog.get_logger()
@@ -73,18 +75,20 @@ class Dispatcher:
         self._forgetting = Every(600.0)
         self._expiring = Every(600.0)
         self._tracking = Every(settings.track_again_seconds)
+        self._drifting = Every(settings.drift_seconds)
         self._pace: dict[Lane, float] = {}
         self._turns = Turns(settings.chunk_scans, settings.rung_ahead_seconds, settings.newcomer_seconds)
         self._name = f"dispatcher@{socket.gethostname()}/{os.getpid()}"
 
     def run(self) -> None:
         """Work until `stop()`. Postgres going away is waited out."""
-        while not self._stop.is_set():
-            try:
-                self._serve()
-            except LOST_DATABASE as error:
-                log.warning("database_lost", error=type(error).__name__)
-                self._stop.wait(1)
+        with delivering(self._settings):
+            while not self._stop.is_set():
+                try:
+                    self._serve()
+                except LOST_DATABASE as error:
+                    log.warning("database_lost", error=type(error).__name__)
+                    self._stop.wait(1)
         with suppress(*LOST_DATABASE), self._sessions.begin() as session:  # else the row grows old by itself
             processes.gone(session, self._name)
 
@@ -105,6 +109,8 @@ class Dispatcher:
             self._expire()
         if self._settings.mlflow_url and self._tracking.due():
             self._ring_tracking()
+        if self._drifting.due():
+            self._look_for_drift()
 
     def _serve(self) -> None:
         with listening(self._sessions.kw["bind"], bookkeeping.UNITS_CHANNEL) as bell:
@@ -112,7 +118,8 @@ class Dispatcher:
                 self.step()
                 if self._turns.is_busy:
                     self._stop.wait(GATHERING)
-                bell.wait(self._settings.sweep_seconds)
+                if MIRROR in bell.wait(self._settings.sweep_seconds):
+                    self._tracking.sooner(0)
 
     def _ring_waiting(self) -> None:
         """Mark, commit, then publish: a doorbell is never rung for a row that may still vanish."""
@@ -179,6 +186,7 @@ class Dispatcher:
         with self._sessions.begin() as session:
             idempotency.prune(session, self._settings.idempotency_hours)
             processes.forget(session)
+            deliveries.prune(session, self._settings.delivery_days)
         try:
             with self._sessions.begin() as session:
                 checkpoints.prune(session, self._artifacts)
@@ -193,6 +201,15 @@ class Dispatcher:
             more = expiry.expire(session, self._settings.results_days)
         if more:
             self._expiring.sooner(1.0)
+
+    def _look_for_drift(self) -> None:
+        try:
+            with self._sessions.begin() as session:
+                drift.look(session, self._settings)
+        except LOST_DATABASE:
+            raise
+        except Exception as error:  # one model's reference that cannot be read: ringing goes on for all others
+            log.warning("drift_not_looked_for", error=type(error).__name__)
 
     def _show_life(self) -> None:
         sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())

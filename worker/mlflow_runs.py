@@ -19,6 +19,7 @@ METRICS_AT_ONCE = 1000
 """MLflow's own limit for one call."""
 DIGEST_LENGTH = 36
 """MLflow's own limit for a dataset's digest; the whole of it is a tag."""
+WEIGHTS = "model.safetensors"
 PHASES = ("head", "fine_tune")
 NOT_A_METRIC = ("epoch", "epochs", "attempt")
 

@@ -1,5 +1,6 @@
 """What a training job asks for, read from its rows; and how its child is told: by flags, two files, and weights."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,14 @@ from worker.running import Held, WorkFailed
 
 
 @dataclass(frozen=True)
+class Champion:
+    """The tenant's champion as the training began: the new network is compared with it."""
+
+    id: uuid.UUID
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
 class Order:
     """What is to be trained, read from the rows once; and where an attempt before this one had come to."""
 
@@ -26,6 +35,7 @@ class Order:
     dataset_digest: str | None
     source_url: str | None
     base_sha256: str | None  # of the version to begin from
+    champion: Champion | None
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
 
@@ -46,6 +56,7 @@ def read(session: Session, held: Held) -> Order:
         dataset_digest=dataset.digest if dataset else None,
         source_url=job.source_url,
         base_sha256=_base(session, job),
+        champion=_champion(session, job.tenant_id),
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
     )
@@ -70,6 +81,11 @@ def _base(session: Session, job: Job) -> str | None:
     return base.weights_sha256 if base else None
 
 
+def _champion(session: Session, tenant_id: str) -> Champion | None:
+    found = registry.find_champion(session, tenant_id)
+    return Champion(found.id, found.weights_sha256) if found else None
+
+
 # --- the child's ---
 
 
@@ -87,6 +103,8 @@ def arguments(held: Held, order: Order, folder: Path) -> list[str]:
         found += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]
     if (base := _base_weights(held, order, folder)) is not None:
         found += ["--base-weights", str(base)]
+    if order.champion and (weights := _fetched(held, order.champion.weights_sha256, folder)) is not None:
+        found += ["--champion", str(weights)]
     if (revision := code_revision()) is not None:
         found += ["--revision", revision]
     return found
@@ -95,19 +113,20 @@ def arguments(held: Held, order: Order, folder: Path) -> list[str]:
 def _base_weights(held: Held, order: Order, folder: Path) -> Path | None:
     """The file that `weights: file:NAME` or `version:N` stands for; None for other weights."""
     if order.base_sha256 is not None:
-        return _version(held, order.base_sha256, folder)
+        if (weights := _fetched(held, order.base_sha256, folder)) is not None:
+            return weights
+        raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
     name = training_params.base_file(order.params)
     return None if name is None else _file(name, held.resources.settings.weights_dir)
 
 
-def _version(held: Held, sha256: str, folder: Path) -> Path:
+def _fetched(held: Held, sha256: str, folder: Path) -> Path | None:
+    """A version's weights; None where they are not stored."""
     try:
         path = held.resources.artifacts.fetch(sha256, folder)
-        if path.is_file():
-            return path
     except FileNotFoundError:
-        pass
-    raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
+        return None
+    return path if path.is_file() else None
 
 
 def _file(name: str, folder: Path | None) -> Path:

@@ -4,7 +4,6 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,16 +12,19 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import lifecycle, registry
+from jobs import explanations, lifecycle
 from jobs.bookkeeping import ScanOutcome
+from jobs.explanations import ALL, Made, Unexplained
 from jobs.reuse import Known, known_results
-from jobs.states import ResultState
-from jobs.tables import Job, Json, ModelVersion, Scan, ScanResult
+from jobs.states import JobKind, ResultState
+from jobs.tables import Job, Scan, ScanResult
 from ml.engines import Precision
-from ml.errors import ModelFileError
-from ml.predict import Prediction, Predictor, ScanInput
+from ml.predict import Predictor, ScanInput
 from worker.bringing import Wanted, bring
-from worker.running import Held, WorkFailed
+from worker.explain import explained_at_once
+from worker.outcomes import Judge
+from worker.running import Held
+from worker.weights import pinned, reading_weights
 
 log = structlog.get_logger()
 
@@ -34,12 +36,14 @@ REPORT_EVERY = 2.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit's work: which model in which precision, and which scans. `explain`: they are explained afterwards."""
+    """The unit's work: which model in which precision, and which scans. `explain`: they are explained too, and where it
+    is "all", for every class."""
 
     model_id: uuid.UUID
     weights_sha256: str
+    classes: Sequence[str]
     precision: Precision
-    explain: bool
+    explain: bool | str
     scans: Sequence[Wanted]
 
     @property
@@ -84,37 +88,37 @@ def predict_chunk(held: Held) -> None:
             held.outcomes.append(outcome)
             if len(held.outcomes) < chunk.results:  # what is complete has nothing to hand back
                 held.check()
+        at_once = _explains_at_once(held)
+        made = _explained(held, chunk, folder) if at_once and chunk.explain else []
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
-        lifecycle.succeed(
-            session, held.claim, outcomes=held.outcomes, device_seconds=seconds, then_explain=chunk.explain
-        )
+        later = bool(chunk.explain) and not at_once
+        lifecycle.succeed(session, held.claim, outcomes=held.outcomes, device_seconds=seconds, then_explain=later)
+        explanations.write(session, held.claim, made)
 
     held.finish(end)
+
+
+def _explains_at_once(held: Held) -> bool:
+    """A single scan's explanation comes with its prediction: one doorbell, one claim, one end. But at first only: an
+    attempt that died of it took the prediction with it, and the next must not. A batch's explanations wait."""
+    return held.claim.kind == JobKind.PREDICT and held.claim.attempt == 1
+
+
+def _explained(held: Held, chunk: Chunk, folder: Path) -> list[Made]:
+    found = {outcome.ordinal: outcome.label for outcome in held.outcomes if outcome.label is not None}
+    scans = [(ordinal, wanted) for wanted in chunk.scans for ordinal in wanted.ordinals if ordinal in found]
+    left = [Unexplained(ordinal, wanted.sha256, wanted.url, found[ordinal]) for ordinal, wanted in scans]
+    return explained_at_once(held, chunk.weights_sha256, left, chunk.explain == ALL, folder) if left else []
 
 
 def _read_chunk(session: Session, held: Held) -> Chunk:
     job = session.get_one(Job, held.claim.job_id)
     version = pinned(session, job)
-    precision, explain = job.params.get("precision", "auto"), bool(job.params.get("explain"))
-    return Chunk(version.id, version.weights_sha256, precision, explain, _wanted(session, held.claim.unit_id))
-
-
-def pinned(session: Session, job: Job) -> ModelVersion:
-    """The version that the job was pinned to at its submit. Raises WorkFailed."""
-    if job.model_id is None:
-        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
-    return registry.by_id(session, job.model_id)
-
-
-@contextmanager
-def reading_weights() -> Iterator[None]:
-    """WorkFailed where the version's weights are not stored, or are none."""
-    try:
-        yield
-    except (FileNotFoundError, ModelFileError) as error:
-        raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
+    precision, explain = job.params.get("precision", "auto"), job.params.get("explain", False)
+    network = version.id, version.weights_sha256, version.classes
+    return Chunk(*network, precision, explain, _wanted(session, held.claim.unit_id))
 
 
 def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
@@ -139,22 +143,22 @@ def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
 
 
 def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, folder: Path) -> Iterator[ScanOutcome]:
-    engine = predictor.engine.name
-    known = _known(held, chunk, engine)
+    judge = Judge.of(held.resources.settings, chunk.classes, predictor.engine.name)
+    known = _known(held, chunk, judge.engine)
     left: dict[str, Wanted] = {}
     for wanted in chunk.scans:
         found = known.get(wanted.scan_id) if wanted.scan_id else None
         if found is None:
             left[str(wanted.ordinals[0])] = wanted
         else:
-            yield from _alike(wanted, _known_outcome(found, engine))
+            yield from _alike(wanted, judge.of_known(found))
     scans = (ScanInput(id, partial(bring, held.resources, wanted, folder)) for id, wanted in left.items())
     reported = time.monotonic()
     for prediction in predictor.predict(scans):
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()
-        yield from _alike(left[prediction.id], _outcome(prediction, engine))
+        yield from _alike(left[prediction.id], judge.of_prediction(prediction))
 
 
 def _known(held: Held, chunk: Chunk, engine: str) -> dict[uuid.UUID, Known]:
@@ -168,14 +172,3 @@ def _alike(wanted: Wanted, outcome: ScanOutcome) -> Iterator[ScanOutcome]:
     """The outcome at each place of the scan; it was computed for the first at most."""
     for number, ordinal in enumerate(wanted.ordinals):
         yield replace(outcome, ordinal=ordinal, cached=outcome.error is None and (outcome.cached or number > 0))
-
-
-def _known_outcome(known: Known, engine: str) -> ScanOutcome:
-    return ScanOutcome(-1, known.label, known.confidence, known.probabilities, engine, cached=True)
-
-
-def _outcome(prediction: Prediction, engine: str) -> ScanOutcome:
-    if prediction.error_code is not None:
-        error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
-        return ScanOutcome(-1, error={**error, "retryable": prediction.retryable})
-    return ScanOutcome(-1, prediction.label, prediction.confidence, prediction.probabilities, engine)

@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 
 from jobs import lifecycle, registry, reproduction
 from jobs.errors import LeaseLost
+from jobs.evaluations import Measured
+from jobs.gate import Policy
 from jobs.states import Stage
 from jobs.tables import Artifact, Json
 from ml import events
@@ -43,7 +45,7 @@ class Told:
     """What the child has said so far."""
 
     stages: list[Json] = field(default_factory=lambda: [_queued(stage) for stage in Stage])
-    metrics: Json | None = None
+    evaluated: events.Evaluated | None = None
     finished: events.Finished | None = None
     failed: events.Failed | None = None
 
@@ -162,7 +164,7 @@ def _hear(held: Held, run: tracking.Run, told: Told, event: events.Event) -> Non
         case events.Progress():
             held.report(progress=_progress(event.stage, event.fraction))
         case events.Evaluated():
-            told.metrics = event.metrics
+            told.evaluated = event
             run.final(event.metrics)
         case events.Finished():
             told.finished = event
@@ -205,34 +207,54 @@ def _progress(stage: str, fraction: float) -> float:
 def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
     """Store the files, then write version, artifacts and the job's end in ONE transaction."""
     assert told.finished is not None
-    assert told.metrics is not None
-    weights = Path(told.finished.model_path)
-    files = {name: Path(path) for name, path in told.finished.artifacts.items()}
+    assert told.evaluated is not None
+    finished, evaluated = told.finished, told.evaluated
+    weights = Path(finished.model_path)
+    files = {name: Path(path) for name, path in finished.artifacts.items()}
     run.artifacts(files, weights)
     store = held.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
     blob = stored["model.safetensors"] = store.put_file(weights)
-    new = registry.NewModel(
-        weights_sha256=blob.sha256,
-        classes=list(told.metrics["classes"]),
-        params=order.params,
-        metrics=told.metrics,
-        dataset_digest=json.loads(files["manifest.json"].read_text())["digest"],
-        code_revision=code_revision(),
-        environment=_trained_on(order, weights),
-        mlflow_run_id=run.run_id,
-    )
+    environment = _trained_on(order, weights)
+    digest = json.loads(files["manifest.json"].read_text())["digest"]
+    new = _new_model(order, evaluated, blob.sha256, digest, environment, run.run_id)
     run.made(str(new.dataset_digest), new.weights_sha256, new.environment.get(BASE_WEIGHTS))
 
     def end(session: Session) -> None:
-        registry.add(session, held.claim, new, held.resources.settings.promote_min_f1)
+        policy = Policy.of(held.resources.settings)
+        registry.add(session, held.claim, new, policy, _measured(order, evaluated.champion))
         reproduction.write(session, held.claim)
         for name, kept in stored.items():
             session.add(_artifact(held, name, kept.sha256, kept.size))
-        assert told.finished is not None
-        lifecycle.succeed(session, held.claim, metrics=told.metrics, device_seconds=told.finished.device_seconds)
+        lifecycle.succeed(session, held.claim, metrics=evaluated.metrics, device_seconds=finished.device_seconds)
 
     held.finish(end, and_follow=False)  # MLflow is still to be told: another unit would wait without a beat
+
+
+def _new_model(
+    order: Order, evaluated: events.Evaluated, weights_sha256: str, digest: str, environment: Json, run_id: str | None
+) -> registry.NewModel:
+    return registry.NewModel(
+        weights_sha256=weights_sha256,
+        classes=list(evaluated.metrics["classes"]),
+        params=order.params,
+        metrics=evaluated.metrics,
+        dataset_digest=digest,
+        code_revision=code_revision(),
+        environment=environment,
+        mlflow_run_id=run_id,
+        reference=evaluated.reference,
+    )
+
+
+def _measured(order: Order, told: Json | None) -> Measured | None:
+    """How the champion of the training's start did beside the new network."""
+    if order.champion is None:
+        return None
+    if told is None:
+        return Measured(order.champion.id, "its weights are not stored any more")
+    scores = {name: told[name] for name in ("test_digest", "scans", "candidate", "champion")}
+    return Measured(order.champion.id, told["why"], **scores)
 
 
 def _trained_on(order: Order, weights: Path) -> Json:

@@ -23,6 +23,7 @@ from api.services import EXTENSION
 from cli.plans import free_port
 from jobs import keys, lifecycle, registry
 from jobs.db import Sessions
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.settings import Settings
 from jobs.tables import Job, ModelVersion
@@ -81,8 +82,8 @@ def champion(sessions: Sessions) -> ModelVersion:
     with sessions.begin() as session:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
-        new = NewModel("a" * 64, ["Normal", "Tumor"], {"epochs": 2}, {"f1": 0.97}, "d" * 64, "abc123")
-        made = registry.add(session, held, new, min_f1=0.85)
+        new = NewModel("a" * 64, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
+        made = registry.add(session, held, new, Policy())
         lifecycle.succeed(session, held, metrics={"accuracy": 0.97, "f1": 0.97})
     return made
 

@@ -8,6 +8,7 @@ from flask.testing import FlaskClient
 
 from jobs import lifecycle, registry, reproduction
 from jobs.db import Sessions
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
@@ -22,7 +23,8 @@ def finish_training(sessions: Sessions, job_id: str, f1: float = 0.97, params: d
     """What the worker does at a training's end."""
     with sessions.begin() as session:
         held = builders.claim(session, builders.units_of(session, session.get_one(Job, uuid.UUID(job_id)))[0])
-        registry.add(session, held, NewModel("a" * 64, ["Normal", "Tumor"], params, {"f1": f1}, "d" * 64, "abc"), 0.85)
+        new = NewModel("a" * 64, ["Normal", "Tumor"], params, {"f1": f1}, "d" * 64, "abc")
+        registry.add(session, held, new, Policy())
         reproduction.write(session, held)
         lifecycle.succeed(session, held, metrics={"f1": f1})
 

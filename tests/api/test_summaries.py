@@ -70,6 +70,18 @@ def test_a_summary_counts_classes_confidences_errors_and_what_was_cached(
     )
 
 
+def test_a_summary_counts_what_may_be_done_with_the_scans(
+    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+) -> None:
+    words = ("tumor", "tumor", "indeterminate", "rejected", None)
+    given = [replace(one, disposition=word) for one, word in zip(outcomes(*CONFIDENCES), words, strict=False)]
+    before = client.get(path(batch), headers=PNG).data
+    assert client.get(path(batch)).get_json()["dispositions"] == {}
+    hand_in(sessions, batch, *given)
+    assert client.get(path(batch)).get_json()["dispositions"] == {"indeterminate": 1, "rejected": 1, "tumor": 2}
+    assert client.get(path(batch), headers=PNG).data != before
+
+
 def test_each_value_is_in_the_bin_that_the_edges_name(
     client: FlaskClient, sessions: Sessions, champion: ModelVersion
 ) -> None:

@@ -62,6 +62,13 @@ def test_a_problem_is_one_line_with_its_pointers() -> None:
     )
 
 
+def test_a_refusal_names_its_reasons() -> None:
+    answer = requests.Response()
+    answer.status_code, answer.reason = 409, "Conflict"
+    answer._content = b'{"title": "Conflict", "detail": "Refused.", "reasons": ["F1 0.9 < 0.97.", "Leaks."]}'
+    assert _refusal(answer) == "409 Conflict: Refused. [F1 0.9 < 0.97.; Leaks.]"
+
+
 def test_an_answer_that_is_no_problem_is_one_line_still() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", b"<html>"

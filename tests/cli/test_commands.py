@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,9 +36,15 @@ DIFFERENT = {
     "environment_differences": {"torch": ["2.13", "2.14"]},
 }
 
+MODEL = {
+    "version": "3", "champion": True, "classes": ["Normal", "Tumor"], "network": "vgg16", "head": "vgg",
+    "weights_sha256": hashlib.sha256(b"weights").hexdigest(), "metrics": {"f1": 0.95, "held_out": 93},
+    "gate": {"promoted": True, "reasons": ["F1 0.9500 ≥ the champion's 0.9400."]}, "created_at": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+
 
 class Api(ThreadingHTTPServer):
-    """Answers each method and path with what it was given."""
+    """Answers each method and path with what it was given: bytes as they are, all else as JSON."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -50,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = f"{self.command} {self.path}"
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked[asked] = json.loads(body) if body else None
-        content = json.dumps(self.server.answers[asked]).encode()
+        told = self.server.answers[asked]
+        content = told if isinstance(told, bytes) else json.dumps(told).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -144,3 +153,76 @@ def test_a_dataset_shows_its_problems_and_its_warnings(ask: Ask) -> None:
         "dataset d1 is ready: Normal 240, Tumor 25",
         "  warning  Normal has ten times as many scans as Tumor.",
     ]
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("words", [["models"], ["models", "list"]])
+def test_models_are_listed_unless_something_else_is_asked(ask: Ask, words: list[str]) -> None:
+    page = {"data": [MODEL], "has_more": False, "next": None}
+    result, _ = ask({"GET /models?limit=100": page}, *words)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[1].split() == ["3", "champion", "0.950", "2026-01-01T00:00:00Z"]
+    result, _ = ask({"GET /models?limit=100": page}, *words, "--json")
+    assert json.loads(result.output) == [MODEL]
+
+
+def test_a_model_shows_its_figures_and_what_the_gate_said(ask: Ask) -> None:
+    result, _ = ask({"GET /models/champion": MODEL}, "models", "show", "champion")
+    assert result.output.splitlines() == [
+        "version 3, the champion: Normal, Tumor",
+        "  network  vgg16, head vgg",
+        f"  weights  {MODEL['weights_sha256']}",
+        "  f1       0.9500",
+        "  gate     F1 0.9500 ≥ the champion's 0.9400.",
+    ]
+
+
+def test_a_promotion_and_a_rollback_say_who_is_champion_now(ask: Ask) -> None:
+    words = ["models", "promote", "3", "--force", "--reason", "To see."]
+    result, asked = ask({"POST /models/3/promote": MODEL}, *words)
+    assert (result.exit_code, result.output) == (0, "version 3 is champion\n")
+    assert asked == {"POST /models/3/promote": {"force": True, "reason": "To see."}}
+    result, asked = ask({"POST /models/rollback": MODEL}, "models", "rollback")
+    assert (result.output, asked) == ("version 3 is champion\n", {"POST /models/rollback": {"reason": None}})
+
+
+def test_the_changes_of_the_champion_are_a_table(ask: Ask) -> None:
+    row = {"at": "2026-01-01T00:00:00Z", "version": "2", "replaced": None, "how": "gate", "reason": None}
+    result, _ = ask({"GET /models/promotions?limit=20": {"data": [row]}}, "models", "promotions")
+    assert result.output.splitlines()[1].split() == ["2026-01-01T00:00:00Z", "2", "–", "gate", "–"]
+
+
+def test_two_models_compare_figure_by_figure_and_by_what_differs(ask: Ask) -> None:
+    found = {
+        "a": MODEL, "b": {**MODEL, "version": "4"}, "note": "On the same 93.", "metrics": {"f1": [0.95, None]},
+        "differences": {"params": {"seed": [7, 8]}, "environment": {}, "dataset": ["d1", "d2"]},
+    }  # fmt: skip
+    result, _ = ask({"GET /models/compare?a=champion&b=4": found}, "models", "compare", "champion", "4")
+    assert [line.split() for line in result.output.splitlines()] == [
+        ["On", "the", "same", "93."],
+        ["version", "3", "version", "4"],
+        ["f1", "0.9500", "–"],
+        ["seed", "7", "8"],
+        ["dataset", "d1", "d2"],
+    ]
+
+
+def test_a_card_is_markdown_and_json_for_machines(ask: Ask) -> None:
+    result, _ = ask({"GET /models/3/card": "# Größe\n".encode()}, "models", "card", "3")
+    assert result.output == "# Größe\n"
+    result, _ = ask({"GET /models/3/card": {"title": "x"}}, "models", "card", "3", "--json")
+    assert json.loads(result.output) == {"title": "x"}
+
+
+def test_weights_are_downloaded_whole_or_not_at_all(ask: Ask, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    answers = {"GET /models/champion": MODEL, "GET /models/3/weights": b"weights"}
+    result, _ = ask(answers, "models", "download", "champion", str(file))
+    assert (result.exit_code, file.read_bytes()) == (0, b"weights")
+    result, _ = ask({**answers, "GET /models/3/weights": b"other"}, "models", "download", "champion", str(file))
+    assert result.exit_code == 1
+    assert "SHA-256" in result.output
+    assert file.read_bytes() == b"weights"
+    assert list(tmp_path.iterdir()) == [file]

@@ -309,7 +309,7 @@ def test_23_a_dispatcher_killed_between_commit_and_publish(processes: Stack, pla
 
 
 def test_24_two_dispatchers(processes: Stack, plan: Sabotage) -> None:
-    """Two dispatchers → nothing claimed twice. (No webhook exists yet that could be sent twice.)
+    """Two dispatchers → nothing claimed twice. (test_webhooks.py: no webhook sent twice for one event.)
 
     Guard: `FOR UPDATE SKIP LOCKED` and the due check in `doorbells.dispatch`, and behind them the claim. Without both a
     unit that both have rung runs twice.

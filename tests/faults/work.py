@@ -10,6 +10,7 @@ from sqlalchemy import insert, select, text
 
 from jobs import lifecycle, registry
 from jobs.artifacts import Artifacts
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
@@ -59,8 +60,8 @@ def champion(processes: Stack, tenant_id: str = TENANT) -> ModelVersion:
         blob = Artifacts(processes.settings.artifacts).put(BytesIO(b"weights"))
         job = builders.make_job(session, tenant_id=tenant_id)
         held = builders.claim(session, builders.units_of(session, job)[0])
-        new = NewModel(blob.sha256, ["Normal", "Tumor"], {"epochs": 2}, {"f1": 0.97}, "d" * 64, "abc123")
-        made = registry.add(session, held, new, min_f1=0.85)
+        new = NewModel(blob.sha256, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
+        made = registry.add(session, held, new, Policy())
         lifecycle.succeed(session, held, metrics={"accuracy": 0.97, "f1": 0.97})
         return made
 

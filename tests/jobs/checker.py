@@ -67,6 +67,13 @@ QUESTIONS = {
             SELECT tenant_id, sum(total) AS scans, count(*) FILTER (WHERE kind = 'predict_batch') AS batches
             FROM jobs WHERE finished_at IS NULL GROUP BY tenant_id) j ON j.tenant_id = l.tenant_id
         WHERE coalesce(l.scans, 0) <> coalesce(j.scans, 0) OR coalesce(l.batches, 0) <> coalesce(j.batches, 0)""",
+    "predictions were counted twice, or not at all": """
+        SELECT m.id FROM model_versions m LEFT JOIN LATERAL (
+            SELECT count(*) AS made FROM jobs j JOIN scan_results r ON r.job_id = j.id
+            WHERE j.model_id = m.id AND j.kind LIKE 'predict%' AND r.state = 'succeeded' AND NOT r.cached) r ON true
+        WHERE r.made <> (SELECT coalesce(sum(scans), 0) FROM prediction_counts c WHERE c.model_id = m.id
+                AND c.what = 'class')
+            AND NOT EXISTS (SELECT FROM jobs j WHERE j.model_id = m.id AND j.results_expired_at IS NOT NULL)""",
     "a job has more than two checkpoints": """
         SELECT job_id FROM checkpoints GROUP BY job_id HAVING count(*) > 2""",
 }

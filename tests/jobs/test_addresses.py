@@ -1,9 +1,12 @@
-"""Which addresses may be fetched from: the same answer at submit and in a worker."""
+"""Which addresses may be fetched from and sent to: the same answer at submit and in a worker.
+
+What webhooks are not sent to is tried in tests/faults/test_webhooks.py (case 39).
+"""
 
 import pytest
 from pydantic import ValidationError
 
-from jobs.addresses import CREDENTIALS, MALFORMED, REFUSED, complaint, parse_hosts
+from jobs.addresses import CREDENTIALS, MALFORMED, NOT_PUBLIC, REFUSED, complaint, parse_hosts, webhook_complaint
 from jobs.settings import Settings
 
 HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
@@ -41,6 +44,7 @@ def test_a_host_that_is_named_is_allowed(url: str) -> None:
         ("http://scans.example/a b", MALFORMED),
         ("http://scans.example/é", MALFORMED),
         ("http://scans.example:port/", MALFORMED),
+        ("http://scans.example:0/", MALFORMED),
         ("http://[::1/", MALFORMED),
         ("http:///7.dcm", MALFORMED),
         ("ftp://scans.example/7.dcm", MALFORMED),
@@ -62,3 +66,38 @@ def test_a_list_that_cannot_be_read_stops_the_process_at_its_start(hosts: str) -
 def test_by_default_no_host_is_allowed() -> None:
     assert Settings.model_fields["fetch_hosts"].default == ""
     assert complaint("http://scans.example/", parse_hosts("")) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://ris.example/hook?token=7",
+        "http://8.8.8.8:8080/",
+        "https://[2606:4700::1111]/",
+        "http://scans.example/",
+        "http://10.0.0.5:8042/hook",
+        "https://[::1]:9000/hook",
+    ],
+)
+def test_webhooks_are_sent_to_public_hosts_and_to_those_that_are_named(url: str) -> None:
+    assert webhook_complaint(url, HOSTS) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://10.0.0.5/hook", NOT_PUBLIC),
+        ("https://[::1]/hook", NOT_PUBLIC),
+        ("https://me:secret@scans.example/hook", CREDENTIALS),
+        ("ftp://scans.example/hook", MALFORMED),
+    ],
+)
+def test_another_port_of_a_named_host_is_another_place(url: str, why: str) -> None:
+    assert webhook_complaint(url, HOSTS) == why
+
+
+@pytest.mark.parametrize("waits", ["soon", "5,-1", "5,0", "nan", "inf"])
+def test_waits_that_cannot_be_read_stop_the_process_at_its_start(waits: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(webhook_retry_seconds=waits)
+    assert Settings(webhook_retry_seconds="5, 300").webhook_retries == (5, 300)

@@ -1,38 +1,156 @@
-"""The gate's word, for any two sets of metrics."""
+"""The gate's word, for any metrics."""
 
+import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jobs.gate import gate
+from jobs.gate import Against, Policy, Verdict, gate
+from jobs.settings import Settings
 
-TESTED = {"f1": 0.95, "leaks": {"patients": 0, "duplicates": 0, "near_duplicates": 0}, "patients_known": True}
+POLICY = Policy(min_f1=0.85, min_sensitivity=0.80, max_calibration_error=0.10)
+NO_LEAKS = {"patients": 0, "duplicates": 0, "near_duplicates": 0}
+SENSITIVE = "Sensitivity 0.9100 ≥ the required 0.8000."
+CALIBRATED = "Calibration error beyond chance 0.0200 ≤ the allowed 0.1000."
 
 
 def metrics(**more: Any) -> dict[str, Any]:
-    """Metrics of a network that was tested as it should be."""
-    return {**TESTED, "test_digest": "a" * 64, **more}
+    """Metrics of a good network that was tested as it should be."""
+    figures = {"f1": 0.95, "recall": 0.91, "ece": 0.05, "ece_chance": 0.03}
+    return {**figures, "leaks": NO_LEAKS, "patients_known": True, **more}
+
+
+def against(ours: float | None, theirs: float | None) -> Against:
+    """Both networks' F1 on the same 93 test scans, of which the champion is version 3."""
+    return Against(3, 93, metrics(f1=ours), metrics(f1=theirs))
+
+
+def judged(candidate: dict[str, Any], champion: Against | None = None, wanted: str = "auto") -> Verdict:
+    """The gate's word by the policy above."""
+    return gate(candidate, champion, wanted, POLICY)
+
+
+# --- F1 ---
 
 
 def test_the_first_champion_needs_the_required_f1() -> None:
-    assert gate(metrics(f1=0.85), None, "auto", 0.85).promoted
-    below = gate(metrics(f1=0.8499), None, "auto", 0.85)
-    assert (below.promoted, below.reasons) == (
-        False,
-        ["There is no champion yet, and F1 0.8499 < the required 0.85."],
+    enough = judged(metrics(f1=0.85))
+    assert enough.promoted
+    assert enough.reasons == [
+        "There is no champion yet, and F1 0.8500 ≥ the required 0.8500.",
+        SENSITIVE,
+        CALIBRATED,
+    ]
+    below = judged(metrics(f1=0.8499))
+    assert not below.promoted
+    assert below.reasons[0] == "There is no champion yet, and F1 0.8499 < the required 0.8500."
+
+
+def test_the_next_one_must_not_be_worse_on_the_same_test_scans() -> None:
+    assert judged(metrics(), against(0.946, 0.946)).promoted
+    worse = judged(metrics(), against(0.925, 0.946))
+    assert not worse.promoted
+    assert worse.reasons == [
+        "F1 0.9250 < the champion's 0.9460 (version 3) on the same 93 test scans.",
+        SENSITIVE,
+        CALIBRATED,
+    ]
+
+
+def test_the_f1_on_the_shared_scans_counts_not_that_on_all() -> None:
+    assert judged(metrics(f1=0.10), against(0.95, 0.94)).promoted
+    assert not judged(metrics(f1=1.00), against(0.93, 0.94)).promoted
+
+
+def test_two_figures_that_differ_are_never_shown_as_equal() -> None:
+    worse = judged(metrics(), against(0.94600001, 0.94600002))
+    assert not worse.promoted
+    assert worse.reasons[0].startswith("F1 0.94600001 < the champion's 0.94600002")
+
+
+def test_without_test_scans_of_both_it_is_refused_with_the_reason_and_the_remedy() -> None:
+    verdict = judged(metrics(), Against(3, why="its classes are Cyst, Stone, not Normal, Tumor"))
+    assert not verdict.promoted
+    assert verdict.reasons[0] == (
+        "It cannot be compared with the champion (version 3): its classes are Cyst, Stone, not Normal, Tumor. "
+        "Train anew, or promote it with `force` and a `reason`."
     )
 
 
-def test_the_next_one_must_not_be_worse() -> None:
-    assert gate(metrics(f1=0.95), metrics(f1=0.95), "auto", 0.85).promoted
-    worse = gate(metrics(f1=0.949), metrics(f1=0.95), "auto", 0.85)
-    assert (worse.promoted, worse.reasons) == (False, ["F1 0.9490 < the champion's 0.9500."])
-
-
-def test_who_asks_for_no_promotion_gets_none() -> None:
-    verdict = gate(metrics(f1=1.0), None, "never", 0.85)
+@pytest.mark.parametrize(("ours", "theirs"), [(None, 0.9), (0.9, None), (math.nan, 0.9), (0.9, math.nan)])
+def test_an_f1_that_is_not_known_is_not_good_enough(ours: float | None, theirs: float | None) -> None:
+    verdict = judged(metrics(), against(ours, theirs))
     assert not verdict.promoted
-    assert "promote: never" in verdict.reasons[0]
+    assert "not known" in verdict.reasons[0]
+
+
+# --- sensitivity and calibration ---
+
+
+@pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
+def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: Against | None) -> None:
+    assert judged(metrics(recall=0.80), champion).promoted
+    verdict = judged(metrics(recall=0.79), champion)
+    assert not verdict.promoted
+    assert verdict.reasons[1] == "Sensitivity 0.7900 < the required 0.8000."
+
+
+@pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
+def test_a_network_whose_probabilities_are_wrong_is_refused(champion: Against | None) -> None:
+    verdict = judged(metrics(ece=0.16, ece_chance=0.05), champion)
+    assert not verdict.promoted
+    assert verdict.reasons[2] == "Calibration error beyond chance 0.1100 > the allowed 0.1000."
+
+
+def test_a_calibration_error_that_chance_explains_is_none() -> None:
+    verdict = judged(metrics(ece=0.12, ece_chance=0.13))
+    assert verdict.promoted
+    assert verdict.reasons[2] == "Calibration error beyond chance 0.0000 ≤ the allowed 0.1000."
+
+
+@pytest.mark.parametrize("name", ["f1", "recall", "ece", "ece_chance"])
+def test_what_is_not_known_of_an_earlier_version_is_not_good_enough(name: str) -> None:
+    candidate = metrics()
+    del candidate[name]
+    verdict = judged(candidate)
+    assert not verdict.promoted
+    assert sum("not known" in reason for reason in verdict.reasons) == 1
+
+
+def test_all_that_speaks_against_it_is_listed() -> None:
+    bad = metrics(f1=0.5, recall=0.4, ece=0.3, leaks={**NO_LEAKS, "patients": 2}, patients_known=False)
+    verdict = judged(bad, against(0.5, 0.9))
+    assert [reason.split()[0] for reason in verdict.reasons] == [
+        "2", "Its", "F1", "Sensitivity", "Calibration", "Neither",
+    ]  # fmt: skip
+
+
+def test_the_policy_is_that_of_the_settings() -> None:
+    assert Policy.of(Settings()) == Policy() == POLICY
+    strict = Settings(promote_min_f1=0.9, promote_min_sensitivity=0.95, promote_max_calibration_error=0.02)
+    assert Policy.of(strict) == Policy(0.9, 0.95, 0.02)
+    assert not gate(metrics(), None, "auto", Policy.of(strict)).promoted
+
+
+# --- never ---
+
+
+def test_who_asks_for_no_promotion_hears_what_the_gate_would_have_said() -> None:
+    good = judged(metrics(), wanted="never")
+    assert not good.promoted
+    assert good.reasons == [
+        "The job asked for no promotion (promote: never). The gate would have promoted it:",
+        *judged(metrics()).reasons,
+    ]
+    bad = judged(metrics(), against(0.9, 0.95), wanted="never")
+    assert not bad.promoted
+    assert "would have refused it" in bad.reasons[0]
+    assert bad.reasons[1].startswith("F1 0.9000 < the champion's 0.9500")
+
+
+# --- leaks ---
 
 
 @pytest.mark.parametrize(
@@ -44,39 +162,75 @@ def test_who_asks_for_no_promotion_gets_none() -> None:
         ({"near_duplicates": 1}, "1 test scan looks almost the same as scans that the network has learnt from."),
     ],
 )
-@pytest.mark.parametrize("champion", [None, metrics(f1=0.5)])
+@pytest.mark.parametrize("champion", [None, against(1.0, 0.5)])
 def test_a_network_tested_on_what_it_has_learnt_is_refused_whatever_its_f1(
-    leaks: dict[str, int], words: str, champion: dict[str, Any] | None
+    leaks: dict[str, int], words: str, champion: Against | None
 ) -> None:
-    verdict = gate(metrics(f1=1.0, leaks={**TESTED["leaks"], **leaks}), champion, "auto", 0.85)  # type: ignore[dict-item]
+    verdict = judged(metrics(f1=1.0, leaks={**NO_LEAKS, **leaks}), champion)
     assert not verdict.promoted
     assert verdict.reasons[0] == words
     assert "mend the dataset" in verdict.reasons[1]
 
 
 def test_every_leak_is_named() -> None:
-    verdict = gate(metrics(leaks={"patients": 1, "duplicates": 2, "near_duplicates": 3}), None, "auto", 0.85)
-    assert len(verdict.reasons) == 4
+    verdict = judged(metrics(leaks={"patients": 1, "duplicates": 2, "near_duplicates": 3}))
+    assert len([reason for reason in verdict.reasons if "learnt from" in reason]) == 3
 
 
 def test_unknown_patients_are_noted_and_refused_nothing() -> None:
-    verdict = gate(metrics(patients_known=False), None, "auto", 0.85)
+    verdict = judged(metrics(patients_known=False))
     assert verdict.promoted
     assert "patient" in verdict.reasons[-1]
-    assert len(verdict.reasons) == 2
 
 
-def test_two_that_were_tested_on_different_scans_compare_roughly() -> None:
-    verdict = gate(metrics(f1=0.96, test_digest="b" * 64), metrics(), "auto", 0.85)
-    assert verdict.promoted
-    assert verdict.reasons == [
-        "F1 0.9600 ≥ the champion's 0.9500.",
-        "The champion was tested on other scans: the two figures compare roughly at best.",
-    ]
-    assert not gate(metrics(f1=0.94, test_digest="b" * 64), metrics(), "auto", 0.85).promoted
+# --- any metrics at all ---
+
+figure = st.none() | st.floats(0, 1) | st.just(math.nan)
+any_metrics = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("f1", "recall", "ece", "ece_chance"), figure),
+        "leaks": st.none() | st.dictionaries(st.sampled_from(sorted(NO_LEAKS)), st.none() | st.integers(0, 3)),
+        "patients_known": st.none() | st.booleans(),
+    },
+)
+wishes = st.sampled_from(["auto", "never"])
+policies = st.builds(Policy, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 
 
-def test_metrics_of_an_earlier_version_are_taken_as_they_are() -> None:
-    verdict = gate({"f1": 0.96}, {"f1": 0.95}, "auto", 0.85)
-    assert verdict.promoted
-    assert "not known" in verdict.reasons[1]
+@given(any_metrics, any_metrics, any_metrics, st.floats(0, 1), st.floats(0, 1), wishes, policies)
+def test_what_is_worse_than_the_champion_on_the_same_scans_is_never_promoted(
+    candidate: dict[str, Any],
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    one: float,
+    other: float,
+    wanted: str,
+    policy: Policy,
+) -> None:
+    low, high = sorted((one, other))
+    verdict = gate(candidate, Against(1, 50, {**ours, "f1": low}, {**theirs, "f1": high}), wanted, policy)
+    assert not verdict.promoted or low == high
+
+
+@given(any_metrics, st.none() | st.builds(Against, st.integers(1, 9), st.just(50), any_metrics, any_metrics), policies)
+def test_who_is_promoted_has_shown_all_that_is_asked_for(
+    candidate: dict[str, Any], champion: Against | None, policy: Policy
+) -> None:
+    verdict = gate(candidate, champion, "auto", policy)
+    assert len(verdict.reasons) >= 3, "each rule has its sentence"
+    if verdict.promoted:
+        assert not any((candidate.get("leaks") or {}).values())
+        assert candidate["recall"] >= policy.min_sensitivity
+        assert candidate["ece"] - candidate["ece_chance"] <= policy.max_calibration_error
+        if champion is None:
+            assert candidate["f1"] >= policy.min_f1
+        else:
+            assert champion.candidate is not None
+            assert champion.champion is not None
+            assert champion.candidate["f1"] >= champion.champion["f1"]
+
+
+@given(any_metrics, st.none() | st.builds(Against, st.integers(1, 9), st.just(50), any_metrics, any_metrics), policies)
+def test_never_promotes_nothing(candidate: dict[str, Any], champion: Against | None, policy: Policy) -> None:
+    assert not gate(candidate, champion, "never", policy).promoted

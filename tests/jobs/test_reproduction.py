@@ -10,6 +10,7 @@ from jobs import lifecycle, registry, reproduction
 from jobs.bookkeeping import Claim
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.reproduction import compared, numbers
 from jobs.states import JobState
@@ -101,7 +102,7 @@ def training(sessions: Sessions, metrics: dict[str, Any], **new: Any) -> uuid.UU
 def end(sessions: Sessions, held: Claim, metrics: dict[str, Any]) -> None:
     """The one transaction of a training's end."""
     with sessions.begin() as session:
-        registry.add(session, held, NewModel("a" * 64, ["A", "B"], {}, metrics, "d" * 64, "abc"), 0.85)
+        registry.add(session, held, NewModel("a" * 64, ["A", "B"], {}, metrics, "d" * 64, "abc"), Policy())
         reproduction.write(session, held)
         lifecycle.succeed(session, held, metrics=metrics)
 

@@ -1,5 +1,6 @@
 """What was computed once is known; and explanations follow their results without holding anybody up."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from jobs.artifacts import Blob
 from jobs.bookkeeping import Claim, ScanOutcome
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
+from jobs.explanations import BLANK, HEATMAP, OVERLAY, Made, Pictures, name_of, words_of
 from jobs.reuse import Known, known_results
 from jobs.states import JobKind, JobState, Lane
 from jobs.submission import NewJob, NewResult, submit
@@ -47,13 +49,19 @@ def scan_ids(session: Session, job: Job) -> list:
     return list(session.scalars(of_job))
 
 
+def made(ordinal: int, word: str | None = None, blank: bool = False) -> list[Made]:
+    """What is made of a scan."""
+    parts = (OVERLAY, HEATMAP, BLANK) if blank else (OVERLAY, HEATMAP)
+    return [(name_of(ordinal, part, word), Blob("a" * 64, 10)) for part in parts]
+
+
 def test_a_result_is_known_for_its_model_and_engine_alone(session: Session) -> None:
     job = batch(session)
     ids = scan_ids(session, job)
     assert known_results(session, MODEL, "torch-fp32", ids) == {}
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1))
-    found = Known("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9})
+    found = Known("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9}, 0.4)
     assert known_results(session, MODEL, "torch-fp32", ids) == dict.fromkeys(ids[1:], found), "a failure is no answer"
     assert known_results(session, MODEL, "openvino-bf16", ids) == {}
     assert known_results(session, new_id(), "torch-fp32", ids) == {}
@@ -105,9 +113,10 @@ def test_explanations_follow_behind_all_predictions(session: Session) -> None:
     assert explaining.explains
     (left,) = explanations.unexplained(session, explaining)
     assert (left.ordinal, left.label) == (1, "Tumor")
-    explanations.keep(session, explaining, [(1, Blob("a" * 64, 10))])
+    explanations.keep(session, explaining, made(1))
     assert explanations.unexplained(session, explaining) == [], "what is written is not done again"
-    assert explanations.named(session, job.id, range(4)) == {1: "explanations/000001.png"}
+    own = Pictures("explanations/000001.png", "explanations/000001.heatmap.png", is_blank=False)
+    assert explanations.pictures(session, job.id, range(4)) == {1: {None: own}}
     lifecycle.succeed(session, explaining)
     session.refresh(job)
     assert job.state == JobState.RUNNING, "two results still wait for theirs"
@@ -132,17 +141,17 @@ def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) 
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
     lost = first(session, job)
-    explanations.keep(session, lost, [(0, Blob("a" * 64, 10))])
+    explanations.keep(session, lost, made(0))
     lifecycle.requeue(session, lost, "DRAINED")
     following = first(session, job)
     with pytest.raises(LeaseLost):
-        explanations.keep(session, lost, [(1, Blob("b" * 64, 10))])
+        explanations.keep(session, lost, made(1))
     assert [one.ordinal for one in explanations.unexplained(session, following)] == [1]
-    explanations.keep(session, following, [(1, Blob("b" * 64, 10))])
+    explanations.keep(session, following, made(1))
     lifecycle.succeed(session, following)
     session.refresh(job)
     assert job.state == JobState.SUCCEEDED
-    assert len(session.scalars(select(Artifact).where(Artifact.job_id == job.id)).all()) == 2
+    assert len(session.scalars(select(Artifact).where(Artifact.job_id == job.id)).all()) == 4
 
 
 def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session: Session) -> None:
@@ -152,3 +161,31 @@ def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session
     lifecycle.cancel(session, TENANT, job.id)
     session.refresh(job)
     assert (job.state, job.succeeded, job.cancelled) == (JobState.SUCCEEDED, 2, 0)
+
+
+def test_explanations_of_each_class_are_told_apart(session: Session) -> None:
+    classes = ["Cyst", "Normal", "Tumor"]
+    words = words_of(classes)
+    job = batch(session, scans=2)
+    held = first(session, job)
+    pieces = [*made(0), *made(0, words["Cyst"], blank=True), *made(0, words["Normal"])]
+    explanations.keep(session, held, pieces)
+    found = explanations.pictures(session, job.id, range(2), words)
+    assert set(found) == {0}
+    assert {label: seen.is_blank for label, seen in found[0].items()} == {None: False, "Cyst": True, "Normal": False}
+    assert found[0]["Cyst"].heatmap == "explanations/000000.Cyst.heatmap.png"
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+    types = session.execute(select(Artifact.name, Artifact.media_type).where(Artifact.job_id == job.id)).all()
+    texts = {"explanations/000000.Cyst.blank.txt"}
+    assert {name for name, kind in types if kind != "image/png"} == texts
+
+
+def test_a_classs_name_becomes_a_word_that_no_other_has() -> None:
+    classes = ["Clear cell", "clear/cell", "Clear_cell", "heatmap", "Zyste ü", "腎", "肾", "x" * 300, "a.b"]
+    words = words_of(classes)
+    assert words["Clear cell"] == "Clear_cell"
+    assert words["Zyste ü"] == "Zyste_"
+    assert words["heatmap"] != "heatmap", "000000.heatmap.png is the heatmap of the class that was found"
+    assert len({word.casefold() for word in words.values()}) == len(classes)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", word) for word in words.values())
+    assert words == words_of(classes)

@@ -1,9 +1,11 @@
 """The schema's history runs up and down, and ends where `jobs/tables.py` stands."""
 
 from alembic import command
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, select, text
 
+from jobs import champions
 from jobs.db import Base, Sessions
+from jobs.tables import ModelEvaluation, ModelVersion, Promotion
 from tests.conftest import alembic_config
 
 OWNED_BY_NOBODY = {"processes"}
@@ -21,6 +23,47 @@ def test_downgrading_leaves_nothing_and_upgrading_restores_all(sessions: Session
         assert _objects(connection) == {"alembic_version"}
         command.upgrade(alembic_config(connection), "head")
         assert _objects(connection) == before
+
+
+MODELS_OF_0005 = """
+WITH old (number, tenant, version, champion, promoted, metrics) AS (VALUES
+    (1, 'a', 1, false, 10, '{"f1": 0.9, "test_digest": "one", "held_out": 93}'::jsonb),
+    (2, 'a', 2, false, NULL, '{"f1": 0.7, "test_digest": "one", "held_out": 93}'),
+    (3, 'a', 3, true, 30, '{"f1": 0.95}'),
+    (4, 'b', 1, true, 20, '{"f1": 0.9, "test_digest": "two", "held_out": 12}')
+), job AS (
+    INSERT INTO jobs (id, tenant_id, kind, lane, state, params, metadata)
+        SELECT ('00000000-0000-0000-0000-00000000000' || number)::uuid, tenant, 'train', 'train', 'queued', '{}', '{}'
+        FROM old RETURNING id
+)
+INSERT INTO model_versions (id, tenant_id, version, champion, job_id, weights_sha256, classes, params, metrics, gate,
+        environment, promoted_at)
+    SELECT job.id, tenant, version, champion, job.id, 'w', '[]', '{}', metrics, '{"promoted": true}', '{}',
+        to_timestamp(promoted)
+    FROM old JOIN job ON right(job.id::text, 1) = number::text
+"""
+
+
+def test_the_champions_so_far_are_the_beginning_of_the_history(sessions: Sessions) -> None:
+    with sessions.kw["bind"].connect() as connection:
+        command.downgrade(alembic_config(connection), "0005")
+        connection.execute(text(MODELS_OF_0005))
+        connection.commit()
+        command.upgrade(alembic_config(connection), "head")
+    with sessions() as session:
+        rows = session.scalars(select(Promotion).order_by(Promotion.tenant_id, Promotion.id)).all()
+        assert [(row.tenant_id, row.version, row.replaced, row.how) for row in rows] == [
+            ("a", 1, None, "gate"), ("a", 3, 1, "gate"), ("b", 1, None, "gate"),
+        ]  # fmt: skip
+        assert [row.back_id for row in rows] == [None, rows[0].id, None]
+        assert (rows[1].at.timestamp(), rows[1].verdict) == (30, {"promoted": True})
+        sets = session.execute(
+            select(ModelVersion.tenant_id, ModelVersion.version, ModelEvaluation.test_digest, ModelEvaluation.scans)
+            .join(ModelEvaluation, ModelEvaluation.model_id == ModelVersion.id)
+            .order_by(ModelVersion.tenant_id, ModelVersion.version)
+        ).all()
+        assert [tuple(row) for row in sets] == [("a", 1, "one", 93), ("a", 2, "one", 93), ("b", 1, "two", 12)]
+        assert champions.rollback(session, "a").version == 1
 
 
 def test_every_row_that_belongs_to_somebody_names_its_tenant() -> None:

@@ -20,6 +20,11 @@ from ml.calibration import (
     softmax,
     top_label,
 )
+from ml.features import Features
+from ml.fitting import head_of
+from ml.splits import Split
+from ml.train import TrainConfig, TrainData, logits_of, train
+from tests.ml.builders import CountingBackbone, make_narrow_model, make_params, make_scans
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(2, 5)), elements=st.floats(-50, 50, width=32))
 
@@ -191,3 +196,27 @@ def test_the_order_of_the_scans_does_not_matter(order):
     first, second = calibrate(labels, logits, 1), calibrate(labels[order], logits[order], 1)
     assert second.temperature == pytest.approx(first.temperature, rel=1e-6)
     assert second.threshold == pytest.approx(first.threshold, rel=1e-6)
+
+
+# --- with a training -------------------------------------------------------------------------------------------------
+
+
+def test_an_overfitted_network_is_less_sure_after_calibration_and_rightly_so():
+    """A head that has learnt 80 scans by heart, a fifth of them with the wrong label: what it says of others is far too
+    sure. Temperature scaling on one half of these mends it on the other half."""
+    scans, model = 400, make_narrow_model(dropout=0.0)
+    random = np.random.default_rng(0)
+    labels = (np.arange(scans) + (random.random(scans) < 0.2)) % 2
+    train_scans, validation, test = np.arange(80), np.arange(80, 240), np.arange(240, scans)
+    features = Features(CountingBackbone(), make_scans(scans))
+    data = TrainData(lambda top: features, labels, Split(train_scans, validation, test), positive=1)
+    params = make_params(epochs=60, learning_rate=0.003, keep="last", augmentation=False)
+    history = list(train(TrainConfig(model, params), data))
+    assert history[-1].train_accuracy == 1.0, "it was learnt by heart"
+    chosen, unseen = (logits_of(head_of(model), features, some).numpy() for some in (validation, test))
+    temperature, _ = fit_temperature(labels[validation], chosen)
+    before, after = (reliability(*top_label(labels[test], softmax(unseen, t))).error for t in (1.0, temperature))
+    assert temperature > 1.5
+    assert before > 0.2
+    assert after < 0.5 * before
+    assert cross_entropy(labels[test], unseen, temperature) < cross_entropy(labels[test], unseen)

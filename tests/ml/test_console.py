@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ml.console import Console
+from ml.console import Console, prediction_table
 from ml.events import Epoch, Evaluated, Event, Failed, Finished, Progress, StageFinished, StageStarted, Steps
+from ml.predict import Prediction
 
 METRICS = {"accuracy": 0.9, "precision": 0.8, "recall": 0.7, "f1": 0.75, "roc_auc": None, "held_out": 40}
 LONG = "runs/" + "a-long-name/" * 12
@@ -41,6 +42,20 @@ def test_the_end_tells_figures_model_report_and_how_to_predict(shown):
     ]
 
 
+@pytest.mark.parametrize(
+    ("champion", "line"),
+    [
+        (
+            {"comparable": True, "scans": 40, "candidate": {"f1": 0.75}, "champion": {"f1": 0.8}},
+            "f1 0.7500, the champion's 0.8000  on 40 test scans that neither has learnt from",
+        ),
+        ({"comparable": False, "why": "no [red] file"}, "not compared with the champion: no [red] file"),
+    ],
+)
+def test_a_champion_has_a_line_of_its_own(shown, champion, line):
+    assert shown(StageStarted("evaluation"), Evaluated(METRICS, champion=champion))[-1] == line
+
+
 def test_an_epoch_is_one_line_and_steps_are_none(shown):
     epoch = Epoch(2, 9, 0.5, 0.8, 0.6, 0.7, 0.01, 1.25)
     lines = shown(StageStarted("training"), Steps(2, 1, [0.5], 0.01), epoch, Progress("training", 0.5))
@@ -50,3 +65,16 @@ def test_an_epoch_is_one_line_and_steps_are_none(shown):
 
 def test_a_failure_is_named_in_full_and_brackets_are_text(shown):
     assert shown(Failed("BAD_PARAMS", "epochs: [red] is no number."))[-1] == "BAD_PARAMS epochs: [red] is no number."
+
+
+def test_a_prediction_shows_its_score_and_what_is_odd_about_the_scan(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    odd = Prediction("b.png", "Tumor", 0.9876, ood_score=2.346, oddity="it is darker than they are")
+    alone = Prediction("c.png", "Tumor", 0.9, ood_score=1.5)
+    prediction_table([Prediction("a.png", "Normal", 0.75, ood_score=0.5), odd, alone, Prediction("d.png", "Tumor", 0.5)])
+    a, b, c, d = (line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()[3:-1])
+    assert [cell.strip() for cell in a] == ["a.png", "Normal", "0.7500", "0.50", ""]
+    assert b[3].strip() == "2.35"
+    assert b[4].strip() == "unlike what was learnt from: it is darker than they are"
+    assert c[4].strip() == "unlike what was learnt from"
+    assert [cell.strip() for cell in d[3:]] == ["", ""]

@@ -18,6 +18,7 @@ EACH = [
     events.Resumed(3),
     events.Checkpointed(3, "kept/epoch-0003.safetensors", 0.4),
     events.Evaluated({"accuracy": 0.9, "classes": ["Normal", "Tumor"]}),
+    events.Evaluated({"f1": 0.9}, {"scans": 93}, {"comparable": False, "why": "its file cannot be read"}),
     events.Finished("model.safetensors", {"scores.json": "scores.json"}, 12.5),
     events.Failed("BAD_DATASET", "One class only.", False),
 ]

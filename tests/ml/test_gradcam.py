@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import nn
 
 from ml import network
 from ml.architectures import ARCHITECTURES, Patches
+from ml.engines import open_engine
 from ml.errors import BadParams, ImageError, ModelFileError
-from ml.gradcam import Explainer, Explanation, _Maps, _Tokens
+from ml.gradcam import Explainer, Explanation, _log_odds, _MapsOfTokens
 from ml.images import decode
 from ml.network import Model
 from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
@@ -140,10 +142,9 @@ def test_a_transformers_tokens_are_the_patches_row_by_row():
     model = make_model("vit_b_16")
     pictures = np.zeros((2, 224, 224, 3), np.uint8)
     pictures[1, 3 * 16 : 4 * 16, 12 * 16 : 13 * 16] = 255
-    tokens = Patches(model.network)(model.transform.normalize(torch.from_numpy(pictures)))
-    maps, class_token = _Maps()(tokens)
-    assert torch.equal(_Tokens()((maps, class_token)), tokens)
-    changed = (maps[1] - maps[0]).abs().sum(0)
+    tokens, through = Patches(model.network)(model.transform.normalize(torch.from_numpy(pictures))), _MapsOfTokens()
+    assert torch.equal(through(tokens), tokens)
+    changed = (through.seen[1] - through.seen[0]).abs().sum(0)
     assert np.argwhere(changed.numpy() > 1e-3).tolist() == [[3, 12]]
     step, first = ARCHITECTURES["vit_b_16"].cells
     assert (first + 3 * step, first + 12 * step) == (3 * 16 + 7.5, 12 * 16 + 7.5)
@@ -167,17 +168,81 @@ def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name
     assert explained(scan, CLASSES[0], by).overlay == first.overlay
 
 
-def test_below_the_layer_nothing_is_kept_for_gradients():
-    by, seen = Explainer(make_model()), list[bool]()
-    hooks = [
-        by._network.get_submodule(path).register_forward_hook(lambda layer, inputs, out: seen.append(out.requires_grad))
-        for path in ("0.0", "0.3", "0.5")  # the stem, layer3 and the pooling behind layer4
-    ]
-    explained(encode(make_pixels()), by=by)
-    assert seen == [False, False, True]
-    for hook in hooks:
-        hook.remove()
-    assert not any(weight.requires_grad or weight.grad is not None for weight in by._network.parameters())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
+)
+def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name, monkeypatch):
+    """Against a plain forward and backward of the whole network by torch, with the layer's maps and their gradient."""
+    monkeypatch.setattr("ml.gradcam.open_engine", partial(open_engine, precision="fp32"))
+    model, scan = make_model(name), encode(make_pixels(1, 224, 224, bright=True))
+    seen, whole = list[torch.Tensor](), copy.deepcopy(model.network).requires_grad_(True)
+    whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
+    resized = torch.tensor(model.transform.resize(decode(scan)))[None]
+    logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model), 0.0
+    ours = by._forward(decode(scan))
+    for label in range(len(CLASSES)):
+        log_odds = logits[label] - logits[1 - label]
+        maps, (gradient,) = seen[0].detach(), torch.autograd.grad(log_odds, seen[0], retain_graph=True)
+        if name == "vit_b_16":
+            maps, gradient = (of[:, 1:].transpose(1, 2).unflatten(2, (14, 14)) for of in (maps, gradient))
+        cells = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0)[0].numpy()
+        highest = max(highest, float(cells.max()))
+        assert by._weighed(_log_odds(ours, label)) == pytest.approx(cells, abs=0.01 * highest)
+    assert highest > 0
+
+
+def test_what_raises_all_logits_alike_changes_no_heatmap():
+    scan, by, raised = encode(make_pixels(1, 60, 60, bright=True)), Explainer(make_model()), make_model()
+    with torch.no_grad():
+        raised.last_linear.weight += torch.randn(raised.last_linear.in_features, generator=torch.manual_seed(1))
+    for label in CLASSES:
+        ours, theirs = explained(scan, label, by).heatmap, explained(scan, label, Explainer(raised)).heatmap
+        assert theirs == pytest.approx(ours, abs=1e-3)
+
+
+def test_of_many_classes_one_speaks_against_all_others_by_their_share():
+    logits = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
+    (gradient,) = torch.autograd.grad(_log_odds(logits, 0), logits)
+    share = torch.softmax(logits.detach()[1:], 0)
+    assert gradient.tolist() == pytest.approx([1, -share[0].item(), -share[1].item()])
+    assert torch.sigmoid(_log_odds(logits, 0)).item() == pytest.approx(torch.softmax(logits, 0)[0].item())
+
+
+def test_the_engines_rounding_hardly_moves_the_heat(monkeypatch):
+    scans = [encode(make_pixels(seed, 100, 100, bright=seed % 2 == 1)) for seed in range(4)]
+    fast = [explained(scan, "Tumor") for scan in scans]
+    monkeypatch.setattr("ml.gradcam.open_engine", partial(open_engine, precision="fp32"))
+    exact = Explainer(make_model())
+    for scan, one in zip(scans, fast, strict=True):
+        assert np.abs(one.heatmap - explained(scan, "Tumor", exact).heatmap).max() < 0.05
+
+
+# --- every class -----------------------------------------------------------------------------------------------------
+
+
+def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
+    forwards, scan = list[int](), with_spot(10, 200)
+    by = Explainer(make_spotter("resnet18"))
+    forward = by._forward
+    monkeypatch.setattr(by, "_forward", lambda pixels: forwards.append(1) or forward(pixels))
+    (one,) = by.explain([ScanInput("a", scan)], "Tumor", others=True)
+    (other,) = one.others
+    assert (one.label, other.label, len(forwards)) == ("Tumor", "Normal", 1)
+    for each in (one, other):
+        alone = explained(scan, each.label, by)
+        assert np.array_equal(each.heatmap, alone.heatmap)
+        assert each.overlay == alone.overlay
+        assert alone.others == ()
+    assert (one.is_blank, other.is_blank) == (False, True)
+
+
+def test_a_heatmap_is_a_grey_picture_of_256_levels():
+    one = explained(with_spot(10, 200), "Tumor", Explainer(make_spotter("resnet18")))
+    with Image.open(io.BytesIO(one.heatmap_png()), formats=["PNG"]) as picture:
+        assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
+        levels = np.asarray(picture)
+    assert np.abs(levels / 255 - one.heatmap).max() <= 0.5 / 255 + 1e-6
+    assert levels.max() == 255
 
 
 # --- the scan's own size ---------------------------------------------------------------------------------------------
@@ -222,8 +287,9 @@ def test_without_a_usable_gradient_the_heat_is_nowhere(value):
     one = explained(scan, by=spoiled(value))
     assert np.isfinite(one.heatmap).all()
     assert 0 <= one.heatmap.min() <= one.heatmap.max() <= 1
+    assert one.is_blank == (one.heatmap.max() == 0)
     if not value:
-        assert one.heatmap.max() == 0
+        assert one.is_blank
         assert np.array_equal(picture_of(one), grey_of(scan))
 
 

@@ -66,7 +66,7 @@ def test_an_epoch_is_a_row_with_its_phase_and_f1(hold: Hold) -> None:
 
 def test_scores_and_the_end_are_kept_for_the_one_transaction_that_ends_the_job(hold: Hold) -> None:
     told, heard, rows, changes = hear(hold(), events.Evaluated({"f1": 0.9}), events.Finished("model.safetensors"))
-    assert (told.metrics, told.finished) == ({"f1": 0.9}, events.Finished("model.safetensors"))
+    assert (told.evaluated, told.finished) == (events.Evaluated({"f1": 0.9}), events.Finished("model.safetensors"))
     assert heard == [{"f1": 0.9}]
     assert (rows, changes) == ([], 0)
 

@@ -10,8 +10,10 @@ import yaml
 
 from jobs import lifecycle, registry
 from jobs.db import Sessions
+from jobs.gate import Policy
 from jobs.registry import NewModel
 from jobs.settings import Settings
+from tests import builders
 from tests.worker.conftest import Hold
 from worker import orders
 from worker.resources import Resources
@@ -52,6 +54,7 @@ def test_the_child_gets_all_parameters_the_cache_and_the_revision(
     assert arguments[0] == "train"
     assert "--events" in arguments
     assert "--base-weights" not in arguments
+    assert "--champion" not in arguments
     assert after("--cache", arguments) == str(settings.home.resolve() / "cache")
     assert after("--cache-bytes", arguments) == "1000"
     assert after("--revision", arguments) == "abc123"
@@ -110,11 +113,12 @@ def test_no_name_leads_out_of_the_folder(hold: Hold, tmp_path: Path, name: str) 
     assert refused(hold(weights=f"file:{name}"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
 
 
-def made(hold: Hold, sessions: Sessions, weights_sha256: str) -> uuid.UUID:
-    """A version with these weights."""
+def made(hold: Hold, sessions: Sessions, weights_sha256: str, f1: float = 0.0) -> uuid.UUID:
+    """A version with these weights; it is champion with an F1 that is good enough."""
     held = hold()
     with sessions.begin() as session:
-        version = registry.add(session, held.claim, NewModel(weights_sha256, ["A", "B"], {}, {}, None, None), 0.85)
+        new = NewModel(weights_sha256, ["A", "B"], {}, {**builders.SCORES, "f1": f1}, None, None)
+        version = registry.add(session, held.claim, new, Policy())
         lifecycle.succeed(session, held.claim)
         return version.id
 
@@ -137,3 +141,24 @@ def test_a_version_without_its_weights_fails_the_job(hold: Hold, tmp_path: Path,
 def test_a_version_that_is_gone_fails_the_job(hold: Hold, tmp_path: Path) -> None:
     assert refused(hold(uuid.uuid4(), weights="version:1"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
     assert refused(hold(weights="version:9"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
+
+
+# --- the champion that it is compared with ---
+
+
+def test_the_champion_of_the_trainings_start_is_named(
+    hold: Hold, tmp_path: Path, sessions: Sessions, resources: Resources
+) -> None:
+    blob = resources.artifacts.put(io.BytesIO(b"champion"))
+    version = made(hold, sessions, blob.sha256, f1=0.9)
+    held = hold()
+    assert Path(after("--champion", told(held, tmp_path / "own"))).read_bytes() == b"champion"
+    order = held.in_transaction(lambda session: orders.read(session, held))
+    assert order.champion == orders.Champion(version, blob.sha256)
+
+
+def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(
+    hold: Hold, tmp_path: Path, sessions: Sessions
+) -> None:
+    made(hold, sessions, "f" * 64, f1=0.9)
+    assert "--champion" not in told(hold(), tmp_path / "own")

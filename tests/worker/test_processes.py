@@ -15,7 +15,7 @@ from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.submission import NewJob, NewResult, submit
-from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult
+from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, PredictionCount, Scan, ScanResult
 from ml import phantom_files
 from tests.builders import TENANT, units_of
 from tests.jobs.checker import faults
@@ -66,6 +66,9 @@ def test_a_dataset_is_checked_then_trained_on_then_used(sessions: Sessions, fast
             results = session.query(ScanResult).order_by(ScanResult.ordinal).all()
             assert all(sum(r.probabilities.values()) == pytest.approx(1) for r in results[:4] if r.probabilities)
             assert results[4].error is not None
+            assert None not in [r.disposition for r in results[:4]]
+            counted = session.query(PredictionCount.what).distinct()
+            assert {what for (what,) in counted} == {*version.reference["statistics"], "class", "disposition"}
             assert faults(session) == []
 
 

@@ -4,13 +4,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
 from cli.plans import free_port
 from jobs.settings import Settings
@@ -25,32 +23,15 @@ EPOCH = Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5, val_f1=0.8)
 SHOWN = ("mistakes.png", "report.html", "report.pdf", "manifest.json")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an MLflow server that keeps all it has in a folder."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", str(folder / "files")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *command, *store], stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        eventually(lambda: _healthy(url), 60, lambda: (folder / "log").read_text())
-        yield url
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 @pytest.mark.slow
-def test_a_run_carries_all_that_a_training_told(server: str, tmp_path: Path) -> None:
+def test_a_run_carries_all_that_a_training_told(mlflow_url: str, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"w" * 1000)
     files = {name: tmp_path / name for name in ("scores.json", "roc.png", *SHOWN)}
     for path in files.values():
         path.write_text("{}")
     told: list[str] = []
-    run = Run(Settings(mlflow_url=server), WHAT, told.append)
+    run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     run.epoch(EPOCH)
     run.epoch(replace(EPOCH, epoch=2, phase="fine_tune"))
     run.final({"f1": 0.95, "classes": ["Normal", "Tumor"], "per_class": {"Tumor": {"f1": 0.9}}})
@@ -58,7 +39,7 @@ def test_a_run_carries_all_that_a_training_told(server: str, tmp_path: Path) -> 
     run.made(DIGEST, "c" * 64, "e" * 64)
     run.end("FINISHED", patience=60)
 
-    client = _client(server)
+    client = _client(mlflow_url)
     seen = client.get_run(told[0])
     assert run.is_complete
     assert client.get_experiment(seen.info.experiment_id).name == EXPERIMENT
@@ -84,7 +65,9 @@ def test_nothing_that_shows_a_scan_or_a_name_is_public() -> None:
 
 
 @pytest.mark.slow
-def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
+    mlflow_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     calls: list[int] = []
@@ -96,25 +79,27 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(server: str, mon
 
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     told: list[str] = []
-    run = Run(Settings(mlflow_url=server), WHAT, told.append)
+    run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     for first in range(1, 2401, 30):
         run.steps(Steps(1, first, [1 / (first + number) for number in range(30)], 0.01))
     run.end("FINISHED", patience=60)
 
-    losses = _client(server).get_metric_history(told[0], "train_loss_step")
+    losses = _client(mlflow_url).get_metric_history(told[0], "train_loss_step")
     assert sorted(point.step for point in losses) == list(range(1, 2401))
     assert {point.step: point.value for point in losses}[2400] == pytest.approx(1 / 2400)
-    rates = _client(server).get_metric_history(told[0], "learning_rate_step")
+    rates = _client(mlflow_url).get_metric_history(told[0], "learning_rate_step")
     assert [point.step for point in rates][-1] == 2400
     assert len(calls) < 10
     assert max(calls) <= 1000
 
 
 @pytest.mark.slow
-def test_the_machine_is_measured_from_the_beginning_to_the_end(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_measured_from_the_beginning_to_the_end(
+    mlflow_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("worker.tracking.LOOK_EVERY", 0.3)
     told: list[str] = []
-    run = Run(Settings(mlflow_url=server), WHAT, told.append)
+    run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     eventually(lambda: told, 30)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -125,7 +110,7 @@ def test_the_machine_is_measured_from_the_beginning_to_the_end(server: str, monk
         busy.kill()
         busy.wait()
 
-    client = _client(server)
+    client = _client(mlflow_url)
     assert len(client.get_metric_history(told[0], "system/cpu_utilization_percentage")) >= 4
     assert client.get_run(told[0]).data.metrics["system/training_memory_usage_megabytes"] > 1
     used = client.get_metric_history(told[0], "system/training_cpu_utilization_percentage")
@@ -156,26 +141,19 @@ def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_training_goes_on_in_the_same_run(server: str) -> None:
+def test_a_resumed_training_goes_on_in_the_same_run(mlflow_url: str) -> None:
     told: list[str] = []
     for run_id, epochs in ((None, [EPOCH]), ("told", [replace(EPOCH, epoch=2)])):
-        run = Run(Settings(mlflow_url=server), WHAT, told.append, run_id and told[0])
+        run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append, run_id and told[0])
         for epoch in epochs:
             run.epoch(epoch)
         run.end("FINISHED" if run_id else "KILLED", patience=60)
 
     assert told[0] == told[1]
-    assert [point.step for point in _client(server).get_metric_history(told[0], "val_loss")] == [1, 2]
+    assert [point.step for point in _client(mlflow_url).get_metric_history(told[0], "val_loss")] == [1, 2]
 
 
 def _client(url: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=url)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/health", timeout=2).ok
-    except requests.RequestException:
-        return False

@@ -2,27 +2,32 @@
 
 import uuid
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
-from jobs import reproduction
+from jobs import champions, lifecycle, queries, registry, reproduction
+from jobs.artifacts import Artifacts
 from jobs.db import Sessions
+from jobs.gate import Policy
+from jobs.registry import NewModel
 from jobs.settings import Settings
-from jobs.tables import JobEvent, ModelVersion
+from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
+from tests import builders
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import training
-from tests.processes import Stack, stack
+from tests.processes import Stack, eventually, stack
 from worker.provenance import environment
 
 
 @pytest.fixture
 def processes(settings: Settings, sessions: Sessions, tmp_path: Path) -> Iterator[Stack]:
-    """A dispatcher, and a worker whose trainings learn nothing and end at once."""
+    """A dispatcher, and a worker whose trainings learn nothing and soon end."""
     plan = Sabotage(tmp_path)
-    plan.training(seconds=0)
+    plan.training(seconds=0.3)
     with stack(settings, sessions, "dispatcher") as started:
         started.start("train", environ=plan.environ())
         yield started
@@ -55,3 +60,70 @@ def test_weights_that_are_not_there_end_the_job_with_the_remedy(processes: Stack
     assert job.error is not None
     assert (job.error["code"], job.attempt) == ("WEIGHTS_MISSING", 1)
     assert "mine.pth" in job.error["detail"]
+
+
+# --- beside the champion ---
+
+
+def champion_with(processes: Stack, word: bytes) -> int:
+    """A champion, whose first word tells the stub how good it is."""
+    blob = Artifacts(processes.settings.artifacts).put(BytesIO(word + b" weights"))
+    with processes.sessions.begin() as session:
+        job = builders.make_job(session)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {**builders.SCORES, "test_digest": "1" * 64}, None, None)
+        version = registry.add(session, held, new, Policy())
+        lifecycle.succeed(session, held)
+        assert version.champion
+        return version.version
+
+
+@pytest.mark.parametrize(
+    ("word", "promoted", "reason"),
+    [
+        (b"worse", True, "F1 0.8000 ≥ the champion's 0.7500 (version 1) on the same 40 test scans."),
+        (b"better", False, "F1 0.8000 < the champion's 0.8500 (version 1) on the same 40 test scans."),
+        (b"torn", False, "It cannot be compared with the champion (version 1): its file cannot be read. "),
+    ],
+)
+def test_the_gate_goes_by_what_the_child_says_of_the_champion(
+    processes: Stack, word: bytes, promoted: bool, reason: str
+) -> None:
+    champion_with(processes, word)
+    job = processes.wait_for(training(processes, epochs=1))
+    assert job.state == "succeeded", (job.error, processes.logs())
+    with processes.sessions() as session:
+        version = session.scalars(select(ModelVersion).where(ModelVersion.job_id == job.id)).one()
+        assert version.champion == promoted
+        assert version.gate["reasons"][0].startswith(reason)
+        assert version.reference is not None
+        assert version.reference["scans"] == 93
+        kept = session.scalars(select(ModelEvaluation).where(ModelEvaluation.test_digest == "f" * 64)).all()
+        assert len(kept) == (0 if word == b"torn" else 2)
+        assert "champion" not in version.metrics, "a reproduction has another champion beside it, and is the same"
+
+
+def test_a_champion_that_changed_while_it_trained_is_not_taken_for_the_one_compared_with(
+    processes: Stack,
+) -> None:
+    champion_with(processes, b"worse")
+    job_id = training(processes, epochs=6)
+    eventually(lambda: _epochs(processes, job_id))
+    with processes.sessions.begin() as session:
+        job = builders.make_job(session)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        new = NewModel("c" * 64, ["Normal", "Tumor"], {}, builders.SCORES, None, None)
+        second = registry.add(session, held, new, Policy())
+        lifecycle.succeed(session, held)
+        champions.promote(session, TENANT, str(second.version), Policy(), force=True, reason="It is needed now.")
+    assert processes.wait_for(job_id).state == "succeeded"
+    with processes.sessions() as session:
+        late = session.scalars(select(ModelVersion).where(ModelVersion.job_id == job_id)).one()
+        assert not late.champion
+        assert "(version 2): the champion changed while it trained" in late.gate["reasons"][0]
+
+
+def _epochs(processes: Stack, job_id: uuid.UUID) -> int:
+    """How many epochs it has told of."""
+    with processes.sessions() as session:
+        return len(queries.epochs(session, job_id))

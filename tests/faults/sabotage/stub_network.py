@@ -43,6 +43,9 @@ class Prediction:
     error_code: str | None = None
     error_detail: str | None = None
     retryable: bool = False
+    ood_score: float | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+    oddity: str | None = None
 
 
 class Predictor:

@@ -16,7 +16,11 @@ from typing import Any
 from ml import events
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
-SCORES = {"accuracy": 0.9, "precision": 0.9, "recall": 0.9, "f1": 0.9, "classes": ["Normal", "Tumor"]}
+SCORES = {
+    **{"accuracy": 0.9, "precision": 0.9, "recall": 0.9, "f1": 0.9, "ece": 0.05, "ece_chance": 0.03},
+    **{"classes": ["Normal", "Tumor"], "test_digest": "e" * 64, "held_out": 93},
+}
+REFERENCE = {"scans": 93, "statistics": {}, "classes": {"Normal": 48, "Tumor": 45}, "rejected": 1}
 FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png", "manifest.json", "report.html")
 
 
@@ -28,6 +32,7 @@ def main() -> None:
     parser.add_argument("--params", type=Path)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--champion", type=Path)
     known, _ = parser.parse_known_args()
     if ACT.get("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -42,8 +47,21 @@ def main() -> None:
         if stage == "training":
             _train(int(params["epochs"]), known.checkpoints, known.resume)
         _say(events.StageFinished(stage, 0.1))
-    _say(events.Evaluated(SCORES))
+    _say(events.Evaluated(SCORES, REFERENCE, _beside(known.champion)))
     _say(_finished(known.config.parent))
+
+
+def _beside(champion: Path | None) -> dict[str, Any] | None:
+    """What the champion's first word is worth, on 40 test scans where this network has an F1 of 0.8."""
+    if champion is None:
+        return None
+    word = champion.read_bytes().split()[0]
+    if word == b"torn":
+        told = {"comparable": False, "why": "its file cannot be read"}
+        return {**told, **dict.fromkeys(("test_digest", "candidate", "champion")), "scans": 0}
+    theirs = {**SCORES, "f1": 0.85 if word == b"better" else 0.75}
+    shared = {"comparable": True, "why": "", "test_digest": "f" * 64, "scans": 40}
+    return {**shared, "candidate": {**SCORES, "f1": 0.8}, "champion": theirs}
 
 
 def _train(epochs: int, folder: Path | None, resume: Path | None) -> None:

@@ -1,0 +1,224 @@
+// The first page: the key at its door, then scans, jobs and the champion. Text is only ever set as text.
+
+import { elements } from "./card.js";
+import { ask, follower, key, pause, read, Refused } from "./client.js";
+import * as scans from "./scans.js";
+
+const JOBS_SECONDS = 2;
+const CHAMPION_SECONDS = 15;
+const KINDS = { train: "Training", predict: "Prediction", predict_batch: "Batch", ingest: "Dataset check" };
+const TONES = { succeeded: "good", partially_succeeded: "unsure", failed: "bad", running: "busy", queued: "none" };
+
+const at = (id) => document.getElementById(id);
+const time = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
+const day = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric" });
+
+// --- the key ---
+
+let opened = 0; // each key that opens the desk starts loops of its own; the ones before end
+
+at("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  at("key-error").textContent = "";
+  key.set(at("key").value.trim());
+  try {
+    await read("/jobs?limit=1");
+    at("key").value = "";
+    open();
+    at("main").focus();
+  } catch (error) {
+    shut(error.message);
+  }
+});
+at("forget-key").addEventListener("click", () => shut(""));
+document.addEventListener("key-refused", () => shut("This key is unknown or was revoked. Enter another one."));
+
+function open() {
+  at("gate").hidden = true;
+  at("desk").hidden = at("forget-key").hidden = false;
+  opened += 1;
+  every(JOBS_SECONDS, jobsLook());
+  every(CHAMPION_SECONDS, championLook());
+}
+
+function shut(why) {
+  opened += 1;
+  key.forget();
+  scans.clear();
+  at("jobs").replaceChildren();
+  at("desk").hidden = at("forget-key").hidden = true;
+  at("gate").hidden = false;
+  at("key-error").textContent = why;
+  at("key").focus();
+}
+
+// Looks now and then, but not while nobody sees the page.
+async function every(seconds, look) {
+  const mine = opened;
+  while (mine === opened) {
+    if (!document.hidden) await look();
+    await pause(seconds);
+  }
+}
+
+// --- scans ---
+
+at("choose").addEventListener("click", () => at("files").click());
+at("files").addEventListener("change", () => {
+  scans.add(at("files").files);
+  at("files").value = "";
+});
+at("clear").addEventListener("click", scans.clear);
+const drop = at("drop");
+for (const kind of ["dragenter", "dragover"]) drop.addEventListener(kind, () => drop.classList.add("over"));
+for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
+drop.addEventListener("drop", (event) => scans.add(event.dataTransfer.files));
+// A file that misses the zone must not replace the page.
+for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
+
+// --- jobs ---
+
+function jobsLook() {
+  const follow = follower();
+  return async () => {
+    try {
+      const page = await follow("/jobs?limit=20");
+      if (page) showJobs(page.data);
+      live("live", "Live");
+    } catch (error) {
+      live("lost", error instanceof Refused && error.status ? "Refused" : "Not connected");
+    }
+  };
+}
+
+function live(state, text) {
+  if (at("live").dataset.state === state) return;
+  at("live").dataset.state = state;
+  at("live").textContent = text;
+}
+
+function showJobs(jobs) {
+  at("jobs-none").hidden = jobs.length > 0;
+  at("jobs-none").textContent = "No jobs yet. Drop a scan, or train a model.";
+  const known = new Map([...at("jobs").children].map((row) => [row.dataset.id, row]));
+  // Rows stay what they are: whoever is on a button stays there.
+  jobs.forEach((job, place) => {
+    const row = known.get(job.id) ?? newRow(job);
+    known.delete(job.id);
+    showJob(row, job);
+    if (at("jobs").children[place] !== row) at("jobs").insertBefore(row, at("jobs").children[place] ?? null);
+  });
+  known.forEach((row) => row.remove());
+}
+
+function newRow(job) {
+  const row = at("job-template").content.firstElementChild.cloneNode(true);
+  row.dataset.id = job.id;
+  row.title = `Job ${job.id}`;
+  row.querySelector("time").dateTime = job.created_at;
+  row.querySelector("time").title = time.format(new Date(job.created_at));
+  row.querySelector(".cancel").addEventListener("click", () => cancel(row, job));
+  return row;
+}
+
+function showJob(row, job) {
+  const batch = job.kind === "predict_batch" ? ` of ${job.counts.total}` : "";
+  const name = job.name ? `: ${job.name}` : "";
+  row.dataset.terminal = job.terminal;
+  row.querySelector(".job-kind").textContent = `${KINDS[job.kind] ?? job.kind}${batch}${name}`;
+  const chip = row.querySelector(".job-state");
+  chip.textContent = job.cancel_requested && !job.terminal ? "stopping" : job.state.replaceAll("_", " ");
+  chip.dataset.tone = TONES[job.state] ?? "none";
+  row.querySelector(".job-stage").textContent = stage(job);
+  row.querySelector("time").textContent = when(new Date(job.created_at));
+  row.querySelector("progress").value = job.progress;
+  row.querySelector("progress").setAttribute("aria-label", "Progress");
+  const button = row.querySelector(".cancel");
+  button.hidden = job.terminal || job.cancel_requested;
+  button.setAttribute("aria-label", `Cancel ${row.querySelector(".job-kind").textContent}`);
+}
+
+function stage(job) {
+  if (job.terminal) return job.error?.detail ?? (job.model_version ? `model version ${job.model_version}` : "");
+  const parts = [job.stage?.replaceAll("_", " "), job.state === "running" ? `${Math.floor(job.progress * 100)} %` : null];
+  if (job.queue_position) parts.push(`behind ${job.queue_position}`);
+  if (job.eta_seconds !== null) parts.push(`about ${duration(job.eta_seconds)} left`);
+  return parts.filter(Boolean).join(" · ");
+}
+
+function when(moment) {
+  const today = moment.toDateString() === new Date().toDateString();
+  return today ? clock.format(moment) : `${day.format(moment)}, ${clock.format(moment)}`;
+}
+
+function duration(seconds) {
+  if (seconds < 90) return `${Math.max(1, Math.round(seconds))} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+async function cancel(row, job) {
+  const button = row.querySelector(".cancel");
+  button.disabled = true;
+  try {
+    showJob(row, await read(job.links.cancel, { method: "POST" }));
+  } catch (error) {
+    row.querySelector(".job-stage").textContent = error.message;
+  }
+  button.disabled = false;
+}
+
+// --- the champion ---
+
+function championLook() {
+  return async () => {
+    try {
+      showChampion(await read("/models/champion"));
+    } catch (error) {
+      at("champion").hidden = true;
+      at("champion-none").hidden = false;
+      at("champion-version").textContent = "";
+      at("champion-none").textContent = error.message;
+    }
+  };
+}
+
+function showChampion(model) {
+  at("champion").hidden = false;
+  at("champion-none").hidden = true;
+  at("champion-version").textContent = `version ${model.version}`;
+  figure("f1", model.metrics);
+  figure("recall", model.metrics);
+  const since = at("champion-since");
+  since.dateTime = model.promoted_at ?? "";
+  since.textContent = model.promoted_at ? time.format(new Date(model.promoted_at)) : "an unknown time";
+  at("champion-reasons").replaceChildren(...(model.gate?.reasons ?? []).map(reason));
+}
+
+function figure(name, metrics) {
+  const value = metrics[name];
+  const interval = metrics.intervals?.[name];
+  at(`champion-${name}`).textContent = typeof value === "number" ? value.toFixed(3) : "–";
+  at(`champion-${name}-interval`).textContent = interval ? `95 %: ${interval[0].toFixed(3)} to ${interval[1].toFixed(3)}` : "";
+}
+
+function reason(text) {
+  const item = document.createElement("li");
+  item.textContent = text;
+  return item;
+}
+
+at("show-card").addEventListener("click", async () => {
+  at("card-text").textContent = "Loading …";
+  at("card").showModal();
+  try {
+    const answer = await ask("/models/champion/card", { headers: { Accept: "text/markdown" } });
+    at("card-text").replaceChildren(...elements(await answer.text()));
+  } catch (error) {
+    at("card-text").textContent = error.message;
+  }
+});
+at("close-card").addEventListener("click", () => at("card").close());
+
+if (key.get()) open();
+else at("gate").hidden = false;

@@ -1,0 +1,152 @@
+"""Drift by REST: as JSON, as a picture, and for Prometheus."""
+
+import datetime as dt
+import io
+import random
+
+import pytest
+from flask.testing import FlaskClient
+from PIL import Image
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parsed
+
+from api import drift_picture, pictures
+from jobs import lifecycle
+from jobs.bookkeeping import ScanOutcome
+from jobs.db import Sessions
+from jobs.states import JobKind
+from jobs.tables import ModelVersion, Truth
+from tests import builders
+from tests.api.conftest import Door
+from tests.api.test_errors import assert_problem
+from tests.builders import TENANT
+
+PNG = {"Accept": "image/png"}
+BRIGHT = {"edges": [0.25, 0.5, 0.75], "counts": [25, 25, 25, 25]}
+
+
+@pytest.fixture
+def drifted(sessions: Sessions, champion: ModelVersion) -> ModelVersion:
+    """A champion that was given 200 bright scans today, of which 20 were rejected, and knows the truth of two."""
+    chance = random.Random(1)
+    with sessions.begin() as session:
+        mine = session.get_one(ModelVersion, champion.id)
+        mine.reference = {"scans": 100, "statistics": {"brightness": BRIGHT}, "classes": {"Normal": 50, "Tumor": 50}}
+        mine.metrics = {**mine.metrics, "positive": "Tumor"}
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=200, chunk=500, model_id=champion.id)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        outcomes = [
+            ScanOutcome(
+                number,
+                ("Normal", "Tumor")[number % 2],
+                0.9,
+                {"Tumor": 0.9},
+                "torch-fp32",
+                disposition="rejected" if number < 20 else "tumor",
+                statistics={"brightness": chance.uniform(0.6, 1)},
+            )
+            for number in range(200)
+        ]
+        lifecycle.succeed(session, held, outcomes=outcomes)
+        for predicted in ("Tumor", "Normal"):
+            told = {"label": "Tumor", "predicted": predicted, "confidence": 0.9}
+            scan_id, now = builders.make_scan(session).id, dt.datetime.now(dt.UTC)
+            session.add(Truth(tenant_id=TENANT, scan_id=scan_id, model_id=champion.id, predicted_at=now, **told))
+    return mine
+
+
+def test_drift_is_shown_day_by_day(client: FlaskClient, drifted: ModelVersion) -> None:
+    today = str(dt.datetime.now(dt.UTC).date())
+    found = client.get("/models/champion/drift").get_json()
+    assert client.get("/models/1/drift?days=1").get_json() == found
+    assert (found["version"], found["reference_scans"], found["bound"]) == ("1", 100, 0.25)
+    assert (found["drifted"], found["latest"]) == (True, today)
+    (day,) = found["days"]
+    assert (day["day"], day["since"], day["scans"], day["drifted"]) == (today, today, 200, ["brightness"])
+    assert (day["classes"], day["rejected_share"]) == ({"Normal": 100, "Tumor": 100}, 0.1)
+    assert day["dispositions"] == {"rejected": 20, "tumor": 180}
+    assert day["psi"]["brightness"] > day["limits"]["brightness"] >= 0.25 > day["psi"]["class"]
+    judged = {"known": 2, "right": 1, "accuracy": 0.5, "sensitivity": 0.5, "specificity": None}
+    assert day["truths"] == found["truths"] == judged
+
+
+def test_without_predictions_or_a_reference_there_is_nothing_to_say(
+    client: FlaskClient, champion: ModelVersion
+) -> None:
+    found = client.get("/models/champion/drift").get_json()
+    assert (found["days"], found["drifted"], found["latest"], found["reference_scans"]) == ([], False, None, None)
+    assert found["truths"]["accuracy"] is None
+
+
+def test_drift_of_what_is_not_there_or_is_anothers_is_404(
+    client: FlaskClient, stranger: FlaskClient, champion: ModelVersion
+) -> None:
+    for path in ("/models/2/drift", "/models/none/drift"):
+        assert_problem(client.get(path), 404)
+    for path in ("/models/1/drift", "/models/champion/drift"):
+        assert_problem(stranger.get(path), 404)
+    for days in ("0", "366", "x"):
+        assert_problem(client.get(f"/models/1/drift?days={days}"), 422)
+
+
+def test_the_picture_shows_the_figures_and_marks_what_has_drifted(
+    client: FlaskClient, champion: ModelVersion, drifted: ModelVersion
+) -> None:
+    answer = client.get("/models/champion/drift", headers=PNG)
+    assert (answer.status_code, answer.mimetype) == (200, "image/png")
+    picture = Image.open(io.BytesIO(answer.data))
+    assert picture.width == pictures.WIDTH * pictures.SCALE
+    colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert {bytes.fromhex(colour[1:]) for colour in pictures.COLOURS[:2]} <= set(map(bytes, colours))
+    for days in (1, 7, 365):
+        assert client.get(f"/models/champion/drift?days={days}", headers=PNG).status_code == 200
+
+
+def test_there_is_a_picture_also_of_nothing(client: FlaskClient, champion: ModelVersion) -> None:
+    assert client.get("/models/champion/drift", headers=PNG).mimetype == "image/png"
+
+
+@pytest.mark.parametrize(("most", "step"), [(0.5, 0.1), (1.0, 0.2), (0.53, 0.2), (7.0, 2.0), (26.0, 10.0)])
+def test_a_scale_has_few_round_steps(most: float, step: float) -> None:
+    assert drift_picture._step(most) == pytest.approx(step)
+
+
+# --- Prometheus ---
+
+
+def gauges(client: FlaskClient) -> dict[tuple[str, ...], float]:
+    """What Prometheus would read: name and labels → value."""
+    text = client.get("/metrics").get_data(as_text=True)
+    return {
+        (sample.name, *sample.labels.values()): sample.value for family in parsed(text) for sample in family.samples
+    }
+
+
+def test_prometheus_reads_the_tenants_own_figures(
+    client: FlaskClient, stranger: FlaskClient, sessions: Sessions, drifted: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        builders.make_job(session, JobKind.PREDICT_BATCH, scans=3, chunk=1, tenant_id=TENANT)
+        builders.make_job(session, JobKind.PREDICT_BATCH, scans=3, tenant_id="a third")
+    found = gauges(client)
+    assert found["renalq_champion_version",] == 1
+    assert found["renalq_drift_psi", "brightness", "1"] > found["renalq_drift_limit", "brightness", "1"]
+    assert (found["renalq_rejected_share", "1"], found["renalq_model_accuracy", "1"]) == (0.1, 0.5)
+    assert (found["renalq_jobs", "queued"], found["renalq_jobs", "running"]) == (1, 0)
+    assert found["renalq_units", "queued"] == 3
+    theirs = gauges(stranger)
+    assert (theirs["renalq_jobs", "queued"], "renalq_champion_version" in str(theirs)) == (0, False)
+
+
+def test_prometheus_gets_the_format_that_it_asks_for(client: FlaskClient, drifted: ModelVersion) -> None:
+    assert client.get("/metrics").mimetype == "text/plain"
+    newer = client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"})
+    assert newer.mimetype == "application/openmetrics-text"
+    names = {family.name for family in openmetrics(newer.get_data(as_text=True))}
+    assert {"renalq_drift_psi", "renalq_rejected_share", "renalq_model_accuracy"} <= names
+
+
+def test_prometheus_needs_a_key(client: FlaskClient, door: Door) -> None:
+    assert_problem(client.application.test_client().get("/metrics"), 401)
+    assert_problem(door.client("models:write").get("/metrics"), 403)
+    assert door.client("jobs:read").get("/metrics").status_code == 200

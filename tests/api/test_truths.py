@@ -1,0 +1,207 @@
+"""Pathology's word on scans: told, corrected, shown, and made a dataset of."""
+
+import io
+import re
+import uuid
+import zipfile
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from sqlalchemy import func, select
+
+from jobs import expiry, lifecycle
+from jobs.artifacts import Artifacts
+from jobs.bookkeeping import ScanOutcome
+from jobs.db import Sessions
+from jobs.errors import Invalid
+from jobs.settings import Settings
+from jobs.states import JobKind, JobState
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import Dataset, ModelVersion, Scan, Truth
+from jobs.truth_datasets import Labelled, write_zip
+from tests import builders
+from tests.api.conftest import Door, png
+from tests.api.test_errors import assert_problem
+from tests.builders import TENANT
+
+Told = tuple[str, list[str]]
+"""A job's id, and its scans'."""
+
+
+@pytest.fixture
+def batch(sessions: Sessions, settings: Settings, champion: ModelVersion) -> Told:
+    """Five stored scans, predicted as Tumor but for the last, which failed; the first two are of one patient."""
+    store, keys = Artifacts(settings.artifacts), ("Ann/1", "Ann/1", "Bob", None, None)
+    blobs = [store.put(io.BytesIO(png(shade=10 + number))) for number in range(5)]
+    with sessions.begin() as session:
+        kind = {"tenant_id": TENANT, "media_type": "image/png", "width": 8, "height": 8}
+        scans = [Scan(sha256=blob.sha256, size=blob.size, **kind) for blob in blobs]
+        session.add_all(scans)
+        session.flush()
+        results = [NewResult(scan.id, "secret.png", patient=key) for scan, key in zip(scans, keys, strict=True)]
+        new = NewJob(TENANT, JobKind.PREDICT_BATCH, builders.LANES[JobKind.PREDICT_BATCH], model_id=champion.id)
+        job = submit(session, new, results)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Tumor": 0.9}, "disposition": "tumor"}
+        lifecycle.succeed(
+            session,
+            held,
+            outcomes=[*(ScanOutcome(n, **good) for n in range(4)), ScanOutcome(4, error=builders.BROKEN)],
+        )
+        return str(job.id), [str(scan.id) for scan in scans]
+
+
+def path(job_id: str, scan_id: str) -> str:
+    return f"/jobs/{job_id}/results/{scan_id}/truth"
+
+
+def tell(client: FlaskClient, batch: Told, number: int, label: str = "Tumor") -> dict[str, Any]:
+    answer = client.post(path(batch[0], batch[1][number]), json={"label": label})
+    assert answer.status_code == 201, answer.get_json()
+    return answer.get_json()
+
+
+def test_a_truth_is_told_corrected_and_shown(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
+    job_id, scans = batch
+    assert_problem(client.get(path(job_id, scans[0])), 404, "NOT_FOUND")
+    first = tell(client, batch, 0)
+    assert (first["label"], first["predicted"], first["right"], first["disposition"]) == (*["Tumor"] * 2, True, "tumor")
+    assert (first["job_id"], first["scan_id"], first["confidence"]) == (job_id, scans[0], 0.9)
+    corrected = tell(client, batch, 0, "Normal")
+    assert corrected["right"] is False
+    assert client.get(path(job_id, scans[0])).get_json() == corrected
+    rows = client.get(f"/jobs/{job_id}/results").get_json()["data"]
+    assert [row.get("truth") for row in rows] == ["Normal", None, None, None, None]
+    lines = client.get(f"/jobs/{job_id}/results", headers={"Accept": "text/csv"}).get_data(as_text=True).splitlines()
+    header, line = lines[0].split(","), lines[1].split(",")
+    assert (line[header.index("truth")], line[header.index("disposition")]) == ("Normal", "tumor")
+    with sessions() as session:
+        assert session.scalar(select(func.count()).select_from(Truth)) == 2, "what was said stays on record"
+        assert all(truth.by_key for truth in session.scalars(select(Truth)))
+
+
+def test_a_truth_that_cannot_be_is_refused_with_the_reason(
+    client: FlaskClient, stranger: FlaskClient, door: Door, sessions: Sessions, batch: Told
+) -> None:
+    job_id, scans = batch
+    wrong = assert_problem(client.post(path(job_id, scans[0]), json={"label": "Stone"}), 422)
+    assert wrong["errors"] == [
+        {"pointer": "/label", "detail": "The model's classes are Normal, Tumor: send one of them."}
+    ]
+    assert_problem(client.post(path(job_id, scans[0]), json={}), 422)
+    assert_problem(client.post(path(job_id, scans[4]), json={"label": "Tumor"}), 409, "WRONG_STATE")
+    for other in (str(uuid.uuid4()), "no-id"):
+        assert_problem(client.post(path(job_id, other), json={"label": "Tumor"}), 404, "NOT_FOUND")
+    for verb in (stranger.post, stranger.get):
+        assert_problem(verb(path(job_id, scans[0]), json={"label": "Tumor"}), 404)
+    assert_problem(door.client("jobs:read").post(path(job_id, scans[0]), json={"label": "Tumor"}), 403)
+    with sessions.begin() as session:
+        training = builders.make_job(session, state=JobState.SUCCEEDED).id
+    for verb in (client.post, client.get):
+        assert_problem(verb(path(str(training), scans[0]), json={"label": "Tumor"}), 409, "NO_RESULTS")
+
+
+def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
+    tell(client, batch, 0)
+    with sessions.begin() as session:
+        expiry.expire(session, 1e-9)
+    assert client.get(path(batch[0], batch[1][0])).get_json()["label"] == "Tumor"
+    assert_problem(client.post(path(batch[0], batch[1][1]), json={"label": "Tumor"}), 410, "RESULTS_EXPIRED")
+
+
+def test_a_key_makes_one_truth_of_two_requests(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
+    for _ in range(2):
+        headers = {"Idempotency-Key": "once"}
+        client.post(path(batch[0], batch[1][0]), json={"label": "Tumor"}, headers=headers)
+    with sessions() as session:
+        assert session.scalar(select(func.count()).select_from(Truth)) == 1
+
+
+# --- a dataset of truths ---
+
+
+def made(client: FlaskClient, sessions: Sessions, settings: Settings, **wanted: Any) -> dict[str, bytes]:
+    """The files of the dataset that is made."""
+    answer = client.post("/datasets", json={"name": "from pathology", "truths": wanted})
+    assert answer.status_code == 202, answer.get_json()
+    found = answer.get_json()
+    assert (found["name"], found["state"]) == ("from pathology", "checking")
+    assert client.get(f"/jobs/{found['job_id']}").get_json()["kind"] == "ingest"
+    with sessions() as session:
+        sha256 = session.get_one(Dataset, uuid.UUID(found["id"])).archive_sha256
+    with zipfile.ZipFile(Artifacts(settings.artifacts).open(sha256)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_known_truths_become_a_dataset_with_a_folder_for_each_class(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
+) -> None:
+    for number, label in enumerate(("Tumor", "Tumor", "Normal", "Normal")):
+        tell(client, batch, number, label)
+    tell(client, batch, 1, "Normal")
+    files = made(client, sessions, settings)
+    assert sorted(files.values()) == sorted(png(shade=10 + number) for number in range(4))
+    labels = {content: name.split("/")[0] for name, content in files.items()}
+    assert [labels[png(shade=10 + number)] for number in range(4)] == ["Tumor", "Normal", "Normal", "Normal"]
+    assert made(client, sessions, settings) == files
+
+
+def test_scans_of_one_patient_stay_together_and_nobody_reads_who_it_is(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
+) -> None:
+    from ml.patients import patient_of  # what the check of a dataset goes by
+
+    for number in range(4):
+        tell(client, batch, number)
+    files = {content: name for name, content in made(client, sessions, settings).items()}
+    names = [files[png(shade=10 + number)] for number in range(4)]
+    patients = [patient_of(name.removeprefix("Tumor/"), None) for name in names]
+    assert patients[0] == patients[1] != patients[2]
+    assert None not in patients[:3]
+    assert patients[3] is None, "nobody told, so DICOM may still tell"
+    assert not re.search("Ann|Bob|secret", "".join(names))
+    theirs = Labelled("a" * 64, 1, "application/dicom", "Tumor", "Bob").path("elsewhere")
+    assert theirs.split("/")[1] != names[2].split("/")[1], "two tenants' patients are not to be linked"
+
+
+def test_truths_are_chosen_by_time_and_by_model(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
+) -> None:
+    tell(client, batch, 0)
+    later = tell(client, batch, 1)["at"]
+    assert len(made(client, sessions, settings, since=later)) == 1
+    assert len(made(client, sessions, settings, model="champion")) == 2
+    nothing = client.post("/datasets", json={"truths": {"since": "2099-01-01T00:00:00Z"}})
+    assert assert_problem(nothing, 422)["errors"][0]["pointer"] == "/truths"
+    assert_problem(client.post("/datasets", json={"truths": {"model": "7"}}), 404)
+    assert_problem(client.post("/datasets", json={"truths": {"from": "x"}}), 422)
+
+
+def test_without_truths_there_is_no_dataset_and_the_answer_says_what_to_do(
+    client: FlaskClient, stranger: FlaskClient, batch: Told
+) -> None:
+    tell(client, batch, 0)
+    assert (
+        "POST /jobs/ID/results/SCAN_ID/truth"
+        in assert_problem(stranger.post("/datasets", json={"truths": {}}), 422)["detail"]
+    )
+    assert_problem(client.post("/datasets", json={"name": "what of"}), 422)
+    assert_problem(client.post("/datasets", json={"truths": {}, "upload_id": str(uuid.uuid4())}), 422)
+
+
+def test_more_than_could_be_uploaded_is_refused(client: FlaskClient, settings: Settings, batch: Told) -> None:
+    tell(client, batch, 0)
+    tell(client, batch, 1)
+    mine = client.application.extensions["renalq"].settings
+    mine.max_archive_members = 1
+    assert "since" in assert_problem(client.post("/datasets", json={"truths": {}}), 422)["detail"]
+    mine.max_archive_members, mine.max_upload_bytes = 10, 20
+    assert_problem(client.post("/datasets", json={"truths": {}}), 413, "TOO_LARGE")
+
+
+def test_a_scan_whose_bytes_are_gone_is_named(settings: Settings) -> None:
+    gone = Labelled("a" * 64, 10, "image/tiff", "Tumor", None)
+    with pytest.raises(Invalid, match="a" * 64):
+        write_zip(io.BytesIO(), TENANT, [gone], Artifacts(settings.artifacts))
+    assert gone.path(TENANT) == f"Tumor/scan-{'a' * 32}.tif"

@@ -1,0 +1,115 @@
+"""A real browser at the API as it runs in service. A thread stands in for the worker."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+from jobs import explanations, keys
+from jobs.artifacts import Artifacts
+from jobs.db import Sessions
+from jobs.lifecycle import Claim
+from jobs.settings import Settings
+from tests.api.conftest import Server, champion, png, server  # noqa: F401  (fixtures)
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REFUSED = "Failed to load resource"
+"""How the console tells of a 4xx: the page has put it into words."""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """A tab at the first page, and what it did."""
+
+    page: Page
+    url: str
+    key: str
+    complaints: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
+
+    def enter(self) -> None:
+        """Open the page with the key."""
+        self.page.goto(self.url)
+        self.page.get_by_label("API key").fill(self.key)
+        self.page.get_by_role("button", name="Open").click()
+        self.page.get_by_role("heading", name="Jobs").wait_for()
+
+    def drop(self, *files: tuple[str, str, bytes]) -> None:
+        """Drop files (name, kind, content) onto the zone."""
+        listed = [{"name": name, "kind": kind, "bytes": list(content)} for name, kind, content in files]
+        self.page.locator("#drop").evaluate(DROP, listed)
+
+    def heard(self, message: ConsoleMessage) -> None:
+        """The console has said something."""
+        if message.type in ("error", "warning") and REFUSED not in message.text:
+            self.complaints.append(message.text)
+
+    def asked(self, request: Request) -> None:
+        """The page has asked for something."""
+        self.requested.append(request.url)
+
+
+DROP = """(zone, files) => {
+  const dataTransfer = new DataTransfer();
+  for (const { name, kind, bytes } of files) {
+    dataTransfer.items.add(new File([new Uint8Array(bytes)], name, { type: kind }));
+  }
+  zone.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How the tab is opened: a test sets it by indirect parameters."""
+    return dict(getattr(request, "param", {}))
+
+
+@pytest.fixture
+def visit(browser: Browser, server: Server, sessions: Sessions, options: dict[str, Any]) -> Iterator[Visit]:  # noqa: F811
+    """A tab. At its end nothing has failed in it, broken its policy, or asked another host for anything."""
+    with sessions.begin() as session:
+        secret = keys.create(session, "browser", ["jobs:read", "jobs:write"]).secret
+    context = browser.new_context(**options)
+    visit = Visit(context.new_page(), server.url, secret)
+    visit.page.set_default_timeout(15_000)
+    visit.page.on("console", visit.heard)
+    visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+    visit.page.on("request", visit.asked)
+    yield visit
+    context.close()
+    assert visit.complaints == []
+    assert [url for url in visit.requested if not url.startswith((server.url, f"blob:{server.url}"))] == []
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Keeps an overlay of the claimed unit's first scan, as a worker does."""
+
+    sessions: Sessions
+    settings: Settings
+
+    def __call__(self, held: Claim) -> None:
+        blob = Artifacts(self.settings.artifacts).put(io.BytesIO(png(64, 64, 90)))
+        with self.sessions.begin() as session:
+            explanations.keep(session, held, [(explanations.name_of(0), blob)])
+
+
+@pytest.fixture
+def overlay(sessions: Sessions, settings: Settings) -> Overlay:
+    """Keeps an overlay."""
+    return Overlay(sessions, settings)

@@ -1,0 +1,107 @@
+"""The registry as its users meet it: the better network serves, the worse is blocked with reasons, force is written
+down, and a rollback is there for the very next prediction while a batch ends with the network that it began with."""
+
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import PARAMS, Client
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def worse(client: Client, trained: dict[str, Any]) -> dict[str, Any]:
+    """A training on the same scans that learns next to nothing."""
+    params = {**PARAMS, "epochs": 1, "learning_rate": 1e-6}
+    answer = client.post("/jobs/train", json={"dataset_id": trained["dataset_id"], "params": params})
+    assert answer.status_code == 202, answer.text
+    return client.ended(answer.json())
+
+
+@pytest.fixture
+def restored(client: Client, trained: dict[str, Any]) -> Iterator[None]:
+    """Whatever a test does, the good network is champion after it."""
+    yield
+    if client.get("/models/champion").json()["version"] != trained["model_version"]:
+        version = trained["model_version"]
+        client.post(f"/models/{version}/promote", json={"force": True, "reason": "the test is over"})
+
+
+def test_the_gate_blocks_the_worse_and_says_why(
+    client: Client, trained: dict[str, Any], worse: dict[str, Any]
+) -> None:
+    good, bad = (client.get(f"/models/{job['model_version']}").json() for job in (trained, worse))
+    assert good["champion"], "the first one reached what a first one must"
+    assert good["gate"]["promoted"]
+    assert not bad["champion"]
+    reasons = " ".join(bad["gate"]["reasons"])
+    assert f"{bad['metrics']['f1']:.4f}" in reasons, reasons
+    assert f"{good['metrics']['f1']:.4f}" in reasons, "the champion on the same scans: the lots are the same"
+    assert "same" in reasons
+    refused = client.post(f"/models/{bad['version']}/promote", json={"reason": "let us see"})
+    assert refused.status_code == 409
+    assert refused.json()["code"] == "PROMOTION_REFUSED"
+    assert refused.json()["reasons"]
+    compared = client.get("/models/compare", params={"a": good["version"], "b": bad["version"]}).json()
+    theirs, ours = compared["metrics"]["f1"]
+    assert theirs > ours
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_rollback_is_there_for_the_next_prediction_and_a_running_batch_ends_as_it_began(
+    client: Client, trained: dict[str, Any], worse: dict[str, Any], archive: Path
+) -> None:
+    good, bad = trained["model_version"], worse["model_version"]
+    unreasoned = client.post(f"/models/{bad}/promote", json={"force": True})
+    assert unreasoned.status_code == 422, "force asks for a reason"
+    forced = client.post(f"/models/{bad}/promote", json={"force": True, "reason": "a trial on the night shift"})
+    assert forced.status_code == 200, forced.text
+    with archive.open("rb") as file:
+        batch = client.post("/jobs/predict/batch", files={"files": (archive.name, file)}).json()
+    assert batch["model_version"] == bad
+    _wait_until_some_are_done(client, batch)
+
+    scan = _one_scan(archive)
+    began = time.monotonic()
+    back = client.post("/models/rollback", json={"reason": "the trial is over"})
+    assert back.status_code == 200, back.text
+    answer = client.post("/jobs/predict", files={"file": ("scan", scan)})
+    seconds = time.monotonic() - began
+    assert answer.json()["model_version"] == good, "the very next one"
+    assert seconds < 1
+    assert client.ended(answer.json())["state"] == "succeeded"
+
+    ended = client.ended(batch, 400)
+    assert ended["state"] == "succeeded", ended["error"]
+    first = client.get(batch["links"]["results"], params={"limit": 100}).json()["data"]
+    assert {row["model_version"] for row in first} == {bad}
+
+    history = client.get("/models/promotions").json()["data"]
+    assert [(entry["how"], entry["version"], entry["replaced"]) for entry in history[:2]] == [
+        ("rollback", good, bad),
+        ("force", bad, good),
+    ]
+    assert [entry["reason"] for entry in history[:2]] == ["the trial is over", "a trial on the night shift"]
+    assert all(entry["key_id"] for entry in history[:2])
+    assert not history[1]["verdict"]["promoted"], "what the gate had to say stands beside the force"
+
+
+def _wait_until_some_are_done(client: Client, batch: dict[str, Any]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        seen = client.get(batch["links"]["self"]).json()
+        if seen["counts"]["succeeded"]:
+            assert not seen["terminal"], "the batch is to be in flight"
+            return
+        time.sleep(0.1)
+    raise AssertionError("The batch does not begin.")
+
+
+def _one_scan(archive: Path) -> bytes:
+    with zipfile.ZipFile(archive) as opened:
+        return opened.read(next(name for name in opened.namelist() if not name.endswith("/")))

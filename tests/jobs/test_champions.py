@@ -1,0 +1,461 @@
+"""Who is champion, who made it so, and the way back; on real rows."""
+
+import random
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from jobs import champions, evaluations, lifecycle, registry
+from jobs.bookkeeping import UNITS_CHANNEL
+from jobs.db import Sessions, listening
+from jobs.errors import Invalid, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
+from jobs.evaluations import Measured
+from jobs.gate import Policy
+from jobs.registry import NewModel
+from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion, new_id
+from tests import builders
+from tests.builders import TENANT
+
+POLICY = Policy()
+ONE_SET, OTHER_SET = "1" * 64, "2" * 64
+WHY = "The radiologists want it back."
+
+
+def scores(f1: float, test_digest: str = ONE_SET, **more: Any) -> dict[str, Any]:
+    """Metrics on 93 test scans, good enough but for F1."""
+    return {**builders.SCORES, "f1": f1, "test_digest": test_digest, "held_out": 93, **more}
+
+
+def measured(champion: ModelVersion, ours: float, theirs: float, test_digest: str = OTHER_SET) -> Measured:
+    """What a training found that scored this champion beside its network."""
+    scans = 93 if test_digest == ONE_SET else 40
+    return Measured(champion.id, "", test_digest, scans, scores(ours, test_digest), scores(theirs, test_digest))
+
+
+def trained(
+    session: Session,
+    metrics: dict[str, Any],
+    beside: Measured | None = None,
+    tenant_id: str = TENANT,
+    promote: str = "auto",
+    **new: Any,
+) -> ModelVersion:
+    """The version of a training that ends now."""
+    job = builders.make_job(session, tenant_id=tenant_id, promote=promote)
+    held = builders.claim(session, builders.units_of(session, job)[0])
+    fields: dict[str, Any] = {"params": {}, "dataset_digest": "d" * 64, "code_revision": "abc", **new}
+    made = registry.add(
+        session, held, NewModel("a" * 64, ["Normal", "Tumor"], metrics=metrics, **fields), POLICY, beside
+    )
+    lifecycle.succeed(session, held)
+    return made
+
+
+def history(session: Session, tenant_id: str = TENANT) -> list[tuple[int, int | None, str]]:
+    """(version, whom it replaced, how), oldest first."""
+    rows = session.scalars(select(Promotion).where(Promotion.tenant_id == tenant_id).order_by(Promotion.id))
+    return [(row.version, row.replaced, row.how) for row in rows]
+
+
+def champion(session: Session, tenant_id: str = TENANT) -> int | None:
+    """The champion's number."""
+    found = registry.find_champion(session, tenant_id)
+    return found.version if found else None
+
+
+@pytest.fixture
+def session(sessions: Sessions) -> Any:
+    """One transaction, which is thrown away."""
+    with sessions() as opened:
+        yield opened
+        opened.rollback()
+
+
+@pytest.fixture
+def three(session: Session) -> list[ModelVersion]:
+    """Three champions, one after another."""
+    return [trained(session, scores(f1)) for f1 in (0.90, 0.92, 0.94)]
+
+
+# --- at a training's end ---
+
+
+def test_a_champion_is_written_into_the_history_with_the_gates_words(session: Session) -> None:
+    version = trained(session, scores(0.9), reference={"scans": 93})
+    assert (version.champion, version.promoted_at is not None) == (True, True)
+    assert version.reference == {"scans": 93}
+    row = session.scalars(select(Promotion)).one()
+    assert (row.model_id, row.replaced, row.back_id, row.how, row.by_key) == (version.id, None, None, "gate", None)
+    assert row.verdict == version.gate
+    assert version.gate["reasons"][0] == "There is no champion yet, and F1 0.9000 ≥ the required 0.8500."
+
+
+def test_a_training_is_judged_on_the_scans_that_it_shares_with_the_champion(session: Session) -> None:
+    first = trained(session, scores(0.95))
+    worse = trained(session, scores(0.99, "3" * 64), measured(first, 0.91, 0.92))
+    assert not worse.champion
+    assert worse.gate["reasons"][0] == "F1 0.9100 < the champion's 0.9200 (version 1) on the same 40 test scans."
+    better = trained(session, scores(0.90, "4" * 64), measured(first, 0.93, 0.92))
+    assert better.champion
+    assert history(session) == [(1, None, "gate"), (3, 1, "gate")]
+
+
+def test_both_scores_are_kept_for_each_set_of_test_scans(session: Session) -> None:
+    first = trained(session, scores(0.95))
+    second = trained(session, scores(0.99, "3" * 64), measured(first, 0.91, 0.92))
+    rows = session.scalars(select(ModelEvaluation)).all()
+    found = {(row.model_id, row.test_digest): (row.scans, row.metrics["f1"], row.job_id) for row in rows}
+    assert found == {
+        (first.id, ONE_SET): (93, 0.95, first.job_id),
+        (second.id, "3" * 64): (93, 0.99, second.job_id),
+        (second.id, OTHER_SET): (40, 0.91, second.job_id),
+        (first.id, OTHER_SET): (40, 0.92, second.job_id),
+    }
+
+
+def test_on_one_test_set_the_latest_scores_of_both_stand_beside_each_other(session: Session) -> None:
+    first = trained(session, scores(0.95))
+    second = trained(session, scores(0.951), measured(first, 0.951, 0.952, ONE_SET))
+    assert not second.champion, "on this machine, now, the champion has 0.952"
+    found = champions.compare(session, TENANT, "1", "2")
+    assert (found.scans, found.metrics["f1"]) == (93, [0.952, 0.951])
+    assert first.metrics["f1"] == 0.95, "what its own training found stays as it was"
+
+
+def test_on_its_own_test_scans_too_a_version_is_compared_as_it_predicts(session: Session) -> None:
+    first = trained(session, scores(0.95))
+    second = trained(session, scores(0.951), measured(first, 0.949, 0.95, ONE_SET))
+    assert not second.champion, "rounded as predictions are, it has 0.949"
+    assert champions.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
+
+
+def test_without_a_comparison_the_reasons_say_why(session: Session) -> None:
+    first = trained(session, scores(0.9))
+    version = trained(session, scores(0.99, OTHER_SET), Measured(first.id, "its file cannot be read"))
+    assert not version.champion
+    assert "cannot be compared with the champion (version 1): its file cannot be read." in version.gate["reasons"][0]
+
+
+def test_a_champion_that_changed_meanwhile_is_not_the_one_compared_with(session: Session) -> None:
+    first = trained(session, scores(0.9))
+    trained(session, scores(0.95, "3" * 64), measured(first, 0.95, 0.90))
+    late = trained(session, scores(0.99, "4" * 64), measured(first, 0.93, 0.90, "5" * 64))
+    assert not late.champion
+    assert "(version 2): the champion changed while it trained" in late.gate["reasons"][0]
+    assert "no test scans were scored with both" in late.gate["reasons"][0]
+
+
+def test_a_champion_where_there_was_none_has_changed_too(session: Session) -> None:
+    trained(session, scores(0.9))
+    late = trained(session, scores(0.99, OTHER_SET))
+    assert not late.champion
+    assert "the champion changed while it trained" in late.gate["reasons"][0]
+
+
+def test_a_champion_that_changed_meanwhile_is_compared_where_both_were_tested_on_one_set(session: Session) -> None:
+    first = trained(session, scores(0.9))
+    trained(session, scores(0.95), measured(first, 0.95, 0.90, ONE_SET))
+    late = trained(session, scores(0.94), measured(first, 0.94, 0.90, ONE_SET))
+    assert not late.champion
+    assert late.gate["reasons"][0] == "F1 0.9400 < the champion's 0.9500 (version 2) on the same 93 test scans."
+
+
+def test_who_asks_for_no_promotion_hears_the_gates_word_on_the_champion(session: Session) -> None:
+    first = trained(session, scores(0.9))
+    version = trained(session, scores(0.95), measured(first, 0.95, 0.90), promote="never")
+    assert not version.champion
+    assert "would have promoted it" in version.gate["reasons"][0]
+    assert "(version 1)" in version.gate["reasons"][1]
+
+
+# --- promotion by request ---
+
+
+def test_a_version_that_the_gate_agrees_with_is_promoted_by_request(session: Session) -> None:
+    trained(session, scores(0.9))
+    waiting = trained(session, scores(0.95), promote="never")
+    key = new_id()
+    promoted = champions.promote(session, TENANT, "2", POLICY, reason="better", key_id=key)
+    assert promoted.id == waiting.id
+    assert (promoted.champion, champion(session)) == (True, 2)
+    row = champions.promotions(session, TENANT, 1).data[0]
+    assert (row.version, row.replaced, row.how, row.reason, row.by_key) == (2, 1, "request", "better", key)
+    assert row.verdict is not None
+    assert row.verdict["reasons"][0] == "F1 0.9500 ≥ the champion's 0.9000 (version 1) on the same 93 test scans."
+
+
+def test_a_worse_version_is_refused_with_all_reasons(session: Session, three: list[ModelVersion]) -> None:
+    with pytest.raises(PromotionRefused) as raised:
+        champions.promote(session, TENANT, "1", POLICY)
+    assert raised.value.reasons[0] == "F1 0.9000 < the champion's 0.9400 (version 3) on the same 93 test scans."
+    assert len(raised.value.reasons) == 3
+    assert "version 1" in str(raised.value)
+    assert champion(session) == 3
+
+
+def test_versions_without_common_test_scans_say_train_anew_or_force(session: Session) -> None:
+    first = trained(session, scores(0.9))
+    trained(session, scores(0.99, OTHER_SET), Measured(first.id, "it could not be scored"))
+    with pytest.raises(PromotionRefused) as raised:
+        champions.promote(session, TENANT, "2", POLICY)
+    assert raised.value.reasons[0] == (
+        "It cannot be compared with the champion (version 1): no test scans were scored with both. "
+        "Train anew, or promote it with `force` and a `reason`."
+    )
+
+
+def test_force_takes_any_version_and_keeps_the_gates_word(session: Session, three: list[ModelVersion]) -> None:
+    champions.promote(session, TENANT, "1", POLICY, force=True, reason=f"  {WHY} ")
+    assert champion(session) == 1
+    row = champions.promotions(session, TENANT, 1).data[0]
+    assert (row.how, row.reason) == ("force", WHY)
+    assert row.verdict is not None
+    assert row.verdict["promoted"] is False
+
+
+@pytest.mark.parametrize("reason", [None, "", "  "])
+def test_force_needs_a_reason(session: Session, three: list[ModelVersion], reason: str | None) -> None:
+    with pytest.raises(Invalid) as raised:
+        champions.promote(session, TENANT, "1", POLICY, force=True, reason=reason)
+    assert raised.value.pointer == "/reason"
+    assert champion(session) == 3
+
+
+def test_who_is_champion_stays_it_and_nothing_is_written(session: Session, three: list[ModelVersion]) -> None:
+    before = history(session)
+    for wanted in ("3", "champion"):
+        assert champions.promote(session, TENANT, wanted, POLICY).version == 3
+    assert champions.promote(session, TENANT, "3", POLICY, force=True, reason=WHY).version == 3
+    assert history(session) == before
+
+
+@pytest.mark.parametrize("wanted", ["9", "0", "-1", "first", ""])
+def test_what_there_is_not_cannot_be_promoted(session: Session, wanted: str) -> None:
+    with pytest.raises((ModelNotFound, NoChampion)):
+        champions.promote(session, TENANT, wanted, POLICY)
+
+
+def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for f1 in (0.9, 0.95):
+            trained(session, scores(f1))
+    with listening(sessions.kw["bind"], UNITS_CHANNEL) as notifications:
+        with sessions.begin() as session:
+            champions.rollback(session, TENANT)
+            assert notifications.wait(0) == []
+        assert notifications.wait(5) == [""]
+
+
+# --- rollback ---
+
+
+def test_rolling_back_twice_goes_two_back(session: Session, three: list[ModelVersion]) -> None:
+    key = new_id()
+    assert champions.rollback(session, TENANT, reason="It misses cysts.", key_id=key).version == 2
+    assert champions.rollback(session, TENANT).version == 1
+    with pytest.raises(NothingBefore):
+        champions.rollback(session, TENANT)
+    assert champion(session) == 1
+    assert history(session)[3:] == [(2, 3, "rollback"), (1, 2, "rollback")]
+    row = champions.promotions(session, TENANT, 10).data[1]
+    assert (row.reason, row.by_key) == ("It misses cysts.", key)
+
+
+def test_after_an_older_version_by_force_a_rollback_undoes_that(session: Session, three: list[ModelVersion]) -> None:
+    champions.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
+    assert champions.rollback(session, TENANT).version == 3
+    assert champions.rollback(session, TENANT).version == 2
+
+
+def test_after_a_rollback_and_a_promotion_the_way_back_is_the_one_that_was_gone(
+    session: Session, three: list[ModelVersion]
+) -> None:
+    assert champions.rollback(session, TENANT).version == 2
+    champions.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
+    assert [champions.rollback(session, TENANT).version for _ in range(2)] == [2, 1]
+    with pytest.raises(NothingBefore):
+        champions.rollback(session, TENANT)
+
+
+def test_without_a_champion_there_is_nothing_to_roll_back(session: Session) -> None:
+    with pytest.raises(NoChampion):
+        champions.rollback(session, TENANT)
+
+
+def test_jobs_keep_the_version_that_they_were_pinned_to(session: Session, three: list[ModelVersion]) -> None:
+    job = builders.make_job(session, model_id=three[2].id, model_version=3)
+    champions.rollback(session, TENANT)
+    assert session.get_one(Job, job.id, populate_existing=True).model_id == three[2].id
+    assert registry.resolve(session, TENANT, None).version == 2
+
+
+def test_a_champion_of_the_code_before_gets_its_place_in_the_history(
+    session: Session, three: list[ModelVersion]
+) -> None:
+    """While a stack is upgraded, an old worker may still promote: it knows of no history."""
+    session.execute(update(ModelVersion).where(ModelVersion.champion).values(champion=False))
+    session.execute(update(ModelVersion).where(ModelVersion.version == 1).values(champion=True))
+    assert champions.rollback(session, TENANT).version == 3
+    assert history(session)[3:] == [(1, 3, "gate"), (3, 1, "rollback")]
+    assert champions.rollback(session, TENANT).version == 2
+
+
+# --- the history ---
+
+
+def test_promotions_page_newest_first(session: Session, three: list[ModelVersion]) -> None:
+    first = champions.promotions(session, TENANT, 2)
+    assert ([row.version for row in first.data], first.has_more) == ([3, 2], True)
+    assert first.next is not None
+    rest = champions.promotions(session, TENANT, 2, int(first.next))
+    assert ([row.version for row in rest.data], rest.has_more, rest.next) == ([1], False, None)
+
+
+@pytest.mark.parametrize("change", [update(Promotion).values(reason="another"), delete(Promotion)])
+def test_history_can_neither_be_changed_nor_deleted(session: Session, three: list[ModelVersion], change: Any) -> None:
+    with pytest.raises(IntegrityError, match="is history"):
+        session.execute(change)
+
+
+def test_the_database_refuses_two_champions_by_itself(session: Session, three: list[ModelVersion]) -> None:
+    with pytest.raises(IntegrityError, match="uq_model_versions_champion"):
+        session.execute(update(ModelVersion).where(ModelVersion.version == 1).values(champion=True))
+
+
+def test_the_database_refuses_force_without_a_reason_by_itself(session: Session, three: list[ModelVersion]) -> None:
+    row = Promotion(tenant_id=TENANT, model_id=three[0].id, version=1, how="force")
+    session.add(row)
+    with pytest.raises(IntegrityError, match="force_has_reason"):
+        session.flush()
+
+
+def test_two_tenants_have_a_champion_and_a_history_each(session: Session, three: list[ModelVersion]) -> None:
+    other = trained(session, scores(0.86), tenant_id="elsewhere")
+    assert (other.version, other.champion, champion(session)) == (1, True, 3)
+    assert history(session, "elsewhere") == [(1, None, "gate")]
+    for what in (
+        lambda: champions.promote(session, "elsewhere", "3", POLICY, force=True, reason=WHY),
+        lambda: champions.compare(session, "elsewhere", "1", "2"),
+    ):
+        with pytest.raises(ModelNotFound):
+            what()
+    with pytest.raises(NothingBefore):
+        champions.rollback(session, "elsewhere")
+    assert [row.version for row in champions.promotions(session, "elsewhere", 10).data] == [1]
+
+
+# --- many at once ---
+
+
+def test_fifty_changes_at_once_leave_one_champion_and_a_history_that_fits(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for f1 in (0.90, 0.92, 0.94, 0.96):
+            trained(session, scores(f1))
+    lots = random.Random(7)
+    changes: list[Callable[[Session], ModelVersion]] = [_change(lots) for _ in range(50)]
+
+    def do(change: Callable[[Session], ModelVersion]) -> bool:
+        try:
+            with sessions.begin() as session:
+                change(session)
+        except NothingBefore:
+            return False
+        with sessions() as session:  # in between, too, there is exactly one
+            assert len(session.scalars(select(ModelVersion).where(ModelVersion.champion)).all()) == 1
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(do, changes)) > 25
+    with sessions() as session:
+        rows = session.scalars(select(Promotion).order_by(Promotion.id)).all()
+        assert rows[-1].version == champion(session)
+        for before, after in pairwise(rows):
+            assert after.replaced == before.version, "each one replaced the one before it"
+            assert after.version != before.version
+
+
+def _change(lots: random.Random) -> Callable[[Session], ModelVersion]:
+    if lots.random() < 0.5:
+        return lambda session: champions.rollback(session, TENANT, reason=WHY)
+    wanted = str(lots.randint(1, 4))
+    return lambda session: champions.promote(session, TENANT, wanted, POLICY, force=True, reason=WHY)
+
+
+def test_a_training_that_ends_during_a_rollback_is_compared_with_who_is_champion_then(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for f1 in (0.90, 0.95):
+            trained(session, scores(f1))
+    with ThreadPoolExecutor(1) as pool, sessions.begin() as session:
+        champions.rollback(session, TENANT)
+
+        def end() -> bool:
+            with sessions.begin() as other:
+                return trained(other, scores(0.92)).champion
+
+        ending = pool.submit(end)
+        _wait_for_lock(sessions)
+        session.commit()
+        assert ending.result(10), "0.92 is better than version 1's 0.90, though not than version 2's 0.95"
+
+
+def _wait_for_lock(sessions: Sessions) -> None:
+    with sessions() as session:
+        waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        while not session.scalar(waiting):
+            session.rollback()
+
+
+# --- two versions beside each other ---
+
+
+def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(session: Session) -> None:
+    first = trained(session, scores(0.9, recall=0.88), params={"epochs": 5, "seed": 7}, environment={"torch": "2.9"})
+    second = trained(
+        session, scores(0.95), measured(first, 0.7, 0.6),
+        params={"epochs": 9, "seed": 7}, environment={"torch": "2.9"}, dataset_digest="e" * 64,
+    )  # fmt: skip
+    found = champions.compare(session, TENANT, "1", "champion")
+    assert (found.a.id, found.b.id) == (first.id, second.id)
+    assert (found.scans, found.test_digest) == (93, ONE_SET)
+    assert (found.metrics["f1"], found.metrics["recall"]) == ([0.9, 0.95], [0.88, 0.96])
+    assert "roc_auc" not in found.metrics, "neither has it"
+    assert found.differences == {
+        "params": {"epochs": [5, 9]}, "environment": {}, "dataset": ["d" * 64, "e" * 64],
+    }  # fmt: skip
+    assert found.note == "Both were scored on the same 93 test scans."
+
+
+def test_two_versions_without_common_test_scans_have_no_figures(session: Session) -> None:
+    trained(session, scores(0.9))
+    trained(session, scores(0.95, OTHER_SET), code_revision="def")
+    found = champions.compare(session, TENANT, "1", "2")
+    assert (found.scans, found.metrics, found.test_digest) == (None, {}, None)
+    assert found.differences["code_revision"] == ["abc", "def"]
+    assert found.note.startswith("No test scans were scored with both")
+
+
+def test_versions_that_tell_no_test_set_have_no_common_one(session: Session) -> None:
+    for _ in range(2):
+        trained(session, builders.SCORES)
+    assert champions.compare(session, TENANT, "1", "2").metrics == {}
+    assert session.scalars(select(ModelEvaluation)).all() == []
+
+
+def test_a_comparison_of_what_there_is_not_says_so(session: Session) -> None:
+    trained(session, scores(0.9))
+    with pytest.raises(ModelNotFound):
+        champions.compare(session, TENANT, "1", "2")
+
+
+def test_a_measurement_of_another_champion_is_not_taken_for_this_ones(session: Session) -> None:
+    first, unknown = trained(session, scores(0.9)), uuid.uuid4()
+    assert evaluations.why_not(first, Measured(unknown, "its file cannot be read")) != "its file cannot be read"
+    assert evaluations.why_not(first, Measured(first.id, "its file cannot be read")) == "its file cannot be read"
+    assert evaluations.why_not(None, None) is None

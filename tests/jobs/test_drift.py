@@ -1,0 +1,390 @@
+"""What was predicted is counted once, and compared with the test scans: an alarm means something."""
+
+import datetime as dt
+import random
+import threading
+import uuid
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import func, insert, select, text
+from sqlalchemy.orm import Session
+
+from jobs import drift, lifecycle, truths
+from jobs.bookkeeping import Claim, ScanOutcome
+from jobs.db import Sessions
+from jobs.drift import Policy, chance, limit, psi
+from jobs.settings import Settings
+from jobs.states import JobKind
+from jobs.tables import Delivery, Json, ModelVersion, PredictionCount, Webhook
+from jobs.truths import Judged
+from tests import builders
+from tests.builders import TENANT
+from worker.dispatcher import Dispatcher
+
+POLICY = Policy(bound=0.25, least_scans=50)
+SCANS = 93
+"""Of the reference: a test set of a usual size."""
+FIGURES = ("brightness", "contrast", "black", "sharpness", "colour", "confidence")
+
+
+def reference(seed: int = 0) -> Json:
+    """Histograms of test scans whose figures lie evenly between 0 and 1."""
+    chance, statistics = random.Random(seed), {}
+    for name in FIGURES:
+        values = sorted(chance.random() for _ in range(SCANS))
+        edges = [values[SCANS * number // 9] for number in range(1, 9)]
+        counted = Counter(bisect_right(edges, value) for value in values)
+        statistics[name] = {"edges": edges, "counts": [counted[number] for number in range(9)]}
+    return {"scans": SCANS, "statistics": statistics, "classes": {"Normal": 48, "Tumor": 45}, "rejected": 2}
+
+
+def outcome(ordinal: int, chance: random.Random, shift: float = 0.0, disposition: str = "tumor") -> ScanOutcome:
+    """A prediction as of the reference; `shift` makes its picture brighter."""
+    figures = {name: chance.random() for name in FIGURES}
+    confidence, label = figures.pop("confidence"), chance.choice(("Normal", "Tumor"))
+    statistics = {**figures, "brightness": min(1.0, figures["brightness"] + shift)}
+    probabilities = {label: confidence}
+    return ScanOutcome(
+        ordinal, label, confidence, probabilities, "torch-fp32", disposition=disposition, statistics=statistics
+    )
+
+
+@pytest.fixture
+def champion(sessions: Sessions) -> ModelVersion:
+    """A champion without a reference."""
+    with sessions.begin() as session:
+        return builders.make_model(session)
+
+
+def referred(session: Session, version: ModelVersion) -> ModelVersion:
+    """The version, with a reference."""
+    mine = session.get_one(ModelVersion, version.id)
+    mine.reference, mine.metrics = reference(), {**mine.metrics, "positive": "Tumor"}
+    session.flush()
+    return mine
+
+
+def batch(session: Session, version: ModelVersion, scans: int, chunk: int = 1000) -> list[Claim]:
+    """A batch on the version, its units claimed."""
+    job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=scans, chunk=chunk, model_id=version.id)
+    return [builders.claim(session, unit) for unit in builders.units_of(session, job)]
+
+
+def counts(session: Session, version: ModelVersion, what: str) -> dict[str, int]:
+    """The version's counts of one figure, over all days."""
+    rows = select(PredictionCount.bin, func.sum(PredictionCount.scans)).group_by(PredictionCount.bin)
+    found = session.execute(rows.where(PredictionCount.model_id == version.id, PredictionCount.what == what))
+    return {bin_: int(scans) for bin_, scans in found}
+
+
+def day_of(session: Session, version: ModelVersion, days_ago: int, scans: int, shift: float = 0.0) -> None:
+    """Predictions of a day."""
+    (held,) = batch(session, version, scans)
+    chance = random.Random(days_ago)
+    lifecycle.succeed(session, held, outcomes=[outcome(number, chance, shift) for number in range(scans)])
+    moved = "UPDATE prediction_counts SET day = day - :ago WHERE day = (clock_timestamp() AT TIME ZONE 'UTC')::date"
+    session.execute(text(moved), {"ago": days_ago})
+
+
+def seen(session: Session, version: ModelVersion, days: int = 30, policy: Policy = POLICY) -> drift.Drift:
+    """The version's drift."""
+    return drift.drift(session, version, policy, days)
+
+
+# --- the index ---
+
+
+def test_equal_histograms_have_no_index_and_an_empty_bin_no_infinite_one() -> None:
+    assert psi([10, 20, 30], [10, 20, 30]) == 0
+    assert psi([10, 20, 30], [100, 200, 300]) == pytest.approx(0, abs=0.01)
+    assert 1 < psi([30, 30, 0], [0, 30, 30]) < 20
+
+
+def test_the_index_is_that_of_its_definition() -> None:
+    """Shares 0.5 and 0.5 against 0.8 and 0.2: 0.3 ln 1.6 - 0.3 ln 0.4."""
+    assert psi([5000, 5000], [8000, 2000]) == pytest.approx(0.4159, abs=0.001)
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=20))
+def test_the_index_is_never_negative_and_the_same_from_both_sides(pairs: list[tuple[int, int]]) -> None:
+    old, new = zip(*pairs, strict=True)
+    assert psi(old, new) >= 0
+    assert psi(old, new) == pytest.approx(psi(new, old))
+
+
+def test_chance_is_the_chi_squared_distribution_of_yurdakul() -> None:
+    """Upper points of the table: 15.507 (8 degrees of freedom, 5 %), 26.124 (8, 0.1 %), 3.841 (1, 5 %)."""
+    for bins, risk, point in ((9, 0.05, 15.507), (9, 0.001, 26.124), (2, 0.05, 3.841)):
+        assert chance(bins, 100, 100, risk) == pytest.approx(point / 50, rel=0.03)
+    assert chance(1, 100, 100, 0.05) == 0
+
+
+def test_with_many_scans_only_the_bound_counts() -> None:
+    assert limit(9, 10**6, 10**6, 0.25) == pytest.approx(0.25, abs=0.001)
+    assert limit(9, 93, 200, 0.25) > 0.4
+
+
+def test_a_day_like_the_reference_is_alarmed_less_than_once_in_a_hundred() -> None:
+    """93 reference scans, 200 a day in chunks of ten; the verdict is asked for after every chunk from 50 scans on."""
+    chance, alarms, days = random.Random(7), 0, 1000
+    for _ in range(days):
+        values = [[sorted(chance.random() for _ in range(SCANS)), [0] * 9] for _ in range(7)]
+        edges = [[mine[SCANS * number // 9] for number in range(1, 9)] for mine, _ in values]
+        old = {str(n): bins(mine, edges[n]) for n, (mine, _) in enumerate(values)}
+        new = {str(n): found for n, (_, found) in enumerate(values)}
+        for scan in range(1, 201):
+            for n, found in enumerate(new.values()):
+                found[bisect_right(edges[n], chance.random())] += 1
+            if scan >= 50 and scan % 10 == 0 and any(f.drifted for f in drift.figures(old, new, 0.25).values()):
+                alarms += 1
+                break
+    assert alarms < days / 100
+
+
+def bins(values: list[float], edges: list[float]) -> list[int]:
+    counted = Counter(bisect_right(edges, value) for value in values)
+    return [counted[number] for number in range(len(edges) + 1)]
+
+
+# --- counting ---
+
+
+def test_each_prediction_is_counted_in_the_bin_of_every_figure(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        (held,) = batch(session, version, 100)
+        given = [outcome(number, random.Random(number)) for number in range(100)]
+        edges = version.reference["statistics"]["contrast"]["edges"]  # type: ignore[index]
+        given[0] = replace(given[0], statistics={**given[0].statistics, "contrast": edges[3]})  # type: ignore[dict-item]
+        lifecycle.succeed(session, held, outcomes=given)
+        for name in ("brightness", "contrast"):
+            edges = version.reference["statistics"][name]["edges"]  # type: ignore[index]
+            expected = Counter(str(bisect_right(edges, one.statistics[name])) for one in given)  # type: ignore[index]
+            assert counts(session, version, name) == expected
+        assert counts(session, version, "class") == Counter(one.label for one in given)
+        assert counts(session, version, "disposition") == {"tumor": 100}
+        assert sum(counts(session, version, "confidence").values()) == 100
+
+
+def test_failures_and_what_was_known_before_are_not_counted(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        (held,) = batch(session, referred(session, champion), 3)
+        good = outcome(0, random.Random(0))
+        known = replace(outcome(1, random.Random(1)), cached=True)
+        lifecycle.succeed(session, held, outcomes=[good, known, ScanOutcome(2, error=builders.BROKEN)])
+        assert counts(session, champion, "class") == {good.label: 1}
+
+
+def test_a_version_without_a_reference_counts_classes_and_dispositions_alone(
+    sessions: Sessions,
+    champion: ModelVersion,
+) -> None:
+    with sessions.begin() as session:
+        day_of(session, champion, 0, 60)
+        assert set(session.scalars(select(PredictionCount.what))) == {"class", "disposition"}
+        found = seen(session, champion)
+        assert (found.reference_scans, found.days[0].scans, found.days[0].since, found.drifted) == (
+            None,
+            60,
+            None,
+            False,
+        )
+
+
+def test_a_chunk_that_is_handed_back_half_done_is_counted_once(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        (held,) = batch(session, referred(session, champion), 10)
+        chance = random.Random(3)
+        lifecycle.requeue(session, held, "DRAINED", outcomes=[outcome(number, chance) for number in range(4)])
+        again = lifecycle.claim(session, held.unit_id, "worker-b", 45)
+        assert again is not None
+        lifecycle.succeed(session, again, outcomes=[outcome(number, chance) for number in range(4, 10)])
+        assert sum(counts(session, champion, "class").values()) == 10
+        assert sum(counts(session, champion, "brightness").values()) == 10
+
+
+def test_chunks_that_end_at_once_are_all_counted_and_nobody_waits_for_ever(
+    sessions: Sessions,
+    champion: ModelVersion,
+) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        jobs = [batch(session, version, 20, chunk=5) for _ in range(6)]
+    errors: list[BaseException] = []
+
+    def work(claims: list[Claim], number: int) -> None:
+        chance = random.Random(number)
+        try:
+            for held in claims:
+                with sessions.begin() as session:
+                    ordinals = [one.ordinal for one in builders.outcomes_of(session, held)]
+                    shuffled = chance.sample(ordinals, len(ordinals))
+                    lifecycle.succeed(session, held, outcomes=[outcome(ordinal, chance) for ordinal in shuffled])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(claims, number)) for number, claims in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    with sessions() as session:
+        for what in ("class", "disposition", "brightness", "confidence"):
+            assert sum(counts(session, champion, what).values()) == 120, what
+
+
+# --- verdicts ---
+
+
+def test_brighter_pictures_are_alarmed_and_usual_ones_are_not(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        day_of(session, version, 1, 200)
+        day_of(session, version, 0, 200, shift=0.4)
+        usual, bright = seen(session, version).days
+        assert usual.drifted == []
+        assert bright.drifted == ["brightness"]
+        assert bright.figures["brightness"].psi > 0.5 > usual.figures["brightness"].psi
+        assert set(bright.figures) == {*FIGURES, "class", "rejected"}
+        assert seen(session, version).drifted
+        assert not seen(session, version, policy=Policy(bound=50, least_scans=50)).drifted
+
+
+def test_one_class_alone_is_alarmed(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        (held,) = batch(session, version, 100)
+        given = [replace(outcome(number, random.Random(number)), label="Tumor") for number in range(100)]
+        lifecycle.succeed(session, held, outcomes=given)
+        assert seen(session, version).days[0].drifted == ["class"]
+
+
+def test_many_rejected_scans_are_alarmed(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        (held,) = batch(session, version, 100)
+        words = ["rejected"] * 30 + ["tumor"] * 70
+        given = [outcome(number, random.Random(number), disposition=word) for number, word in enumerate(words)]
+        lifecycle.succeed(session, held, outcomes=given)
+        (day,) = seen(session, version).days
+        assert (day.drifted, day.rejected_share) == (["rejected"], 0.3)
+
+
+def test_a_reference_that_cannot_be_read_keeps_nobody_from_being_served(
+    sessions: Sessions, settings: Settings, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        session.get_one(ModelVersion, champion.id).reference = {"statistics": {"brightness": {"edges": [0.5]}}}
+        day_of(session, champion, 0, 60)
+        job = builders.make_job(session, JobKind.PREDICT, scans=1)
+    rung: list[str] = []
+    Dispatcher(settings, sessions, ring=lambda *given: rung.append(given[2])).step()
+    assert len(rung) == 1
+    with sessions() as session:
+        assert rung == [str(unit.id) for unit in builders.units_of(session, job)]
+
+
+def test_days_with_few_scans_are_judged_together_with_those_before(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        for ago in (40, 4, 2, 0):
+            day_of(session, version, ago, 20, shift=0.5)
+        first, second, third = seen(session, version).days
+        assert [first.since, second.since] == [None, None], "20 and 40 scans are too few, and 40 days ago is long ago"
+        assert first.figures == second.figures == {}
+        assert (third.scans, third.since, third.drifted) == (20, first.day, ["brightness"])
+        (short,) = seen(session, version, days=1).days
+        assert short == third, "how far the question reaches back changes no verdict"
+
+
+def test_no_day_is_shown_where_nothing_was_predicted(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        found = seen(session, champion)
+        assert (found.days, found.latest, found.drifted, found.truths) == ([], None, False, Judged())
+
+
+# --- the event ---
+
+
+def listener(session: Session, tenant_id: str = TENANT) -> uuid.UUID:
+    webhook = Webhook(tenant_id=tenant_id, url="https://example.org/", events=["model.drifted"], secret="whsec_x")
+    session.add(webhook)
+    session.flush()
+    return webhook.id
+
+
+def told(session: Session) -> list[Delivery]:
+    return list(session.scalars(select(Delivery).where(Delivery.type == "model.drifted")))
+
+
+def test_a_champion_that_drifts_is_told_of_once_a_day(
+    sessions: Sessions,
+    settings: Settings,
+    champion: ModelVersion,
+) -> None:
+    with sessions.begin() as session:
+        listener(session)
+        listener(session, "elsewhere")
+        version = referred(session, champion)
+        day_of(session, version, 0, 100)
+        drift.look(session, settings)
+        assert told(session) == [], "nothing has drifted"
+    with sessions.begin() as session:
+        day_of(session, version, 0, 200, shift=0.6)
+    dispatcher = Dispatcher(settings, sessions, ring=lambda *_: None)
+    dispatcher.step()
+    with sessions.begin() as session:
+        drift.look(session, settings)
+        (event,) = told(session)
+        today = dt.datetime.now(dt.UTC).date()
+        assert event.tenant_id == TENANT
+        assert event.event_id == f"drift_{version.id}_{today}"
+        assert event.data == {"model_version": "1", "day": str(today), "figures": ["brightness"]}
+
+
+def test_a_version_that_is_not_champion_drifts_in_silence(
+    sessions: Sessions,
+    settings: Settings,
+    champion: ModelVersion,
+) -> None:
+    with sessions.begin() as session:
+        listener(session)
+        version = referred(session, champion)
+        version.champion = False
+        day_of(session, version, 0, 200, shift=0.6)
+        drift.look(session, settings)
+        assert seen(session, version).drifted
+        assert told(session) == []
+
+
+# --- truths ---
+
+
+def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
+    sessions: Sessions,
+    champion: ModelVersion,
+) -> None:
+    today = dt.datetime.now(dt.UTC)
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        rows = [("Tumor", "Tumor", 0), ("Tumor", "Normal", 0), ("Normal", "Normal", 1), ("Normal", "Tumor", 1)]
+        rows += [("Normal", "Normal", 1), ("Tumor", "Tumor", 40)]
+        stories = [(builders.make_scan(session).id, *row) for row in rows]
+        first = stories[0]
+        for scan_id, label, predicted, ago in [(first[0], "Normal", "Tumor", 0), *stories]:
+            values = {"scan_id": scan_id, "label": label, "predicted": predicted}
+            said_at = {"predicted_at": today - dt.timedelta(days=ago), "confidence": 0.9}
+            session.execute(insert(truths.Truth).values(tenant_id=TENANT, model_id=version.id, **values, **said_at))
+        found = truths.by_day(session, version, today.date() - dt.timedelta(days=29))
+    assert found[today.date()] == Judged(known=2, right=1, positives=2, found=1)
+    assert found[today.date() - dt.timedelta(days=1)] == Judged(known=3, right=2, negatives=3, cleared=2)
+    together = sum(found.values(), Judged())
+    assert (together.known, together.accuracy, together.sensitivity) == (5, 3 / 5, 1 / 2)
+    assert together.specificity == pytest.approx(2 / 3)
+    assert (Judged().accuracy, Judged().sensitivity, Judged().specificity) == (None, None, None)

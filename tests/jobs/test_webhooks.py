@@ -1,0 +1,259 @@
+"""Events and the deliveries that they write: in the event's transaction, one for each webhook that hears of it."""
+
+import datetime as dt
+import threading
+import uuid
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from jobs import champions, deliveries, lifecycle, registry, webhooks
+from jobs.db import Sessions
+from jobs.deliveries import Attempt, Due
+from jobs.errors import TooManyWebhooks
+from jobs.gate import Policy
+from jobs.registry import NewModel
+from jobs.states import TERMINAL, JobKind, JobState
+from jobs.tables import Delivery, Job, Webhook
+from jobs.webhooks import EventType
+from tests import builders
+from tests.builders import TENANT
+
+URL = "https://ris.example/hook"
+RETRIES = (5.0, 300.0)
+
+
+def make_webhook(session: Session, *events: str, tenant_id: str = TENANT) -> Webhook:
+    return webhooks.create(session, tenant_id, URL, events or list(EventType))
+
+
+def told(session: Session) -> list[tuple[str, str, dict]]:
+    """Type, event's id and data of each delivery, oldest first."""
+    session.expire_all()
+    rows = session.scalars(select(Delivery).order_by(Delivery.id))
+    return [(row.type, row.event_id, row.data) for row in rows]
+
+
+def claimed(session: Session, hold: float = 60) -> Due:
+    due = deliveries.claim(session, hold, [], [])
+    assert due is not None
+    return due
+
+
+def the_one(session: Session) -> Delivery:
+    session.expire_all()
+    return session.scalars(select(Delivery)).one()
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+def test_a_job_that_ends_is_told_once_with_ids_and_states_alone(sessions: Sessions, state: JobState) -> None:
+    with sessions.begin() as session:
+        make_webhook(session)
+        job = builders.make_job(session, JobKind.PREDICT, state, scans=1, metadata={"patient": "Erika"})
+        data = {"job_id": str(job.id), "kind": "predict", "state": str(state)}
+        assert told(session) == [(f"job.{state}", f"job_{job.id}_{state}", data)]
+
+
+def test_a_batch_that_succeeds_in_part_says_so(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session)
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=2)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
+        assert [type_ for type_, _, _ in told(session)] == ["job.partially_succeeded"]
+
+
+def test_every_end_of_a_job_is_an_event_that_a_webhook_may_hear_of() -> None:
+    assert {f"job.{state}" for state in TERMINAL} == {event for event in EventType if event.startswith("job.")}
+
+
+def test_each_webhook_hears_of_what_it_asked_for_in_its_own_tenant(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        one, other = make_webhook(session), make_webhook(session, EventType.JOB_SUCCEEDED)
+        make_webhook(session, EventType.MODEL_PROMOTED)
+        make_webhook(session, tenant_id="elsewhere")
+        webhooks.emit(session, TENANT, "event", EventType.JOB_SUCCEEDED, {})
+        assert set(session.scalars(select(Delivery.webhook_id))) == {one.id, other.id}
+
+
+def test_an_event_that_is_emitted_twice_is_delivered_once(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session)
+        for _ in range(2):
+            webhooks.emit(session, TENANT, "model_7_drifted", EventType.MODEL_DRIFTED, {"version": 7})
+        assert told(session) == [("model.drifted", "model_7_drifted", {"version": 7})]
+
+
+def test_an_event_that_did_not_happen_is_not_delivered(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session)
+    with sessions() as session:
+        webhooks.emit(session, TENANT, "event", EventType.JOB_FAILED, {})
+        session.rollback()
+        assert told(session) == []
+
+
+def test_a_webhook_that_is_being_deleted_neither_stops_a_job_from_ending_nor_hears_of_it(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        webhook = make_webhook(session)
+    with sessions.begin() as deleting:
+        webhooks.remove(deleting, TENANT, webhook.id)
+        with sessions.begin() as session:
+            builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1)
+    with sessions() as session:
+        assert told(session) == []
+
+
+def test_a_tenant_has_so_many_webhooks_and_no_more_even_at_once(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for _ in range(webhooks.MOST - 1):
+            make_webhook(session)
+    refused: list[Exception] = []
+
+    def make() -> None:
+        try:
+            with sessions.begin() as session:
+                make_webhook(session)
+        except TooManyWebhooks as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3
+    assert "DELETE /webhooks/ID" in str(refused[0])
+
+
+def make_version(sessions: Sessions) -> Job:
+    """A training that has ended well."""
+    with sessions.begin() as session:
+        job = builders.make_job(session)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        new = NewModel("a" * 64, ["Normal", "Tumor"], {}, builders.SCORES, "d" * 64, "abc123")
+        registry.add(session, held, new, Policy())
+    return job
+
+
+def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session, *(event for event in EventType if event.startswith("model.")))
+    one, two = make_version(sessions), make_version(sessions)
+    with sessions.begin() as session:
+        champions.promote(session, TENANT, "2", Policy(), force=True, reason="Erika's scan")
+        champions.rollback(session, TENANT, reason="Erika's scan")
+        found = told(session)
+    ids = [event_id for _, event_id, _ in found]
+    assert len(set(ids)) == 5
+    assert ids[1].startswith("promotion_")
+    assert [(type_, data) for type_, _, data in found] == [
+        ("model.created", {"model_version": "1", "job_id": str(one.id), "promoted": True}),
+        ("model.promoted", {"model_version": "1", "replaced": None, "how": "gate"}),
+        ("model.created", {"model_version": "2", "job_id": str(two.id), "promoted": False}),
+        ("model.promoted", {"model_version": "2", "replaced": "1", "how": "force"}),
+        ("model.rolled_back", {"model_version": "1", "replaced": "2", "how": "rollback"}),
+    ]
+
+
+# --- what becomes of a delivery ---
+
+
+@pytest.fixture
+def due(sessions: Sessions) -> None:
+    """One delivery that is due."""
+    with sessions.begin() as session:
+        make_webhook(session)
+        webhooks.emit(session, TENANT, "event", EventType.JOB_SUCCEEDED, {"state": "succeeded"})
+
+
+@pytest.mark.usefixtures("due")
+def test_what_is_claimed_is_nobody_elses_until_the_claim_is_over(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        first = claimed(session, hold=0.2)
+        with sessions.begin() as other:
+            assert deliveries.claim(other, 60, [], []) is None, "it is locked"
+    with sessions.begin() as session:
+        assert deliveries.claim(session, 60, [], []) is None, "it is held"
+    threading.Event().wait(0.3)
+    with sessions.begin() as session:
+        again = claimed(session)
+    assert (first.id, first.attempts, first.url) == (again.id, again.attempts - 1, URL)
+
+
+@pytest.mark.usefixtures("due")
+def test_a_webhook_or_tenant_that_has_enough_to_do_is_passed_over(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        webhook_id = the_one(session).webhook_id
+        assert deliveries.claim(session, 60, [webhook_id], []) is None
+        assert deliveries.claim(session, 60, [], [TENANT]) is None
+        assert deliveries.claim(session, 60, [builders.unknown_id()], ["elsewhere"]) is not None
+
+
+@pytest.mark.usefixtures("due")
+def test_it_is_tried_again_after_longer_and_longer_and_then_has_failed(sessions: Sessions) -> None:
+    waits = []
+    for _ in range(3):
+        with sessions.begin() as session:
+            session.execute(update(Delivery).values(next_at=dt.datetime(2000, 1, 1, tzinfo=dt.UTC)))
+            held = claimed(session)
+            deliveries.ended(session, held, Attempt(500, "The receiver answered 500."), RETRIES)
+        with sessions() as session:
+            row = the_one(session)
+        waits.append((row.next_at - held.now).total_seconds())
+    assert (row.state, row.attempts, row.status, row.error) == ("failed", 3, 500, "The receiver answered 500.")
+    assert row.ended_at is not None
+    assert 5 <= waits[0] <= 6.1
+    assert 300 <= waits[1] <= 361
+
+
+@pytest.mark.usefixtures("due")
+def test_who_was_taken_for_dead_writes_nothing(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        slow = claimed(session, hold=0)
+    with sessions.begin() as session:
+        deliveries.ended(session, claimed(session), Attempt(204), RETRIES)
+        deliveries.ended(session, slow, Attempt(None, "late"), RETRIES)
+        row = the_one(session)
+        assert (row.state, row.status, row.error, row.attempts) == ("delivered", 204, None, 2)
+
+
+@pytest.mark.usefixtures("due")
+def test_410_silences_the_webhook_and_leaves_it_to_be_seen(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        held = claimed(session)
+        webhooks.emit(session, TENANT, "later", EventType.JOB_FAILED, {})
+        deliveries.ended(session, held, Attempt(410, "The receiver answered 410."), RETRIES)
+        webhooks.emit(session, TENANT, "last", EventType.JOB_FAILED, {})
+        rows = session.scalars(select(Delivery).order_by(Delivery.id)).all()
+        assert [(row.event_id, row.state, row.status) for row in rows] == [
+            ("event", "failed", 410),
+            ("later", "failed", None),
+        ]
+        assert "410" in str(rows[1].error)
+        assert session.scalars(select(Webhook.events)).all() == [[]]
+
+
+@pytest.mark.usefixtures("due")
+def test_a_delivery_that_has_failed_is_sent_anew_by_hand_for_one_try(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        deliveries.ended(session, claimed(session), Attempt(500, "no"), ())
+        row = the_one(session)
+        deliveries.redeliver(session, TENANT, row.webhook_id, row.id)
+        assert (the_one(session).state, the_one(session).ended_at) == ("pending", None)
+    with sessions.begin() as session:
+        deliveries.ended(session, claimed(session), Attempt(500, "no"), ())
+        assert (the_one(session).state, the_one(session).attempts) == ("failed", 2)
+
+
+@pytest.mark.usefixtures("due")
+def test_deliveries_are_forgotten_after_their_time(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        assert deliveries.prune(session, days=1) == 0
+        old = the_one(session)
+        then = int((old.created_at - dt.timedelta(days=2)).timestamp() * 1000)
+        session.execute(update(Delivery).values(id=uuid.UUID(int=(then << 80) + (old.id.int & (1 << 80) - 1))))
+        assert deliveries.prune(session, days=3) == 0
+        assert deliveries.prune(session, days=1) == 1
+        assert told(session) == []

@@ -1,0 +1,216 @@
+"""The champion beside the new network: on which scans, as whose predictions, and what speaks against comparing them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ml import champion, network
+from ml.__main__ import main
+from ml.champion import Comparison
+from ml.config import load_config
+from ml.evaluation import _judged
+from ml.lineage import lineage
+from ml.network import Model
+from ml.params import parse_params
+from ml.predict import Predictor, ScanInput
+from ml.run import Run, Surroundings
+from ml.transforms import Transform
+from tests.ml.conftest import SIDE, SMALL, SmallRun
+
+CLASSES = ("Normal", "Tumor")
+MANY = {"test_size": 0.5}
+"""Twenty test scans, of the small run's forty."""
+
+
+@pytest.fixture(scope="session")
+def candidate(small_run: SmallRun) -> Model:
+    """The network that the small run has trained."""
+    return network.load(small_run.model_path)
+
+
+@pytest.fixture
+def state(small_run: SmallRun) -> Run:
+    """The small run, with its scans where it left them."""
+    return Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL | MANY), lambda event: None)
+
+
+def rival(side: int = SIDE, classes: tuple[str, ...] = CLASSES, **metadata: Any) -> Model:
+    """Another network, of random weights; it has learnt from nothing."""
+    made = network.build(len(classes), 0, "efficientnet_b0", "gap").eval()
+    told = {"lineage": [], "calibration": {"temperature": 1.5, "threshold": 0.4}, **metadata}
+    return Model(made, classes, Transform(side, side), told, "efficientnet_b0", "gap")
+
+
+def beside(state: Run, candidate: Model, path: Path | None, told: list[float] | None = None) -> Comparison | None:
+    """The candidate of the run beside the champion in a file."""
+    state.around = Surroundings(champion=path)
+    judged = _judged(state, candidate)
+    tell = (lambda fraction: None) if told is None else told.append
+    return champion.compare(state, candidate, judged, tell)
+
+
+def saved(model: Model, folder: Path) -> Path:
+    """The model's file."""
+    network.save(model, folder / "champion.safetensors")
+    return folder / "champion.safetensors"
+
+
+def test_without_a_champion_there_is_nothing_to_compare(state: Run, candidate: Model) -> None:
+    assert beside(state, candidate, None) is None
+
+
+def test_both_are_scored_on_the_same_scans(state: Run, candidate: Model, tmp_path: Path) -> None:
+    told: list[float] = []
+    found = beside(state, candidate, saved(rival(), tmp_path), told)
+    assert found is not None
+    assert (found.comparable, found.scans, found.why) == (True, 20, "")
+    assert found.test_digest == state.report.digest_of(state.split.test)
+    assert found.champion is not None
+    assert found.candidate is not None
+    assert found.candidate["held_out"] == found.champion["held_out"] == 20
+    assert (found.champion["temperature"], found.champion["threshold"]) == (1.5, 0.4), "its own"
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+def test_a_network_is_as_good_as_itself(small_run: SmallRun, state: Run, candidate: Model) -> None:
+    state.params = parse_params(SMALL)  # the split that it was trained with
+    found = beside(state, candidate, small_run.model_path)
+    assert found is not None
+    assert found.champion is not None
+    assert found.candidate is not None
+    assert found.scans == 8, "nothing was learnt from: then few scans are as good as they are"
+    assert found.champion == found.candidate
+
+
+@pytest.mark.parametrize("side", [SIDE, 96])
+def test_the_champion_says_of_each_scan_what_it_predicts(
+    state: Run, candidate: Model, tmp_path: Path, side: int
+) -> None:
+    path = saved(rival(side), tmp_path)
+    found = beside(state, candidate, path)
+    assert found is not None
+    assert found.champion is not None
+    folder = state.config.data_ingestion.scans_dir
+    files = [folder / state.report.scans[scan].path for scan in state.split.test]
+    predicted = [each.label for each in Predictor.load(path).predict(ScanInput(file.name, file) for file in files)]
+    matrix = np.zeros((2, 2), int)
+    for scan, label in zip(state.split.test, predicted, strict=True):
+        matrix[state.report.labels[scan], CLASSES.index(str(label))] += 1
+    assert found.champion["confusion_matrix"] == matrix.tolist()
+
+
+def test_scans_are_unpacked_for_another_transform_where_their_pixels_came_out_of_the_cache(
+    state: Run, candidate: Model, tmp_path: Path
+) -> None:
+    section = state.config.data_ingestion.model_copy(update={"unzip_dir": tmp_path / "images"})
+    state.config = state.config.model_copy(update={"data_ingestion": section})
+    found = beside(state, candidate, saved(rival(96), tmp_path))
+    assert found is not None
+    assert found.comparable
+    assert (tmp_path / "images").is_dir()
+
+
+def test_the_command_tells_both_figures(
+    small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((small_run.folder / "config.yaml").read_text())
+    config["evaluation"] = {"root_dir": str(tmp_path), "scores_path": str(tmp_path / "scores.json")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(SMALL | MANY))
+    files = ["--config", str(tmp_path / "config.yaml"), "--params", str(tmp_path / "params.yaml")]
+    assert main(["evaluation", *files, "--champion", str(saved(rival(), tmp_path))]) == 0
+    assert "on 20 test scans that neither has learnt from" in capsys.readouterr().out
+
+
+# --- what one of the two has learnt from ---
+
+
+def learnt(state: Run, scans: int) -> tuple[str, ...]:
+    """The lineage of a network that has learnt from so many of the test scans, of both classes."""
+    return lineage(state.report, in_turns(state)[:scans])
+
+
+def in_turns(state: Run) -> np.ndarray:
+    """The test scans, every other one first."""
+    return np.concatenate([state.split.test[::2], state.split.test[1::2]])
+
+
+def test_scans_that_the_champion_has_learnt_from_count_for_neither(
+    state: Run, candidate: Model, tmp_path: Path
+) -> None:
+    found = beside(state, candidate, saved(rival(lineage=learnt(state, 8)), tmp_path))
+    assert found is not None
+    assert (found.comparable, found.scans) == (True, 12)
+    assert found.test_digest == state.report.digest_of(in_turns(state)[8:])
+    assert found.champion is not None
+    assert found.candidate is not None
+    assert found.candidate["held_out"] == found.champion["held_out"] == 12
+
+
+def test_scans_that_the_candidate_began_from_count_for_neither(state: Run, candidate: Model, tmp_path: Path) -> None:
+    begun = replace(candidate, metadata={**candidate.metadata, "begun_lineage": learnt(state, 5)})
+    found = beside(state, begun, saved(rival(lineage=learnt(state, 8)), tmp_path))
+    assert found is not None
+    assert found.scans == 12, "they are among the champion's"
+
+
+def test_too_few_scans_that_neither_has_learnt_from_are_no_comparison(
+    state: Run, candidate: Model, tmp_path: Path
+) -> None:
+    found = beside(state, candidate, saved(rival(lineage=learnt(state, 11)), tmp_path))
+    assert found is not None
+    assert not found.comparable
+    assert "of the 20 test scans one of the two has learnt from 11" in found.why
+    assert "the others are too few: 4 Normal, 5 Tumor, where 10 scans with 3 of each class are needed" in found.why
+    assert (found.champion, found.candidate, found.test_digest) == (None, None, None)
+
+
+def test_scans_of_one_class_are_no_comparison(state: Run, candidate: Model, tmp_path: Path) -> None:
+    tumours = [scan for scan in state.split.test if state.report.scans[scan].label == "Tumor"][2:]
+    found = beside(state, candidate, saved(rival(lineage=lineage(state.report, tumours)), tmp_path))
+    assert found is not None
+    assert not found.comparable
+    assert "10 Normal, 2 Tumor" in found.why
+
+
+def test_a_champion_that_does_not_tell_what_it_has_learnt_from_is_not_compared(
+    state: Run, candidate: Model, tmp_path: Path
+) -> None:
+    found = beside(state, candidate, saved(rival(lineage=None), tmp_path))
+    assert found is not None
+    assert (found.comparable, found.why) == (False, "its file does not tell what it has learnt from")
+
+
+# --- a champion that is no match ---
+
+
+def test_a_champion_of_other_classes_is_not_compared(state: Run, candidate: Model, tmp_path: Path) -> None:
+    found = beside(state, candidate, saved(rival(classes=("Cyst", "Stone", "Tumor")), tmp_path))
+    assert found is not None
+    assert (found.comparable, found.why) == (False, "its classes are Cyst, Stone, Tumor, not Normal, Tumor")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no network at all", b"\x10" + b"\0" * 7 + b'{"a": 1}        '])
+def test_a_file_that_cannot_be_read_does_not_fail_the_training(
+    state: Run, candidate: Model, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "champion.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    found = beside(state, candidate, path)
+    assert found is not None
+    assert (found.comparable, found.why) == (False, "its file cannot be read")
+
+
+def test_what_nobody_foresaw_does_not_fail_it_either(state: Run, candidate: Model, tmp_path: Path) -> None:
+    found = beside(state, candidate, saved(rival(lineage=["no token"]), tmp_path))
+    assert found is not None
+    assert not found.comparable
+    assert found.why.startswith("it could not be scored")

@@ -1,0 +1,57 @@
+"""A thread that does what a worker would, for tests in which somebody waits for an answer."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import select
+
+from jobs import lifecycle
+from jobs.bookkeeping import ScanOutcome
+from jobs.db import Sessions
+from jobs.lifecycle import Claim
+from jobs.states import JobState
+from jobs.tables import Job
+from tests import builders
+from tests.processes import eventually
+
+Outcomes = Callable[[list[int]], list[ScanOutcome]]
+
+
+def tumors(ordinals: list[int]) -> list[ScanOutcome]:
+    """Each scan shows a tumor, a little less surely than the one before."""
+    sure = [0.94563 - 0.1 * number for number in range(len(ordinals))]
+    return [
+        ScanOutcome(ordinal, "Tumor", share, {"Normal": 1 - share, "Tumor": share}, "torch-fp32")
+        for ordinal, share in zip(ordinals, sure, strict=True)
+    ]
+
+
+@contextmanager
+def worker(
+    sessions: Sessions, outcomes: Outcomes = tumors, before: Callable[[Claim], None] = lambda held: None
+) -> Iterator[None]:
+    """Meanwhile the one job that comes is done; `before` is called with its unit claimed."""
+    thread = threading.Thread(target=_work, args=(sessions, outcomes, before))
+    thread.start()
+    yield
+    thread.join()
+
+
+def _work(sessions: Sessions, outcomes: Outcomes, before: Callable[[Claim], None]) -> None:
+    held = _claimed(sessions)
+    before(held)
+    with sessions.begin() as session:
+        ordinals = [outcome.ordinal for outcome in builders.outcomes_of(session, held)]
+        lifecycle.succeed(session, held, outcomes=outcomes(ordinals))
+
+
+def _claimed(sessions: Sessions) -> Claim:
+    def queued() -> Job | None:
+        with sessions() as session:
+            return session.scalar(select(Job).where(Job.state == JobState.QUEUED))
+
+    job = eventually(queued, 20)
+    with sessions.begin() as session:
+        (unit,) = builders.units_of(session, session.get_one(Job, job.id))
+        return builders.claim(session, unit)

@@ -1,0 +1,319 @@
+"""Webhooks on their way, to real receivers that behave well and badly."""
+
+import datetime as dt
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from sqlalchemy import select
+
+from jobs import deliveries, webhooks
+from jobs.db import Sessions
+from jobs.settings import Settings
+from jobs.tables import Delivery, Webhook
+from jobs.webhooks import EventType
+from tests.builders import TENANT
+from tests.processes import eventually
+from tests.receivers import Receiver, allowing, receiving
+from worker import receivers
+from worker.delivering import SENDERS_OF_ONE, delivering
+from worker.receivers import Undelivered, post
+
+TOKEN = "token-4711"  # of an address that nobody else may learn
+DATA = {"job_id": "7", "state": "succeeded"}
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+def subscribe(sessions: Sessions, url: str, tenant_id: str = TENANT) -> Webhook:
+    with sessions.begin() as session:
+        return webhooks.create(session, tenant_id, url, list(EventType))
+
+
+def emit(sessions: Sessions, *event_ids: str, tenant_id: str = TENANT) -> None:
+    with sessions.begin() as session:
+        for event_id in event_ids:
+            webhooks.emit(session, tenant_id, event_id, EventType.JOB_SUCCEEDED, DATA)
+
+
+def ended(sessions: Sessions, number: int = 1) -> list[Delivery]:
+    """All deliveries, once so many have ended."""
+
+    def rows() -> list[Delivery]:
+        with sessions() as session:
+            return list(session.scalars(select(Delivery).order_by(Delivery.id)))
+
+    eventually(
+        lambda: sum(row.ended_at is not None for row in rows()) >= number, 20, lambda: str(list(map(vars, rows())))
+    )
+    return rows()
+
+
+def test_a_delivery_is_what_standard_webhooks_says(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    webhook = subscribe(sessions, receiver.url)
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "job_7_succeeded")
+        (received,) = receiver.first()
+        (row,) = ended(sessions)
+    event = received.verified(webhook.secret)
+    assert (event["type"], event["data"], set(event)) == ("job.succeeded", DATA, {"type", "timestamp", "data"})
+    assert dt.datetime.fromisoformat(event["timestamp"]) == row.created_at
+    assert received.headers["content-type"] == "application/json"
+    assert received.event_id == "job_7_succeeded"
+    assert (row.state, row.attempts, row.status, row.error) == ("delivered", 1, 204, None)
+
+
+def test_what_was_due_before_the_start_is_sent_and_the_end_waits_for_it(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    subscribe(sessions, receiver.url)
+    emit(sessions, "one", "two")
+    with delivering(allowing(settings, receiver)):
+        receiver.first(2)
+    assert [row.state for row in ended(sessions, 2)] == ["delivered"] * 2
+    assert receiver.counted() == {"one": 1, "two": 1}
+
+
+def test_an_error_is_answered_by_another_try_with_the_same_id(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    webhook = subscribe(sessions, receiver.url)
+    receiver.statuses = [500, 429]
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        tries = receiver.first(3)
+        (row,) = ended(sessions)
+    assert {received.event_id for received in tries} == {"event"}
+    assert all(received.verified(webhook.secret) for received in tries)
+    assert (row.state, row.attempts, row.status, row.error) == ("delivered", 3, 204, None)
+
+
+def test_a_receiver_that_never_takes_it_is_given_up(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    subscribe(sessions, receiver.url)
+    receiver.statuses = [500] * 10
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        (row,) = ended(sessions)
+    assert (row.state, row.attempts, row.error) == ("failed", 4, "The receiver answered 500.")
+    assert len(receiver.received) == 4
+
+
+def test_410_ends_it_at_once_and_silences_the_webhook(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    subscribe(sessions, receiver.url)
+    receiver.statuses = [410]
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        (row,) = ended(sessions)
+        emit(sessions, "later")
+    assert (row.state, row.attempts, row.status) == ("failed", 1, 410)
+    assert "nothing more is sent" in str(row.error)
+    assert receiver.counted() == {"event": 1}
+
+
+def test_a_redirect_is_not_followed(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    with receiving() as other:
+        subscribe(sessions, f"http://{receiver.host}/to/{other.url}")
+        with delivering(allowing(settings, receiver, other)):
+            emit(sessions, "event")
+            (row,) = ended(sessions)
+        assert other.received == []
+    assert (row.state, row.status) == ("failed", 307)
+    assert "redirects are not followed" in str(row.error)
+
+
+def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    with receiving() as dead:
+        for _ in range(SENDERS_OF_ONE + 2):
+            subscribe(sessions, f"http://{dead.host}/silent")
+        subscribe(sessions, receiver.url, tenant_id="elsewhere")
+        with delivering(allowing(settings, receiver, dead)):
+            emit(sessions, *(f"dead-{number}" for number in range(5)))
+            eventually(lambda: dead.received)
+            began = time.monotonic()
+            emit(sessions, *(f"alive-{number}" for number in range(10)), tenant_id="elsewhere")
+            receiver.first(10)
+            assert time.monotonic() - began < 3
+            assert len({received.event_id for received in receiver.received}) == 10
+
+
+def test_one_webhook_gets_one_delivery_at_a_time(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    subscribe(sessions, f"http://{receiver.host}/silent")
+    with delivering(allowing(settings, receiver).model_copy(update={"webhook_seconds": 2})):
+        emit(sessions, "one", "two", "three")
+        receiver.first()
+        time.sleep(0.5)
+        assert len(receiver.received) == 1
+
+
+def test_what_is_sent_anew_by_hand_arrives_again(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    webhook = subscribe(sessions, receiver.url)
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        (row,) = ended(sessions)
+        with sessions.begin() as session:
+            deliveries.redeliver(session, TENANT, webhook.id, row.id)
+        receiver.first(2)
+        (row,) = ended(sessions)
+    assert (row.state, row.attempts, receiver.counted()) == ("delivered", 2, {"event": 2})
+
+
+def test_nothing_more_is_sent_to_a_webhook_that_was_deleted(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    webhook = subscribe(sessions, receiver.url)
+    receiver.statuses = [500] * 10
+    quick = allowing(settings, receiver).model_copy(update={"webhook_retry_seconds": "1,1,1"})
+    with delivering(quick):
+        emit(sessions, "event")
+        receiver.first()
+        with sessions.begin() as session:
+            webhooks.remove(session, TENANT, webhook.id)
+        time.sleep(1.5)
+    assert len(receiver.received) == 1
+
+
+def test_two_dispatchers_send_each_event_once(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+    events = {f"event-{number}": 1 for number in range(40)}
+    webhooks_ = [subscribe(sessions, receiver.url, tenant_id=f"tenant-{number}") for number in range(4)]
+    with delivering(allowing(settings, receiver)), delivering(allowing(settings, receiver)):
+        for number, webhook in enumerate(webhooks_):
+            emit(sessions, *list(events)[number::4], tenant_id=webhook.tenant_id)
+        ended(sessions, 40)
+    assert receiver.counted() == events
+
+
+def test_the_database_going_away_is_waited_out(
+    sessions: Sessions, settings: Settings, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe(sessions, receiver.url)
+    real, failures = deliveries.claim, [OSError("the database is away")]
+
+    def shaky(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(deliveries, "claim", shaky)
+    with delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        receiver.first()
+
+
+# --- one request ---
+
+
+@pytest.mark.parametrize("path", ["silent", "drip"])
+def test_a_receiver_that_dawdles_is_hung_up_on(path: str, settings: Settings, receiver: Receiver) -> None:
+    began = time.monotonic()
+    with pytest.raises(Undelivered, match=r"did not answer within 0.5 s \(RENALQ_WEBHOOK_SECONDS\)"):
+        post(f"http://{receiver.host}/{path}/{TOKEN}", b"{}", {}, allowing(settings, receiver))
+    assert time.monotonic() - began < 1.5
+
+
+def test_an_address_with_a_query_arrives_as_it_is(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        asked: list[bytes] = []
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(10_000))
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        quick = settings.model_copy(update={"webhook_hosts": host})
+        assert post(f"http://{host}//hook?a=1&b=%2F#here", b"{}", {}, quick) == 200
+        thread.join()
+    head = asked[0].split(b"\r\n")
+    assert head[0] == b"POST //hook?a=1&b=%2F HTTP/1.1"
+    assert f"Host: {host}".encode() in head
+
+
+@pytest.mark.parametrize("url", ["http://{host}/", "http://no-such-host.invalid/", "http://" + "a" * 64 + ".example/"])
+def test_errors_repeat_nothing_of_the_address(url: str, settings: Settings) -> None:
+    with receiving() as gone:
+        pass
+    with pytest.raises(Undelivered) as caught:
+        post(url.format(host=gone.host) + TOKEN, b"{}", {}, allowing(settings, gone))
+    assert str(caught.value).startswith("The receiver cannot be reached (")
+    assert TOKEN not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_no_log_and_no_row_names_an_address(
+    sessions: Sessions, settings: Settings, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    subscribe(sessions, f"http://{receiver.host}/hook/{TOKEN}")
+    receiver.statuses = [500] * 10
+    with caplog.at_level("DEBUG"), delivering(allowing(settings, receiver)):
+        emit(sessions, "event")
+        (row,) = ended(sessions)
+    assert TOKEN not in caplog.text + str(row.error)
+
+
+# --- TLS ---
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of localhost that is its own authority, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    begun = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    dated = (
+        begun.serial_number(1).not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
+    )
+    signed = dated.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = tmp_path / "localhost.pem"
+    path.write_bytes(private + signed.public_bytes(pem))
+    return path
+
+
+@pytest.fixture
+def secure(certificate: Path, receiver: Receiver) -> Receiver:
+    """The receiver, with TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    receiver.socket = context.wrap_socket(receiver.socket, server_side=True, do_handshake_on_connect=False)
+    return receiver
+
+
+def test_https_is_spoken_to_whom_the_certificate_names(
+    secure: Receiver, certificate: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receivers, "_tls", lambda: ssl.create_default_context(cafile=certificate))
+    quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
+    assert post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick) == 204
+    with pytest.raises(Undelivered, match="did not answer within"):
+        post(f"https://localhost:{secure.server_port}/drip", b"{}", {}, quick)
+    quick = allowing(settings, secure)
+    with pytest.raises(Undelivered, match="SSLCertVerificationError"):
+        post(f"https://127.0.0.1:{secure.server_port}/hook", b"{}", {}, quick)
+    assert len(secure.received) == 2
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(secure: Receiver, settings: Settings) -> None:
+    quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
+    with pytest.raises(Undelivered, match="SSLCertVerificationError"):
+        post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick)
+    assert secure.received == []

@@ -1,0 +1,268 @@
+"""Explanations by the worker: a single scan's with its prediction, a batch's behind; and none that costs a result."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs import registry
+from jobs.artifacts import Artifacts
+from jobs.bookkeeping import Claim
+from jobs.db import Sessions
+from jobs.explanations import Pictures, pictures, words_of
+from jobs.gate import Policy
+from jobs.registry import NewModel
+from jobs.states import JobKind, JobState
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
+from ml import network
+from ml.errors import DeviceOutOfMemory
+from ml.gradcam import Explainer
+from ml.network import Model
+from ml.transforms import Transform
+from tests import builders
+from tests.builders import TENANT
+from tests.ml.builders import encode, make_pixels
+from worker import explain
+from worker.explain import explain_results
+from worker.interrupts import CancelRequested, Draining
+from worker.predict import predict_chunk
+from worker.resources import Resources
+from worker.running import Held
+
+CLASSES = ["Cyst", "Normal", "Tumor"]
+GOOD, BROKEN = encode(make_pixels(1, 40, 60, bright=True)), b"no image"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network's file."""
+    path = tmp_path_factory.mktemp("explained") / "model.safetensors"
+    network.save(
+        Model(network.build(3, 0, "vgg16", "gap"), tuple(CLASSES), Transform(32, 32), {}, "vgg16", "gap"), path
+    )
+    return path
+
+
+@pytest.fixture
+def model_id(resources: Resources, sessions: Sessions, weights: Path) -> uuid.UUID:
+    """A version with that network."""
+    blob = resources.artifacts.put_file(weights)
+    with sessions.begin() as session:
+        job = builders.make_job(session)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        return registry.add(session, held, NewModel(blob.sha256, CLASSES, {}, {}, None, None), Policy()).id
+
+
+Ask = Callable[..., Job]
+
+
+@pytest.fixture
+def ask(resources: Resources, sessions: Sessions, model_id: uuid.UUID) -> Ask:
+    """Submits a prediction of these files; equal ones are one scan."""
+
+    def stored(session: Session, content: bytes) -> uuid.UUID:
+        sha256 = resources.artifacts.put(io.BytesIO(content)).sha256
+        known = session.scalar(select(Scan.id).where(Scan.sha256 == sha256))
+        return known or builders.make_scan(session, sha256=sha256).id
+
+    def asked(*files: bytes, kind: JobKind = JobKind.PREDICT, **params: Any) -> Job:
+        new = NewJob(TENANT, kind, builders.LANES[kind], params=params, model_id=model_id, model_version=1)
+        with sessions.begin() as session:
+            return submit(session, new, [NewResult(stored(session, content)) for content in files], 10)
+
+    return asked
+
+
+def next_unit(resources: Resources, job: Job) -> Held | None:
+    """The job's first unit that waits, held."""
+    with resources.sessions.begin() as session:
+        waits = [unit for unit in builders.units_of(session, job) if unit.finished_at is None]
+        return Held(builders.claim(session, waits[0]), resources) if waits else None
+
+
+def held(resources: Resources, job: Job) -> Held:
+    """The same where there must be one."""
+    found = next_unit(resources, job)
+    assert found is not None
+    return found
+
+
+def explained(resources: Resources, job: Job) -> dict[int, dict[str | None, Pictures]]:
+    """What is there of the job, for each class."""
+    with resources.sessions.begin() as session:
+        return pictures(session, job.id, range(10), words_of(CLASSES))
+
+
+def opened(resources: Resources, job: Job, name: str | None) -> np.ndarray:
+    """An artifact that is a picture."""
+    with resources.sessions.begin() as session:
+        sha256 = session.scalars(select(Artifact.sha256).where(Artifact.job_id == job.id, Artifact.name == name)).one()
+    with resources.artifacts.open(sha256) as file, Image.open(file) as picture:
+        return np.asarray(picture)
+
+
+def state_of(resources: Resources, job: Job) -> tuple[str, str | None]:
+    """Of the job, and the label of its first result."""
+    with resources.sessions.begin() as session:
+        result = session.scalars(select(ScanResult).where(ScanResult.job_id == job.id).order_by(ScanResult.ordinal))
+        return session.get_one(Job, job.id).state, next(iter(result)).label
+
+
+def test_a_single_scan_is_explained_in_the_unit_that_predicts_it(ask: Ask, resources: Resources) -> None:
+    job = ask(GOOD, explain=True)
+    predict_chunk(held(resources, job))
+    assert next_unit(resources, job) is None
+    assert state_of(resources, job)[0] == JobState.SUCCEEDED
+    ((of_scan,),) = [list(found.items()) for found in explained(resources, job).values()]
+    assert of_scan[0] is None, "no other class was asked for"
+    assert opened(resources, job, of_scan[1].overlay).shape == (40, 60, 3)
+    heat = opened(resources, job, of_scan[1].heatmap)
+    assert (heat.shape, heat.dtype) == ((40, 60), np.uint8)
+    assert of_scan[1].is_blank == (heat.max() == 0)
+
+
+def test_without_being_asked_nothing_is_explained(ask: Ask, resources: Resources) -> None:
+    job = ask(GOOD)
+    predict_chunk(held(resources, job))
+    assert explained(resources, job) == {}
+    assert next_unit(resources, job) is None
+
+
+@pytest.mark.parametrize("kind", [JobKind.PREDICT, JobKind.PREDICT_BATCH])
+def test_all_means_every_class_of_the_model(ask: Ask, resources: Resources, kind: JobKind) -> None:
+    job = ask(GOOD, kind=kind, explain="all")
+    predict_chunk(held(resources, job))
+    if kind == JobKind.PREDICT_BATCH:
+        explain_results(held(resources, job))
+    assert state_of(resources, job)[0] == JobState.SUCCEEDED
+    found = explained(resources, job)[0]
+    _, label = state_of(resources, job)
+    assert set(found) == {None, *CLASSES} - {label}
+    for seen in found.values():
+        heat = opened(resources, job, seen.heatmap)
+        assert (heat.shape, seen.is_blank) == ((40, 60), heat.max() == 0)
+    heats = {opened(resources, job, seen.heatmap).tobytes() for seen in found.values() if not seen.is_blank}
+    assert len(heats) == sum(not seen.is_blank for seen in found.values()), "each class has its own"
+
+
+def test_a_batch_is_explained_behind_its_predictions_as_a_single_scan_is(ask: Ask, resources: Resources) -> None:
+    job, single = ask(GOOD, BROKEN, kind=JobKind.PREDICT_BATCH, explain=True), ask(GOOD, explain=True)
+    predict_chunk(held(resources, job))
+    assert explained(resources, job) == {}
+    explain_results(held(resources, job))
+    predict_chunk(held(resources, single))
+    assert set(explained(resources, job)) == {0}
+    names = [explained(resources, each)[0][None].overlay for each in (job, single)]
+    ours, theirs = (opened(resources, each, name) for each, name in zip((job, single), names, strict=True))
+    assert np.array_equal(ours, theirs)
+
+
+def test_a_scan_that_is_known_already_is_explained_too(ask: Ask, resources: Resources, sessions: Sessions) -> None:
+    predict_chunk(held(resources, ask(GOOD)))
+    again = ask(GOOD, explain=True)
+    predict_chunk(held(resources, again))
+    with sessions.begin() as session:
+        assert session.scalars(select(ScanResult.cached).where(ScanResult.job_id == again.id)).one()
+    assert set(explained(resources, again)) == {0}
+
+
+def test_a_broken_scan_has_its_error_and_no_explanation(ask: Ask, resources: Resources) -> None:
+    job = ask(BROKEN, explain=True)
+    predict_chunk(held(resources, job))
+    assert state_of(resources, job) == (JobState.FAILED, None)
+    assert explained(resources, job) == {}
+
+
+# --- what must not cost the result ---
+
+
+def out_of_memory(*_: object) -> None:
+    raise DeviceOutOfMemory
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "fails"),
+    [
+        (Explainer, "load", out_of_memory),
+        (Explainer, "explain", out_of_memory),
+        (Explainer, "_forward", full),
+        (Artifacts, "put", full),
+    ],
+)
+def test_a_result_stands_whatever_happens_to_its_explanation(
+    ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch, of: type, name: str, fails: Callable[..., None]
+) -> None:
+    job = ask(GOOD, explain=True)
+    explain.explainers().clear()
+    monkeypatch.setattr(of, name, fails)
+    predict_chunk(held(resources, job))
+    state, label = state_of(resources, job)
+    assert (state, label in CLASSES) == (JobState.SUCCEEDED, True)
+    assert explained(resources, job) == {}
+    assert explain.explainers() == {}, "its memory is given back"
+
+
+def test_after_an_attempt_that_died_the_explanation_waits_for_the_result(ask: Ask, resources: Resources) -> None:
+    """Else a worker that is killed for its memory would take the prediction with it each time."""
+    job = ask(GOOD, explain=True)
+    held(resources, job).end(Draining())
+    predict_chunk(held(resources, job))
+    assert state_of(resources, job)[1] in CLASSES, "the result is written"
+    assert explained(resources, job) == {}
+    explain_results(held(resources, job))
+    assert set(explained(resources, job)) == {0}
+    assert state_of(resources, job)[0] == JobState.SUCCEEDED
+
+
+def test_what_is_written_when_a_unit_is_interrupted_stays(
+    ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "WRITE_EVERY", 0.0)
+    scans = [encode(make_pixels(seed, 30, 30)) for seed in range(3)]
+    job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain="all")
+    predict_chunk(held(resources, job))
+    interrupted = held(resources, job)
+    keep, kept = explain.explanations.keep, list[int]()
+
+    def once(session: Any, held: Claim, made: Any) -> None:
+        keep(session, held, made)
+        kept.append(1)
+        if len(kept) == 2:  # the first time there was nothing yet
+            interrupted.interrupt(Draining())
+
+    monkeypatch.setattr(explain.explanations, "keep", once)
+    with pytest.raises(Draining):
+        explain_results(interrupted)
+    interrupted.end(Draining())
+    assert set(explained(resources, job)) == {0}
+    assert len(explained(resources, job)[0]) == len(CLASSES), "of a scan all is written, or nothing"
+    monkeypatch.setattr(explain.explanations, "keep", keep)
+    explain_results(held(resources, job))
+    assert set(explained(resources, job)) == {0, 1, 2}
+
+
+def test_a_cancelled_batch_keeps_what_is_explained(ask: Ask, resources: Resources, sessions: Sessions) -> None:
+    job = ask(GOOD, kind=JobKind.PREDICT_BATCH, explain=True)
+    predict_chunk(held(resources, job))
+    cancelled = held(resources, job)
+    cancelled.interrupt(CancelRequested())
+    with pytest.raises(CancelRequested):
+        explain_results(cancelled)
+    cancelled.end(CancelRequested())
+    assert state_of(resources, job)[1] in CLASSES
+    with sessions.begin() as session:
+        assert len(session.scalars(select(Unit).where(Unit.job_id == job.id)).all()) == 2

@@ -1,0 +1,179 @@
+"""MLflow's registry follows ours: on a real server, and what the rows alone say."""
+
+import threading
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, func, select, update
+
+from cli.plans import free_port
+from jobs import champions
+from jobs.db import Sessions
+from jobs.gate import Policy
+from jobs.settings import Settings
+from jobs.tables import ModelVersion, RegistryMirror
+from jobs.versions import mirror_soon
+from tests import builders
+from tests.processes import eventually
+from worker import catching_up, mlflow_runs
+from worker.dispatcher import Dispatcher
+from worker.mirroring import is_behind, mirror
+from worker.resources import Resources
+
+# --- what the rows say ---
+
+
+def test_the_registry_is_behind_until_each_version_with_a_run_and_each_promotion_is_there(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        assert not is_behind(session)
+        version = builders.make_model(session, mlflow_run_id="r1")
+        assert is_behind(session), "a version is missing"
+        version.mlflow_version = "1"
+        session.flush()
+        assert is_behind(session), "its promotion is missing"
+        session.add(RegistryMirror(tenant_id=builders.TENANT, promotion_id=1))
+        session.flush()
+        assert not is_behind(session)
+        builders.make_model(session, {"f1": 0.5}, mlflow_run_id="r2").mlflow_version = "2"
+        assert not is_behind(session)
+        champions.promote(session, builders.TENANT, "2", Policy(), force=True, reason="To see.")
+        assert is_behind(session)
+
+
+def test_what_mlflow_has_no_run_of_is_waited_for(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        builders.make_model(session)
+        assert not is_behind(session)
+
+
+def test_another_who_is_at_it_is_left_alone(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        builders.make_model(session, mlflow_run_id="r1")
+    with sessions.begin() as other:
+        other.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"mlflow_registry:{builders.TENANT}"))))
+        mirror("no client is asked", sessions)
+
+
+def test_a_promotion_does_not_wait_for_the_next_look(
+    settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rung: list[bool] = []
+    monkeypatch.setattr("worker.dispatcher.ring_tracking", lambda: rung.append(True))
+    rare = settings.model_copy(update={"mlflow_url": "http://mlflow", "track_again_seconds": 3600})
+    dispatcher = Dispatcher(rare, sessions, lambda *_: None)
+    with sessions.begin() as session:
+        builders.make_model(session, mlflow_run_id="r1")
+    thread = threading.Thread(target=dispatcher.run)
+    thread.start()
+    try:
+        eventually(lambda: len(rung) == 1, 10)
+        with sessions.begin() as session:
+            mirror_soon(session)
+        eventually(lambda: len(rung) == 2, 10)
+    finally:
+        dispatcher.stop()
+        thread.join(10)
+
+
+# --- on a real server ---
+
+
+@pytest.mark.slow
+def test_versions_and_aliases_follow_each_change_of_the_champion(mlflow_url: str, sessions: Sessions) -> None:
+    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    for f1 in (0.97, 0.90):
+        _make(sessions, client, tenant, f1)
+    mirror(client, sessions)
+    first, second = (client.get_model_version(f"renalq-{tenant}", number) for number in ("1", "2"))
+    run = client.get_run(first.run_id)
+    assert first.source == f"{run.info.artifact_uri}/model.safetensors"
+    told = {"renalq.version": "1", "renalq.weights_sha256": "a" * 64, "renalq.dataset_digest": "d" * 64}
+    assert told.items() <= first.tags.items()
+    assert (first.tags["renalq.gate"], second.tags["renalq.gate"]) == ("promoted", "not promoted")
+    assert "0.9000 < the champion's 0.9700" in second.description
+    assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
+
+    with sessions.begin() as session:
+        champions.promote(session, tenant, "2", Policy(), force=True, reason="To see.")
+        assert is_behind(session)
+    mirror(client, sessions)
+    assert _aliases(client, tenant) == {"champion": "2"}
+    with sessions.begin() as session:
+        champions.rollback(session, tenant)
+    mirror(client, sessions)
+    assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
+    with sessions.begin() as session:
+        assert not is_behind(session)
+        assert session.scalars(select(ModelVersion.mlflow_version).order_by(ModelVersion.version)).all() == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_a_pass_that_died_before_its_rows_is_done_again_without_a_trace(mlflow_url: str, sessions: Sessions) -> None:
+    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    _make(sessions, client, tenant)
+    mirror(client, sessions)
+    with sessions.begin() as session:
+        session.execute(update(ModelVersion).values(mlflow_version=None))
+        session.execute(delete(RegistryMirror))
+    mirror(client, sessions)
+    assert len(client.search_model_versions(f"name='renalq-{tenant}'")) == 1
+    with sessions.begin() as session:
+        assert not is_behind(session)
+
+
+@pytest.mark.slow
+def test_a_run_that_somebody_has_deleted_holds_up_nothing(mlflow_url: str, sessions: Sessions) -> None:
+    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    with sessions.begin() as session:
+        builders.make_model(session, tenant_id=tenant, mlflow_run_id=uuid.uuid4().hex)
+    _make(sessions, client, tenant, 0.98)
+    mirror(client, sessions)
+    assert client.get_model_version(f"renalq-{tenant}", "1").source == "renalq://models/1/weights"
+    assert _aliases(client, tenant) == {"champion": "2"}
+
+
+@pytest.mark.slow
+def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
+    mlflow_url: str, sessions: Sessions, resources: Resources
+) -> None:
+    tenant = _tenant()
+    with sessions.begin() as session:
+        builders.make_model(session, tenant_id=tenant)
+    resources.settings.work.mkdir()
+    assert catching_up.catch_up(_at(mlflow_url, resources)) == 1
+    with sessions.begin() as session:
+        assert not catching_up.is_behind(session)
+    assert _aliases(mlflow_runs.connect(mlflow_url), tenant) == {"champion": "1"}
+
+
+@pytest.mark.slow
+def test_an_mlflow_that_is_away_is_tried_again_later(sessions: Sessions, resources: Resources) -> None:
+    with sessions.begin() as session:
+        builders.make_model(session, mlflow_run_id="r1")
+    assert catching_up.catch_up(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0
+    with sessions.begin() as session:
+        assert is_behind(session)
+
+
+def _tenant() -> str:
+    """A tenant of the test's own: the server is one for all."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def _at(mlflow_url: str, resources: Resources) -> Resources:
+    return replace(resources, settings=resources.settings.model_copy(update={"mlflow_url": mlflow_url}))
+
+
+def _make(sessions: Sessions, client: Any, tenant: str, f1: float = 0.97) -> ModelVersion:
+    """A version with a run."""
+    with sessions.begin() as session:
+        version = builders.make_model(session, {"f1": f1}, tenant_id=tenant)
+        what = mlflow_runs.describe(version.job_id, version.params, version.dataset_digest)
+        version.mlflow_run_id = mlflow_runs.open_run(client, what, None)
+    return version
+
+
+def _aliases(client: Any, tenant: str) -> dict[str, str]:
+    return {name: str(number) for name, number in client.get_registered_model(f"renalq-{tenant}").aliases.items()}
