@@ -1,19 +1,35 @@
-"""Where a result's explanations are, and what is to be known of them."""
+"""How explanations are asked for; where a result's are, and what is to be known of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import marshmallow as ma
 from marshmallow import fields
 from sqlalchemy.orm import Session
 
 from jobs import explanations, queries
-from jobs.explanations import Pictures
+from jobs.explanations import ALL, Pictures
 from jobs.queries import JobView
 from jobs.states import ResultState
 from jobs.tables import Json, ScanResult
 
 BLANK = "Nothing in the scan speaks for this class: the heatmap is 0 everywhere, and the overlay shows the scan alone."
 NONE = "It could not be explained: the scan was no longer there, or the worker had no room. Submit it again to have it."
+
+
+class Explain(fields.Field[Any]):
+    """True or false, in JSON or in words; or `all`. No fields.Boolean: what a form says for those must be JSON."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        told = "Also make a Grad-CAM overlay and a heatmap of each result: for the class that was found, or for `all`."
+        kinds = {"type": ["string", "boolean"], "enum": [ALL, True, False]}
+        super().__init__(metadata={**kinds, "description": told}, **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        try:
+            return ALL if value == ALL else fields.Boolean().deserialize(value)
+        except ma.ValidationError:
+            raise ma.ValidationError(f"Must be true, false or `{ALL}`.") from None
 
 
 class PicturesSchema(ma.Schema):
@@ -42,7 +58,7 @@ def explained(session: Session, view: JobView, rows: Sequence[ScanResult]) -> di
     asked = view.job.params.get("explain")
     if not asked:
         return {}
-    words = explanations.words_of(queries.classes(session, view)) if asked == explanations.ALL else {}
+    words = explanations.words_of(queries.classes(session, view)) if asked == ALL else {}
     here = explanations.pictures(session, view.job.id, [row.ordinal for row in rows], words)
     return {row.ordinal: _of_result(view, row, here.get(row.ordinal, {}), list(words)) for row in rows}
 

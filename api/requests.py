@@ -7,9 +7,9 @@ from flask_smorest.fields import Upload
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
+from api.explained import Explain
 from api.fields import Base64, Boolean, HttpUrl, ImageOrScanId, Metadata, Time, words
 from api.training_params import ParamsSchema
-from jobs.explanations import ALL
 from jobs.keys import Scope
 from jobs.states import JobKind, JobState, Lane, ResultState
 
@@ -39,21 +39,6 @@ class ModelChoice(fields.String):
     def __init__(self, **kwargs: Any) -> None:
         checks = validate.Regexp(r"\A(champion|[1-9][0-9]{0,8})\Z", error="Must be `champion` or a version's number.")
         super().__init__(validate=checks, metadata={"example": "champion"}, **kwargs)
-
-
-class Explain(fields.Field[Any]):
-    """True or false, in JSON or in words; or `all`. No fields.Boolean: what a form says for those must be JSON."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        told = "Also make a Grad-CAM overlay and a heatmap of each result: for the class that was found, or for `all`."
-        kinds = {"type": ["string", "boolean"], "enum": [ALL, True, False]}
-        super().__init__(metadata={**kinds, "description": told}, **kwargs)
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        try:
-            return ALL if value == ALL else fields.Boolean().deserialize(value)
-        except ma.ValidationError:
-            raise ma.ValidationError(f"Must be true, false or `{ALL}`.") from None
 
 
 # --- requests: training ---

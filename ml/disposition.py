@@ -21,20 +21,30 @@ class Disposition:
 
 
 def dispose(
-    probabilities: Mapping[str, float], ood_score: float | None, low: float, high: float, oddity: str | None = None
+    probabilities: Mapping[str, float],
+    ood_score: float | None,
+    low: float,
+    high: float,
+    oddity: str | None = None,
+    label: str | None = None,
 ) -> Disposition:
     """What to do with a prediction.
 
     Two classes: the negative one where the positive one's probability is at most `low`, the positive one where it is at
     least `high`. More: the most probable one where its probability is at least `high`. `oddity`: what sets the scan
-    apart, in words (`Prediction.oddity`); it is only told where the scan is rejected.
+    apart, in words (`Prediction.oddity`); it is only told where the scan is rejected. `label`: what the network calls
+    it. Its own threshold may lie beyond `low` or `high`; then the two disagree, and a person has to look.
     """
     if ood_score is not None and ood_score > 1:
         return Disposition(REJECTED, _unlike(ood_score, oddity))
     positive = positive_class(tuple(probabilities))
-    if positive is None:
-        return _of_many(probabilities, high)
-    return _of_two(probabilities, positive, low, high)
+    found = _of_many(probabilities, high) if positive is None else _of_two(probabilities, positive, low, high)
+    if label is None or found.word in (INDETERMINATE, label.lower()):
+        return found
+    said = probabilities[label]
+    return Disposition(
+        INDETERMINATE, f"The network is unsure: it calls this {label} by its own threshold, but with {said:.2f} only."
+    )
 
 
 def _unlike(ood_score: float, oddity: str | None) -> str:

@@ -34,7 +34,9 @@ class Judge:
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
             return ScanOutcome(NOWHERE, error={**error, "retryable": prediction.retryable})
-        found = dispose(prediction.probabilities, prediction.ood_score, self.low, self.high, prediction.oddity)
+        found = dispose(
+            prediction.probabilities, prediction.ood_score, self.low, self.high, prediction.oddity, prediction.label
+        )
         return ScanOutcome(
             NOWHERE,
             prediction.label,
@@ -51,7 +53,7 @@ class Judge:
         """The outcome of what was computed before. Postgres keeps no order of the classes, and the order says which of
         two is the positive one."""
         probabilities = {name: known.probabilities[name] for name in self.classes}
-        found = dispose(probabilities, known.ood_score, self.low, self.high)
+        found = dispose(probabilities, known.ood_score, self.low, self.high, label=known.label)
         return ScanOutcome(
             NOWHERE,
             known.label,

@@ -71,7 +71,9 @@ def test_a_prediction_shows_its_score_and_what_is_odd_about_the_scan(capsys, mon
     monkeypatch.setenv("COLUMNS", "140")
     odd = Prediction("b.png", "Tumor", 0.9876, ood_score=2.346, oddity="it is darker than they are")
     alone = Prediction("c.png", "Tumor", 0.9, ood_score=1.5)
-    prediction_table([Prediction("a.png", "Normal", 0.75, ood_score=0.5), odd, alone, Prediction("d.png", "Tumor", 0.5)])
+    prediction_table(
+        [Prediction("a.png", "Normal", 0.75, ood_score=0.5), odd, alone, Prediction("d.png", "Tumor", 0.5)]
+    )
     a, b, c, d = (line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()[3:-1])
     assert [cell.strip() for cell in a] == ["a.png", "Normal", "0.7500", "0.50", ""]
     assert b[3].strip() == "2.35"

@@ -81,3 +81,13 @@ def test_every_prediction_has_one_of_four_words_and_a_reason_where_it_is_no_clas
     found = dispose(two(tumor), score, *limits)
     assert found.word in ("normal", "tumor", "indeterminate", "rejected")
     assert (found.reason is None) == (found.word in ("normal", "tumor"))
+
+
+def test_where_the_networks_own_threshold_disagrees_a_person_has_to_look():
+    found = dispose(two(0.25), None, 0.3, 0.7, label="Tumor")
+    assert found.word == "indeterminate", "it must never say normal of what is labelled a tumour"
+    assert "calls this Tumor" in found.reason
+    assert "0.25" in found.reason
+    assert dispose(two(0.75), None, 0.3, 0.7, label="Normal").word == "indeterminate"
+    assert dispose(two(0.25), None, 0.3, 0.7, label="Normal").word == "normal"
+    assert dispose(two(0.25), 2.0, 0.3, 0.7, label="Tumor").word == "rejected"

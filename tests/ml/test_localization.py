@@ -23,7 +23,7 @@ PARAMS = {
     "weights": "none", "network": "resnet18", "image_size": [SIDE, SIDE, 3], "augmentation": False, "dropout": 0.0,
     # The head is hardly touched before the blocks below it learn: a head that knows random maps well holds them back.
     "standardize": False, "epochs": 1, "learning_rate": 1e-6,
-    "fine_tune_blocks": 2, "fine_tune_epochs": 4, "fine_tune_learning_rate": 1e-4, "optimizer": "adamw",
+    "fine_tune_blocks": 2, "fine_tune_epochs": 5, "fine_tune_learning_rate": 2e-4, "optimizer": "adamw",
     "batch_size": 8, "schedule": "cosine", "warmup_epochs": 1, "test_size": 0.1, "validation_size": 0.05,
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ PARAMS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training."""
     folder = tmp_path_factory.mktemp("localization")
-    phantom_files.write_dataset(folder / "scans", patients=1000, slices=1, seed=0, size=SIDE)
+    phantom_files.write_dataset(folder / "scans", patients=800, slices=1, seed=0, size=SIDE)
     settings = [part for name, value in PARAMS.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     assert main(["train", "--data", str(folder / "scans"), "--out", str(folder / "run"), *settings]) == 0
     return folder / "run"
