@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What pip or a user has put into these would reach into the virtual environment.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test faults storm up lint doctor clean
+.PHONY: help setup demo test faults long storm up lint doctor clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,7 +57,7 @@ test: setup ## Lint, then all tests: the fast ones first.
 	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
 	beside=(-n 2 --dist loadgroup); \
 	tests "not slow and not faults" "$${beside[@]}"; tests "faults and not slow"; \
-	tests "slow and not faults" "$${beside[@]}"; \
+	tests "slow and not faults and not long" "$${beside[@]}"; \
 	printf '\n'; \
 	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
 	printf '%s\n' "$${closing[@]}"; \
@@ -65,6 +65,9 @@ test: setup ## Lint, then all tests: the fast ones first.
 
 faults: setup ## Every case of the fault list: real processes, killed in every way.
 	@pytest -m faults
+
+long: setup ## Tests that train for minutes: does Grad-CAM find the tumours?
+	@pytest -m long -s
 
 storm: setup ## Kill everything for a while, then count: make storm SEED=1 MINUTES=10.
 	@python -m tests.faults.storm --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)

@@ -15,7 +15,7 @@ from ml.gradcam import Explainer
 from ml.phantom import Slice, generate
 from ml.predict import ScanInput
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 SIDE, NEAR = 224, 16
 """Pixels: of a scan's side; and how far beside the tumour the peak may lie, which is half a cell of the maps."""
