@@ -20,7 +20,7 @@ from ml import network
 from ml.architectures import ARCHITECTURES, Patches
 from ml.engines import open_engine
 from ml.errors import BadParams, ImageError, ModelFileError
-from ml.gradcam import Explainer, Explanation, _log_odds, _MapsOfTokens
+from ml.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
 from ml.images import decode
 from ml.network import Model
 from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
@@ -142,9 +142,10 @@ def test_a_transformers_tokens_are_the_patches_row_by_row():
     model = make_model("vit_b_16")
     pictures = np.zeros((2, 224, 224, 3), np.uint8)
     pictures[1, 3 * 16 : 4 * 16, 12 * 16 : 13 * 16] = 255
-    tokens, through = Patches(model.network)(model.transform.normalize(torch.from_numpy(pictures))), _MapsOfTokens()
-    assert torch.equal(through(tokens), tokens)
-    changed = (through.seen[1] - through.seen[0]).abs().sum(0)
+    tokens = Patches(model.network)(model.transform.normalize(torch.from_numpy(pictures)))
+    maps, class_token = _Maps()(tokens)
+    assert torch.equal(_Tokens()((maps, class_token)), tokens)
+    changed = (maps[1] - maps[0]).abs().sum(0)
     assert np.argwhere(changed.numpy() > 1e-3).tolist() == [[3, 12]]
     step, first = ARCHITECTURES["vit_b_16"].cells
     assert (first + 3 * step, first + 12 * step) == (3 * 16 + 7.5, 12 * 16 + 7.5)
@@ -179,7 +180,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name, monkeypat
     whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
     resized = torch.tensor(model.transform.resize(decode(scan)))[None]
     logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model), 0.0
-    ours = by._forward(decode(scan))
+    ours = by._features(decode(scan))
     for label in range(len(CLASSES)):
         log_odds = logits[label] - logits[1 - label]
         maps, (gradient,) = seen[0].detach(), torch.autograd.grad(log_odds, seen[0], retain_graph=True)
@@ -187,7 +188,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name, monkeypat
             maps, gradient = (of[:, 1:].transpose(1, 2).unflatten(2, (14, 14)) for of in (maps, gradient))
         cells = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0)[0].numpy()
         highest = max(highest, float(cells.max()))
-        assert by._weighed(_log_odds(ours, label)) == pytest.approx(cells, abs=0.01 * highest)
+        assert by._weighed(ours, label) == pytest.approx(cells, abs=0.01 * highest)
     assert highest > 0
 
 
@@ -201,11 +202,11 @@ def test_what_raises_all_logits_alike_changes_no_heatmap():
 
 
 def test_of_many_classes_one_speaks_against_all_others_by_their_share():
-    logits = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
-    (gradient,) = torch.autograd.grad(_log_odds(logits, 0), logits)
-    share = torch.softmax(logits.detach()[1:], 0)
-    assert gradient.tolist() == pytest.approx([1, -share[0].item(), -share[1].item()])
-    assert torch.sigmoid(_log_odds(logits, 0)).item() == pytest.approx(torch.softmax(logits, 0)[0].item())
+    logits = torch.tensor([[1.0, 2.0, 0.5]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(_log_odds(logits, 0).sum(), logits)
+    share = torch.softmax(logits.detach()[0, 1:], 0)
+    assert gradient[0].tolist() == pytest.approx([1, -share[0].item(), -share[1].item()])
+    assert torch.sigmoid(_log_odds(logits, 0)).item() == pytest.approx(torch.softmax(logits, 1)[0, 0].item())
 
 
 def test_the_engines_rounding_hardly_moves_the_heat(monkeypatch):
@@ -223,8 +224,8 @@ def test_the_engines_rounding_hardly_moves_the_heat(monkeypatch):
 def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
     forwards, scan = list[int](), with_spot(10, 200)
     by = Explainer(make_spotter("resnet18"))
-    forward = by._forward
-    monkeypatch.setattr(by, "_forward", lambda pixels: forwards.append(1) or forward(pixels))
+    forward = by._features
+    monkeypatch.setattr(by, "_features", lambda pixels: forwards.append(1) or forward(pixels))
     (one,) = by.explain([ScanInput("a", scan)], "Tumor", others=True)
     (other,) = one.others
     assert (one.label, other.label, len(forwards)) == ("Tumor", "Normal", 1)

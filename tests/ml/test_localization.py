@@ -32,7 +32,7 @@ PARAMS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training."""
     folder = tmp_path_factory.mktemp("localization")
-    phantom_files.write_dataset(folder / "scans", patients=800, slices=1, seed=0, size=SIDE)
+    phantom_files.write_dataset(folder / "scans", patients=1000, slices=1, seed=0, size=SIDE)
     settings = [part for name, value in PARAMS.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     assert main(["train", "--data", str(folder / "scans"), "--out", str(folder / "run"), *settings]) == 0
     return folder / "run"

@@ -199,7 +199,7 @@ def full(*_: object) -> None:
     [
         (Explainer, "load", out_of_memory),
         (Explainer, "explain", out_of_memory),
-        (Explainer, "_forward", full),
+        (Explainer, "_features", full),
         (Artifacts, "put", full),
     ],
 )
