@@ -86,13 +86,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One scan's answer; `label` and `confidence` (0 to 1) are None where it failed."""
+    """One scan's answer; `label` and `confidence` (0 to 1) are None where it failed. `disposition`: what may be done
+    with it, and `reason` why that is no class."""
 
     name: str
     state: str
     label: str | None
     confidence: float | None
     failure: str | None
+    disposition: str | None = None
+    reason: str | None = None
 
     @classmethod
     def of(cls, raw: Json) -> Self:
@@ -100,7 +103,8 @@ class Prediction:
         error = raw.get("error")
         failure = f"{error['code']}: {error['detail']}" if isinstance(error, dict) else error
         name = raw["name"] or raw.get("custom_id") or raw["scan_id"]
-        return cls(name, raw["state"], raw.get("label"), raw.get("confidence"), failure)
+        said = raw.get("label"), raw.get("confidence"), failure, raw.get("disposition"), raw.get("reason")
+        return cls(name, raw["state"], *said)
 
 
 def default_url() -> str:

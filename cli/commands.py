@@ -181,10 +181,16 @@ def show_results(client: Client, job: Job, machine: bool) -> None:
     if machine:
         return echo_json(list(client.pages(f"/jobs/{job.id}/results", limit=100)))
     rows = [
-        (each.name, each.label or each.state, f"{each.confidence:.3f}" if each.confidence else "–", each.failure or "")
+        (
+            each.name,
+            each.label or each.state,
+            f"{each.confidence:.3f}" if each.confidence else "–",
+            each.disposition,
+            each.failure or each.reason or "",
+        )
         for each in client.results(job.id)
     ]
-    echo_table(("scan", "label", "confidence", ""), rows)
+    echo_table(("scan", "label", "confidence", "disposition", ""), rows)
     if job.state == "failed":
         sys.exit(1)
 

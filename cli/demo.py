@@ -174,13 +174,13 @@ def _show_predictions(client: Client, scans: Scans, model: str, console: Console
     job = follow(client, client.predict_batch(scans.new, model).id, console)
     if job.state not in ("succeeded", "partially_succeeded"):
         raise ApiError(f"The prediction {job.state}: {job.failure}")
-    table = Table("scan", "label", "confidence", "truth", title="Ten new patients", title_justify="left")
+    table = Table("scan", "label", "confidence", "disposition", "truth", title="Ten new patients", title_justify="left")
     for each in client.results(job.id):
         table.add_row(each.name, each.label or each.state, *_judged(each, scans.truth.get(each.name)))
     console.print(table)
 
 
-def _judged(prediction: Prediction, truth: str | None) -> tuple[str, str]:
+def _judged(prediction: Prediction, truth: str | None) -> tuple[str, str, str]:
     mark = "[green]✓[/]" if prediction.label == truth else "[red]✗[/]"
     confidence = "–" if prediction.confidence is None else f"{prediction.confidence:.3f}"
-    return confidence, f"{truth} {mark}"
+    return confidence, prediction.disposition or "–", f"{truth} {mark}"
