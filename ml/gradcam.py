@@ -143,7 +143,7 @@ class Explainer:
         rows = _shares(height, self.transform.height, len(cells), *self._of.cells)
         columns = _shares(width, self.transform.width, cells.shape[1], *self._of.cells)
         heat: np.ndarray = rows @ (cells / strongest) @ columns.T
-        return heat / heat.max()
+        return heat / (heat.max() or 1)  # a scan of few pixels may miss the strongest cell
 
 
 def _log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:

@@ -136,6 +136,27 @@ def test_cells_are_where_their_receptive_fields_have_their_centre(name, monkeypa
         assert float((rows * torch.arange(1024)).sum() / rows.sum()) == pytest.approx(first + row * step, abs=0.5)
 
 
+def test_what_two_cells_see_alike_lies_between_them():
+    by, cells = explainer(), np.zeros((2, 2), np.float32)  # of 64 pixels: at 0 and 32
+    cells[1] = 1
+    assert by._over(cells, 64, 64)[:, 5].argmax() == pytest.approx(32, abs=1)
+    cells[0] = 1
+    heat = by._over(cells, 64, 64)
+    assert heat.min() > 0.95, "where all cells see the same, it is everywhere"
+    by = Explainer(make_model(side=224))
+    cells = np.zeros((7, 7), np.float32)
+    cells[3, 2:4] = 1, 0.9
+    row, column = np.unravel_index(by._over(cells, 224, 224).argmax(), (224, 224))
+    assert (row, column) == (3 * 32, pytest.approx(2.5 * 32 - 2, abs=2)), "a little nearer to the stronger one"
+
+
+def test_a_scan_of_few_pixels_may_miss_the_strongest_cell():
+    by, cells = Explainer(make_model(side=224)), np.zeros((7, 7), np.float32)
+    cells[0, 0] = 1
+    assert by._over(cells, 1, 1).tolist() == [[0]]
+    assert by._over(cells, 100, 100).max() == 1
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_transformers_tokens_are_the_patches_row_by_row():
