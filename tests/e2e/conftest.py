@@ -41,7 +41,7 @@ class Client:
         """POST."""
         return requests.post(self.url + path, headers=self._headers(options), timeout=120, **options)
 
-    def ended(self, job: dict[str, Any], seconds: float = 180) -> dict[str, Any]:
+    def ended(self, job: dict[str, Any], seconds: float = 600) -> dict[str, Any]:
         """The job once it is terminal."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

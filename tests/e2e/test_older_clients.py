@@ -12,7 +12,7 @@ from ml.phantom import generate
 from ml.phantom_files import png_bytes
 from tests.e2e.conftest import Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class OlderClient:

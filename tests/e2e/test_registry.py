@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import PARAMS, Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
