@@ -1,7 +1,6 @@
 """Model versions: what trainings made, which one is champion, and which one a job is pinned to."""
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,13 +205,6 @@ def base_of(session: Session, tenant_id: str, params: Json) -> ModelVersion | No
         detail = f"Version {number} is a {theirs}, and network is {ours}: set network: {theirs}, or take other weights."
         raise Invalid(detail, "/params/network")
     return base
-
-
-def listed(session: Session, tenant_id: str) -> Sequence[ModelVersion]:
-    """The tenant's versions, newest first."""
-    return session.scalars(
-        select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version.desc())
-    ).all()
 
 
 def by_id(session: Session, model_id: uuid.UUID) -> ModelVersion:
