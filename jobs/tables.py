@@ -440,6 +440,7 @@ class Truth(Base):
     predicted: Mapped[str] = mapped_column(String(100))
     confidence: Mapped[float] = mapped_column(Double)
     disposition: Mapped[str | None] = mapped_column(String(100))
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own key, as its results have it
     predicted_at: Mapped[dt.datetime] = mapped_column(DateTime(timezone=True))
     by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     at: Mapped[dt.datetime] = _now()
@@ -525,6 +526,7 @@ class IdempotencyKey(Base):
     status: Mapped[int | None] = mapped_column(Integer)  # null: the first request has not been answered yet
     headers: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     body: Mapped[str | None] = mapped_column(Text)
+    made_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what the request has made, or changed, that is no job
     created_at: Mapped[dt.datetime] = _now()
     locked_at: Mapped[dt.datetime] = _now()
 
@@ -551,6 +553,7 @@ class Webhook(Base):
     url: Mapped[str] = mapped_column(Text)
     events: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
     secret: Mapped[str] = mapped_column(String(100))
+    tried_at: Mapped[dt.datetime | None] = _time()  # who was tried longest ago is served first
     created_at: Mapped[dt.datetime] = _now()
 
 

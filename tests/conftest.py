@@ -1,9 +1,11 @@
 """Real Postgres and Redis for every test: the servers that the environment names, else those from the wheels."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from alembic import command
@@ -14,6 +16,9 @@ from sqlalchemy.engine import make_url
 from cli.servers import embedded_postgres, embedded_redis
 from jobs.db import Sessions, make_engine, session_factory
 from jobs.settings import Settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +97,20 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
         process_seconds=0.5,
         retry_base_seconds=0.1,
     )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """Chromium. One for all folders: Playwright cannot be started twice in a process."""
+    from playwright.sync_api import sync_playwright  # most tests need none
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium is installed (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def alembic_config(connection: object = None) -> Config:

@@ -57,6 +57,7 @@ def upgrade() -> None:
         sa.Column("url", sa.Text(), nullable=False),
         sa.Column("events", postgresql.ARRAY(sa.String(length=40)), nullable=False),
         sa.Column("secret", sa.String(length=100), nullable=False),
+        sa.Column("tried_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column(
             "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
@@ -161,6 +162,7 @@ def upgrade() -> None:
         sa.Column("predicted", sa.String(length=100), nullable=False),
         sa.Column("confidence", sa.Double(), nullable=False),
         sa.Column("disposition", sa.String(length=100), nullable=True),
+        sa.Column("patient", sa.String(length=200), nullable=True),
         sa.Column("predicted_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("by_key", sa.Uuid(), nullable=True),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
@@ -173,6 +175,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_truths_model_id_scan_id", "truths", ["model_id", "scan_id", "id"], unique=False)
     op.create_index(op.f("ix_truths_tenant_id"), "truths", ["tenant_id"], unique=False)
+    op.add_column("idempotency_keys", sa.Column("made_id", sa.Uuid(), nullable=True))
     op.add_column("model_versions", sa.Column("mlflow_version", sa.String(length=20), nullable=True))
     op.add_column(
         "model_versions",
@@ -193,6 +196,7 @@ def downgrade() -> None:
     op.drop_column("scan_results", "disposition")
     op.drop_column("model_versions", "reference")
     op.drop_column("model_versions", "mlflow_version")
+    op.drop_column("idempotency_keys", "made_id")
     op.drop_index(op.f("ix_truths_tenant_id"), table_name="truths")
     op.drop_index("ix_truths_model_id_scan_id", table_name="truths")
     op.drop_table("truths")

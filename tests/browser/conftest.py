@@ -1,13 +1,12 @@
 """A real browser at the API as it runs in service. A thread stands in for the worker."""
 
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 from jobs import explanations, keys
 from jobs.artifacts import Artifacts
@@ -16,20 +15,8 @@ from jobs.lifecycle import Claim
 from jobs.settings import Settings
 from tests.api.conftest import Server, champion, png, server  # noqa: F401  (fixtures)
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REFUSED = "Failed to load resource"
 """How the console tells of a 4xx: the page has put it into words."""
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed (Debian: apt install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @dataclass

@@ -7,13 +7,12 @@ from playwright.sync_api import Browser, expect
 
 from ml.phantom import generate
 from ml.phantom_files import dicom_bytes, png_bytes
-from tests.browser.conftest import browser  # noqa: F401  (a fixture)
 from tests.e2e.conftest import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_scan_gets_class_confidence_and_heatmap(client: Client, trained: dict[str, Any], browser: Browser) -> None:  # noqa: F811
+def test_a_scan_gets_class_confidence_and_heatmap(client: Client, trained: dict[str, Any], browser: Browser) -> None:
     (image,) = generate(patients=1, slices=1, seed=7)
     files: list[Any] = [
         {"name": "a.png", "mimeType": "image/png", "buffer": png_bytes(image)},
