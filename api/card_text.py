@@ -91,8 +91,7 @@ def _training_data(of: Json) -> Iterator[str]:
         yield _table(("Class", "Scans"), ((escaped(name), str(count)) for name, count in of["classes"].items()))
     if of["split"]:
         yield _table(("Part", "Scans"), ((escaped(name), str(count)) for name, count in of["split"].items()))
-    more = of["warnings_on_single_files"]
-    yield _bullets([*of["warnings"], *([f"{more} more warnings concern single files."] if more else [])])
+    yield _bullets(of["warnings"])
 
 
 def _evaluation(of: Json) -> Iterator[str]:

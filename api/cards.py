@@ -13,8 +13,6 @@ from jobs.versions import Story
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
 ELSEWHERE = ("f1", "recall", "specificity", "roc_auc")
-FILE_SIGNS = ("/", "\\", ".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".bmp", ".webp", ".gif")
-"""What a warning holds that names a file; a file's name may be a patient's."""
 LEAKS = {
     "patients": "test scans are of patients of whom others were learnt from",
     "duplicates": "test scans are copies of scans that were learnt from",
@@ -87,15 +85,12 @@ def _intended_use(version: ModelVersion) -> Json:
 
 def _training_data(story: Story) -> Json:
     dataset, metrics = story.dataset, story.version.metrics
-    said = [str(text) for text in ((dataset.report or {}).get("warnings", []) if dataset else [])]
-    nameless = [text for text in said if not any(sign in text.lower() for sign in FILE_SIGNS)]
     return {
         "digest": story.version.dataset_digest,
         "classes": dataset.classes if dataset else None,
         "split": metrics.get("counts"),
         "patients_known": metrics.get("patients_known"),
-        "warnings": nameless,
-        "warnings_on_single_files": len(said) - len(nameless),
+        "warnings": [str(text) for text in ((dataset.report or {}).get("warnings", []) if dataset else [])],
     }
 
 
@@ -149,9 +144,9 @@ def _patients(known: bool | None) -> str:
 
 
 def _out_of_distribution(reference: Json | None) -> str:
-    if reference is None:
+    if reference is None or reference.get("rejected") is None:
         return "This version carries nothing to tell a scan unlike its training scans by: it answers to any picture."
-    rejected, scans = reference.get("rejected", 0), reference.get("scans", 0)
+    rejected, scans = reference["rejected"], reference.get("scans", 0)
     return (
         "A scan that is unlike the training scans is rejected. That is a distance in what the network sees, and no "
         f"proof: a picture of something else may pass. Of its own {scans} test scans, {rejected} would be rejected."

@@ -2,9 +2,9 @@
 
 `@idempotent` stands directly above the view, so it sees the body as it was checked. The first answer is kept as it
 leaves, and only if it is a 2xx: an error gives the key up. The lock that a dead process leaves is taken over after a
-minute, and what it had made is found again, since the job's row bears the key. What is no job is either found by its
-bytes (a scan), or may be left behind unseen by a process that died between its commit and its answer (an API key
-whose secret nobody has learnt).
+minute, and what it had made is found again: a job's row bears the key, and the key's row a change of the champion
+(`bear`). What else is no job is either found by its bytes (a scan), or may be left behind unseen by a process that died
+between its commit and its answer (an API key whose secret nobody has learnt).
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import structlog
 from flask import Response, after_this_request, g, request
 from flask_smorest import Blueprint
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.problems import InvalidFields
@@ -48,7 +49,7 @@ def idempotent(again: Again | None = None, secrets: Sequence[str] = ()) -> Calla
     """Declare that a view makes something, and makes it once for each `Idempotency-Key`.
 
     Args:
-        again: the view's answer for the job that an earlier try of the same request has made.
+        again: the view's answer for the job, or for what else an earlier try of the same request has made.
         secrets: fields of the answer that are not kept; they are null when it comes again.
     """
 
@@ -70,15 +71,22 @@ def key() -> str | None:
     return getattr(g, "idempotency_key", None)
 
 
+def bear(session: Session, made_id: uuid.UUID) -> None:
+    """Note what a view makes that is no job, in its own transaction. Nothing without a key."""
+    if "idempotency_held" in g:
+        keyed, held = g.idempotency_held
+        idempotency.bear(session, keyed, held, made_id)
+
+
 def _once(call: Callable[[], Any], keyed: Keyed, again: Again | None, secrets: Sequence[str]) -> Any:
     with transaction() as session:
         found = idempotency.begin(session, keyed, services().settings.idempotency_hours)
     if isinstance(found, Replay):
         return Response(found.body, found.status, {**found.headers, REPLAYED: "true"})
     after_this_request(partial(_keep, keyed, found, secrets))
-    if found.job_id is not None and again is not None:
-        return _replayed(again(found.job_id))
-    g.idempotency_key = keyed.key_sha256
+    if found.made_id is not None and again is not None:
+        return _replayed(again(found.made_id))
+    g.idempotency_key, g.idempotency_held = keyed.key_sha256, (keyed, found)
     try:
         return call()
     except IntegrityError as error:

@@ -1,6 +1,7 @@
 """Model versions: what trainings made, which one is champion, how it came to be, and their cards."""
 
 from typing import Any
+from uuid import UUID
 
 from flask import Response, jsonify, request
 from sqlalchemy.orm import Session
@@ -9,7 +10,7 @@ from api import card_text, cards
 from api.auth import needs
 from api.bodies import Blueprint, takes
 from api.downloads import BYTES, download
-from api.idempotency import idempotent
+from api.idempotency import bear, idempotent
 from api.model_schemas import ComparisonSchema, ModelSchema, ModelsPage, PromotionsPage
 from api.requests import CompareQuery, NumberedQuery, PromoteRequest, RollbackRequest
 from api.services import principal, services, tenant, transaction
@@ -59,17 +60,23 @@ def list_promotions(query: dict[str, Any]) -> Page[Promotion]:
         return champions.promotions(session, tenant(), **query)
 
 
+def _as_changed(model_id: UUID) -> ModelVersion:
+    """The version that an earlier try of the same request has made champion."""
+    with transaction() as session:
+        return registry.by_id(session, model_id)
+
+
 @blueprint.route("/rollback", methods=["POST"])
 @needs(Scope.MODELS_WRITE)
 @takes(json=RollbackRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="rollback")
-@idempotent()
+@idempotent(_as_changed)
 def rollback(body: dict[str, Any]) -> ModelVersion:
     """Make the champion before this one champion again. New predictions use it at once."""
     with transaction() as session:
         found = champions.rollback(session, tenant(), reason=body["reason"], key_id=principal().key_id)
-        versions.mirror_soon(session)
+        bear(session, found.id)
         return found
 
 
@@ -88,13 +95,13 @@ def get_model(version: str) -> ModelVersion:
 @takes(json=PromoteRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="promoteModel")
-@idempotent()
+@idempotent(_as_changed)
 def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
     """Make a version the champion, if the gate agrees or by force. New predictions use it at once."""
     policy = Policy.of(services().settings)
     with transaction() as session:
         found = champions.promote(session, tenant(), version, policy, **body, key_id=principal().key_id)
-        versions.mirror_soon(session)
+        bear(session, found.id)
         return found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import evaluations, registry
+from jobs import evaluations, registry, versions
 from jobs.errors import Invalid, NoChampion, NothingBefore, PromotionRefused
 from jobs.evaluations import Common
 from jobs.gate import Policy, gate
@@ -75,6 +75,7 @@ def promote(
     registry.crown(
         session, version, how, before.id if before else None, verdict=verdict.as_dict(), reason=reason, key_id=key_id
     )
+    versions.mirror_soon(session)  # not where a training promotes: MLflow has its run to hear of first
     return version
 
 
@@ -96,6 +97,7 @@ def rollback(
     version = session.get_one(ModelVersion, back.model_id)
     reason = (reason or "").strip() or None
     registry.crown(session, version, How.ROLLBACK, back.back_id, reason=reason, key_id=key_id)
+    versions.mirror_soon(session)
     return version
 
 

@@ -35,9 +35,12 @@ class Common:
 
 
 def keep(session: Session, version: ModelVersion, measured: Measured | None) -> None:
-    """Keep the scores that the version's training brought: its own, and both on the scans that they share."""
+    """Keep the scores that the version's training brought: its own, and both on the scans that they share.
+
+    Its own compare with nobody's where it has learnt from what it was tested on.
+    """
     own = version.metrics.get("test_digest")
-    if own is not None:
+    if own is not None and not any((version.metrics.get("leaks") or {}).values()):
         _write(session, version, version.id, own, int(version.metrics.get("held_out") or 0), version.metrics)
     if measured is None or measured.test_digest is None:
         return

@@ -2,8 +2,8 @@
 
 A key is known by its SHA-256 and belongs to a tenant. While its first request is being answered it is locked; the
 `locked_at` of the lock is a fence: who lost the lock to another writes nothing. A process that died leaves a lock that
-is taken over after `LOCK_SECONDS`. What it had made by then bears the key itself (`Job.idempotency_key`), so the one
-that takes over finds it instead of making a second.
+is taken over after `LOCK_SECONDS`. What it had made by then is found by the one that takes over, instead of a second
+being made: a job bears the key itself (`Job.idempotency_key`), and of other things the key's row bears the id (`bear`).
 """
 
 import datetime as dt
@@ -34,10 +34,10 @@ class Keyed:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Go on: the lock is ours. `job_id`: what an earlier try has made already."""
+    """Go on: the lock is ours. `made_id`: what an earlier try has made already."""
 
     locked_at: dt.datetime
-    job_id: uuid.UUID | None
+    made_id: uuid.UUID | None
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,20 @@ def begin(session: Session, keyed: Keyed, hours: float) -> Fresh | Replay:
 
 
 def made(session: Session, keyed: Keyed) -> uuid.UUID | None:
-    """The job that bears the key."""
-    return session.scalar(select(Job.id).where(_bears(keyed)))
+    """The job that bears the key, or what else was noted as made with it."""
+    job = session.scalar(select(Job.id).where(_bears(keyed)))
+    return job or session.scalar(select(IdempotencyKey.made_id).where(_is(keyed)))
+
+
+def bear(session: Session, keyed: Keyed, held: Fresh, made_id: uuid.UUID) -> None:
+    """Note what is made, in the transaction that makes it: both are there, or neither.
+
+    Raises:
+        IdempotencyInFlight: another has taken the lock over, and makes it.
+    """
+    noted = session.execute(update(IdempotencyKey).where(_is(keyed), _holds(held)).values(made_id=made_id))
+    if noted.rowcount == 0:  # type: ignore[attr-defined]
+        raise IdempotencyInFlight
 
 
 def finish(session: Session, keyed: Keyed, held: Fresh, answer: Replay) -> None:
@@ -88,11 +100,11 @@ def finish(session: Session, keyed: Keyed, held: Fresh, answer: Replay) -> None:
 def release(session: Session, keyed: Keyed, held: Fresh) -> None:
     """Give the key up after an error: the next request with it is a first one.
 
-    Where a job bears it already (the error came after its commit), only the lock goes: the same request again finds
-    the job, and another request is still refused.
+    Where something was made with it already (the error came after its commit), only the lock goes: the same request
+    again finds it, and another request is still refused.
     """
-    bearing = exists().where(_bears(keyed))
-    session.execute(delete(IdempotencyKey).where(_is(keyed), _holds(held), ~bearing))
+    nothing_made = and_(IdempotencyKey.made_id.is_(None), ~exists().where(_bears(keyed)))
+    session.execute(delete(IdempotencyKey).where(_is(keyed), _holds(held), nothing_made))
     session.execute(update(IdempotencyKey).where(_is(keyed), _holds(held)).values(locked_at=func.to_timestamp(0)))
 
 

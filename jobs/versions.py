@@ -12,11 +12,14 @@ from jobs.tables import Dataset, Job, ModelEvaluation, ModelVersion, Promotion
 
 MIRROR = "mirror"
 """What the dispatcher hears when MLflow's registry is to follow at once."""
+TOLD = 20
+"""Most evaluations and promotions that a card tells; `GET /models/promotions` has all of the latter."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """A version with the rows around it. `dataset` is None where it was deleted, `base` where none was gone on from."""
+    """A version with the rows around it. `dataset` is None where it was deleted, `base` where none was gone on from. Of
+    a champion's many evaluations and promotions the newest, oldest first."""
 
     version: ModelVersion
     dataset: Dataset | None
@@ -38,12 +41,14 @@ def story(session: Session, version: ModelVersion) -> Story:
     base_id = session.scalar(select(Job.base_model_id).where(Job.id == version.job_id))
     evaluations = select(ModelEvaluation).where(ModelEvaluation.model_id == version.id)
     promotions = select(Promotion).where(Promotion.model_id == version.id)
+    evaluations = evaluations.order_by(ModelEvaluation.created_at.desc()).limit(TOLD)
+    promotions = promotions.order_by(Promotion.id.desc()).limit(TOLD)
     return Story(
         version,
         session.get(Dataset, version.dataset_id) if version.dataset_id else None,
         session.get(ModelVersion, base_id) if base_id else None,
-        session.scalars(evaluations.order_by(ModelEvaluation.created_at)).all(),
-        session.scalars(promotions.order_by(Promotion.id)).all(),
+        session.scalars(evaluations).all()[::-1],
+        session.scalars(promotions).all()[::-1],
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from sqlalchemy import func, select, union, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from jobs.db import Sessions
 from jobs.tables import ModelVersion, Promotion, RegistryMirror
@@ -26,6 +26,8 @@ log = structlog.get_logger()
 VERSION_TAG = "renalq.version"
 CHAMPION, CHALLENGER = "champion", "challenger"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
+NOT_MIRRORED = ModelVersion.metrics, ModelVersion.params, ModelVersion.reference, ModelVersion.environment
+"""The large columns, which MLflow has with the run."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,21 @@ def is_behind(session: Session) -> bool:
 
 
 def mirror(client: Any, sessions: Sessions) -> None:
-    """Bring MLflow's registry up to date. Raises what MLflow raises; another's turn is left to the other."""
+    """Bring MLflow's registry up to date; another's turn is left to the other. What MLflow refuses of one tenant holds
+    up no other. Raises what MLflow raises where it is away: there is no use in asking on."""
+    from mlflow import MlflowException
+
     with sessions.begin() as session:
         tenants = session.scalars(_behind()).all()
     for tenant_id in tenants:
         with _alone(sessions, tenant_id) as alone:
             if alone:
-                _mirror(client, sessions, tenant_id)
+                try:
+                    _mirror(client, sessions, tenant_id)
+                except MlflowException as error:
+                    if error.get_http_status_code() >= 500:
+                        raise
+                    log.warning("mlflow_registry_refused", tenant=tenant_id, error=error.error_code)
 
 
 def _behind() -> Any:
@@ -98,8 +108,7 @@ def _mirror(client: Any, sessions: Sessions, tenant_id: str) -> None:
     numbers = _numbers(client, name, rows.versions)
     for alias, version in ((CHAMPION, rows.champion), (CHALLENGER, rows.challenger)):
         _set_alias(client, name, alias, aliases.get(alias), numbers.get(version.id) if version else None)
-    with sessions.begin() as session:
-        _write(session, rows, numbers)
+    _write(sessions, rows, numbers)
     log.info("mlflow_registry_mirrored", tenant=tenant_id, versions=len(numbers))
 
 
@@ -109,17 +118,25 @@ def _mirror(client: Any, sessions: Sessions, tenant_id: str) -> None:
 def _read(session: Session, tenant_id: str) -> Rows:
     latest = select(func.max(Promotion.id)).where(Promotion.tenant_id == tenant_id)
     mine = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version)
+    mine = mine.options(*(defer(large, raiseload=True) for large in NOT_MIRRORED))
     # The promotion first: one that comes in between is then still to be followed.
     promotion_id = session.scalar(latest) or 0
     return Rows(tenant_id, session.scalars(mine).all(), promotion_id)
 
 
-def _write(session: Session, rows: Rows, numbers: dict[uuid.UUID, str]) -> None:
-    for model_id, number in numbers.items():
-        session.execute(update(ModelVersion).where(ModelVersion.id == model_id).values(mlflow_version=number))
+def _write(sessions: Sessions, rows: Rows, numbers: dict[uuid.UUID, str]) -> None:
+    """What is new alone, and each version in a transaction of its own: a promotion locks the rows of two versions, and
+    one that met us holding several would be a deadlock."""
+    for version in rows.versions:
+        number = numbers.get(version.id)
+        if number is not None and number != version.mlflow_version:
+            with sessions.begin() as session:
+                mine = update(ModelVersion).where(ModelVersion.id == version.id)
+                session.execute(mine.values(mlflow_version=number))
     here = {"promotion_id": rows.promotion_id}
     row = insert(RegistryMirror).values(tenant_id=rows.tenant_id, **here)
-    session.execute(row.on_conflict_do_update(index_elements=["tenant_id"], set_=here))
+    with sessions.begin() as session:
+        session.execute(row.on_conflict_do_update(index_elements=["tenant_id"], set_=here))
 
 
 # --- MLflow ---
@@ -161,16 +178,19 @@ def _create(client: Any, name: str, version: ModelVersion) -> str:
 
 
 def _source(client: Any, version: ModelVersion) -> tuple[str | None, str]:
-    """The run and its weights; where somebody has deleted the run, only what the version is called here."""
+    """The run, where nobody has deleted it, and its weights; where MLflow was not given these, what they are called
+    here."""
     from mlflow import MlflowException
 
+    ours = f"renalq://models/{version.version}/weights"
     try:
         run = client.get_run(version.mlflow_run_id)
     except MlflowException as error:
         if error.error_code != MISSING:
             raise
-        return None, f"renalq://models/{version.version}/weights"
-    return version.mlflow_run_id, f"{run.info.artifact_uri}/{WEIGHTS}"
+        return None, ours
+    logged = any(file.path == WEIGHTS for file in client.list_artifacts(version.mlflow_run_id))
+    return version.mlflow_run_id, f"{run.info.artifact_uri}/{WEIGHTS}" if logged else ours
 
 
 def _set_alias(client: Any, name: str, alias: str, now: str | None, wanted: str | None) -> None:

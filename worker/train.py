@@ -23,7 +23,7 @@ from ml.errors import BadCheckpoint, PipelineError
 from worker import catching_up, orders, resuming, tracking
 from worker.child import Child, child
 from worker.interrupts import CancelRequested
-from worker.mlflow_runs import describe
+from worker.mlflow_runs import WEIGHTS, describe
 from worker.orders import Order
 from worker.provenance import BASE_WEIGHTS, code_revision, environment, of_model
 from worker.resuming import CheckpointRefused
@@ -72,7 +72,8 @@ def run_training(held: Held) -> None:
         run.end("KILLED" if held.interrupted else "FAILED")  # waits for nobody: the job's end is still to be written
         raise
     if run.is_complete:
-        held.in_transaction(lambda session: catching_up.mark(session, held.claim.job_id), to_the_end=True)
+        job_id = held.claim.job_id
+        held.in_transaction(lambda session: catching_up.mark(session, job_id, run.run_id), to_the_end=True)
 
 
 def _tell_run(held: Held, run_id: str) -> None:
@@ -214,7 +215,7 @@ def _finish(held: Held, order: Order, run: tracking.Run, told: Told) -> None:
     run.artifacts(files, weights)
     store = held.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
-    blob = stored["model.safetensors"] = store.put_file(weights)
+    blob = stored[WEIGHTS] = store.put_file(weights)
     environment = _trained_on(order, weights)
     digest = json.loads(files["manifest.json"].read_text())["digest"]
     new = _new_model(order, evaluated, blob.sha256, digest, environment, run.run_id)

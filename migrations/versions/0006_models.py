@@ -28,7 +28,8 @@ UPDATE promotions SET back_id = earlier.back_id FROM (
 INSERT INTO model_evaluations (model_id, test_digest, tenant_id, job_id, scans, metrics, created_at)
     SELECT id, metrics ->> 'test_digest', tenant_id, job_id, coalesce((metrics ->> 'held_out')::int, 0), metrics,
         created_at
-    FROM model_versions WHERE metrics ->> 'test_digest' IS NOT NULL;
+    FROM model_versions
+    WHERE metrics ->> 'test_digest' IS NOT NULL AND NOT jsonb_path_exists(metrics, '$.leaks.* ? (@ > 0)');
 """
 
 TRIGGER = """

@@ -9,12 +9,15 @@ from flask.testing import FlaskClient
 
 from api.card_text import escaped
 from api.services import EXTENSION
+from jobs import champions
 from jobs.db import Sessions, listening
+from jobs.gate import Policy
 from jobs.tables import Dataset, ModelVersion
 from jobs.versions import MIRROR
 from tests import builders
 from tests.api.conftest import Door
 from tests.api.test_errors import assert_problem
+from tests.api.test_idempotency import left_unanswered
 
 FULL: dict[str, Any] = {
     **builders.SCORES,
@@ -128,6 +131,37 @@ def test_one_key_rolls_back_once(client: FlaskClient, sessions: Sessions) -> Non
     assert client.get("/models/champion").get_json()["version"] == "2"
 
 
+def test_a_rollback_whose_answer_was_lost_is_done_once(client: FlaskClient, sessions: Sessions) -> None:
+    for f1 in (0.97, 0.98, 0.99):
+        make_model(sessions, {"f1": f1})
+    once = {"Idempotency-Key": "once"}
+    client.post("/models/rollback", headers=once)
+    left_unanswered(sessions)
+    again = client.post("/models/rollback", headers=once)
+    assert (again.status_code, again.get_json()["version"]) == (200, "2")
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert client.get("/models/champion").get_json()["version"] == "2"
+
+
+def test_a_rollback_of_one_who_was_taken_for_dead_changes_nothing(
+    client: FlaskClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for f1 in (0.97, 0.98, 0.99):
+        make_model(sessions, {"f1": f1})
+    once, rollback, answers = {"Idempotency-Key": "once"}, champions.rollback, []
+
+    def slow(*args: Any, **kwargs: Any) -> ModelVersion:
+        monkeypatch.setattr(champions, "rollback", rollback)
+        left_unanswered(sessions)
+        answers.append(client.post("/models/rollback", headers=once))
+        return rollback(*args, **kwargs)
+
+    monkeypatch.setattr(champions, "rollback", slow)
+    assert_problem(client.post("/models/rollback", headers=once), 409, "IDEMPOTENCY_IN_FLIGHT")
+    assert [answer.get_json()["version"] for answer in answers] == ["2"]
+    assert client.get("/models/champion").get_json()["version"] == "2"
+
+
 def test_each_change_of_the_champion_is_in_the_audit(client: FlaskClient, sessions: Sessions) -> None:
     make_model(sessions)
     make_model(sessions, {"f1": 0.5})
@@ -231,11 +265,11 @@ def test_where_nobody_is_champion_none_is_found(client: FlaskClient) -> None:
 
 @pytest.fixture
 def dataset(sessions: Sessions) -> Dataset:
-    """A dataset whose name, and one of whose warnings, are a patient's."""
+    """A dataset whose name is a patient's; of warnings that name no file (see ml.inspection)."""
     with sessions.begin() as session:
         made = builders.make_dataset(session)
         made.name = "Erika Mustermann"
-        made.report = {"warnings": ["Colour modes are mixed.", "Tumor/Erika.png and Normal/b.png are the same."]}
+        made.report = {"warnings": ["Colour modes are mixed.", "Name files like patient-0012_slice-3.png."]}
     return made
 
 
@@ -254,7 +288,7 @@ def test_a_card_tells_all_in_markdown(client: FlaskClient, sessions: Sessions, d
         "| Tumor | 225 |",
         "| train | 300 |",
         "Colour modes are mixed.",
-        "1 more warnings concern single files",
+        "-3.png",
         "e" * 64,
         "80 independent groups",
         "| F1 | 0.9700 | 0.9100 | 0.9900 |",
@@ -298,12 +332,34 @@ def test_a_card_of_a_version_of_which_little_is_known_says_so(client: FlaskClien
     assert "it answers to any picture" in text
 
 
+def test_a_card_promises_to_reject_only_what_the_version_can(client: FlaskClient, sessions: Sessions) -> None:
+    make_model(sessions, reference={"scans": 93, "classes": {}})
+    text = client.get("/models/1/card").get_data(as_text=True)
+    assert "it answers to any picture" in text
+    assert "would be rejected" not in text
+
+
+def test_a_card_tells_the_newest_of_a_long_history(client: FlaskClient, sessions: Sessions) -> None:
+    make_model(sessions)
+    make_model(sessions, {"f1": 0.5})
+    with sessions.begin() as session:
+        for number in range(30):
+            for version in ("2", "1"):
+                reason = f"Turn {number}."
+                champions.promote(session, builders.TENANT, version, Policy(), force=True, reason=reason)
+    card = client.get("/models/1/card", headers={"Accept": "application/json"}).get_json()
+    assert [each["reason"] for each in card["promotions"]] == [f"Turn {number}." for number in range(10, 30)]
+
+
 def test_what_people_wrote_cannot_change_a_card(client: FlaskClient, sessions: Sessions) -> None:
     evil = "Tumor | <script>\n# [x](http://evil)"
     scores = {"classes": ["Normal", evil], "confusion_matrix": [[1, 0], [0, 1]], "positive": evil}
-    make_model(sessions, scores, classes=["Normal", evil], params=PARAMS | {"weights": "file:```\n# x"})
-    client.post("/models/1/promote", json={"force": True, "reason": "# Not *this*"})
-    text = client.get("/models/1/card").get_data(as_text=True)
+    make_model(sessions)
+    worse = scores | {"f1": 0.5}
+    make_model(sessions, worse, classes=["Normal", evil], params=PARAMS | {"weights": "file:```\n# x"})
+    client.post("/models/2/promote", json={"force": True, "reason": "# Not *this*"})
+    text = client.get("/models/2/card").get_data(as_text=True)
+    assert r"\# Not \*this\*" in text
     assert r"Tumor \| \<script\> \# \[x\](http://evil)" in text
     assert "<script>" not in text
     headings = [line for line in text.splitlines() if line.startswith("#")]

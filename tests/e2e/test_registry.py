@@ -1,6 +1,7 @@
 """The registry as its users meet it: the better network serves, the worse is blocked with reasons, force is written
 down, and a rollback is there for the very next prediction while a batch ends with the network that it began with."""
 
+import io
 import time
 import zipfile
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.e2e.conftest import PARAMS, Client
 
@@ -50,6 +53,22 @@ def test_the_gate_blocks_the_worse_and_says_why(client: Client, trained: dict[st
 
 
 @pytest.mark.usefixtures("restored")
+def test_the_gate_promotes_the_better_over_a_champion(
+    client: Client, trained: dict[str, Any], worse: dict[str, Any]
+) -> None:
+    good, bad = trained["model_version"], worse["model_version"]
+    client.post(f"/models/{bad}/promote", json={"force": True, "reason": "a trial"})
+    compared = client.get("/models/compare", params={"a": good, "b": bad}).json()
+    ours, theirs = compared["metrics"]["f1"]
+    promoted = client.post(f"/models/{good}/promote", json={})
+    assert promoted.status_code == 200, promoted.text
+    latest = client.get("/models/promotions?limit=1").json()["data"][0]
+    assert (latest["how"], latest["version"], latest["replaced"]) == ("request", good, bad)
+    where = f"(version {bad}) on the same {compared['scans']} test scans"
+    assert latest["verdict"]["reasons"][0] == f"F1 {ours:.4f} ≥ the champion's {theirs:.4f} {where}."
+
+
+@pytest.mark.usefixtures("restored")
 def test_a_rollback_is_there_for_the_next_prediction_and_a_running_batch_ends_as_it_began(
     client: Client, trained: dict[str, Any], worse: dict[str, Any], archive: Path
 ) -> None:
@@ -63,7 +82,7 @@ def test_a_rollback_is_there_for_the_next_prediction_and_a_running_batch_ends_as
     assert batch["model_version"] == bad
     _wait_until_some_are_done(client, batch)
 
-    scan = _one_scan(archive)
+    name, scan = _one_scan(archive)
     began = time.monotonic()
     back = client.post("/models/rollback", json={"reason": "the trial is over"})
     assert back.status_code == 200, back.text
@@ -75,8 +94,9 @@ def test_a_rollback_is_there_for_the_next_prediction_and_a_running_batch_ends_as
 
     ended = client.ended(batch, 400)
     assert ended["state"] == "succeeded", ended["error"]
-    first = client.get(batch["links"]["results"], params={"limit": 100}).json()["data"]
-    assert {row["model_version"] for row in first} == {bad}
+    found = _probabilities(client, batch, name)
+    assert found == pytest.approx(_predicted(client, scan, bad), abs=0.01), "computed by the network of its start"
+    assert found != pytest.approx(_predicted(client, scan, good), abs=0.01)
 
     history = client.get("/models/promotions").json()["data"]
     assert [(entry["how"], entry["version"], entry["replaced"]) for entry in history[:2]] == [
@@ -99,6 +119,32 @@ def _wait_until_some_are_done(client: Client, batch: dict[str, Any]) -> None:
     raise AssertionError("The batch does not begin.")
 
 
-def _one_scan(archive: Path) -> bytes:
+def _one_scan(archive: Path) -> tuple[str, bytes]:
     with zipfile.ZipFile(archive) as opened:
-        return opened.read(next(name for name in opened.namelist() if not name.endswith("/")))
+        name = next(name for name in opened.namelist() if not name.endswith("/"))
+        return name, opened.read(name)
+
+
+def _probabilities(client: Client, job: dict[str, Any], name: str | None = None) -> dict[str, float]:
+    """Of the job's only scan, or of that with this name."""
+    page: dict[str, Any] = {"next": None, "has_more": True}
+    while page["has_more"]:
+        asked = {"limit": 100} | ({"after": page["next"]} if page["next"] else {})
+        page = client.get(job["links"]["results"], params=asked).json()
+        for row in page["data"]:
+            if name is None or row["name"] == name:
+                assert not row["cached"]
+                found: dict[str, float] = row["probabilities"]
+                return found
+    raise AssertionError(f"There is no result of {name}.")
+
+
+def _predicted(client: Client, scan: bytes, version: str) -> dict[str, float]:
+    """What a version says of the same picture in other bytes: of the same ones the result would be taken over."""
+    sink = io.BytesIO()
+    with Image.open(io.BytesIO(scan)) as picture:
+        other = PngInfo()
+        other.add_text("copy", "of the same pixels")
+        picture.save(sink, "PNG", pnginfo=other)
+    answer = client.post("/jobs/predict", files={"file": ("scan", sink.getvalue())}, data={"model": version})
+    return _probabilities(client, client.ended(answer.json()))

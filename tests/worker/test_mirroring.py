@@ -3,10 +3,12 @@
 import threading
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.orm import Session
 
 from cli.plans import free_port
 from jobs import champions
@@ -19,7 +21,7 @@ from tests import builders
 from tests.processes import eventually
 from worker import catching_up, mlflow_runs
 from worker.dispatcher import Dispatcher
-from worker.mirroring import is_behind, mirror
+from worker.mirroring import Rows, _write, is_behind, mirror
 from worker.resources import Resources
 
 # --- what the rows say ---
@@ -56,6 +58,47 @@ def test_another_who_is_at_it_is_left_alone(sessions: Sessions) -> None:
         mirror("no client is asked", sessions)
 
 
+def test_a_promotion_and_the_mirror_never_wait_for_each_other_in_a_ring(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for run in ("r1", "r2", "r3"):
+            builders.make_model(session, {"f1": 0.97}, mlflow_run_id=run)
+        versions = session.scalars(select(ModelVersion).order_by(ModelVersion.version)).all()
+    versions[0].mlflow_version = "1"
+    rows = Rows(builders.TENANT, versions, 3)
+    numbers = {version.id: str(version.version) for version in versions}
+    writing = threading.Thread(target=_write, args=[sessions, rows, numbers])
+    with sessions.begin() as session:  # a rollback from the third to the second, and one to the first
+        _lock(session, versions[2])
+        writing.start()
+        eventually(lambda: _waiting(sessions) == 1, 10)
+        _lock(session, versions[1])
+        _lock(session, versions[0])
+    writing.join(10)
+    with sessions.begin() as session:
+        mirrored = session.scalars(select(ModelVersion.mlflow_version).order_by(ModelVersion.version)).all()
+    assert mirrored == [None, "2", "3"], "what is as it was is not written"
+
+
+def _lock(session: Session, version: ModelVersion) -> None:
+    session.execute(update(ModelVersion).where(ModelVersion.id == version.id).values(promoted_at=func.now()))
+
+
+def _waiting(sessions: Sessions) -> int:
+    """Backends that wait for somebody's lock."""
+    here = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    with sessions.begin() as session:
+        return session.scalar(here) or 0
+
+
+def test_a_training_whose_run_was_opened_late_is_mirrored_too(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        version = builders.make_model(session)
+        assert not is_behind(session)
+        catching_up.mark(session, version.job_id, "r1")
+        session.flush()
+        assert is_behind(session)
+
+
 def test_a_promotion_does_not_wait_for_the_next_look(
     settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,14 +124,20 @@ def test_a_promotion_does_not_wait_for_the_next_look(
 
 
 @pytest.mark.slow
-def test_versions_and_aliases_follow_each_change_of_the_champion(mlflow_url: str, sessions: Sessions) -> None:
+def test_versions_and_aliases_follow_each_change_of_the_champion(
+    mlflow_url: str, sessions: Sessions, tmp_path: Path
+) -> None:
     client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
-    for f1 in (0.97, 0.90):
-        _make(sessions, client, tenant, f1)
+    logged, _ = (_make(sessions, client, tenant, f1) for f1 in (0.97, 0.90))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    client.log_artifact(logged.mlflow_run_id, str(weights))
     mirror(client, sessions)
     first, second = (client.get_model_version(f"renalq-{tenant}", number) for number in ("1", "2"))
     run = client.get_run(first.run_id)
     assert first.source == f"{run.info.artifact_uri}/model.safetensors"
+    assert second.source == "renalq://models/2/weights", "MLflow was not given the weights"
+    assert second.run_id
     told = {"renalq.version": "1", "renalq.weights_sha256": "a" * 64, "renalq.dataset_digest": "d" * 64}
     assert told.items() <= first.tags.items()
     assert (first.tags["renalq.gate"], second.tags["renalq.gate"]) == ("promoted", "not promoted")
