@@ -25,7 +25,8 @@ class DriftQuery(ma.Schema):
 
 
 class JudgedSchema(ma.Schema):
-    """Predictions of which the truth is known. A share is null where there is nothing to take it of."""
+    """Predictions of which the truth is known, without those of rejected scans. A share is null where there is nothing
+    to take it of."""
 
     known = fields.Integer()
     right = fields.Integer()
@@ -45,7 +46,8 @@ def _figures(name: str, description: str) -> fields.Function:
 
 
 class DaySchema(ma.Schema):
-    """One day (UTC) with predictions. What was taken over from equal results is not counted again."""
+    """One day (UTC) with predictions, or with truths of some. What was taken over from equal results is not counted
+    again; its truth is."""
 
     day = fields.Date()
     scans = fields.Integer()
@@ -74,7 +76,12 @@ class DriftSchema(ma.Schema):
     )
     bound = fields.Float()
     drifted = fields.Boolean(metadata={"description": "Whether a figure of the latest day has drifted."})
-    latest = fields.Date(attribute="latest.day", dump_default=None, allow_none=True)
+    latest = fields.Date(
+        attribute="latest.day",
+        dump_default=None,
+        allow_none=True,
+        metadata={"description": "The latest day with predictions."},
+    )
     truths = fields.Nested(JudgedSchema, metadata={"description": "Of all these days together."})
     days = fields.List(fields.Nested(DaySchema))
 

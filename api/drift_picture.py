@@ -58,7 +58,7 @@ class Frame:
 def draw(found: Drift, days: int) -> bytes:
     """The picture of so many days up to the latest, as PNG."""
     canvas = Canvas(WIDTH, HEAD + 2 * (LEGEND + PANEL + GAP) + FOOT - GAP)
-    last = found.latest.day if found.latest else dt.datetime.now(dt.UTC).date()
+    last = found.days[-1].day if found.days else dt.datetime.now(dt.UTC).date()
     first = last - dt.timedelta(days=days - 1)
     _head(canvas, found)
     indices = _indices(found.days)

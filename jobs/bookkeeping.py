@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from jobs import prediction_counts, webhooks
 from jobs.db import Prepared
 from jobs.errors import LeaseLost
+from jobs.prediction_counts import CLASS, DISPOSITION
 from jobs.states import JobKind, ResultState, UnitState
 from jobs.tables import Job, JobEvent, Json, ScanResult, Unit, new_id
 
@@ -169,8 +170,8 @@ def _count_predictions(session: Session, held: Claim, outcomes: Sequence[ScanOut
     found: dict[str, list[str | float]] = {}
     for outcome in outcomes:
         if outcome.error is None and not outcome.cached:
-            words = {"class": outcome.label, "disposition": outcome.disposition, "confidence": outcome.confidence}
-            for what, value in (*words.items(), *(outcome.statistics or {}).items()):
+            said = {CLASS: outcome.label, DISPOSITION: outcome.disposition, "confidence": outcome.confidence}
+            for what, value in (*said.items(), *(outcome.statistics or {}).items()):
                 if value is not None:
                     found.setdefault(what, []).append(value)
     if found:

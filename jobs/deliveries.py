@@ -2,6 +2,8 @@
 
 A claim moves the delivery's next try ahead and is committed before anything is sent: nobody else sends it meanwhile,
 and a sender that dies leaves it to the next one. So an event arrives at least once, and bears the same id each time.
+Webhooks take turns, whoever owns them: however much is due to those that never answer, another waits for one try of
+each of them at most.
 """
 
 import datetime as dt
@@ -11,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, select, update
+from sqlalchemy import CTE, ColumnElement, and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from jobs.bookkeeping import NOW, seconds
@@ -28,12 +30,14 @@ GONE = 410
 
 @dataclass(frozen=True)
 class Due:
-    """A delivery that is ours to send. `attempts` counts this try, and is the fence of what follows it."""
+    """A delivery that is ours to send. `attempts` counts this try. `next_at`, which the claim has set, is the fence of
+    what follows: another claim, or somebody who wants it sent anew meanwhile, sets another."""
 
     id: uuid.UUID
     webhook_id: uuid.UUID
     tenant_id: str
     attempts: int
+    next_at: dt.datetime
     event_id: str
     type: str
     data: Json
@@ -53,28 +57,41 @@ class Attempt:
 
 
 def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Collection[str]) -> Due | None:
-    """The delivery that has been due for longest, held for `hold` seconds; None when nothing is due. Commit at once.
+    """What has been due for longest to the webhook that was tried longest ago, held for `hold` seconds; None when
+    nothing is due. Commit at once.
 
     Args:
         busy, full: webhooks and tenants that have to wait.
     """
-    waits = and_(Delivery.state == DeliveryState.PENDING, Delivery.next_at <= func.now())
-    others = and_(Delivery.webhook_id.not_in(busy), Delivery.tenant_id.not_in(full))
-    longest = select(Delivery.id).where(waits, others).order_by(Delivery.next_at).limit(1)
+    tried = _tried(_turn(busy, full))
     row = session.execute(
         update(Delivery)
-        .where(Delivery.id == longest.with_for_update(skip_locked=True).correlate(None).scalar_subquery())
-        .where(Delivery.webhook_id == Webhook.id)
+        .where(Delivery.id == tried.c.delivery_id)
         .values(attempts=Delivery.attempts + 1, next_at=NOW + seconds(hold))
-        .returning(*_of_due())
+        .returning(*_of_due(), tried.c.url, tried.c.secret, NOW.label("now"))
         .execution_options(synchronize_session=False)
     ).first()
     return None if row is None else Due(**row._mapping)
 
 
+def _turn(busy: Collection[uuid.UUID], full: Collection[str]) -> CTE:
+    """Whose turn it is, locked. The webhook is locked first, so that where another dispatcher has it none of what is
+    due to it is touched; and nobody is waited for, such as who deletes the webhook and then its deliveries."""
+    waits = and_(Delivery.state == DeliveryState.PENDING, Delivery.next_at <= func.now())
+    others = and_(Delivery.webhook_id.not_in(busy), Delivery.tenant_id.not_in(full))
+    due = select(Delivery.id, Delivery.webhook_id).join(Webhook, Webhook.id == Delivery.webhook_id).where(waits, others)
+    first = due.order_by(Webhook.tried_at.nulls_first(), Delivery.next_at).limit(1)
+    return first.with_for_update(of=[Webhook, Delivery], key_share=True, skip_locked=True).cte("turn")
+
+
+def _tried(turn: CTE) -> CTE:
+    marked = update(Webhook).where(Webhook.id == turn.c.webhook_id).values(tried_at=NOW)
+    return marked.returning(turn.c.id.label("delivery_id"), Webhook.url, Webhook.secret).cte("tried")
+
+
 def _of_due() -> list[Any]:
-    own = ("id", "webhook_id", "tenant_id", "attempts", "event_id", "type", "data", "created_at")
-    return [*(getattr(Delivery, name) for name in own), Webhook.url, Webhook.secret, NOW.label("now")]
+    own = ("id", "webhook_id", "tenant_id", "attempts", "next_at", "event_id", "type", "data", "created_at")
+    return [getattr(Delivery, name) for name in own]
 
 
 def ended(session: Session, due: Due, attempt: Attempt, retries: Sequence[float]) -> None:
@@ -94,7 +111,7 @@ def ended(session: Session, due: Due, attempt: Attempt, retries: Sequence[float]
         told.update(next_at=NOW + seconds(retries[due.attempts - 1] * random.uniform(1, 1 + SPREAD)))
     else:
         told.update(state=DeliveryState.FAILED, ended_at=NOW)
-    ours = and_(Delivery.id == due.id, Delivery.attempts == due.attempts, Delivery.state == DeliveryState.PENDING)
+    ours = and_(Delivery.id == due.id, Delivery.next_at == due.next_at, Delivery.state == DeliveryState.PENDING)
     session.execute(_updated(ours, **told))
 
 
@@ -131,7 +148,8 @@ def listed(
 
 
 def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> Delivery:
-    """Send it now, whatever became of it: one try more, and where any are left of them, those after it.
+    """Send it now, whatever became of it: one try more, and where any are left of them, those after it. Should a try be
+    on its way this moment, it is sent once more when that has ended.
 
     Raises:
         DeliveryNotFound
@@ -146,11 +164,11 @@ def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_
 
 
 def prune(session: Session, days: float, limit: int = 10_000) -> int:
-    """Forget deliveries older than this, `limit` at a time. Returns how many were forgotten."""
+    """Forget ended deliveries older than this, `limit` at a time. Returns how many were forgotten."""
     now: dt.datetime = session.execute(select(func.now())).scalar_one()
     # Their ids are ordered by time, so the primary key finds the oldest.
     old = select(Delivery.id).where(Delivery.id < _first_id(now - dt.timedelta(days=days)))
-    some = old.order_by(Delivery.id).limit(limit)
+    some = old.where(Delivery.state != DeliveryState.PENDING).order_by(Delivery.id).limit(limit)
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]
 

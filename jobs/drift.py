@@ -20,6 +20,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from jobs import truths, webhooks
+from jobs.prediction_counts import CLASS, DISPOSITION, REJECTED
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, PredictionCount
 from jobs.truths import Judged
@@ -31,7 +32,9 @@ RISK = 0.0005
 chances; from 50 scans to 200, less than one day in a hundred brings one."""
 POOLED_DAYS = 30
 """Days that one verdict reaches back at most."""
-CLASS, DISPOSITION, REJECTED = "class", "disposition", "rejected"
+WATCHED_DAYS = 2
+"""Days that drift is looked for in: the last scans of a day may be counted after the last look at it. Deliveries, by
+which it is known that a day's drift was told of, are kept for longer (`RENALQ_DELIVERY_DAYS`)."""
 
 Counts = Counter[tuple[str, str]]
 """Scans by figure and bin."""
@@ -65,8 +68,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Day:
-    """A day with predictions. `since`: the first of the days that the figures are of; None where there is no verdict,
-    for want of scans or of a reference."""
+    """A day with predictions, or with the truths of some: those that were taken over from equal ones are not counted,
+    and yet judged. `since`: the first of the days that the figures are of; None where there is no verdict, for want of
+    scans or of a reference."""
 
     day: dt.date
     scans: int
@@ -95,7 +99,7 @@ class Drift:
     @property
     def latest(self) -> Day | None:
         """The latest day with predictions."""
-        return self.days[-1] if self.days else None
+        return next((day for day in reversed(self.days) if day.scans), None)
 
     @property
     def drifted(self) -> bool:
@@ -153,30 +157,39 @@ def figures(
 
 
 def drift(session: Session, version: ModelVersion, policy: Policy, days: int) -> Drift:
-    """The version's days with predictions, of the last `days`."""
-    today = _today(session)
-    first = today - dt.timedelta(days=days - 1)
+    """The version's days with predictions or truths, of the last `days`."""
+    first = _first_of(session, days)
     counted = _counted(session, version.id, first - dt.timedelta(days=POOLED_DAYS))
     told = truths.by_day(session, version, first)
-    shown = [_day(version, policy, counted, day, told.get(day, Judged())) for day in sorted(counted) if day >= first]
+    known = sorted(day for day in {*counted, *told} if day >= first)
+    shown = [_day(version, policy, counted, day, told.get(day, Judged())) for day in known]
     scans = (version.reference or {}).get("scans")
     return Drift(version, scans, policy.bound, shown)
 
 
-def look(session: Session, settings: Settings) -> None:
-    """Tell webhooks of champions that have drifted: an event for each of them and day, however often we look."""
-    recent = _today(session) - dt.timedelta(days=1)  # the last scans of a day may be counted after the last look at it
-    predicted = exists().where(PredictionCount.model_id == ModelVersion.id, PredictionCount.day >= recent)
-    for version in session.scalars(select(ModelVersion).where(ModelVersion.champion, predicted)).all():
-        for day in drift(session, version, Policy.of(settings), days=2).days:
-            if day.drifted:
-                data = {"model_version": str(version.version), "day": day.day.isoformat(), "figures": day.drifted}
-                event_id = f"drift_{version.id}_{day.day}"
-                webhooks.emit(session, version.tenant_id, event_id, webhooks.EventType.MODEL_DRIFTED, data)
+def watched(session: Session) -> Sequence[uuid.UUID]:
+    """The champions, of all tenants, that have predicted lately: `look` at each of them."""
+    lately = PredictionCount.day >= _first_of(session, WATCHED_DAYS)
+    predicted = exists().where(PredictionCount.model_id == ModelVersion.id, lately)
+    return session.scalars(select(ModelVersion.id).where(ModelVersion.champion, predicted)).all()
 
 
-def _today(session: Session) -> dt.date:
-    return session.scalars(select(func.timezone("UTC", func.clock_timestamp()))).one().date()
+def look(session: Session, model_id: uuid.UUID, policy: Policy) -> None:
+    """Tell webhooks of this champion's drift: an event for each day, however often we look. Give each champion a
+    transaction of its own, so that a reference that cannot be read keeps no other from being told of."""
+    version, first = session.get_one(ModelVersion, model_id), _first_of(session, WATCHED_DAYS)
+    counted = _counted(session, model_id, first - dt.timedelta(days=POOLED_DAYS))
+    for day in sorted(day for day in counted if day >= first):
+        if drifted := _day(version, policy, counted, day, Judged()).drifted:
+            data = {"model_version": str(version.version), "day": day.isoformat(), "figures": drifted}
+            event_id = f"drift_{model_id}_{day}"
+            webhooks.emit(session, version.tenant_id, event_id, webhooks.EventType.MODEL_DRIFTED, data)
+
+
+def _first_of(session: Session, days: int) -> dt.date:
+    """The first of the last `days` days (UTC), today among them."""
+    now: dt.datetime = session.scalars(select(func.timezone("UTC", func.clock_timestamp()))).one()
+    return now.date() - dt.timedelta(days=days - 1)
 
 
 def _counted(session: Session, model_id: uuid.UUID, first: dt.date) -> dict[dt.date, Counts]:
@@ -188,12 +201,12 @@ def _counted(session: Session, model_id: uuid.UUID, first: dt.date) -> dict[dt.d
 
 
 def _day(version: ModelVersion, policy: Policy, counted: dict[dt.date, Counts], day: dt.date, told: Judged) -> Day:
-    mine = counted[day]
+    mine = counted.get(day, Counter())
     classes, dispositions = _words(mine, CLASS), _words(mine, DISPOSITION)
     rejected = dispositions.get(REJECTED, 0) / sum(dispositions.values()) if dispositions else None
     plain = Day(day, sum(classes.values()), classes, dispositions, rejected, told)
     since, pooled = _pooled(counted, day, policy.least_scans)
-    if since is None or not version.reference:
+    if not mine or since is None or not version.reference:
         return plain
     reference = _reference(version)
     found = {name: _bins(pooled, name, version, len(counts)) for name, counts in reference.items()}

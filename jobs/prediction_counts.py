@@ -8,6 +8,11 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Prepared
 
+CLASS, DISPOSITION = "class", "disposition"
+"""Figures whose bins are words."""
+REJECTED = "rejected"
+"""The disposition of a scan whose class is not to be used (ml/disposition.py)."""
+
 # The rows are taken in the order of their key: of two workers that end their chunks at once one waits for the other,
 # and never each for the other.
 ADD = Prepared(

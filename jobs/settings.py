@@ -123,7 +123,12 @@ class Settings(BaseSettings):
         "5,300,1800,7200,18000,36000,50400,72000,86400",
         description="Waits between the tries of one delivery (s); after the last of them it has failed.",
     )
-    delivery_days: float = Field(30, gt=0, description="A webhook's deliveries are listed for so long (days).")
+    delivery_days: float = Field(
+        30,
+        ge=3,
+        description="A webhook's deliveries are listed for so long (days). At least 3: drift is looked for in two days "
+        "and would be told again once its delivery is forgotten.",
+    )
 
     wait_slots: int = Field(
         200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams) at once."

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, Subquery, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs.artifacts import Artifacts
 from jobs.errors import Invalid
-from jobs.tables import Scan, ScanResult, Truth
+from jobs.tables import Scan, Truth
 
 PATIENTS = 10**15
 """More than anybody's patients: two of a million have the same number with a chance of one in two thousand."""
@@ -54,20 +54,19 @@ def _pseudonym(tenant_id: str, patient: str) -> str:
 def labelled(
     session: Session, tenant_id: str, since: dt.datetime | None = None, model_id: uuid.UUID | None = None
 ) -> list[Labelled]:
-    """Each scan with the latest truth that was told of it; `since` then, of predictions by this model.
+    """Each scan with the latest truth that was told of it; `since` then, of predictions by this model. Whose scan it is
+    any truth may say, whenever and of whichever model it was told.
 
     Raises:
         Invalid: there is none.
     """
-    told = select(Truth.scan_id, Truth.job_id, Truth.label).where(Truth.tenant_id == tenant_id)
+    told = select(Truth.scan_id, Truth.label, Truth.patient).where(Truth.tenant_id == tenant_id)
+    patients = _latest(told.where(Truth.patient.is_not(None)))
     if since is not None:
         told = told.where(Truth.at >= since)
     if model_id is not None:
         told = told.where(Truth.model_id == model_id)
-    last = told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
-    keyed = select(ScanResult.scan_id, func.max(ScanResult.patient).label("patient"))
-    keyed = keyed.where(ScanResult.job_id.in_(select(last.c.job_id)), ScanResult.patient.is_not(None))
-    patients = keyed.group_by(ScanResult.scan_id).subquery()
+    last = _latest(told)
     rows = session.execute(
         select(Scan.sha256, Scan.size, Scan.media_type, last.c.label, patients.c.patient)
         .join(last, last.c.scan_id == Scan.id)
@@ -79,6 +78,11 @@ def labelled(
         detail = "No such truth is known. Tell some with POST /jobs/ID/results/SCAN_ID/truth, or ask for more of them."
         raise Invalid(detail, "/truths")
     return found
+
+
+def _latest(told: Select[uuid.UUID, str, str | None]) -> Subquery:
+    """Of each scan's truths the latest."""
+    return told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
 
 
 def write_zip(target: IO[bytes], tenant_id: str, scans: Sequence[Labelled], artifacts: Artifacts) -> None:

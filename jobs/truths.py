@@ -1,7 +1,7 @@
 """Truths: what scans turned out to show, told of their predictions by those who know (pathology).
 
-A truth is appended, never changed: of a scan and a model the latest one counts. It holds what was predicted, so that it
-can be reckoned with after the results have expired.
+A truth is appended, never changed: of a scan and a model the latest one counts. It holds what was predicted and whose
+scan it is, so that it can be reckoned with after the results have expired.
 """
 
 import datetime as dt
@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Date, cast, func, select
+from sqlalchemy import ColumnElement, Date, cast, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs import expiry
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
+from jobs.prediction_counts import REJECTED
 from jobs.queries import JobView, classes, require_prediction
 from jobs.states import ResultState
 from jobs.tables import ModelVersion, ScanResult, Truth
@@ -77,6 +78,7 @@ def tell(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_id
         predicted=result.label,
         confidence=result.confidence,
         disposition=result.disposition,
+        patient=_patient(session, view.job.tenant_id, scan_id, result),
         predicted_at=result.finished_at,
         by_key=key_id,
     )
@@ -89,9 +91,7 @@ def tell(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_id
 def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
     """The scan's result in this job; where it came several times, they are alike."""
     require_prediction(view)
-    mine = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.scan_id == scan_id)
-    succeeded_first = (ScanResult.state == ResultState.SUCCEEDED).desc(), ScanResult.ordinal
-    found = session.scalar(mine.order_by(*succeeded_first).limit(1))
+    found = _computed(session, view.job.id, scan_id) or _any_result(session, view.job.id, scan_id)
     if view.terminal:
         expiry.require_kept(session, view.job.id)
     if found is None:
@@ -99,6 +99,43 @@ def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
     if found.state != ResultState.SUCCEEDED:
         raise WrongState(f"The scan's result is {found.state}: a truth is told of a prediction that has succeeded.")
     return found
+
+
+def _computed(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> ScanResult | None:
+    """Found by the index of what was computed, as most results are. No limit and no order: for the sake of either
+    Postgres might rather read the whole job."""
+    mine = select(ScanResult).where(*_computed_of(scan_id), ScanResult.job_id == job_id)
+    return min(session.scalars(mine), key=lambda result: result.ordinal, default=None)
+
+
+def _computed_of(scan_id: uuid.UUID) -> list[ColumnElement[bool]]:
+    """Results of the scan in the very words of the index ix_scan_results_computed: Postgres does not take it for
+    `cached IS false`."""
+    return [ScanResult.scan_id == scan_id, ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached]
+
+
+def _any_result(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> ScanResult | None:
+    mine = select(ScanResult).where(ScanResult.job_id == job_id, ScanResult.scan_id == scan_id)
+    succeeded_first = (ScanResult.state == ResultState.SUCCEEDED).desc(), ScanResult.ordinal
+    return session.scalar(mine.order_by(*succeeded_first).limit(1))
+
+
+def _patient(session: Session, tenant_id: str, scan_id: uuid.UUID, result: ScanResult) -> str | None:
+    """Whose scan it is, as the client told with this result, with another one that was computed for the scan, or with
+    one that an earlier truth was told of."""
+    if result.patient is not None:
+        return result.patient
+    others = select(ScanResult.patient).where(*_computed_of(scan_id), ScanResult.tenant_id == tenant_id)
+    latest_keyed = others.where(ScanResult.patient.is_not(None)).order_by(ScanResult.finished_at.desc()).limit(1)
+    return session.scalar(latest_keyed) or _told_patient(session, tenant_id, scan_id)
+
+
+def _told_patient(session: Session, tenant_id: str, scan_id: uuid.UUID) -> str | None:
+    # By way of the versions: truths have an index that begins with the model.
+    versions = select(ModelVersion.id).where(ModelVersion.tenant_id == tenant_id)
+    told = select(Truth.patient).where(Truth.model_id.in_(versions), Truth.scan_id == scan_id)
+    known = told.where(Truth.tenant_id == tenant_id, Truth.patient.is_not(None))
+    return session.scalar(known.order_by(Truth.id.desc()).limit(1))
 
 
 def latest(session: Session, view: JobView, scan_id: uuid.UUID) -> Truth:
@@ -129,11 +166,15 @@ def labels(
 
 
 def by_day(session: Session, version: ModelVersion, first: dt.date) -> dict[dt.date, Judged]:
-    """How right the version was, by the day (UTC) of its predictions, from `first` on."""
+    """How right the version was, by the day (UTC) of its predictions, from `first` on.
+
+    What RenalQ has rejected by itself is left out: nobody is to use the class that it still names.
+    """
     told = select(Truth).where(Truth.model_id == version.id)
     last = told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
     day = cast(func.timezone("UTC", last.c.predicted_at), Date).label("day")
-    counted = select(day, last.c.label, last.c.predicted, func.count().label("scans")).where(day >= first)
+    counted = select(day, last.c.label, last.c.predicted, func.count().label("scans"))
+    counted = counted.where(day >= first, last.c.disposition.is_distinct_from(REJECTED))
     positive, found = version.metrics.get("positive"), dict[dt.date, Judged]()
     for row in session.execute(counted.group_by(day, last.c.label, last.c.predicted)):
         found[row.day] = found.get(row.day, Judged()) + _judged(row.label, row.predicted, row.scans, positive)

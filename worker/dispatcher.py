@@ -203,13 +203,19 @@ class Dispatcher:
             self._expiring.sooner(1.0)
 
     def _look_for_drift(self) -> None:
+        with self._sessions.begin() as session:
+            watched = drift.watched(session)
+        for model_id in watched:
+            self._look_at(model_id)
+
+    def _look_at(self, model_id: uuid.UUID) -> None:
         try:
             with self._sessions.begin() as session:
-                drift.look(session, self._settings)
+                drift.look(session, model_id, drift.Policy.of(self._settings))
         except LOST_DATABASE:
             raise
-        except Exception as error:  # one model's reference that cannot be read: ringing goes on for all others
-            log.warning("drift_not_looked_for", error=type(error).__name__)
+        except Exception as error:  # its reference cannot be read: all others are looked at, and ringing goes on
+            log.error("drift_not_looked_for", model=str(model_id), error=type(error).__name__)
 
     def _show_life(self) -> None:
         sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())

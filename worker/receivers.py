@@ -8,10 +8,11 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from threading import Timer
+from threading import Thread, Timer
 from urllib.parse import SplitResult, urlsplit
 
 from jobs.addresses import NOT_PUBLIC, USUAL_PORTS, ill_formed, is_named, is_public
@@ -48,8 +49,9 @@ def post(url: str, body: bytes, headers: Mapping[str, str], settings: Settings) 
 
 
 def _asked(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mapping[str, str]) -> int:
-    name, secure = parts.hostname or "", isinstance(sock, ssl.SSLSocket)
-    connection = HTTPSConnection(name, parts.port, context=_tls()) if secure else HTTPConnection(name, parts.port)
+    name, port = parts.hostname or "", _port(parts)  # without a port it would be looked for in the name: [::1] has one
+    secure = parts.scheme == "https"
+    connection = HTTPSConnection(name, port, context=_tls()) if secure else HTTPConnection(name, port)
     with closing(connection):
         connection.sock = sock
         connection.request("POST", (parts.path or "/") + (parts.query and f"?{parts.query}"), body, headers)
@@ -58,8 +60,8 @@ def _asked(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mappin
 
 def _connected(url: str, parts: SplitResult, deadline: float, settings: Settings) -> socket.socket:
     """A socket to the first address of the host that takes a connection; with TLS where the URL says so."""
-    name, port = parts.hostname or "", parts.port or USUAL_PORTS[parts.scheme]
-    addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+    name, port = parts.hostname or "", _port(parts)
+    addresses = _addresses(name, port, deadline)
     if not is_named(url, settings.receiver_hosts):
         addresses = [address for address in addresses if is_public(address)]
     if not addresses:
@@ -68,6 +70,29 @@ def _connected(url: str, parts: SplitResult, deadline: float, settings: Settings
     if parts.scheme == "http":
         return sock
     return _tls().wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or USUAL_PORTS[parts.scheme]
+
+
+def _addresses(name: str, port: int, deadline: float) -> list[str]:
+    """Look the name up. In a thread, which is left to itself at the deadline: nothing else ends a look-up before a name
+    service that is silent does, in its own time.
+
+    Raises:
+        TimeoutError, OSError, ValueError
+    """
+    found: Future[list[str]] = Future()
+    Thread(target=_look_up, args=[found, name, port], daemon=True).start()
+    return found.result(max(deadline - time.monotonic(), LEAST_WAIT))
+
+
+def _look_up(found: Future[list[str]], name: str, port: int) -> None:
+    try:
+        found.set_result([str(entry[4][0]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)])
+    except Exception as error:
+        found.set_exception(error)
 
 
 def _first_of(addresses: list[str], port: int, deadline: float) -> socket.socket:

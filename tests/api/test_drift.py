@@ -9,13 +9,14 @@ from flask.testing import FlaskClient
 from PIL import Image
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parsed
+from sqlalchemy import update
 
 from api import drift_picture, pictures
 from jobs import lifecycle
 from jobs.bookkeeping import ScanOutcome
 from jobs.db import Sessions
 from jobs.states import JobKind
-from jobs.tables import ModelVersion, Truth
+from jobs.tables import ModelVersion, PredictionCount, Truth
 from tests import builders
 from tests.api.conftest import Door
 from tests.api.test_errors import assert_problem
@@ -68,6 +69,45 @@ def test_drift_is_shown_day_by_day(client: FlaskClient, drifted: ModelVersion) -
     assert day["psi"]["brightness"] > day["limits"]["brightness"] >= 0.25 > day["psi"]["class"]
     judged = {"known": 2, "right": 1, "accuracy": 0.5, "sensitivity": 0.5, "specificity": None}
     assert day["truths"] == found["truths"] == judged
+
+
+def test_a_truth_is_shown_also_on_a_day_without_counted_predictions(
+    client: FlaskClient, sessions: Sessions, drifted: ModelVersion
+) -> None:
+    """As where a result was taken over from an equal one: nothing is counted on its day."""
+    today = dt.datetime.now(dt.UTC).date()
+    yesterday = today - dt.timedelta(days=1)
+    with sessions.begin() as session:
+        session.execute(update(PredictionCount).values(day=yesterday))
+    found = client.get("/models/champion/drift").get_json()
+    assert [(day["day"], day["scans"], day["truths"]["known"]) for day in found["days"]] == [
+        (str(yesterday), 200, 0),
+        (str(today), 0, 2),
+    ]
+    assert (found["days"][1]["rejected_share"], found["days"][1]["since"], found["days"][1]["psi"]) == (None, None, {})
+    assert (found["latest"], found["drifted"], found["truths"]["accuracy"]) == (str(yesterday), True, 0.5)
+    shown = gauges(client)
+    assert (shown["renalq_model_accuracy", "1"], shown["renalq_rejected_share", "1"]) == (0.5, 0.1)
+    assert shown["renalq_drift_psi", "brightness", "1"] > shown["renalq_drift_limit", "brightness", "1"]
+
+
+def test_the_picture_reaches_as_far_as_the_latest_truth(
+    client: FlaskClient, sessions: Sessions, drifted: ModelVersion
+) -> None:
+    last_of_three = (pictures.WIDTH - pictures.LEFT - pictures.RIGHT) / 3
+    right = pictures.WIDTH - pictures.RIGHT
+
+    def accuracy_is_seen() -> bool:
+        picture = Image.open(io.BytesIO(client.get("/models/champion/drift?days=3", headers=PNG).data)).convert("RGB")
+        bottom = picture.height / pictures.SCALE - drift_picture.FOOT
+        today = (right - last_of_three, bottom - drift_picture.PANEL, right, bottom)
+        shown = picture.crop([round(at * pictures.SCALE) for at in today]).getcolors(2**24)
+        return bytes.fromhex(pictures.COLOURS[0][1:]) in {bytes(colour) for _, colour in shown}
+
+    assert accuracy_is_seen()
+    with sessions.begin() as session:
+        session.execute(update(PredictionCount).values(day=PredictionCount.day - 2))
+    assert accuracy_is_seen()
 
 
 def test_without_predictions_or_a_reference_there_is_nothing_to_say(

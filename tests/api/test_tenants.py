@@ -1,14 +1,19 @@
 """Who sees what; models and keys; whether the stack is ready."""
 
+import re
+from collections.abc import Mapping
+
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from sqlalchemy import select
 
-from jobs import processes
+from jobs import processes, webhooks
 from jobs.db import Sessions
 from jobs.processes import SignOfLife
 from jobs.states import JobKind, JobState
-from jobs.tables import Artifact, ModelVersion
+from jobs.tables import Artifact, Delivery, ModelVersion, Scan
+from jobs.webhooks import EventType
 from tests import builders
 from tests.api.conftest import Door, file, png
 from tests.api.test_errors import assert_problem
@@ -33,31 +38,38 @@ def routes_with_an_id(app: Flask) -> list[tuple[str, str]]:
     ]
 
 
+def filled(rule: str, ids: Mapping[str, object]) -> str:
+    """The rule's path, with each of its ids."""
+    return re.sub("<id:([a-z_]+)>", lambda found: str(ids[found[1]]), rule).replace("<path:name>", "a.png")
+
+
 def test_what_belongs_to_another_tenant_answers_like_what_does_not_exist(
     client: FlaskClient, stranger: FlaskClient, sessions: Sessions, champion: ModelVersion
 ) -> None:
     with sessions.begin() as session:
-        job = builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1)
+        job = builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1, model_id=champion.id)
         session.add(
             Artifact(
                 job_id=job.id, name="a.png", tenant_id=job.tenant_id, sha256="a" * 64, size=1, media_type="image/png"
             )
         )
         dataset = builders.make_dataset(session)
-        scan = builders.make_scan(session)
+        scan = session.scalars(select(Scan)).one()
     assert len(routes_with_an_id(client.application)) >= 11
     key = client.get("/keys").get_json()["data"][0]["id"]
     upload = client.post("/uploads", headers={**UPLOADS, "Upload-Length": "5"}).get_json()["id"]
     webhook = client.post("/webhooks", json={"url": "https://ris.example/"}).get_json()["id"]
     ids = {"job_id": job.id, "dataset_id": dataset.id, "scan_id": scan.id, "key_id": key, "upload_id": upload}
-    ids["webhook_id"] = webhook
+    with sessions.begin() as session:
+        webhooks.emit(session, builders.TENANT, "event", EventType.JOB_SUCCEEDED, {})
+        delivery = session.scalars(select(Delivery.id)).one()
+    ids |= {"webhook_id": webhook, "delivery_id": delivery}
+    unknown = {name: builders.unknown_id() for name in ids}
     for method, rule in routes_with_an_id(client.application):
-        name = next(name for name in ids if f"<id:{name}>" in rule)
-        path = rule.replace("<path:name>", "a.png")
-        theirs, nobodys = (path.replace(f"<id:{name}>", str(id_)) for id_ in (ids[name], builders.unknown_id()))
+        theirs, nobodys = filled(rule, ids), filled(rule, unknown)
         assert told(stranger, method, theirs) == told(stranger, method, nobodys), (method, rule)
     assert told(stranger, "GET", "/models/1") == told(stranger, "GET", "/models/2")
-    for path in ("/jobs", "/datasets", "/models"):
+    for path in ("/jobs", "/datasets", "/models", "/webhooks"):
         assert stranger.get(path).get_json()["data"] == []
     for body in ({"scan_id": str(scan.id)}, {"image": str(scan.id)}):
         with_model = stranger.post("/jobs/predict", json=body)
@@ -65,6 +77,9 @@ def test_what_belongs_to_another_tenant_answers_like_what_does_not_exist(
     accept = {"Accept": "text/event-stream"}
     assert_problem(stranger.get(f"/jobs/{job.id}/events", headers=accept), 404)
     assert client.get(f"/jobs/{job.id}").status_code == 200
+    truth = client.post(f"/jobs/{job.id}/results/{scan.id}/truth", json={"label": "Tumor"})
+    again = client.post(f"/webhooks/{webhook}/deliveries/{delivery}/redeliver")
+    assert (truth.status_code, again.status_code) == (201, 202), "to their owner they are there"
 
 
 def test_a_model_says_what_it_was_made_of(client: FlaskClient, champion: ModelVersion) -> None:

@@ -4,13 +4,14 @@ import io
 import re
 import uuid
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
-from jobs import expiry, lifecycle
+from jobs import expiry, lifecycle, queries, truths
 from jobs.artifacts import Artifacts
 from jobs.bookkeeping import ScanOutcome
 from jobs.db import Sessions
@@ -110,6 +111,26 @@ def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, bat
     assert_problem(client.post(path(batch[0], batch[1][1]), json={"label": "Tumor"}), 410, "RESULTS_EXPIRED")
 
 
+def test_to_find_the_result_a_job_of_many_is_not_read_through(sessions: Sessions, champion: ModelVersion) -> None:
+    read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'scan_results'"
+    with sessions.begin() as session:
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, 500, 500, model_id=champion.id)
+        scan_id = session.scalars(select(Scan.id).order_by(Scan.id.desc()).limit(1)).one()
+    with sessions.begin() as session:
+        session.execute(text("ANALYZE"))
+        view = queries.job(session, TENANT, job.id)
+        before = session.scalars(text(read)).one()
+        truths.tell(session, view, scan_id, "Tumor")
+        assert session.scalars(text(read)).one() - before < 10
+
+
+def test_a_truth_is_told_also_of_a_result_that_was_taken_over(
+    client: FlaskClient, sessions: Sessions, batch: Told, champion: ModelVersion
+) -> None:
+    again = singly(sessions, champion, batch[1][2], cached=True)
+    assert tell(client, (again, batch[1]), 2)["job_id"] == again
+
+
 def test_a_key_makes_one_truth_of_two_requests(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
     for _ in range(2):
         headers = {"Idempotency-Key": "once"}
@@ -163,6 +184,69 @@ def test_scans_of_one_patient_stay_together_and_nobody_reads_who_it_is(
     assert not re.search("Ann|Bob|secret", "".join(names))
     theirs = Labelled("a" * 64, 1, "application/dicom", "Tumor", "Bob").path("elsewhere")
     assert theirs.split("/")[1] != names[2].split("/")[1], "two tenants' patients are not to be linked"
+
+
+def singly(sessions: Sessions, champion: ModelVersion, scan_id: str, cached: bool = False) -> str:
+    """A prediction of this scan alone, with no key of its patient. Returns its job."""
+    with sessions.begin() as session:
+        new = NewJob(TENANT, JobKind.PREDICT, builders.LANES[JobKind.PREDICT], model_id=champion.id)
+        job = submit(session, new, [NewResult(uuid.UUID(scan_id), "secret.png")])
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.succeed(session, held, outcomes=[replace(builders.outcomes_of(session, held)[0], cached=cached)])
+        return str(job.id)
+
+
+def folders(client: FlaskClient, sessions: Sessions, settings: Settings, **wanted: Any) -> list[str]:
+    """Where the scans of the batch lie in the dataset, first first."""
+    files = {content: name for name, content in made(client, sessions, settings, **wanted).items()}
+    places = [files.get(png(shade=10 + number), "") for number in range(4)]
+    return [place.rpartition("/")[0] for place in places]
+
+
+def test_scans_of_one_patient_stay_together_after_their_results_have_expired(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
+) -> None:
+    for number in range(4):
+        tell(client, batch, number)
+    before = folders(client, sessions, settings)
+    with sessions.begin() as session:
+        expiry.expire(session, 1e-9)
+    assert folders(client, sessions, settings) == before
+    assert before[0] == before[1] != before[2] != before[3] == "Tumor"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_scan_that_was_predicted_singly_stays_with_its_patient(
+    cached: bool, client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told, champion: ModelVersion
+) -> None:
+    again = singly(sessions, champion, batch[1][0], cached)
+    tell(client, (again, batch[1]), 0)
+    tell(client, batch, 1)
+    mine, others, *_ = folders(client, sessions, settings)
+    assert mine == others != "Tumor"
+
+
+def test_whose_scan_it_is_an_earlier_truth_tells_once_the_results_are_gone(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told, champion: ModelVersion
+) -> None:
+    tell(client, batch, 0)
+    with sessions.begin() as session:
+        expiry.expire(session, 1e-9)
+    later = tell(client, (singly(sessions, champion, batch[1][0]), batch[1]), 0, "Normal")["at"]
+    with sessions() as session:
+        assert session.scalars(select(Truth.patient)).all() == ["Ann/1", "Ann/1"]
+    assert folders(client, sessions, settings, since=later)[0].startswith("Normal/patient_")
+
+
+def test_whose_scan_it_is_may_be_told_by_any_of_its_truths(
+    client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
+) -> None:
+    tell(client, batch, 0)
+    since = tell(client, batch, 0, "Normal")["at"]
+    with sessions.begin() as session:  # as of truths that were told before they held it
+        last = session.scalars(select(Truth).order_by(Truth.id.desc()).limit(1)).one()
+        last.patient = None
+    assert folders(client, sessions, settings, since=since)[0].startswith("Normal/patient_")
 
 
 def test_truths_are_chosen_by_time_and_by_model(

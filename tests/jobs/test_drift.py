@@ -7,8 +7,10 @@ import uuid
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, insert, select, text
@@ -71,7 +73,8 @@ def referred(session: Session, version: ModelVersion) -> ModelVersion:
 
 def batch(session: Session, version: ModelVersion, scans: int, chunk: int = 1000) -> list[Claim]:
     """A batch on the version, its units claimed."""
-    job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=scans, chunk=chunk, model_id=version.id)
+    new = {"tenant_id": version.tenant_id, "model_id": version.id}
+    job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=scans, chunk=chunk, **new)
     return [builders.claim(session, unit) for unit in builders.units_of(session, job)]
 
 
@@ -303,6 +306,22 @@ def test_days_with_few_scans_are_judged_together_with_those_before(sessions: Ses
         assert short == third, "how far the question reaches back changes no verdict"
 
 
+def test_a_day_without_counts_is_shown_for_its_truths_and_has_no_verdict(
+    sessions: Sessions, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        day_of(session, version, 1, 200, shift=0.6)
+        judged(session, version, "Tumor", "Tumor")
+        judged(session, version, "Tumor", "Normal", days_ago=40)
+        found = seen(session, version)
+    counted, told_alone = found.days
+    assert told_alone.day - counted.day == dt.timedelta(days=1)
+    assert (told_alone.scans, told_alone.rejected_share, told_alone.since, told_alone.figures) == (0, None, None, {})
+    assert told_alone.truths == found.truths == Judged(known=1, right=1, positives=1, found=1)
+    assert (found.latest, found.drifted) == (counted, True), "the latest day with predictions is the one that counts"
+
+
 def test_no_day_is_shown_where_nothing_was_predicted(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         found = seen(session, champion)
@@ -319,6 +338,10 @@ def listener(session: Session, tenant_id: str = TENANT) -> uuid.UUID:
     return webhook.id
 
 
+def looked(session: Session, version: ModelVersion) -> None:
+    drift.look(session, version.id, POLICY)
+
+
 def told(session: Session) -> list[Delivery]:
     return list(session.scalars(select(Delivery).where(Delivery.type == "model.drifted")))
 
@@ -333,14 +356,14 @@ def test_a_champion_that_drifts_is_told_of_once_a_day(
         listener(session, "elsewhere")
         version = referred(session, champion)
         day_of(session, version, 0, 100)
-        drift.look(session, settings)
+        looked(session, version)
         assert told(session) == [], "nothing has drifted"
     with sessions.begin() as session:
         day_of(session, version, 0, 200, shift=0.6)
     dispatcher = Dispatcher(settings, sessions, ring=lambda *_: None)
     dispatcher.step()
     with sessions.begin() as session:
-        drift.look(session, settings)
+        looked(session, version)
         (event,) = told(session)
         today = dt.datetime.now(dt.UTC).date()
         assert event.tenant_id == TENANT
@@ -358,33 +381,84 @@ def test_a_version_that_is_not_champion_drifts_in_silence(
         version = referred(session, champion)
         version.champion = False
         day_of(session, version, 0, 200, shift=0.6)
-        drift.look(session, settings)
         assert seen(session, version).drifted
+    Dispatcher(settings, sessions, ring=lambda *_: None).step()
+    with sessions() as session:
         assert told(session) == []
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_reference_that_cannot_be_read_keeps_no_other_champion_from_being_told_of(
+    broken: int, sessions: Sessions, settings: Settings, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        other = builders.make_model(session, tenant_id="elsewhere")
+        for version in (champion, other):
+            listener(session, version.tenant_id)
+            day_of(session, referred(session, version), 0, 200, shift=0.6)
+        ill, well = [(champion, other), (other, champion)][broken]
+        ill_id, well_tenant = str(ill.id), well.tenant_id
+        session.get_one(ModelVersion, ill.id).reference = {"statistics": {"brightness": {"edges": [0.5]}}}
+    with structlog.testing.capture_logs() as logged:
+        Dispatcher(settings, sessions, ring=lambda *_: None).step()
+    with sessions() as session:
+        assert [event.tenant_id for event in told(session)] == [well_tenant]
+    complaint = {"event": "drift_not_looked_for", "model": ill_id, "error": "KeyError"}
+    assert complaint | {"log_level": "error"} in logged
+
+
+def test_to_look_for_drift_no_truth_is_read(sessions: Sessions, champion: ModelVersion) -> None:
+    with sessions.begin() as session:
+        listener(session)
+        day_of(session, referred(session, champion), 0, 200, shift=0.6)
+    with sessions.begin() as holding, sessions.begin() as session:
+        holding.execute(text("LOCK TABLE truths IN ACCESS EXCLUSIVE MODE"))
+        session.execute(text("SET LOCAL lock_timeout = '200ms'"))
+        looked(session, champion)
+        assert len(told(session)) == 1
+
+
 # --- truths ---
+
+
+def judged(
+    session: Session, version: ModelVersion, label: str, predicted: str, days_ago: int = 0, **more: Any
+) -> uuid.UUID:
+    """A truth of a prediction so many days ago. Returns its scan."""
+    scan_id = more.pop("scan_id", None) or builders.make_scan(session).id
+    then = dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)
+    row = {"scan_id": scan_id, "label": label, "predicted": predicted, "predicted_at": then, "confidence": 0.9, **more}
+    session.execute(insert(truths.Truth).values(tenant_id=TENANT, model_id=version.id, **row))
+    return scan_id
 
 
 def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
     sessions: Sessions,
     champion: ModelVersion,
 ) -> None:
-    today = dt.datetime.now(dt.UTC)
+    today = dt.datetime.now(dt.UTC).date()
     with sessions.begin() as session:
         version = referred(session, champion)
-        rows = [("Tumor", "Tumor", 0), ("Tumor", "Normal", 0), ("Normal", "Normal", 1), ("Normal", "Tumor", 1)]
-        rows += [("Normal", "Normal", 1), ("Tumor", "Tumor", 40)]
-        stories = [(builders.make_scan(session).id, *row) for row in rows]
-        first = stories[0]
-        for scan_id, label, predicted, ago in [(first[0], "Normal", "Tumor", 0), *stories]:
-            values = {"scan_id": scan_id, "label": label, "predicted": predicted}
-            said_at = {"predicted_at": today - dt.timedelta(days=ago), "confidence": 0.9}
-            session.execute(insert(truths.Truth).values(tenant_id=TENANT, model_id=version.id, **values, **said_at))
-        found = truths.by_day(session, version, today.date() - dt.timedelta(days=29))
-    assert found[today.date()] == Judged(known=2, right=1, positives=2, found=1)
-    assert found[today.date() - dt.timedelta(days=1)] == Judged(known=3, right=2, negatives=3, cleared=2)
+        first = judged(session, version, "Normal", "Tumor")
+        judged(session, version, "Tumor", "Tumor", scan_id=first)
+        rows = [("Tumor", "Normal", 0), ("Normal", "Normal", 1), ("Normal", "Tumor", 1), ("Normal", "Normal", 1)]
+        for label, predicted, ago in [*rows, ("Tumor", "Tumor", 40)]:
+            judged(session, version, label, predicted, ago)
+        found = truths.by_day(session, version, today - dt.timedelta(days=29))
+    assert found[today] == Judged(known=2, right=1, positives=2, found=1)
+    assert found[today - dt.timedelta(days=1)] == Judged(known=3, right=2, negatives=3, cleared=2)
     together = sum(found.values(), Judged())
     assert (together.known, together.accuracy, together.sensitivity) == (5, 3 / 5, 1 / 2)
     assert together.specificity == pytest.approx(2 / 3)
     assert (Judged().accuracy, Judged().sensitivity, Judged().specificity) == (None, None, None)
+
+
+def test_what_was_rejected_is_not_judged(sessions: Sessions, champion: ModelVersion) -> None:
+    """Nobody is to use the class of a rejected scan, so it is neither right nor wrong."""
+    with sessions.begin() as session:
+        version = referred(session, champion)
+        for disposition, label in ((None, "Tumor"), ("tumor", "Normal"), ("rejected", "Normal"), ("rejected", "Tumor")):
+            judged(session, version, label, "Tumor", disposition=disposition)
+        judged(session, version, "Tumor", "Tumor", days_ago=1, disposition="rejected")
+        found = truths.by_day(session, version, dt.date(2000, 1, 1))
+    assert list(found.values()) == [Judged(known=2, right=1, positives=1, found=1, negatives=1, cleared=0)]

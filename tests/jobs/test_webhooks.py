@@ -3,6 +3,7 @@
 import datetime as dt
 import threading
 import uuid
+from collections.abc import Collection
 
 import pytest
 from sqlalchemy import select, update
@@ -191,6 +192,88 @@ def test_a_webhook_or_tenant_that_has_enough_to_do_is_passed_over(sessions: Sess
         assert deliveries.claim(session, 60, [builders.unknown_id()], ["elsewhere"]) is not None
 
 
+def emit(session: Session, *event_ids: str, tenant_id: str = TENANT) -> None:
+    for event_id in event_ids:
+        webhooks.emit(session, tenant_id, event_id, EventType.JOB_SUCCEEDED, {})
+
+
+def next_of(sessions: Sessions, busy: Collection[uuid.UUID] = ()) -> Due:
+    """What is claimed next."""
+    with sessions.begin() as session:
+        due = deliveries.claim(session, 60, busy, [])
+    assert due is not None
+    return due
+
+
+def test_webhooks_take_turns_and_each_gets_what_is_due_to_it_in_order(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session)
+        emit(session, "one", "two", "three")
+        make_webhook(session, tenant_id="elsewhere")
+        emit(session, "four", "five", tenant_id="elsewhere")
+    assert [next_of(sessions).event_id for _ in range(5)] == ["one", "four", "two", "five", "three"]
+
+
+def test_sixteen_receivers_that_never_answer_leave_the_next_turn_to_another(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        tenants = [f"silent-{number}" for number in range(4)]
+        silent = {make_webhook(session, tenant_id=tenant).id for tenant in tenants for _ in range(4)}
+        for tenant in tenants:
+            emit(session, *(f"event-{number}" for number in range(5)), tenant_id=tenant)
+    held: list[Due] = []
+    for _ in silent:
+        held.append(next_of(sessions, [due.webhook_id for due in held]))
+    assert {due.webhook_id for due in held} == silent
+    with sessions.begin() as session:
+        healthy = make_webhook(session)
+        emit(session, "healthy")
+        deliveries.ended(session, held[0], Attempt(None, "silent"), RETRIES)
+    due = next_of(sessions, [due.webhook_id for due in held[1:]])
+    assert (due.webhook_id, due.event_id) == (healthy.id, "healthy")
+
+
+def test_what_another_dispatcher_claims_this_moment_is_passed_over_without_waiting(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        one, other = make_webhook(session), make_webhook(session)
+        emit(session, "event", "later")
+    with sessions.begin() as first, sessions.begin() as second, sessions.begin() as third:
+        assert {claimed(first).webhook_id, claimed(second).webhook_id} == {one.id, other.id}
+        assert deliveries.claim(third, 60, [], []) is None
+
+
+def test_a_webhook_that_is_being_deleted_is_passed_over_without_waiting(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        gone, kept = make_webhook(session), make_webhook(session)
+        emit(session, "event")
+    with sessions.begin() as deleting:
+        webhooks.remove(deleting, TENANT, gone.id)
+        assert next_of(sessions).webhook_id == kept.id
+        with sessions.begin() as session:
+            assert deliveries.claim(session, 60, [], []) is None
+
+
+def test_of_many_who_claim_at_once_each_gets_something_else(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for _ in range(4):
+            make_webhook(session)
+        emit(session, *(f"event-{number}" for number in range(10)))
+    found: list[uuid.UUID] = []
+
+    def claim_all() -> None:
+        while len(found) < 40:
+            with sessions.begin() as session:
+                due = deliveries.claim(session, 60, [], [])
+            if due is not None:
+                found.append(due.id)
+
+    threads = [threading.Thread(target=claim_all, daemon=True) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == len(set(found)) == 40
+
+
 @pytest.mark.usefixtures("due")
 def test_it_is_tried_again_after_longer_and_longer_and_then_has_failed(sessions: Sessions) -> None:
     waits = []
@@ -248,12 +331,29 @@ def test_a_delivery_that_has_failed_is_sent_anew_by_hand_for_one_try(sessions: S
 
 
 @pytest.mark.usefixtures("due")
+@pytest.mark.parametrize("attempt", [Attempt(204), Attempt(500, "no")])
+def test_a_delivery_that_is_sent_anew_during_a_try_is_sent_once_more(sessions: Sessions, attempt: Attempt) -> None:
+    with sessions.begin() as session:
+        held = claimed(session)
+    with sessions.begin() as session:
+        deliveries.redeliver(session, TENANT, held.webhook_id, held.id)
+    with sessions.begin() as session:
+        deliveries.ended(session, held, attempt, ())
+        assert the_one(session).state == "pending"
+    with sessions.begin() as session:
+        again = claimed(session)
+        deliveries.ended(session, again, Attempt(204), ())
+        assert (again.id, again.attempts, the_one(session).state) == (held.id, 2, "delivered")
+
+
+@pytest.mark.usefixtures("due")
 def test_deliveries_are_forgotten_after_their_time(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        assert deliveries.prune(session, days=1) == 0
         old = the_one(session)
         then = int((old.created_at - dt.timedelta(days=2)).timestamp() * 1000)
         session.execute(update(Delivery).values(id=uuid.UUID(int=(then << 80) + (old.id.int & (1 << 80) - 1))))
+        assert deliveries.prune(session, days=1) == 0, "it is still to be sent"
+        deliveries.ended(session, claimed(session), Attempt(204), ())
         assert deliveries.prune(session, days=3) == 0
         assert deliveries.prune(session, days=1) == 1
         assert told(session) == []

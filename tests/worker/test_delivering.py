@@ -5,26 +5,33 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from jobs import deliveries, webhooks
+from jobs.addresses import USUAL_PORTS
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Delivery, Webhook
 from jobs.webhooks import EventType
 from tests.builders import TENANT
 from tests.processes import eventually
-from tests.receivers import Receiver, allowing, receiving
+from tests.receivers import SHORT, Receiver, allowing, receiving
+from worker import delivering as sending
 from worker import receivers
-from worker.delivering import SENDERS_OF_ONE, delivering
+from worker.delivering import SENDERS, SENDERS_OF_ONE, delivering
 from worker.receivers import Undelivered, post
 
 TOKEN = "token-4711"  # of an address that nobody else may learn
@@ -115,11 +122,15 @@ def test_410_ends_it_at_once_and_silences_the_webhook(
 ) -> None:
     subscribe(sessions, receiver.url)
     receiver.statuses = [410]
-    with delivering(allowing(settings, receiver)):
-        emit(sessions, "event")
-        (row,) = ended(sessions)
-        emit(sessions, "later")
+    with receiving() as other, delivering(allowing(settings, receiver, other)):
+        emit(sessions, "event", "waiting")
+        row, waiting = ended(sessions, 2)
+        subscribe(sessions, other.url)
+        for event_id in ("later", "last"):  # once the other has the last one, there was time to send the first in vain
+            emit(sessions, event_id)
+            eventually(lambda event_id=event_id: other.counted()[event_id])
     assert (row.state, row.attempts, row.status) == ("failed", 1, 410)
+    assert (waiting.state, waiting.attempts) == ("failed", 0)
     assert "nothing more is sent" in str(row.error)
     assert receiver.counted() == {"event": 1}
 
@@ -148,6 +159,22 @@ def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settin
             receiver.first(10)
             assert time.monotonic() - began < 3
             assert len({received.event_id for received in receiver.received}) == 10
+
+
+def test_as_many_dead_receivers_as_there_are_senders_hold_up_nobody_else(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    tenants = [f"silent-{number}" for number in range(SENDERS // SENDERS_OF_ONE)]
+    with receiving() as dead:
+        for tenant in tenants:
+            for _ in range(SENDERS_OF_ONE):
+                subscribe(sessions, f"http://{dead.host}/silent", tenant_id=tenant)
+            emit(sessions, *(f"dead-{number}" for number in range(15)), tenant_id=tenant)
+        subscribe(sessions, receiver.url)
+        with delivering(allowing(settings, receiver, dead)):
+            dead.first(SENDERS)
+            emit(sessions, "alive")
+            receiver.first(seconds=4)
 
 
 def test_one_webhook_gets_one_delivery_at_a_time(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
@@ -200,14 +227,7 @@ def test_the_database_going_away_is_waited_out(
     sessions: Sessions, settings: Settings, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribe(sessions, receiver.url)
-    real, failures = deliveries.claim, [OSError("the database is away")]
-
-    def shaky(*arguments: object) -> object:
-        if failures:
-            raise failures.pop()
-        return real(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(deliveries, "claim", shaky)
+    monkeypatch.setattr(deliveries, "claim", failing_at_first(deliveries.claim, OSError("the database is away")))
     with delivering(allowing(settings, receiver)):
         emit(sessions, "event")
         receiver.first()
@@ -224,25 +244,84 @@ def test_a_receiver_that_dawdles_is_hung_up_on(path: str, settings: Settings, re
     assert time.monotonic() - began < 1.5
 
 
+@contextmanager
+def heard(listener: socket.socket) -> Iterator[list[str]]:
+    """The lines of the one request that comes as long as the block lasts; it is answered 200."""
+    asked: list[str] = []
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            asked.extend(connection.recv(10_000).decode().split("\r\n"))
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield asked
+    thread.join(10)
+
+
 def test_an_address_with_a_query_arrives_as_it_is(settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
-        asked: list[bytes] = []
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                asked.append(connection.recv(10_000))
-                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
         quick = settings.model_copy(update={"webhook_hosts": host})
-        assert post(f"http://{host}//hook?a=1&b=%2F#here", b"{}", {}, quick) == 200
-        thread.join()
-    head = asked[0].split(b"\r\n")
-    assert head[0] == b"POST //hook?a=1&b=%2F HTTP/1.1"
-    assert f"Host: {host}".encode() in head
+        with heard(listener) as asked:
+            assert post(f"http://{host}//hook?a=1&b=%2F#here", b"{}", {}, quick) == 200
+    assert asked[0] == "POST //hook?a=1&b=%2F HTTP/1.1"
+    assert f"Host: {host}" in asked
+
+
+def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setitem(USUAL_PORTS, "http", port)  # that of the test: 80 is not for everybody to listen at
+        for host in (f"[::1]:{port}", "[::1]"):
+            quick = settings.model_copy(update={"webhook_hosts": host})
+            with heard(listener) as asked:
+                assert post(f"http://{host}/hook", b"{}", {}, quick) == 200
+            assert f"Host: [::1]:{port}" in asked
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://[2606:4700::abcd]/hook", "[2606:4700::abcd]"),
+        ("https://[2606:4700::1111]/hook", "[2606:4700::1111]"),
+        ("https://[2606:4700::1111]:8443/hook", "[2606:4700::1111]:8443"),
+        ("http://[2606:4700::1111]:443/hook", "[2606:4700::1111]:443"),
+        ("http://ris.example:80/hook", "ris.example"),
+        ("https://ris.example/hook", "ris.example"),
+        ("https://ris.example:80/hook", "ris.example:80"),
+    ],
+)
+def test_the_host_is_named_with_its_port_unless_that_is_the_usual_one(url: str, host: str) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, heard(listener) as asked, socket.create_connection(listener.getsockname()) as sock:
+        receivers._asked(urlsplit(url), sock, b"{}", {})
+    assert f"Host: {host}" in asked
+
+
+def test_a_name_service_that_is_silent_is_not_waited_for_any_longer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def silent(*_: Any, **__: Any) -> list[Any]:
+        over.wait(5)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    began = time.monotonic()
+    with pytest.raises(Undelivered, match="did not answer within"):
+        post("http://ris.example/hook", b"{}", {}, settings.model_copy(update=SHORT))
+    assert time.monotonic() - began < 1.5
+    over.set()
 
 
 @pytest.mark.parametrize("url", ["http://{host}/", "http://no-such-host.invalid/", "http://" + "a" * 64 + ".example/"])
@@ -257,14 +336,34 @@ def test_errors_repeat_nothing_of_the_address(url: str, settings: Settings) -> N
 
 
 def test_no_log_and_no_row_names_an_address(
-    sessions: Sessions, settings: Settings, receiver: Receiver, caplog: pytest.LogCaptureFixture
+    sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subscribe(sessions, f"http://{receiver.host}/hook/{TOKEN}")
-    receiver.statuses = [500] * 10
-    with caplog.at_level("DEBUG"), delivering(allowing(settings, receiver)):
+    """All goes wrong that is logged, each time with the address in the error."""
+    url = f"https://ris.example/hook/{TOKEN}"
+    lost = OperationalError(url, {"url": url}, Exception(url))
+    monkeypatch.setattr(deliveries, "claim", failing_at_first(deliveries.claim, OSError(url)))
+    monkeypatch.setattr(deliveries, "ended", failing_at_first(deliveries.ended, lost))
+    monkeypatch.setattr(sending, "post", failing_at_first(post, *[RuntimeError(url)] * 10))
+    subscribe(sessions, url)
+    quick = settings.model_copy(update={**SHORT, "lease_seconds": 0.1})
+    with structlog.testing.capture_logs() as logged, delivering(quick):
         emit(sessions, "event")
         (row,) = ended(sessions)
-    assert TOKEN not in caplog.text + str(row.error)
+    assert {line["event"] for line in logged} == {"deliveries_interrupted", "webhook_not_sent", "database_lost"}
+    assert (row.state, row.error) == ("failed", "It could not be sent (RuntimeError).")
+    assert TOKEN not in str(logged)
+
+
+def failing_at_first(real: Callable[..., Any], *given: Exception) -> Callable[..., Any]:
+    """As the real one, once each of the errors was raised."""
+    errors = list(given)
+
+    def shaky(*arguments: object) -> Any:
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    return shaky
 
 
 # --- TLS ---
