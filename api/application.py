@@ -1,6 +1,5 @@
 """How the pieces become one application."""
 
-import re
 import uuid
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +28,7 @@ from api import (
     webhooks,
 )
 from api.changes import Changes
-from api.fields import parse_uuid
+from api.fields import VERSION, parse_uuid
 from api.services import EXTENSION, Services
 from api.uploads import INCOMING, MAX_PARTS, UploadRequest
 from jobs.artifacts import Artifacts
@@ -40,7 +39,6 @@ BLUEPRINTS = (
     jobs, truths, datasets, scans, resumable, models, drift, keys, webhooks, health, prometheus, compat, pages,
 )  # fmt: skip
 NOBODY = uuid.UUID(int=0)
-VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
 
 
 class Renalq(Flask):

@@ -8,10 +8,11 @@ import io
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import quote
 
 import marshmallow as ma
-from flask import Response, g, make_response, request
+from flask import Response, abort, g, make_response, request
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
@@ -21,7 +22,7 @@ from api.bodies import Blueprint, takes
 from api.downloads import download
 from api.explained import NONE
 from api.fields import Base64, Time
-from api.health import why_not
+from api.health import NO_DATABASE, why_not
 from api.idempotency import idempotent
 from api.pictures import PNG
 from api.predictions import predict_many, predict_one
@@ -45,7 +46,16 @@ UNREADABLE = ("BAD_IMAGE", NotAnImage.code, TooLarge.code)
 TRAIN_FIRST = "No model is champion yet. Train one first: POST /train."
 LATE = "The job is not done yet, and goes on: its Location says how far it is. Or send the same again later."
 
-Found = list[Json]
+DISPOSITION, UNTOLD = "Renalq-Disposition", "unknown"
+DISPOSITIONS = {
+    DISPOSITION: {
+        "schema": {"type": "string"},
+        "description": "What may be done with each image, in their order: its class in lower case, `indeterminate`, or "
+        "`rejected`, whose class is not to be used. Comma-separated; other letters than ASCII's are percent-encoded.",
+    }
+}
+
+Found = tuple[list[Json], int, dict[str, str]]
 
 
 class NewestTrainRequest(TrainRequest):
@@ -107,37 +117,39 @@ class OlderHealthSchema(ma.Schema):
     )
 
 
+# --- what a job has found, for whoever waits ---
+
+
 @contextmanager
-def _without_model_404() -> Iterator[None]:
+def _submitting(body: dict[str, Any]) -> Iterator[None]:
+    """No model is 404 here. At the end the body is empty: we wait long, and its images are not to be held meanwhile."""
     try:
         yield
     except NoChampion:
         raise ModelNotFound(TRAIN_FIRST) from None
+    finally:
+        body.clear()
 
 
-# --- what a job has found, for whoever waits ---
-
-
-def _in_time(job_id: uuid.UUID) -> JobView | Response:
-    """The job at its end; 503 with its address where that takes too long."""
-    view = waiting.ended(job_id, waiting.MAX_WAIT)
-    if view.terminal:
-        return view
-    return problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), "Location": f"/jobs/{job_id}"})
-
-
-def _results(view: JobView) -> list[ScanResult] | Response:
-    """All results of a job that ended well; else why not.
+def _results(job_id: uuid.UUID) -> list[ScanResult]:
+    """All results of the job, once it has ended well. If it does not, or not in time, the answer says where it is.
 
     Raises:
         InvalidFields: images cannot be read.
         Conflict: the job was cancelled.
     """
+    view = waiting.ended(job_id, waiting.MAX_WAIT)
+    if not view.terminal:
+        abort(problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), **_address(job_id)}))
     with transaction() as session:
         results = list(queries.results(session, view, None, MAX_IMAGES).data)
     failed = [row for row in results if row.state != ResultState.SUCCEEDED]
-    if not failed:
-        return results
+    if failed:
+        _refuse(view, failed)
+    return results
+
+
+def _refuse(view: JobView, failed: list[ScanResult]) -> NoReturn:
     errors = [(row.ordinal, row.error) for row in failed if row.error]
     unreadable = [(_pointer(view, place), error["detail"]) for place, error in errors if error["code"] in UNREADABLE]
     if unreadable:
@@ -145,7 +157,11 @@ def _results(view: JobView) -> list[ScanResult] | Response:
     error = view.job.error or failed[0].error
     if error is None:
         raise Conflict("The job was cancelled. Send the same again, with a new Idempotency-Key if it had one.")
-    return problem(500, error["code"], error["detail"], {"Location": f"/jobs/{view.job.id}"})
+    abort(problem(500, error["code"], error["detail"], _address(view.job.id)))
+
+
+def _address(job_id: uuid.UUID) -> dict[str, str]:
+    return {"Location": f"/jobs/{job_id}"}
 
 
 def _pointer(view: JobView, ordinal: int) -> str:
@@ -154,24 +170,21 @@ def _pointer(view: JobView, ordinal: int) -> str:
     return "/file" if request.files else "/image"
 
 
-def _found(job_id: uuid.UUID) -> Found | Response:
-    view = _in_time(job_id)
-    results = view if isinstance(view, Response) else _results(view)
-    if isinstance(results, Response):
-        return results
-    return [{"image": row.label, "confidence": round(row.confidence or 0.0, 4)} for row in results]
+def _found(job_id: uuid.UUID) -> Found:
+    results = _results(job_id)
+    found = [{"image": row.label, "confidence": round(row.confidence or 0.0, 4)} for row in results]
+    # The older documents fix the body, but whoever reads the class of a rejected scan must be able to see that it is.
+    words = (quote(row.disposition or UNTOLD, safe=" ") for row in results)
+    return found, 200, {DISPOSITION: ", ".join(words)}
 
 
 def _overlay(job_id: uuid.UUID) -> Response:
-    view = _in_time(job_id)
-    results = view if isinstance(view, Response) else _results(view)
-    if isinstance(results, Response):
-        return results
+    _results(job_id)
     try:
         with transaction() as session:
             overlay = queries.artifact(session, job_id, explanations.name_of(0))
     except ArtifactNotFound:
-        return problem(500, "NOT_EXPLAINED", NONE, {"Location": f"/jobs/{job_id}"})
+        return problem(500, "NOT_EXPLAINED", NONE, _address(job_id))
     return download(overlay.sha256, "explanation.png", overlay.media_type)
 
 
@@ -194,13 +207,13 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 @blueprint.route("/predict", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
 @takes(json=ScanJson, multipart=ScanUpload)
-@blueprint.response(200, FoundSchema(many=True))
+@blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderPredict")
 @idempotent(_found)
-def predict(body: dict[str, Any]) -> Found | Response:
+def predict(body: dict[str, Any]) -> Found:
     """Classify one scan and wait for it: a list of one."""
-    with _without_model_404():
+    with _submitting(body):
         job_id = predict_one({**body, "metadata": {}})
     return _found(job_id)
 
@@ -208,18 +221,20 @@ def predict(body: dict[str, Any]) -> Found | Response:
 @blueprint.route("/batch_predict", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
 @takes(json=ImagesJson)
-@blueprint.response(200, FoundSchema(many=True))
+@blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderBatchPredict")
 @idempotent(_found)
-def batch_predict(body: dict[str, Any]) -> Found | Response:
+def batch_predict(body: dict[str, Any]) -> Found:
     """Classify up to a hundred scans and wait for them; one that is no image refuses all."""
-    images: list[bytes] = body["images"]
-    _refuse_unreadable(images)
-    files = [FileStorage(io.BytesIO(image)) for image in images]
-    with _without_model_404():
-        job_id = predict_many({"files": files, "metadata": {}})
+    with _submitting(body):
+        job_id = _batch(body["images"])
     return _found(job_id)
+
+
+def _batch(images: list[bytes]) -> uuid.UUID:
+    _refuse_unreadable(images)
+    return predict_many({"files": [FileStorage(io.BytesIO(image)) for image in images], "metadata": {}})
 
 
 def _refuse_unreadable(images: list[bytes]) -> None:
@@ -242,7 +257,7 @@ def _refuse_unreadable(images: list[bytes]) -> None:
 @idempotent(_overlay)
 def explain(body: dict[str, Any]) -> Response:
     """Show what in a scan spoke for its class: the Grad-CAM overlay, as PNG."""
-    with _without_model_404():
+    with _submitting(body):
         job_id = predict_one({**body, "explain": True, "metadata": {}})
     return _overlay(job_id)
 
@@ -270,9 +285,9 @@ def model_status() -> dict[str, str] | Response:
 @blueprint.doc(operationId="olderHealth", security=[{}, {"key": []}])
 def health() -> dict[str, Any]:
     """Say whether jobs are done now; with a key that may read, by which model too."""
-    if "Authorization" in request.headers:
-        g.principal = authenticated()
     reasons = why_not()
+    if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without it no key is known, and none wrong
+        g.principal = authenticated()
     may_read = "principal" in g and g.principal.may(Scope.JOBS_READ)
     return {
         "status": "degraded" if reasons else "healthy",

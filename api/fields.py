@@ -4,6 +4,7 @@ import base64
 import binascii
 import datetime as dt
 import math
+import re
 import uuid
 from collections.abc import Mapping
 from enum import StrEnum
@@ -12,6 +13,9 @@ from urllib.parse import urlsplit
 
 import marshmallow as ma
 from marshmallow import fields, validate
+
+VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
+"""What names a model version. Ask `fullmatch`: to `match`, a line break at the end is no difference."""
 
 
 def words(of: type[StrEnum]) -> validate.OneOf:

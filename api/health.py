@@ -16,6 +16,7 @@ from jobs.states import Lane
 from jobs.tables import Process
 
 blueprint = Blueprint("health", __name__, url_prefix="/health", description="For probes.")
+NO_DATABASE = "database: Postgres does not answer."
 LEAST_SECONDS = 15.0
 """A process that was seen within this time lives, however short the clocks are."""
 
@@ -49,7 +50,7 @@ def why_not() -> list[str]:
         with transaction() as session:
             seen = processes.seen(session, max(LEAST_SECONDS, 3 * services().settings.process_seconds))
     except SQLAlchemyError:
-        return ["database: Postgres does not answer."]
+        return [NO_DATABASE]
     return [*_broker(seen), *_workers(seen)]
 
 

@@ -31,7 +31,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 Again = Callable[[uuid.UUID], Any]
 
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
-KEPT_HEADERS = ("Content-Type", "Location", "Retry-After", "Preference-Applied")
+KEPT_HEADERS = ("Content-Type", "Location", "Retry-After", "Preference-Applied", "Renalq-Disposition")
 JOB_BEARS_KEY = "uq_jobs_tenant_id_idempotency_key"
 BLOCK = 1024 * 1024
 PATTERN = r"^[\x21-\x7e]{1,255}$"

@@ -57,7 +57,9 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 @idempotent(waiting.accepted)
 def predict(body: dict[str, Any]) -> waiting.Answer:
     """Classify one scan."""
-    return waiting.accepted(predict_one(body))
+    job_id = predict_one(body)
+    body.clear()  # an image in it is not to be held for as long as we wait
+    return waiting.accepted(job_id)
 
 
 @blueprint.route("/predict/batch", methods=["POST"])

@@ -2,7 +2,7 @@
 
 Each class has its own scale, so that a rare one is seen as well, and every bar bears its number. Drawn with Pillow and
 its built-in font at twice the size, for screens of any density. Colours: Okabe and Ito, told apart by colour-blind
-people too (https://jfly.uni-koeln.de/color/).
+people too (https://jfly.uni-koeln.de/color/). What draws is imported by the first picture: most processes draw none.
 """
 
 import io
@@ -10,8 +10,6 @@ import math
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
-
-from PIL import Image, ImageDraw, ImageFont
 
 from jobs.queries import JobView
 from jobs.summaries import Summary
@@ -70,6 +68,8 @@ class Canvas:
     """A white picture that is drawn on in points."""
 
     def __init__(self, width: int, height: int) -> None:
+        from PIL import Image, ImageDraw
+
         self._image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
         self._draw = ImageDraw.Draw(self._image)
         self._fonts: dict[int, Any] = {}
@@ -98,6 +98,8 @@ class Canvas:
 
     def upright(self, x: float, y: float, text: str, size: int) -> None:
         """Text from below to above, its middle at the point."""
+        from PIL import Image, ImageDraw
+
         picture = Image.new("L", (round(self.width(text, size) * SCALE) + 2 * SCALE, 2 * size * SCALE))
         ImageDraw.Draw(picture).text((SCALE, size * SCALE), text, 255, self._font(size), "lm")
         turned = picture.rotate(90, expand=True)
@@ -111,6 +113,8 @@ class Canvas:
         return content.getvalue()
 
     def _font(self, size: int) -> Any:
+        from PIL import ImageFont
+
         if size not in self._fonts:
             self._fonts[size] = ImageFont.load_default(size * SCALE)
         return self._fonts[size]

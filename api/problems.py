@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from api.uploads import JSON_BYTES
 from jobs.errors import (
     IdempotencyInFlight,
     Invalid,
@@ -147,7 +148,10 @@ def _field_errors(error: RenalQError) -> Sequence[tuple[str, str]]:
 
 
 def _too_large() -> TooLarge:
-    return TooLarge(limit=request.max_content_length, setting="RENALQ_MAX_UPLOAD_BYTES")
+    limit = request.max_content_length
+    if limit == JSON_BYTES:  # no setting raises it
+        return TooLarge(f"JSON is taken up to {limit} bytes. Send scans as multipart files, or fewer at once.")
+    return TooLarge(limit=limit, setting="RENALQ_MAX_UPLOAD_BYTES")
 
 
 def _database_away(error: Exception) -> Response:

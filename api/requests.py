@@ -8,7 +8,7 @@ from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
 from api.explained import Explain
-from api.fields import Base64, Boolean, HttpUrl, ImageOrScanId, Metadata, Time, words
+from api.fields import VERSION, Base64, Boolean, HttpUrl, ImageOrScanId, Metadata, Time, words
 from api.training_params import ParamsSchema
 from jobs.keys import Scope
 from jobs.states import JobKind, JobState, Lane, ResultState
@@ -37,8 +37,13 @@ class ModelChoice(fields.String):
     """`champion`, or a version's number as text."""
 
     def __init__(self, **kwargs: Any) -> None:
-        checks = validate.Regexp(r"\A(champion|[1-9][0-9]{0,8})\Z", error="Must be `champion` or a version's number.")
-        super().__init__(validate=checks, metadata={"example": "champion"}, **kwargs)
+        metadata = {"example": "champion", "pattern": VERSION.pattern}
+        super().__init__(validate=_names_a_version, metadata=metadata, **kwargs)
+
+
+def _names_a_version(value: str) -> None:
+    if not VERSION.fullmatch(value):
+        raise ma.ValidationError("Must be `champion` or a version's number.")
 
 
 # --- requests: training ---

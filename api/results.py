@@ -163,10 +163,11 @@ def _ndjson(pages: Iterator[list[Json]]) -> Iterator[str]:
 
 
 COLUMNS = (
-    "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "disposition",
-    "reason", "ood_score", "truth", "model_version", "engine", "cached", "explanation", "heatmap",
-    "explanation_note", "ordinal",
+    "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "model_version", "engine",
+    "cached", "explanation", "ordinal",
+    "disposition", "reason", "ood_score", "truth", "heatmap", "explanation_note",
 )  # fmt: skip
+"""Some read them by position: a new one comes last. Behind them come the classes, which are of each model's own."""
 
 
 def _csv(pages: Iterator[list[Json]], classes: list[str]) -> Iterator[str]:

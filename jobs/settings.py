@@ -131,7 +131,7 @@ class Settings(BaseSettings):
     )
 
     wait_slots: int = Field(
-        200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams) at once."
+        200, ge=1, le=240, description="Clients that may wait (Prefer: wait, event streams, older calls) at once."
     )
     db_pool: int = Field(16, ge=1, description="Database connections of one process.")
     promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")

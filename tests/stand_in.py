@@ -1,7 +1,7 @@
 """A thread that does what a worker would, for tests in which somebody waits for an answer."""
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from sqlalchemy import select
@@ -31,11 +31,14 @@ def tumors(ordinals: list[int]) -> list[ScanOutcome]:
 def worker(
     sessions: Sessions, outcomes: Outcomes = tumors, before: Callable[[Claim], None] = lambda held: None
 ) -> Iterator[None]:
-    """Meanwhile the one job that comes is done; `before` is called with its unit claimed."""
-    thread = threading.Thread(target=_work, args=(sessions, outcomes, before))
-    thread.start()
-    yield
-    thread.join()
+    """Meanwhile the newest job is done, or the first that comes; `before` is called with its unit claimed. What fails
+    in here fails the test."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(_work, sessions, outcomes, before)
+        try:
+            yield
+        finally:
+            done.result()
 
 
 def _work(sessions: Sessions, outcomes: Outcomes, before: Callable[[Claim], None]) -> None:
@@ -49,7 +52,7 @@ def _work(sessions: Sessions, outcomes: Outcomes, before: Callable[[Claim], None
 def _claimed(sessions: Sessions) -> Claim:
     def queued() -> Job | None:
         with sessions() as session:
-            return session.scalar(select(Job).where(Job.state == JobState.QUEUED))
+            return session.scalar(select(Job).where(Job.state == JobState.QUEUED).order_by(Job.id.desc()))
 
     job = eventually(queued, 20)
     with sessions.begin() as session:

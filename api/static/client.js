@@ -1,6 +1,8 @@
 // Requests with the reader's key, which this tab alone remembers. What is refused says why in the server's own words.
 
 const KEY = "renalq.key";
+const SECONDS = 45; // for an answer: longer than the page ever asks the server to wait
+const SENDABLE = /^[!-~]+$/; // a header takes no other letters, and no key has any
 
 export class Refused extends Error {
   constructor(status, words) {
@@ -9,38 +11,70 @@ export class Refused extends Error {
   }
 }
 
+let secret = stored(() => sessionStorage.getItem(KEY));
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY),
-  set: (secret) => sessionStorage.setItem(KEY, secret),
-  forget: () => sessionStorage.removeItem(KEY),
+  get: () => secret,
+  set(given) {
+    secret = given;
+    stored(() => sessionStorage.setItem(KEY, given));
+  },
+  forget() {
+    secret = null;
+    stored(() => sessionStorage.removeItem(KEY));
+  },
 };
 
-// The answer to a request; Refused for whatever is no 2xx or 304.
-export async function ask(path, { headers = {}, ...options } = {}) {
-  const sent = { ...headers, Authorization: `Bearer ${key.get() ?? ""}` };
-  let answer;
+// A browser may forbid to store anything: then the key is known until the page is left.
+function stored(act) {
   try {
-    answer = await fetch(path, { ...options, headers: sent, cache: "no-store", credentials: "omit" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refused(0, "The server cannot be reached, or the file cannot be read. Try again shortly.");
+    return act();
+  } catch {
+    return null;
   }
-  if (answer.ok || answer.status === 304) return answer;
-  if (answer.status === 401) document.dispatchEvent(new CustomEvent("key-refused"));
-  throw new Refused(answer.status, await words(answer));
 }
 
-export async function read(path, options) {
-  return (await ask(path, options)).json();
+// What `take` makes of the answer to a request; Refused for whatever is no 2xx or 304, with status 0 where none came.
+export async function ask(path, take, { headers = {}, signal, seconds = SECONDS, ...options } = {}) {
+  const sent = key.get() ?? "";
+  if (!SENDABLE.test(sent)) throw new Refused(401, "This is no key: keys begin with rq_, and have no spaces or accents.");
+  const wanted = { ...options, headers: { ...headers, Authorization: `Bearer ${sent}` }, signal: ending(signal, seconds) };
+  try {
+    const answer = await fetch(path, { ...wanted, cache: "no-store", credentials: "omit" });
+    if (answer.ok || answer.status === 304) return await take(answer);
+    if (answer.status === 401 && sent === key.get()) document.dispatchEvent(new CustomEvent("key-refused"));
+    throw new Refused(answer.status, await words(answer));
+  } catch (error) {
+    if (error instanceof Refused || error.name === "AbortError") throw error;
+    throw new Refused(0, SILENT[error.name] ?? "The server cannot be reached, or the file cannot be read. Try again shortly.");
+  }
 }
+
+const SILENT = {
+  TimeoutError: "The server does not answer. Try again shortly.",
+  SyntaxError: "What answers is not this server. Try again shortly.",
+};
+
+// A connection that was dropped without a word would be waited on for ever.
+function ending(signal, seconds) {
+  const late = AbortSignal.timeout(seconds * 1000);
+  return signal ? AbortSignal.any([signal, late]) : late;
+}
+
+const json = (answer) => answer.json();
+
+export const read = (path, options) => ask(path, json, options);
 
 // Asks again and again with the tag that the server gave: null where nothing has changed since.
 export function follower() {
   let tag = null;
-  return async (path) => {
-    const answer = await ask(path, { headers: tag ? { "If-None-Match": tag } : {} });
-    tag = answer.headers.get("ETag");
-    return answer.status === 304 ? null : answer.json();
+  return (path, options) => {
+    const take = async (answer) => {
+      const found = answer.status === 304 ? null : await answer.json();
+      tag = answer.headers.get("ETag"); // only now: of an answer that was cut nothing is known
+      return found;
+    };
+    return ask(path, take, { ...options, headers: tag ? { "If-None-Match": tag } : {} });
   };
 }
 

@@ -6,6 +6,7 @@ import * as scans from "./scans.js";
 
 const JOBS_SECONDS = 2;
 const CHAMPION_SECONDS = 15;
+const CHAMPION_PARTS = ["version", "f1", "f1-interval", "recall", "recall-interval", "since", "why", "reasons"];
 const KINDS = { train: "Training", predict: "Prediction", predict_batch: "Batch", ingest: "Dataset check" };
 const TONES = { succeeded: "good", partially_succeeded: "unsure", failed: "bad", running: "busy", queued: "none" };
 
@@ -16,19 +17,28 @@ const day = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric" 
 
 // --- the key ---
 
-let opened = 0; // each key that opens the desk starts loops of its own; the ones before end
+let opened = 0; // each key that opens the desk starts loops of its own; what was asked with the ones before is not shown
+
+// Whether the page still belongs to whoever it belongs to now.
+function owner() {
+  const mine = opened;
+  return () => mine === opened;
+}
 
 at("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   at("key-error").textContent = "";
+  opened += 1;
+  const still = owner();
   key.set(at("key").value.trim());
   try {
     await read("/jobs?limit=1");
+    if (!still()) return;
     at("key").value = "";
     open();
     at("main").focus();
   } catch (error) {
-    shut(error.message);
+    if (still()) shut(error.message);
   }
 });
 at("forget-key").addEventListener("click", () => shut(""));
@@ -39,25 +49,34 @@ function open() {
   at("desk").hidden = at("forget-key").hidden = false;
   opened += 1;
   every(JOBS_SECONDS, jobsLook());
-  every(CHAMPION_SECONDS, championLook());
+  every(CHAMPION_SECONDS, championLook);
 }
 
 function shut(why) {
   opened += 1;
   key.forget();
-  scans.clear();
-  at("jobs").replaceChildren();
+  empty();
   at("desk").hidden = at("forget-key").hidden = true;
   at("gate").hidden = false;
   at("key-error").textContent = why;
   at("key").focus();
 }
 
+// What is hidden can be read by the next person at this screen, so nothing stays.
+function empty() {
+  scans.clear();
+  showJobs([], "Loading …");
+  live("waiting", "Connecting");
+  hideChampion("Loading …");
+  at("card").close();
+  at("card-text").replaceChildren();
+}
+
 // Looks now and then, but not while nobody sees the page.
 async function every(seconds, look) {
-  const mine = opened;
-  while (mine === opened) {
-    if (!document.hidden) await look();
+  const still = owner();
+  while (still()) {
+    if (!document.hidden) await look(still);
     await pause(seconds);
   }
 }
@@ -81,26 +100,33 @@ for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event)
 
 function jobsLook() {
   const follow = follower();
-  return async () => {
+  return async (still) => {
     try {
       const page = await follow("/jobs?limit=20");
+      if (!still()) return;
       if (page) showJobs(page.data);
       live("live", "Live");
     } catch (error) {
-      live("lost", error instanceof Refused && error.status ? "Refused" : "Not connected");
+      if (still()) live("lost", lost(error));
+      if (!(error instanceof Refused)) throw error;
     }
   };
 }
 
+function lost(error) {
+  if (!(error instanceof Refused)) return "This page has failed: reload it";
+  return error.status ? "Refused" : "Not connected";
+}
+
 function live(state, text) {
-  if (at("live").dataset.state === state) return;
+  if (at("live").textContent === text) return;
   at("live").dataset.state = state;
   at("live").textContent = text;
 }
 
-function showJobs(jobs) {
+function showJobs(jobs, none = "No jobs yet. Drop a scan, or train a model.") {
   at("jobs-none").hidden = jobs.length > 0;
-  at("jobs-none").textContent = "No jobs yet. Drop a scan, or train a model.";
+  at("jobs-none").textContent = none;
   const known = new Map([...at("jobs").children].map((row) => [row.dataset.id, row]));
   // Rows stay what they are: whoever is on a button stays there.
   jobs.forEach((job, place) => {
@@ -158,10 +184,12 @@ function duration(seconds) {
 }
 
 async function cancel(row, job) {
+  const still = owner();
   const button = row.querySelector(".cancel");
   button.disabled = true;
   try {
-    showJob(row, await read(job.links.cancel, { method: "POST" }));
+    const cancelled = await read(job.links.cancel, { method: "POST" });
+    if (still()) showJob(row, cancelled);
   } catch (error) {
     row.querySelector(".job-stage").textContent = error.message;
   }
@@ -170,17 +198,22 @@ async function cancel(row, job) {
 
 // --- the champion ---
 
-function championLook() {
-  return async () => {
-    try {
-      showChampion(await read("/models/champion"));
-    } catch (error) {
-      at("champion").hidden = true;
-      at("champion-none").hidden = false;
-      at("champion-version").textContent = "";
-      at("champion-none").textContent = error.message;
-    }
-  };
+async function championLook(still) {
+  try {
+    const model = await read("/models/champion");
+    if (still()) showChampion(model);
+  } catch (error) {
+    if (still()) hideChampion(error.message);
+    if (!(error instanceof Refused)) throw error;
+  }
+}
+
+function hideChampion(why) {
+  at("champion").hidden = true;
+  at("champion-none").hidden = false;
+  at("champion-none").textContent = why;
+  for (const part of CHAMPION_PARTS) at(`champion-${part}`).replaceChildren();
+  at("champion-since").removeAttribute("datetime");
 }
 
 function showChampion(model) {
@@ -192,6 +225,8 @@ function showChampion(model) {
   const since = at("champion-since");
   since.dateTime = model.promoted_at ?? "";
   since.textContent = model.promoted_at ? time.format(new Date(model.promoted_at)) : "an unknown time";
+  // Who was made champion by force, or by a rollback, was so against what the gate had said.
+  at("champion-why").textContent = model.gate?.promoted ? "Why the gate promoted it" : "Why the gate did not promote it";
   at("champion-reasons").replaceChildren(...(model.gate?.reasons ?? []).map(reason));
 }
 
@@ -209,13 +244,15 @@ function reason(text) {
 }
 
 at("show-card").addEventListener("click", async () => {
+  const still = owner();
   at("card-text").textContent = "Loading …";
   at("card").showModal();
   try {
-    const answer = await ask("/models/champion/card", { headers: { Accept: "text/markdown" } });
-    at("card-text").replaceChildren(...elements(await answer.text()));
+    const headers = { Accept: "text/markdown" };
+    const card = elements(await ask("/models/champion/card", (answer) => answer.text(), { headers }));
+    if (still()) at("card-text").replaceChildren(...card);
   } catch (error) {
-    at("card-text").textContent = error.message;
+    if (still()) at("card-text").textContent = error.message;
   }
 });
 at("close-card").addEventListener("click", () => at("card").close());

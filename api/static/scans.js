@@ -4,31 +4,35 @@ import { ask, follower, pause, read, Refused } from "./client.js";
 
 const AT_ONCE = 3; // a browser opens six connections to one host, and the jobs want one
 const WAIT_SECONDS = 30;
+const LOOK_SECONDS = 1;
+const SLOWEST = 50_000; // bytes a second: what sends a scan more slowly is taken for a connection that is gone
 const TONES = { normal: "good", tumor: "bad", indeterminate: "unsure", rejected: "unsure" };
 
 const list = document.getElementById("results");
 const waiting = [];
 const urls = new Set(); // what the pictures of the list hold in memory
 let working = 0;
-let round = 0; // what was sent before the list was cleared is shown no more
+let round = new AbortController(); // ends with the list: what was sent before it was cleared is shown no more
 
 export function add(files) {
   for (const file of files) {
     const card = makeCard(file.name);
     list.prepend(card);
     preview(card, file);
-    waiting.push({ card, file, round });
+    waiting.push({ card, file, signal: round.signal });
   }
   document.getElementById("clear").hidden = !list.children.length;
   work();
 }
 
 export function clear() {
-  round += 1;
+  round.abort();
+  round = new AbortController();
   waiting.length = 0;
   list.replaceChildren();
   urls.forEach(URL.revokeObjectURL);
   urls.clear();
+  tell("");
   document.getElementById("clear").hidden = true;
 }
 
@@ -42,39 +46,56 @@ function work() {
   }
 }
 
-async function take({ card, file, round: mine }) {
-  const name = file.name;
+async function take({ card, file, signal }) {
   try {
-    const job = await classify(card, file);
-    const [result] = (await read(job.links.results)).data;
+    const job = await classify(card, file, signal);
+    const [result] = (await patiently(card, signal, () => read(job.links.results, { signal }))).data;
     if (!result || result.state !== "succeeded") {
       throw new Refused(0, result?.error?.detail ?? job.error?.detail ?? "The job was cancelled.");
     }
     show(card, result);
-    if (mine === round) tell(`${name}: ${said(result)}`);
-    if (result.explanation && mine === round) await overlay(card, result.explanation, mine);
+    tell(`${file.name}: ${said(result)}`);
+    if (result.explanation) await overlay(card, result.explanation, signal);
   } catch (error) {
+    if (signal.aborted) return; // nobody looks at the card any more
     fail(card, error instanceof Refused ? error.message : "This page has failed. Reload it, and try again.");
-    if (mine === round) tell(`${name}: failed. ${error.message}`);
+    tell(`${file.name}: failed. ${error.message}`);
     if (!(error instanceof Refused)) throw error;
   }
 }
 
-async function classify(card, file) {
+async function classify(card, file, signal) {
   const body = new FormData();
   body.append("file", file, "scan"); // names of files are often those of patients
   body.append("explain", "true");
   say(card, "Sending and classifying …");
-  const answer = await ask("/jobs/predict", { method: "POST", body, headers: { Prefer: `wait=${WAIT_SECONDS}` } });
-  let job = await answer.json();
+  const headers = { Prefer: `wait=${WAIT_SECONDS}` };
+  const seconds = 1.5 * WAIT_SECONDS + file.size / SLOWEST;
+  let job = await read("/jobs/predict", { method: "POST", body, headers, signal, seconds });
   const follow = follower();
   while (!job.terminal) {
     say(card, job.queue_position ? `Waiting behind ${job.queue_position} other jobs …` : "Classifying …");
-    await pause(1);
-    job = (await follow(job.links.self)) ?? job;
+    await pause(LOOK_SECONDS);
+    job = (await patiently(card, signal, () => follow(job.links.self, { signal }))) ?? job;
   }
   return job;
 }
+
+// Asks until there is an answer: that none comes just now says nothing of the job, which goes on.
+async function patiently(card, signal, asked) {
+  while (true) {
+    signal.throwIfAborted();
+    try {
+      return await asked();
+    } catch (error) {
+      if (!(error instanceof Refused) || !passing(error.status)) throw error;
+      say(card, "The server does not answer just now. Looking again …");
+    }
+    await pause(LOOK_SECONDS);
+  }
+}
+
+const passing = (status) => status === 0 || status === 429 || status >= 500;
 
 // --- a card ---
 
@@ -163,9 +184,8 @@ function facts(result) {
   return known.filter(Boolean).join(" · ");
 }
 
-async function overlay(card, path, mine) {
-  const picture = await (await ask(path)).blob();
-  if (mine !== round) return;
+async function overlay(card, path, signal) {
+  const picture = await patiently(card, signal, () => ask(path, (answer) => answer.blob(), { signal }));
   const image = card.querySelector(".overlay-image");
   image.onload = () => {
     image.alt = "The scan with a heatmap: where the model saw what speaks for its answer";

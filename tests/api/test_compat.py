@@ -2,7 +2,12 @@
 
 import base64
 import io
+import json
+import time
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from flask import Flask
@@ -10,7 +15,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import select
 from werkzeug.test import TestResponse
 
-from api import waiting
+from api import create_app, waiting
 from api.services import EXTENSION
 from jobs import explanations
 from jobs.artifacts import Artifacts
@@ -20,15 +25,21 @@ from jobs.lifecycle import Claim
 from jobs.settings import Settings
 from jobs.tables import Job, ModelVersion
 from tests import builders
-from tests.api.conftest import Door, file, png
+from tests.api.conftest import Door, Finish, file, png
 from tests.api.test_errors import assert_problem
+from tests.processes import eventually
 from tests.stand_in import tumors, worker
 
+MIB = 2**20
 UNREADABLE = {"code": "BAD_IMAGE", "detail": "The picture is cut off.", "retryable": False}
 
 
 def b64(image: bytes) -> str:
     return base64.b64encode(image).decode()
+
+
+def body_of(path: str, image: bytes) -> dict:
+    return {"images": [b64(image)]} if path == "/batch_predict" else {"image": b64(image)}
 
 
 # --- predict ---
@@ -85,7 +96,7 @@ def test_what_the_worker_could_not_do_is_500_with_its_reason_and_the_job(
 ) -> None:
     with worker(sessions, lambda ordinals: [ScanOutcome(o, error=builders.BROKEN) for o in ordinals]):
         answer = client.post("/predict", json={"image": b64(png())})
-    assert_problem(answer, 500)
+    assert assert_problem(answer, 500, builders.BROKEN["code"])["detail"] == builders.BROKEN["detail"]
     assert client.get(answer.headers["Location"]).get_json()["state"] == "failed"
 
 
@@ -111,14 +122,56 @@ def test_what_was_cancelled_meanwhile_is_409(
     )
 
 
-def test_with_no_slot_free_it_looks_for_itself(
-    app: Flask, client: FlaskClient, sessions: Sessions, champion: ModelVersion, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", ["/predict", "/explain", "/batch_predict"])
+def test_with_no_slot_free_nobody_waits_and_the_job_goes_on(
+    app: Flask, client: FlaskClient, champion: ModelVersion, finish: Finish, path: str
 ) -> None:
-    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(app.extensions[EXTENSION].changes, "_slots", 0)
-    with worker(sessions):
+    app.extensions[EXTENSION].changes._slots = 0
+    key, began = {"Idempotency-Key": "n-1"}, time.monotonic()
+    answer = client.post(path, json=body_of(path, png()), headers=key)
+    assert time.monotonic() - began < 5
+    assert_problem(answer, 503, "NOT_DONE_YET")
+    assert int(answer.headers["Retry-After"]) > 0
+    job = client.get(answer.headers["Location"]).get_json()
+    assert job["state"] == "queued"
+    finish(job["id"])
+    again = client.post(path, json=body_of(path, png()), headers=key)
+    assert again.status_code == (500 if path == "/explain" else 200), "the job was done, if without an overlay"
+
+
+@pytest.mark.parametrize("path", ["/predict", "/explain", "/batch_predict", "/jobs/predict"])
+def test_who_waits_holds_no_image(
+    app: Flask, client: FlaskClient, sessions: Sessions, champion: ModelVersion, path: str
+) -> None:
+    """Else two hundred of them, each with its 32 MiB, take all memory that there is."""
+    image = png() + bytes(8 * MIB)  # behind its end a PNG may hold more
+    sent, held = json.dumps(body_of(path, image)).encode(), []
+
+    def look(_: Claim) -> None:
+        eventually(lambda: app.extensions[EXTENSION].changes.waiting, 20)
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        with worker(sessions, before=look):
+            client.post(path, data=sent, content_type="application/json", headers={"Prefer": "wait=30"})
+    finally:
+        tracemalloc.stop()
+    assert held[0] < 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("disposition", "told"),
+    [("rejected", "rejected"), ("größer, rot", "gr%C3%B6%C3%9Fer%2C rot"), (None, "unknown")],
+    ids=["rejected", "other letters", "none"],
+)
+def test_a_header_says_what_may_be_done_with_it(
+    client: FlaskClient, sessions: Sessions, champion: ModelVersion, disposition: str | None, told: str
+) -> None:
+    with worker(sessions, lambda ordinals: [replace(one, disposition=disposition) for one in tumors(ordinals)]):
         answer = client.post("/predict", json={"image": b64(png())})
-    assert (answer.status_code, answer.get_json()[0]["image"]) == (200, "Tumor")
+    assert answer.get_json() == [{"image": "Tumor", "confidence": 0.9456}]
+    assert answer.headers["Renalq-Disposition"] == told
 
 
 def test_the_same_key_makes_one_job_and_the_same_answer(
@@ -137,9 +190,14 @@ def test_the_same_key_makes_one_job_and_the_same_answer(
 def test_batch_predict_answers_in_order_from_one_job(
     client: FlaskClient, sessions: Sessions, champion: ModelVersion
 ) -> None:
-    with worker(sessions):
+    def last_is_rejected(ordinals: list[int]) -> list[ScanOutcome]:
+        words = ["tumor", "tumor", "rejected"]
+        return [replace(one, disposition=word) for one, word in zip(tumors(ordinals), words, strict=True)]
+
+    with worker(sessions, last_is_rejected):
         answer = client.post("/batch_predict", json={"images": [b64(png(shade=shade)) for shade in (0, 90, 180)]})
     assert [one["confidence"] for one in answer.get_json()] == [0.9456, 0.8456, 0.7456]
+    assert answer.headers["Renalq-Disposition"] == "tumor, tumor, rejected"
     (job,) = client.get("/jobs?kind=predict_batch").get_json()["data"]
     assert job["counts"]["succeeded"] == 3
 
@@ -278,6 +336,15 @@ def test_health_is_public_and_names_the_champion_to_its_own_key_alone(
     assert_problem(app.test_client().get("/health", headers={"Authorization": "Bearer rq_wrong"}), 401)
 
 
+def test_health_without_postgres_is_degraded_with_a_key_too(tmp_path: Path) -> None:
+    away = Settings(home=tmp_path, database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
+    client = create_app(away).test_client()
+    for headers in ({}, {"Authorization": "Bearer rq_x"}):
+        answer = client.get("/health", headers=headers)
+        assert (answer.status_code, answer.get_json()["status"]) == (200, "degraded")
+        assert answer.get_json()["reasons"] == ["database: Postgres does not answer."]
+
+
 # --- keys in addresses ---
 
 
@@ -306,3 +373,14 @@ def test_every_name_stands_in_the_openapi_document(client: FlaskClient) -> None:
     assert {"/train", "/predict", "/batch_predict", "/explain", "/model-status", "/health", "/"} <= set(paths)
     assert paths["/train"]["post"]["requestBody"]["required"] is False
     assert "image/png" in paths["/explain"]["post"]["responses"]["200"]["content"]
+
+
+def test_who_stands_in_for_the_worker_hides_no_failure(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        builders.make_job(session)
+
+    def fall(_: Claim) -> None:
+        raise RuntimeError("The stand-in fell.")
+
+    with pytest.raises(RuntimeError, match="fell"), worker(sessions, before=fall):
+        pass

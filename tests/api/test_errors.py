@@ -12,6 +12,7 @@ from werkzeug.test import TestResponse
 
 from api import create_app
 from api.auth import public
+from api.uploads import JSON_BYTES
 from jobs import logs
 from jobs.settings import Settings
 from tests.api.conftest import Door, file, png, zipped
@@ -143,6 +144,14 @@ def test_a_body_that_is_too_large_is_413_and_names_the_setting(settings: Setting
     assert "RENALQ_MAX_UPLOAD_BYTES" in assert_problem(answer, 413, "TOO_LARGE")["detail"]
     answer = door.client().post("/jobs/train", json={"name": "x" * 2000})
     assert_problem(answer, 413, "TOO_LARGE")
+
+
+def test_json_that_is_too_large_is_413_and_names_the_way_and_no_setting(client: FlaskClient) -> None:
+    answer = client.post("/predict", data=bytes(JSON_BYTES + 1), content_type="application/json")
+    detail = assert_problem(answer, 413, "TOO_LARGE")["detail"]
+    assert "multipart" in detail
+    assert str(JSON_BYTES) in detail
+    assert "RENALQ_" not in detail
 
 
 def test_a_scan_that_is_too_large_is_413(settings: Settings, door: Door) -> None:

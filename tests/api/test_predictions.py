@@ -22,6 +22,14 @@ from tests.api.test_errors import assert_problem
 
 pytestmark = pytest.mark.usefixtures("champion")
 
+CSV_COLUMNS = [
+    "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "model_version", "engine",
+    "cached", "explanation", "ordinal",
+    "disposition", "reason", "ood_score", "truth", "heatmap", "explanation_note",
+    "probability_Normal", "probability_Tumor", "error_code", "error_detail",
+]  # fmt: skip
+"""The first line is what the first version had, in its order: some read them by position."""
+
 
 def results(client: FlaskClient, job: dict, query: str = "") -> list[dict]:
     return client.get(f"{job['links']['results']}{query}").get_json()["data"]
@@ -115,6 +123,7 @@ def test_bad_base64_is_422_with_its_pointer(client: FlaskClient, text: str) -> N
         {"image": "aGk=", "scan_id": str(uuid.uuid4())},
         {"scan_id": "7"},
         {"scan_id": str(uuid.uuid4()), "model": "best"},
+        {"scan_id": str(uuid.uuid4()), "model": "1\n"},
         {"scan_id": str(uuid.uuid4()), "explain": "perhaps"},
         {"scan_id": str(uuid.uuid4()), "lane": "train"},
         {"scan_id": str(uuid.uuid4()), "colour": "red"},
@@ -215,6 +224,7 @@ def test_results_are_paged_and_streamed_alike(client: FlaskClient, sessions: Ses
     lines = client.get(path, headers={"Accept": "application/x-ndjson"})
     assert [json.loads(line) for line in lines.get_data(as_text=True).splitlines()] == paged
     table = client.get(path, headers={"Accept": "text/csv"}).get_data(as_text=True)
+    assert table.splitlines()[0].split(",") == CSV_COLUMNS
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["probability_Tumor"] for row in rows] == ["", "0.9", "0.9", "0.9", "0.9"]
     assert rows[0]["error_code"] == "BROKEN"

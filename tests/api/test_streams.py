@@ -74,8 +74,10 @@ def later(*steps: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def stream(client: FlaskClient, path: str, kind: str = NDJSON) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import datetime as dt
 import io
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.test_errors import assert_problem
+from tests.processes import ROOT
 
 PNG = {"Accept": "image/png"}
 SWATCH = (14 * pictures.SCALE) ** 2
@@ -220,3 +223,10 @@ def test_results_that_have_expired_are_410_in_every_form(
     assert shown["results_expired_at"].endswith("Z")
     events = client.get(f"/jobs/{job.id}/events").get_json()["data"]
     assert events[-1]["type"] == "results_expired"
+
+
+def test_who_draws_no_picture_imports_nothing_to_draw_with() -> None:
+    """Every API process would hold it."""
+    code = "import sys, api.application; print(*{'PIL.ImageDraw', 'PIL.ImageFont'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,22 +1,31 @@
 """A real browser at the API as it runs in service. A thread stands in for the worker."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
 
 from jobs import explanations, keys
 from jobs.artifacts import Artifacts
+from jobs.bookkeeping import ScanOutcome
 from jobs.db import Sessions
 from jobs.lifecycle import Claim
 from jobs.settings import Settings
 from tests.api.conftest import Server, champion, png, server  # noqa: F401  (fixtures)
 
+SCAN = ("DOE^JANE-19460229.png", "image/png", png(64, 64, 60))
 REFUSED = "Failed to load resource"
-"""How the console tells of a 4xx: the page has put it into words."""
+"""How the console tells of an answer that is no 2xx: a 4xx the page puts into words, and of a 5xx `answered` hears."""
+
+
+def one(**outcome: Any) -> Callable[[list[int]], list[ScanOutcome]]:
+    """What a worker would find in each scan."""
+    found = {"label": "Tumor", "confidence": 0.9456, "probabilities": {"Normal": 0.0544, "Tumor": 0.9456}, **outcome}
+    return lambda ordinals: [ScanOutcome(ordinal, engine="torch-fp32", **found) for ordinal in ordinals]
 
 
 @dataclass
@@ -32,7 +41,11 @@ class Visit:
     def enter(self) -> None:
         """Open the page with the key."""
         self.page.goto(self.url)
-        self.page.get_by_label("API key").fill(self.key)
+        self.open(self.key)
+
+    def open(self, key: str) -> None:
+        """Give the page that is there this key."""
+        self.page.get_by_label("API key").fill(key)
         self.page.get_by_role("button", name="Open").click()
         self.page.get_by_role("heading", name="Jobs").wait_for()
 
@@ -45,6 +58,11 @@ class Visit:
         """The console has said something."""
         if message.type in ("error", "warning") and REFUSED not in message.text:
             self.complaints.append(message.text)
+
+    def answered(self, response: Response) -> None:
+        """The page has got an answer."""
+        if response.status >= 500:
+            self.complaints.append(f"{response.status} {response.url}")
 
     def asked(self, request: Request) -> None:
         """The page has asked for something."""
@@ -66,21 +84,31 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return dict(getattr(request, "param", {}))
 
 
+@contextmanager
+def visiting(browser: Browser, url: str, key: str, **options: Any) -> Iterator[Visit]:
+    """A tab. At its end nothing has failed in it, broken its policy, or asked another host for anything."""
+    context = browser.new_context(**options)
+    try:
+        visit = Visit(context.new_page(), url, key)
+        visit.page.set_default_timeout(15_000)
+        visit.page.on("console", visit.heard)
+        visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+        visit.page.on("request", visit.asked)
+        visit.page.on("response", visit.answered)
+        yield visit
+    finally:
+        context.close()
+    assert visit.complaints == []
+    assert [url for url in visit.requested if not url.startswith((visit.url, f"blob:{visit.url}"))] == []
+
+
 @pytest.fixture
 def visit(browser: Browser, server: Server, sessions: Sessions, options: dict[str, Any]) -> Iterator[Visit]:  # noqa: F811
-    """A tab. At its end nothing has failed in it, broken its policy, or asked another host for anything."""
+    """A tab at a server of the test's own."""
     with sessions.begin() as session:
         secret = keys.create(session, "browser", ["jobs:read", "jobs:write"]).secret
-    context = browser.new_context(**options)
-    visit = Visit(context.new_page(), server.url, secret)
-    visit.page.set_default_timeout(15_000)
-    visit.page.on("console", visit.heard)
-    visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.on("request", visit.asked)
-    yield visit
-    context.close()
-    assert visit.complaints == []
-    assert [url for url in visit.requested if not url.startswith((server.url, f"blob:{server.url}"))] == []
+    with visiting(browser, server.url, secret, **options) as visit:
+        yield visit
 
 
 @dataclass(frozen=True)

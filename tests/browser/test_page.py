@@ -1,77 +1,28 @@
 """The first page, by mouse, keyboard and thumb."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from playwright.sync_api import expect
 from sqlalchemy import select
 
+from jobs import champions
 from jobs.bookkeeping import ScanOutcome
 from jobs.db import Sessions
+from jobs.gate import Policy
 from jobs.states import JobKind, JobState
 from jobs.tables import ModelVersion, ScanResult
 from tests import builders
-from tests.api.conftest import png
-from tests.browser.conftest import Overlay, Visit
+from tests.browser.conftest import SCAN, Overlay, Visit, one
 from tests.stand_in import worker
 
 pytestmark = pytest.mark.slow
 
-SCAN = ("DOE^JANE-19460229.png", "image/png", png(64, 64, 60))
 WAYS = {
     "light": {"color_scheme": "light"},
     "dark": {"color_scheme": "dark"},
     "phone": {"viewport": {"width": 360, "height": 740}},
 }
-
-
-def one(**outcome: Any) -> Callable[[list[int]], list[ScanOutcome]]:
-    """What a worker would find in each scan."""
-    found = {"label": "Tumor", "confidence": 0.9456, "probabilities": {"Normal": 0.0544, "Tumor": 0.9456}, **outcome}
-    return lambda ordinals: [ScanOutcome(ordinal, engine="torch-fp32", **found) for ordinal in ordinals]
-
-
-# --- the key ---
-
-
-def test_a_key_opens_the_page_and_stays_in_this_tab(visit: Visit) -> None:
-    visit.enter()
-    expect(visit.page.get_by_role("heading", name="Your key, please")).to_be_hidden()
-    kept = visit.page.evaluate("() => [{...sessionStorage}, {...localStorage}, document.cookie]")
-    assert kept == [{"renalq.key": visit.key}, {}, ""]
-    assert visit.key not in visit.page.url
-    visit.page.reload()
-    visit.page.get_by_role("heading", name="Jobs").wait_for()
-
-    visit.page.get_by_role("button", name="Forget key").click()
-    expect(visit.page.get_by_label("API key")).to_be_focused()
-    assert visit.page.evaluate("() => sessionStorage.length") == 0
-    expect(visit.page.locator(".job")).to_have_count(0)
-
-
-def test_a_wrong_key_is_said_to_be_wrong(visit: Visit) -> None:
-    visit.page.goto(visit.url)
-    visit.page.get_by_label("API key").fill("rq_wrong")
-    visit.page.keyboard.press("Enter")
-    expect(visit.page.get_by_role("alert")).to_contain_text("unknown or was revoked")
-    expect(visit.page.get_by_role("heading", name="Jobs")).to_be_hidden()
-
-
-def test_the_keyboard_alone_leads_to_the_files(visit: Visit) -> None:
-    visit.page.goto(visit.url)
-    for _ in range(8):
-        visit.page.keyboard.press("Tab")
-        if visit.page.evaluate("() => document.activeElement.id") == "key":
-            break
-    visit.page.keyboard.type(visit.key)
-    visit.page.keyboard.press("Enter")
-    visit.page.get_by_role("heading", name="Jobs").wait_for()
-    visit.page.keyboard.press("Tab")
-    expect(visit.page.get_by_role("button", name="Choose files")).to_be_focused()
-    with visit.page.expect_file_chooser() as chooser:
-        visit.page.keyboard.press("Enter")
-    assert chooser.value.is_multiple()
 
 
 # --- scans ---
@@ -201,6 +152,18 @@ def test_the_champion_is_shown_with_the_gates_reasons_and_its_card(visit: Visit,
     expect(visit.page.get_by_role("dialog").get_by_role("heading", name="Intended use")).to_be_visible()
     visit.page.keyboard.press("Escape")
     expect(visit.page.get_by_role("dialog")).to_be_hidden()
+
+
+def test_a_champion_by_force_is_not_said_to_be_the_gates(
+    visit: Visit, sessions: Sessions, champion: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        worse = str(builders.make_model(session, {"f1": 0.5}).version)
+        champions.promote(session, builders.TENANT, worse, Policy(), force=True, reason="The ward asked for it.")
+    visit.enter()
+    expect(visit.page.locator("#champion-version")).to_have_text(f"version {worse}")
+    visit.page.get_by_text("Why the gate did not promote it").click()
+    expect(visit.page.locator("#champion-reasons li").first).to_be_visible()
 
 
 # --- for everybody ---

@@ -7,6 +7,7 @@ from playwright.sync_api import Browser, expect
 
 from ml.phantom import generate
 from ml.phantom_files import dicom_bytes, png_bytes
+from tests.browser.conftest import visiting
 from tests.e2e.conftest import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,19 +19,17 @@ def test_a_scan_gets_class_confidence_and_heatmap(client: Client, trained: dict[
         {"name": "a.png", "mimeType": "image/png", "buffer": png_bytes(image)},
         {"name": "b.dcm", "mimeType": "application/dicom", "buffer": dicom_bytes(image)},
     ]
-    page = browser.new_page()
-    page.set_default_timeout(60_000)
-    page.goto(client.url)
-    page.get_by_label("API key").fill(client.key)
-    page.keyboard.press("Enter")
-    champion = client.get("/models/champion").json()["version"]
-    expect(page.locator("#champion-version")).to_have_text(f"version {champion}")
-    page.set_input_files("#files", files)
-    for place in range(2):
-        card = page.locator(".scan").nth(place)
-        expect(card).to_have_attribute("data-state", "done", timeout=60_000)
-        expect(card.locator(".disposition")).not_to_be_empty()
-        expect(card.locator(".classes li")).to_have_count(2)
-        expect(card.get_by_role("img", name="with a heatmap")).to_be_visible()
-    expect(page.locator(".job").first).to_contain_text("Prediction")
-    page.close()
+    with visiting(browser, client.url, client.key) as visit:
+        page = visit.page
+        page.set_default_timeout(60_000)
+        visit.enter()
+        champion = client.get("/models/champion").json()["version"]
+        expect(page.locator("#champion-version")).to_have_text(f"version {champion}")
+        page.set_input_files("#files", files)
+        for place in range(2):
+            card = page.locator(".scan").nth(place)
+            expect(card).to_have_attribute("data-state", "done", timeout=60_000)
+            expect(card.locator(".disposition")).not_to_be_empty()
+            expect(card.locator(".classes li")).to_have_count(2)
+            expect(card.get_by_role("img", name="with a heatmap")).to_be_visible()
+        expect(page.locator(".job").first).to_contain_text("Prediction")

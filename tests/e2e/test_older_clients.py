@@ -70,7 +70,9 @@ def test_it_triggers_a_training(base: str, client: Client, trained: dict[str, An
 
 
 def test_many_images_and_a_heatmap(base: str, trained: dict[str, Any], scans: list[str]) -> None:
-    found = requests.post(base + "/batch_predict", json={"images": scans}, timeout=90).json()
+    answer = requests.post(base + "/batch_predict", json={"images": scans}, timeout=90)
+    found = answer.json()
+    assert len(answer.headers["Renalq-Disposition"].split(",")) == len(scans)
     alone = [OlderClient(base).predict(scan)[0] for scan in scans]
     assert [one["image"] for one in found] == [one["image"] for one in alone]
     overlay = requests.post(base + "/explain", json={"image": f"data:image/png;base64,{scans[0]}"}, timeout=90)
