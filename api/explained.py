@@ -14,7 +14,10 @@ from jobs.states import ResultState
 from jobs.tables import Json, ScanResult
 
 BLANK = "Nothing in the scan speaks for this class: the heatmap is 0 everywhere, and the overlay shows the scan alone."
-NONE = "It could not be explained: the scan was no longer there, or the worker had no room. Submit it again to have it."
+NONE = (
+    "It could not be explained: the scan was no longer there, or the worker failed at it. Submit it again to have it."
+)
+CANCELLED = "It was not explained: the job was cancelled before. Submit it again to have it."
 
 
 class Explain(fields.Field[Any]):
@@ -65,13 +68,17 @@ def explained(session: Session, view: JobView, rows: Sequence[ScanResult]) -> di
 
 def _of_result(view: JobView, row: ScanResult, here: dict[str | None, Pictures], classes: Sequence[str]) -> Json:
     if None not in here:
-        return {"explanation_note": NONE} if view.terminal and row.state == ResultState.SUCCEEDED else {}
+        return {"explanation_note": _why_not(view)} if view.terminal and row.state == ResultState.SUCCEEDED else {}
     found = _links(view, here[None])
     told = {"explanation": found["overlay"], "heatmap": found.get("heatmap"), "explanation_note": found.get("note")}
     if classes:
         own = {label: here[None if label == row.label else label] for label in classes}
         told["explanations"] = {label: _links(view, pictures) for label, pictures in own.items()}
     return {name: value for name, value in told.items() if value is not None}
+
+
+def _why_not(view: JobView) -> str:
+    return CANCELLED if view.job.cancel_requested_at is not None else NONE
 
 
 def _links(view: JobView, pictures: Pictures) -> Json:

@@ -14,6 +14,8 @@ from jobs.errors import NotAnImage
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DICOM = "application/dicom"
+MAX_SIDE = 65_535
+"""Pixels of a side: what JPEG and DICOM can say. The worker takes no more either (ml.images)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ def look(stream: IO[bytes], max_pixels: int) -> Media:
         raise NotAnImage
     if found.width * found.height > max_pixels:
         raise NotAnImage(f"The image declares {found.width} × {found.height} pixels; at most {max_pixels} are taken.")
+    if max(found.width, found.height) > MAX_SIDE:
+        raise NotAnImage(
+            f"The image declares {found.width} × {found.height} pixels; sides of at most {MAX_SIDE} are taken."
+        )
     return found
 
 

@@ -76,11 +76,12 @@ def admit(
     labels: np.ndarray,
     seen: np.ndarray,
     outliers: Outliers | None = None,
+    learnt_in: Form = "fp32",
 ) -> Admission:
     """Try every engine that this machine computes in hardware.
 
     `pictures`: test scans, uint8 [n, height, width, 3], with int `labels` [n]. `seen`: training scans, for the ranges
-    and the shifts.
+    and the shifts. `learnt_in`: the form of the engine that gave `outliers` its descriptors.
     """
     layers, ranges = served(model).eval(), None
     tried, known = dict[Form, np.ndarray](), dict[Form, np.ndarray]()
@@ -90,19 +91,21 @@ def admit(
         outputs = outputs_of(open_engine(layers, model.transform, form, ranges), np.concatenate([pictures, seen]))
         tried[form], known[form] = outputs[: len(pictures)], outputs[len(pictures) :]
     classes = len(model.classes)
-    shifted = _shifted(outliers, {form: each[:, classes:] for form, each in known.items()})
+    shifted = _shifted(outliers, {form: each[:, classes:] for form, each in known.items()}, learnt_in)
     moved = _moved(shifted, {form: each[:, classes:] for form, each in tried.items()})
     judge = Judge(calibration, labels, positive_index(model.classes), tried["fp32"][:, :classes])
     judged = {form: judge.trial(form, each[:, :classes]) for form, each in tried.items()}
     return Admission({engine_name(form): _near(judged[form], moved[form]) for form in judged}, ranges, shifted)
 
 
-def _shifted(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray]) -> Outliers | None:
-    """With what each form's rounding shifts in the descriptors of training scans."""
+def _shifted(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray], learnt_in: Form) -> Outliers | None:
+    """With what each form's rounding shifts in the descriptors of training scans, against the form that these were
+    learnt in (where this machine only emulates that one, against fp32). What a form does not shift is left out."""
     if outliers is None:
         return None
-    shifts = {str(form): (each - descriptors["fp32"]).mean(axis=0) for form, each in descriptors.items()}
-    return replace(outliers, shifts=shifts)
+    origin = learnt_in if learnt_in in descriptors else "fp32"
+    shifts = {str(form): (each - descriptors[origin]).mean(axis=0) for form, each in descriptors.items()}
+    return replace(outliers, shifts={form: shift for form, shift in shifts.items() if shift.any()})
 
 
 def _moved(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray]) -> dict[Form, float]:
@@ -140,6 +143,15 @@ def form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:
         why = trials.get(engine_name(precision), {}).get("reason", "it was not tried on a machine like this one")
         raise EngineNotAdmitted(f"precision: {precision} is not admitted for this network: {why}. Use auto or fp32.")
     return precision
+
+
+def floating_form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:
+    """The form that parts of a network are computed in: that of its predictions, but never int8, whose ranges are of
+    the whole network. There the fastest other one that was admitted. EngineNotAdmitted as `form_of` has it."""
+    form, trials = form_of(metadata, precision), metadata.get("engines") or {}
+    if form != "int8":
+        return form
+    return "bf16" if "bf16" in forms() and _is_admitted(trials, "bf16") else "fp32"
 
 
 def _is_admitted(trials: Mapping[str, Any], form: Form) -> bool:

@@ -134,9 +134,9 @@ def _answers(state: Run, model: Model, scans: np.ndarray, tell: Callable[[float]
     predictor, found, done = Predictor.of(model), [], 0
     pictures = _pictures(state, model.transform, scans)
     batches = (np.stack(batch) for batch in batched(pictures, predictor.engine.batch))
-    for outputs in predictor.engine.stream(batches):
-        found.append(outputs[:, : len(model.classes)])  # behind the logits is the descriptor (see ml.descriptor)
-        done += len(outputs)
+    for logits in predictor.logits(batches):
+        found.append(logits)
+        done += len(logits)
         tell(done / len(scans))
     return np.concatenate(found)
 

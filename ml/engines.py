@@ -37,6 +37,10 @@ SMALL_BATCH = 4
 and whoever wants the device in between, such as an urgent scan, waits for a batch: 0.5 s, not 2.4."""
 
 
+STREAMS = 2
+"""Batches that OpenVINO takes at the same time, each on its share of the cores."""
+
+
 class Engine(Protocol):
     """Pixels to features or logits, never with gradients. `batch`: how many images it likes at once; more is no faster.
 
@@ -60,23 +64,32 @@ def outputs_of(engine: Engine, images: np.ndarray) -> np.ndarray:
 
 
 def open_engine(
-    layers: nn.Sequential, transform: Transform, precision: Precision = "auto", ranges: Ranges | None = None
+    layers: nn.Sequential,
+    transform: Transform,
+    precision: Precision = "auto",
+    ranges: Ranges | None = None,
+    streams: int = STREAMS,
 ) -> Engine:
     """The fastest engine on this machine for layers that do not learn (see `ml.architectures.cut`).
 
     `precision` auto takes bf16 where the device multiplies it natively; fp32 is the reference; bf16 and int8 are taken
     at the caller's word, the latter with `ranges` (ml.graphs). Batches that are too large for the device are halved.
+    `streams` 1 is for who asks for one picture at a time: all cores work at it, where an engine has streams at all.
     The engines keep a copy of the weights, but for torch-fp32 on the CPU, which shares them.
     """
-    form = next(form for form in forms() if form != "int8") if precision == "auto" else precision
-    return HalvingEngine(_engine(layers.eval(), transform, form, ranges))
+    return HalvingEngine(_engine(layers.eval(), transform, plain_form(precision), ranges, streams))
 
 
-def _engine(layers: nn.Sequential, transform: Transform, form: Form, ranges: Ranges | None) -> Engine:
+def plain_form(precision: Precision) -> Form:
+    """The form that is opened for this precision where nothing was tried; auto never means int8."""
+    return next(form for form in forms() if form != "int8") if precision == "auto" else precision
+
+
+def _engine(layers: nn.Sequential, transform: Transform, form: Form, ranges: Ranges | None, streams: int) -> Engine:
     if torch.cuda.is_available():
         return TorchEngine(layers, transform, "cuda", form)
     if openvino_door.is_here():
-        return OpenVinoEngine(layers, transform, form, ranges)
+        return OpenVinoEngine(layers, transform, form, ranges, streams)
     return TorchEngine(layers, transform, "cpu", form)
 
 
@@ -160,12 +173,17 @@ class TorchEngine:
 
 
 class OpenVinoEngine:
-    """OpenVINO: two streams, any batch size up to what is asked, the normalization inside the graph."""
+    """OpenVINO: streams share the cores, any batch size up to what is asked, the normalization inside the graph."""
 
-    streams = 2
-
-    def __init__(self, layers: nn.Sequential, transform: Transform, form: Form, ranges: Ranges | None = None) -> None:
-        self.name = f"openvino-{form}"
+    def __init__(
+        self,
+        layers: nn.Sequential,
+        transform: Transform,
+        form: Form,
+        ranges: Ranges | None = None,
+        streams: int = STREAMS,
+    ) -> None:
+        self.name, self.streams = f"openvino-{form}", streams
         self.batch = 16 if form != "fp32" and cpu_flags() & {"amx_tile"} else SMALL_BATCH
         options = {
             "INFERENCE_PRECISION_HINT": "f32" if form == "fp32" or not cpu_has_bf16() else "bf16",

@@ -85,12 +85,12 @@ def _judged(state: Run, model: Model) -> Judged:
 
 
 def _reference(state: Run, model: Model, judged: Judged) -> dict[str, Any]:
-    """What the test scans are like, seen as predictions will see theirs."""
+    """What the test scans are like, by the engine that training uses: predictions of an admitted one hardly differ."""
     scans, calibration, outliers = state.split.test, Calibration.of(model.metadata), Outliers.of(model.metadata)
     statistics = [input_statistics(state.pixels[scan]) for scan in scans]
     decided = calibration.decide(judged.test_logits, judged.positive)
     confidences = calibration.probabilities(judged.test_logits)[np.arange(len(decided)), decided]
-    rejected = int((outliers.scores(descriptors(state, model, scans), statistics) > 1).sum()) if outliers else 0
+    rejected = int((outliers.scores(descriptors(state, model, scans), statistics) > 1).sum()) if outliers else None
     labels = [model.classes[place] for place in decided]
     return reference_of(statistics, confidences.tolist(), labels, model.classes, rejected)
 

@@ -15,14 +15,14 @@ from ml.admission import SEEN, TRIED, Admission, admit
 from ml.calibration import Calibration, calibrate
 from ml.checkpoints import Keeper, Origin, resumed
 from ml.descriptor import descriptors_of
-from ml.engines import device_name
+from ml.engines import device_name, plain_form
 from ml.events import Resumed, Steps, reporter
 from ml.input_statistics import input_statistics
 from ml.lineage import lineage
 from ml.member import training_team
 from ml.metrics import positive_index
 from ml.network import Model
-from ml.outliers import Outliers, learn
+from ml.outliers import Outliers, Unseen, learn
 from ml.run import Run, precision_of, write_json
 from ml.splits import Split, group_scans
 from ml.team import Team
@@ -94,7 +94,8 @@ def head_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def test_logits(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
-    """Logits of scans by the whole network, on the engine that predictions use: float32 [len(scans), classes]."""
+    """Logits of scans by the whole network, on the engine that training uses: float32 [len(scans), classes].
+    Predictions may use another, which was admitted for saying nearly the same."""
     return logits_of(head_of(model), state.features(model, 0), scans).numpy()
 
 
@@ -115,7 +116,8 @@ def _calibrate(state: Run, model: Model) -> Calibration:
 def _admit(state: Run, model: Model, calibration: Calibration, outliers: Outliers | None) -> Admission:
     """Which engines may predict with this network, by some of its test scans; int8 is fitted to training scans."""
     tested, seen = _evenly(state.split.test, TRIED), _evenly(state.split.train, SEEN)
-    return admit(model, calibration, state.pixels[tested], state.report.labels[tested], state.pixels[seen], outliers)
+    pictures, labels, learnt_in = state.pixels, state.report.labels[tested], plain_form(precision_of(state.params))
+    return admit(model, calibration, pictures[tested], labels, pictures[seen], outliers, learnt_in)
 
 
 def _evenly(scans: np.ndarray, most: int) -> np.ndarray:
@@ -125,9 +127,11 @@ def _evenly(scans: np.ndarray, most: int) -> np.ndarray:
 
 def _outliers(state: Run, model: Model) -> Outliers | None:
     """What the training scans are like, for those that are not: see ml.outliers."""
-    scans = _evenly(state.split.train, RESEMBLED)
-    groups = group_scans([state.report.scans[scan] for scan in scans])
-    return learn(descriptors(state, model, scans), [input_statistics(state.pixels[scan]) for scan in scans], groups)
+    groups = group_scans(state.report.scans)  # of all: what links two of the sample may be outside of it
+    scans, unseen = (_evenly(side, RESEMBLED) for side in (state.split.train, state.split.validation))
+    statistics = [input_statistics(state.pixels[scan]) for scan in scans]
+    beside = Unseen(descriptors(state, model, unseen), groups[unseen])
+    return learn(descriptors(state, model, scans), statistics, groups[scans], beside)
 
 
 def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, object]:

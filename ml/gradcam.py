@@ -6,7 +6,7 @@ says less: what raises all logits alike changes no probability, but would be see
 phantoms' tumours, the peak was in 18 by the logit and in 37 by the log-odds).
 
 The gradient needs torch from these maps on only: what lies below them, nearly all of the work, is a plain forward on
-the fastest engine, and serves all classes.
+a fast engine, and serves all classes.
 
 Everybody stretches the few cells of these maps over the whole picture. But a cell looks at a place that strides and
 paddings give: ResNet's first one at the very corner, so that stretching shows its findings 15 pixels of 224 too far
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from PIL import Image
 from torch import nn
 
 from ml import network
+from ml.admission import floating_form_of
 from ml.architectures import ARCHITECTURES
 from ml.calibration import Calibration
-from ml.engines import open_engine, outputs_of
+from ml.engines import Precision, open_engine, outputs_of
 from ml.errors import BadParams, ImageError, naming_out_of_memory
-from ml.images import decode
 from ml.learning import device
 from ml.metrics import positive_index
 from ml.predict import ScanInput
@@ -47,8 +47,7 @@ class Explanation:
     """Where a class was seen in a scan, or (`error_code` set) why nobody could look at it.
 
     `heatmap`: float32 [height, width] of the scan itself, 0 to 1 at the strongest place; 0 everywhere where nothing
-    speaks for the class. `overlay`: a PNG of that size, the grey scan with the heat in colour. `others`: the
-    explanations of the scan's other classes, where they were asked for.
+    speaks for the class. `overlay`: a PNG of that size, the grey scan with the heat in colour.
     """
 
     id: str
@@ -57,7 +56,6 @@ class Explanation:
     overlay: bytes | None = None
     error_code: str | None = None
     error_detail: str | None = None
-    others: tuple[Explanation, ...] = ()
 
     @property
     def is_blank(self) -> bool:
@@ -72,53 +70,66 @@ class Explanation:
 
 class Explainer:
     """A model that stays loaded and belongs to the explainer: its upper part in fp32 by torch, what is below on the
-    fastest engine. Not for two threads at once."""
+    engine that predicts, or where that is int8, on the fastest other one that is admitted. Not for two threads at once.
+    """
 
-    def __init__(self, model: network.Model) -> None:
+    def __init__(self, model: network.Model, precision: Precision = "auto") -> None:
+        """`precision`: as it was predicted in. EngineNotAdmitted, as `ml.admission.form_of` has it."""
+        form = floating_form_of(model.metadata, precision)
         self.classes, self.transform = model.classes, model.transform
         self._of = ARCHITECTURES[model.architecture]
         self._calibration = Calibration.of(model.metadata)
         below, above, self._maps = _cut_at_maps(model)
         with naming_out_of_memory():
-            self._below = open_engine(below, model.transform)
+            # Scans come one at a time: by VGG16 one took 153 ms, and 214 where a second stream had half of the cores.
+            self._below = open_engine(below, model.transform, form, streams=1)
             self._above = above.requires_grad_(False).eval().to(device())
 
     @classmethod
-    def load(cls, path: Path) -> Explainer:
-        """Read a model file; ModelFileError for any other file, DeviceOutOfMemory where the device has no room."""
-        return cls(network.load(path))
+    def load(cls, path: Path, precision: Precision = "auto") -> Explainer:
+        """Read a model file; ModelFileError for any other file, DeviceOutOfMemory where the device has no room,
+        EngineNotAdmitted for a precision that this machine or this network is not made for."""
+        return cls(network.load(path), precision)
 
-    def explain(
-        self, scans: Iterable[ScanInput], label: str | None = None, others: bool = False
-    ) -> Iterator[Explanation]:
+    def explain(self, scans: Iterable[ScanInput], label: str | None = None) -> Iterator[Explanation]:
         """Explanations of the class `label`, one after another in the order of `scans`, which may be endless.
 
         None: of the class that the network finds in each scan; where an engine's rounding decides, a prediction may
-        name another. `others`: of the other classes too. BadParams for a class that the network does not know.
+        name another. BadParams for a class that the network does not know.
         """
+        self._require(label)
+        return (next(self._explanations(scan, label)) for scan in scans)
+
+    def each_class(self, scan: ScanInput, label: str | None = None) -> Iterator[Explanation]:
+        """Explanations of one scan: first that of `label` as above, then those of all other classes. One forward serves
+        them all, and each is made when it is asked for: of the largest scan one takes 350 MB."""
+        self._require(label)
+        return self._explanations(scan, label)
+
+    def _require(self, label: str | None) -> None:
         if label is not None and label not in self.classes:
             raise BadParams(f"label: the network knows no such class; choose one of {', '.join(self.classes)}.")
-        return (self._explanation(scan, label, others) for scan in scans)
 
-    def _explanation(self, scan: ScanInput, label: str | None, others: bool) -> Explanation:
+    def _explanations(self, scan: ScanInput, label: str | None) -> Iterator[Explanation]:
         try:
-            pixels = decode(scan.content(), self.transform.window)
+            pixels = scan.pixels(self.transform.window)
         except ImageError as error:
-            return Explanation(scan.id, error_code=error.code, error_detail=str(error))
+            yield Explanation(scan.id, error_code=error.code, error_detail=str(error))
+            return
         with naming_out_of_memory():
             features = self._features(pixels)
             found = self.classes[self._decided(features)] if label is None else label
-            rest = [name for name in self.classes if name != found] if others else []
-            first, *more = (self._of_class(scan.id, pixels, features, name) for name in (found, *rest))
-            return replace(first, others=tuple(more))
+        for name in (found, *(name for name in self.classes if name != found)):
+            yield self._of_class(scan.id, pixels, features, name)
 
     def _features(self, pixels: np.ndarray) -> torch.Tensor:
         """What the lower part makes of a scan, for all classes."""
         return torch.from_numpy(outputs_of(self._below, np.stack([self.transform.resize(pixels)]))).to(device())
 
     def _of_class(self, scan_id: str, pixels: np.ndarray, features: torch.Tensor, label: str) -> Explanation:
-        heatmap = self._over(self._weighed(features, self.classes.index(label)), *pixels.shape[:2])
-        return Explanation(scan_id, label, heatmap, _overlay(pixels, heatmap))
+        with naming_out_of_memory():
+            heatmap = self._over(self._weighed(features, self.classes.index(label)), *pixels.shape[:2])
+            return Explanation(scan_id, label, heatmap, _overlay(pixels, heatmap))
 
     def _weighed(self, features: torch.Tensor, label: int) -> np.ndarray:
         """What each cell of the maps says for the class: float32 [rows, columns], not negative."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_PIXELS = 50_000_000  # of one picture; a chest radiograph has about 10 million
+MAX_SIDE = 65_535  # of one side, in pixels: what JPEG and DICOM can say; some work takes memory for each row or column
 MAX_BYTES = 256 * 1024 * 1024  # of one file, and of a deflated DICOM data set once inflated
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom", ".ima"))
@@ -30,6 +31,7 @@ _MODES = {"1": "grey", "L": "grey", "LA": "grey", "I": "16-bit", "F": "float", "
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _NOT_AN_IMAGE = "The file is not a readable PNG, JPEG, BMP, TIFF, WebP or DICOM image."
 _TOO_LARGE = f"The image declares more than {MAX_PIXELS:,} pixels."
+_TOO_LONG = f"The image declares a side of more than {MAX_SIDE:,} pixels."
 _NO_PIXELS = "The DICOM file holds no readable picture."
 
 
@@ -84,7 +86,7 @@ def _decode_picture(content: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                _check_pixels(picture.width * picture.height)
+                _check_pixels(picture.width, picture.height)
                 return np.asarray(_as_rgb(picture), dtype=np.uint8)
     except ImageError:
         raise
@@ -124,11 +126,13 @@ def _between(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(scaled).astype(np.uint8)
 
 
-def _check_pixels(pixels: int) -> None:
-    if pixels <= 0:
+def _check_pixels(width: int, height: int) -> None:
+    if width * height <= 0:
         raise ImageError(_NO_PIXELS)
-    if pixels > MAX_PIXELS:
+    if width * height > MAX_PIXELS:
         raise ImageError(_TOO_LARGE)
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(_TOO_LONG)
 
 
 # --- DICOM, by pydicom with gdcm and pyjpegls ------------------------------------------------------------------------
@@ -142,7 +146,7 @@ def _decode_dicom(content: bytes, window: tuple[float, float] | None) -> np.ndar
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(content))
-            _check_pixels(int(dataset.Rows) * int(dataset.Columns))
+            _check_pixels(int(dataset.Columns), int(dataset.Rows))
             return _frame_to_rgb(dataset, window)
     except (ImageError, MemoryError):
         raise

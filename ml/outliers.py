@@ -7,9 +7,11 @@ that (Lee et al. 2018) divided by a limit. The larger of the two quotients is th
 
 A limit that the training scans themselves gave would be too near: what a distribution was fitted to lies closer to it
 than anything else. So they are distances of scans whose groups (patients, copies) were left out of the fit, in turns.
-Their number decides how far the limit lies beyond them: the fewer, the farther.
+Their number decides how far the limit lies beyond them: the fewer, the farther. But a backbone that was fine-tuned has
+learnt from all of these scans, also from those that a fit leaves out. So the limit of descriptors is at least what the
+validation scans say, which no weight was fitted to.
 
-What is stored depends on the network, not on the dataset: at most 200 kB, in the model file's metadata.
+What is stored depends on the network, not on the dataset: at most 225 kB in the model file's metadata, most of it axes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from ml.input_statistics import MEANINGS
 SHARE = 0.02
 """Of proper scans that are rejected: half of it by each of the two distances."""
 LEAST_SCANS, LEAST_GROUPS = 20, 10
-"""Training scans below which nobody can say what is unlike them."""
+"""Training scans (of each fit, also of one that leaves some out) and groups of them below which nobody can say what is
+unlike them."""
+LEAST_UNSEEN = 5
+"""Groups of unseen scans, below which these say nothing of the limit."""
 FOLDS = 5
 AXES = 32
 """Of a descriptor's subspace, at most; and at most one for ten scans."""
@@ -117,8 +122,9 @@ class Limited:
 class Outliers:
     """What the score of a network's scans needs: the distributions of descriptors and of input statistics.
 
-    `shifts`: how far the rounding of int8, say, moves all descriptors, float32 [width] by the engine's form. It is much
-    the same for every scan, and may be as large as the differences between them.
+    `shifts`: how far the rounding of int8, say, moves all descriptors from where they were when they were learnt,
+    float32 [width] by the engine's form. It is much the same for every scan, and may be as large as the differences
+    between them. A form that moves none is left out.
     """
 
     descriptors: Limited
@@ -167,27 +173,48 @@ def table(statistics: Sequence[Mapping[str, float]]) -> np.ndarray:
     return np.array([[one[name] for name in MEANINGS] for one in statistics])
 
 
-def learn(descriptors: np.ndarray, statistics: Sequence[Mapping[str, float]], groups: np.ndarray) -> Outliers | None:
+@dataclass(frozen=True, eq=False)
+class Unseen:
+    """Descriptors [n, width] of scans that no weight of the network was fitted to, and these scans' groups [n]."""
+
+    descriptors: np.ndarray
+    groups: np.ndarray
+
+
+def learn(
+    descriptors: np.ndarray,
+    statistics: Sequence[Mapping[str, float]],
+    groups: np.ndarray,
+    unseen: Unseen | None = None,
+) -> Outliers | None:
     """What training scans are like: descriptors [n, width], their input statistics, and int groups [n] that are equal
-    for scans of one patient or of one picture. None where there are too few of them."""
-    if len(groups) < LEAST_SCANS or len(np.unique(groups)) < LEAST_GROUPS:
+    for scans of one patient or of one picture. None where there are too few of them, or nearly all of one group."""
+    smallest = len(groups) - int(np.bincount(_folds(groups), minlength=FOLDS).max())
+    if smallest < LEAST_SCANS or len(np.unique(groups)) < LEAST_GROUPS:
         return None
-    axes = min(AXES, len(groups) // 10)
+    axes = min(AXES, smallest // 10)
     floor = FLOOR * float(np.sqrt(descriptors.var(axis=0).mean())) + 1e-12
     tolerances = np.array([meaning.tolerance for meaning in MEANINGS.values()])
-    return Outliers(
-        _limited(descriptors.astype(np.float64), groups, lambda values: Distribution.fit(values, axes, floor)),
-        _limited(table(statistics), groups, lambda values: Distribution.fit(values, len(MEANINGS) - 1, tolerances)),
-    )
+    near = _limited(descriptors.astype(np.float64), groups, lambda values: Distribution.fit(values, axes, floor))
+    if unseen is not None and (independent := len(np.unique(unseen.groups))) >= LEAST_UNSEEN:
+        away = near.distribution.distances(unseen.descriptors.astype(np.float64))
+        near = replace(near, limit=max(near.limit, _limit(away, independent)))
+    usual = _limited(table(statistics), groups, lambda values: Distribution.fit(values, len(MEANINGS) - 1, tolerances))
+    return Outliers(near, usual)
 
 
 def _limited(values: np.ndarray, groups: np.ndarray, fit: Callable[[np.ndarray], Distribution]) -> Limited:
-    fold = np.unique(groups, return_inverse=True)[1] % FOLDS
+    fold = _folds(groups)
     left_out = np.empty(len(values))
     for number in range(FOLDS):
         mine = fold == number
         left_out[mine] = fit(values[~mine]).distances(values[mine])
     return Limited(fit(values), _limit(left_out, len(np.unique(groups))))
+
+
+def _folds(groups: np.ndarray) -> np.ndarray:
+    """The fold, int64 [n], that leaves a scan's group out."""
+    return np.unique(groups, return_inverse=True)[1] % FOLDS
 
 
 def _limit(distances: np.ndarray, independent: int) -> float:

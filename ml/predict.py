@@ -37,6 +37,33 @@ class ScanInput:
         """What is to be decoded."""
         return self.source() if callable(self.source) else self.source
 
+    def pixels(self, window: tuple[float, float] | None = None) -> np.ndarray:
+        """The picture, uint8 [height, width, 3], with a CT in this window (see ml.images). Raises ImageError."""
+        return decode(self.content(), window)
+
+
+@dataclass(frozen=True)
+class KeptScan(ScanInput):
+    """A scan that several look at, one after another, each in the same window: it is read and decoded once, and what
+    came of that stays in memory as long as it does, up to 150 MB."""
+
+    _decoded: list[np.ndarray | ImageError] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def pixels(self, window: tuple[float, float] | None = None) -> np.ndarray:
+        """See `ScanInput.pixels`."""
+        if not self._decoded:
+            self._decoded.append(self._tried(window))
+        (found,) = self._decoded
+        if isinstance(found, ImageError):
+            raise found
+        return found
+
+    def _tried(self, window: tuple[float, float] | None) -> np.ndarray | ImageError:
+        try:
+            return super().pixels(window)
+        except ImageError as error:
+            return error
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -89,6 +116,10 @@ class Predictor:
         seen = outliers.through(form) if outliers is not None else None
         return cls(model.classes, model.transform, engine, Calibration.of(model.metadata), seen)
 
+    def logits(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Logits float32 [n, classes] of batches of resized pictures, uint8 [n, height, width, 3]."""
+        return (outputs[:, : len(self.classes)] for outputs in self.engine.stream(batches))
+
     def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be endless: at most eight batches of them are in memory.
 
@@ -115,7 +146,7 @@ class Predictor:
 
     def _decode(self, scan: ScanInput) -> _Decoded:
         try:
-            pixels = self.transform.resize(decode(scan.content(), self.transform.window))
+            pixels = self.transform.resize(scan.pixels(self.transform.window))
         except ImageError as error:
             return _Decoded(scan.id, error=error)
         return _Decoded(scan.id, pixels, input_statistics(pixels))

@@ -25,21 +25,22 @@ def reference_of(
     confidences: Sequence[float],
     labels: Sequence[str],
     classes: Sequence[str],
-    rejected: int,
+    rejected: int | None,
 ) -> dict[str, Any]:
     """For the `evaluated` event: see the keys below.
 
-    `statistics`, `confidences` and called `labels` are of the same scans, of which so many were `rejected`. A value x
-    is in bin bisect_right(edges, x). A bin may hold none of these scans, where many have the same value.
+    `statistics`, `confidences` and called `labels` are of the same scans, of which so many were `rejected`: None,
+    and no such key, where the network cannot tell. A value x is in bin bisect_right(edges, x). A bin may hold
+    none of these scans, where many have the same value.
     """
     values = {name: [one[name] for one in statistics] for name in MEANINGS} | {CONFIDENCE: list(confidences)}
     called = Counter(labels)
-    return {
+    found = {
         "scans": len(labels),
-        "statistics": {name: _histogram(name, found) for name, found in values.items()},
+        "statistics": {name: _histogram(name, each) for name, each in values.items()},
         "classes": {name: called[name] for name in classes},
-        "rejected": rejected,
     }
+    return found if rejected is None else found | {"rejected": rejected}
 
 
 def _histogram(name: str, values: Sequence[float]) -> dict[str, list[float]]:

@@ -27,16 +27,15 @@ NAMES = {
     "roc_auc": "ROC-AUC",
     "pr_auc": "PR-AUC (average precision)",
 }
-_FILE_SIGNS = ("/", "\\", ".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".bmp", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
 class ReportInputs:
     """All that a report tells.
 
-    `dataset`: images, classes (name → scans), warnings (texts); what else is in it is left out. `made_at` is the only
-    date in both files. `leak_reasons`: sentences of `ml.splits.Leaks.reasons`. `split_notes`: sentences on how the
-    split was made. What is not known is None and told so.
+    `dataset`: images, classes (name → scans), warnings (of `ml.inspection.warnings`, so they name nobody); what else is
+    in it is left out. `made_at` is the only date in both files. `leak_reasons`: sentences of `ml.splits.Leaks.reasons`.
+    `split_notes`: sentences on how the split was made. What is not known is None and told so.
     """
 
     scores: Scores
@@ -208,12 +207,9 @@ def _dataset(inputs: ReportInputs) -> Table:
 
 
 def _warnings(dataset: Mapping[str, Any]) -> Iterator[str]:
-    """The inspection's warnings but those that may name a file: a file's name may name a patient."""
-    texts = [str(text) for text in dataset.get("warnings") or ()]
-    nameless = [text for text in texts if not any(sign in text.lower() for sign in _FILE_SIGNS)]
-    yield from nameless or ("The inspection of the dataset has no warning that concerns all of it.",)
-    if len(texts) > len(nameless):
-        yield f"{len(texts) - len(nameless)} more concern single files: see dataset_report.json."
+    """The inspection's warnings, which name no file and no patient."""
+    found = tuple(str(text) for text in dataset.get("warnings") or ())
+    yield from found or ("The inspection of the dataset has no warning.",)
 
 
 def _training(inputs: ReportInputs) -> Table:

@@ -3,7 +3,9 @@ scan's in the unit that predicts it."""
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,37 +16,61 @@ from jobs import explanations, lifecycle
 from jobs.artifacts import Artifacts
 from jobs.explanations import ALL, BLANK, HEATMAP, OVERLAY, Made, Unexplained, name_of, words_of
 from jobs.tables import Job
+from ml.engines import Precision
+from ml.errors import DeviceOutOfMemory, is_out_of_memory
 from ml.gradcam import Explainer, Explanation
 from ml.predict import ScanInput
 from worker.bringing import Wanted, bring
-from worker.running import Held
+from worker.running import Held, WorkFailed
 from worker.weights import pinned, reading_weights
 
 log = structlog.get_logger()
 
 WRITE_EVERY = 2.0
 """Seconds of work that an interruption may cost."""
+Found = tuple[int, ScanInput, str]
+"""A result's ordinal, its scan, and the label that was found in it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """By which network scans are to be explained, in which precision it predicted; `others`: for every class."""
+
+    weights_sha256: str
+    precision: Precision
+    others: bool
 
 
 @cache
-def explainers() -> dict[str, Explainer]:
-    """This process's loaded network with its gradients, by the hash of its weights: one at most."""
+def explainers() -> dict[tuple[str, Precision], Explainer]:
+    """This process's loaded network with its gradients, by the hash of its weights and the precision: one at most."""
     return {}
 
 
 def explain_results(held: Held) -> None:
-    """Explain the results that the unit is for. What is written when it is interrupted stays."""
-    weights, others, left = held.in_transaction(lambda session: _read(session, held))
+    """Explain the results that the unit is for. What is written when it is interrupted stays, and a scan that cannot be
+    explained costs no other its explanation.
+
+    Raises:
+        WorkFailed: some could not be explained; another try does these alone.
+    """
+    asked, left = held.in_transaction(lambda session: _read(session, held))
     made: list[Made] = []
+    failed = 0
     started = written = time.monotonic()
     with held.workspace() as folder:
-        explainer = _explainer(held, weights, folder)
+        _explainer(held, asked, folder)  # where it cannot be had, the unit fails and says why
         for one in left:
             held.check()
             if time.monotonic() - written > WRITE_EVERY:
                 held.in_transaction(partial(explanations.keep, held=held.claim, made=made))
                 made, written = [], time.monotonic()
-            made += _explained(held, explainer, one, others, folder)
+            explained = _explained(held, asked, (one.ordinal, _scan(held, one, folder), one.label), folder)
+            made += explained or []
+            failed += explained is None
+    if failed:
+        held.in_transaction(partial(explanations.keep, held=held.claim, made=made))
+        raise WorkFailed("NOT_EXPLAINED", f"Scans not explained: {failed}. The worker's log says why.", retryable=True)
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
@@ -54,41 +80,52 @@ def explain_results(held: Held) -> None:
     held.finish(end)
 
 
-def _read(session: Session, held: Held) -> tuple[str, bool, list[Unexplained]]:
+def _read(session: Session, held: Held) -> tuple[Asked, list[Unexplained]]:
     job = session.get_one(Job, held.claim.job_id)
-    others = job.params.get("explain") == ALL
-    return pinned(session, job).weights_sha256, others, explanations.unexplained(session, held.claim)
+    precision, others = job.params.get("precision", "auto"), job.params.get("explain") == ALL
+    asked = Asked(pinned(session, job).weights_sha256, precision, others)
+    return asked, explanations.unexplained(session, held.claim)
 
 
-def explained_at_once(held: Held, sha256: str, left: Sequence[Unexplained], others: bool, folder: Path) -> list[Made]:
+def _scan(held: Held, one: Unexplained, folder: Path) -> ScanInput:
+    wanted = Wanted([one.ordinal], one.sha256, one.source_url)
+    return ScanInput(str(one.ordinal), partial(bring, held.resources, wanted, folder))
+
+
+def explained_at_once(held: Held, asked: Asked, found: Iterable[Found], folder: Path) -> list[Made]:
     """Explanations of results that wait for them. Whatever goes wrong here, the results stand: without these."""
+    return [made for one in found for made in _explained(held, asked, one, folder) or []]
+
+
+def _explained(held: Held, asked: Asked, found: Found, folder: Path) -> list[Made] | None:
+    """The scan's explanation, stored: all of it. Nothing where the scan can no longer be read; None where it failed."""
     try:
-        explainer = _explainer(held, sha256, folder)
-        return [made for one in left for made in _explained(held, explainer, one, others, folder)]
+        explainer = _explainer(held, asked, folder)
+        return list(_made(held.resources.artifacts, explainer, found, asked.others))
     except Exception as error:
-        explainers().clear()  # where memory is short, it is given back
-        log.error("not_explained", error=type(error).__name__, exc_info=error)
-        return []
+        if isinstance(error, DeviceOutOfMemory) or is_out_of_memory(error):
+            explainers().clear()  # so that others have its memory
+        (*_, last) = traceback.extract_tb(error.__traceback__)
+        # The error's own text might tell more of the scan than a log may.
+        log.error("not_explained", ordinal=found[0], error=type(error).__name__, at=f"{last.filename}:{last.lineno}")
+        return None
 
 
-def _explainer(held: Held, sha256: str, folder: Path) -> Explainer:
-    loaded = explainers()
-    if sha256 not in loaded:
+def _explainer(held: Held, asked: Asked, folder: Path) -> Explainer:
+    loaded, key = explainers(), (asked.weights_sha256, asked.precision)
+    if key not in loaded:
         loaded.clear()
         with reading_weights():
-            loaded[sha256] = Explainer.load(held.resources.artifacts.fetch(sha256, folder))
-    return loaded[sha256]
+            loaded[key] = Explainer.load(held.resources.artifacts.fetch(asked.weights_sha256, folder), asked.precision)
+    return loaded[key]
 
 
-def _explained(held: Held, explainer: Explainer, one: Unexplained, others: bool, folder: Path) -> Iterator[Made]:
-    """The scan's explanation, stored; nothing where the scan can no longer be read."""
-    wanted = Wanted([one.ordinal], one.sha256, one.source_url)
-    scan = ScanInput(str(one.ordinal), partial(bring, held.resources, wanted, folder))
-    made = next(iter(explainer.explain([scan], one.label, others)))
+def _made(store: Artifacts, explainer: Explainer, found: Found, others: bool) -> Iterator[Made]:
+    """Each class's pictures are stored before the next one's are made: those of one class at most are in memory."""
+    ordinal, scan, label = found
     words = words_of(explainer.classes)
-    for each in (made, *made.others):
-        word = None if each is made else words[each.label or ""]
-        yield from _stored(held.resources.artifacts, each, one.ordinal, word)
+    for each in explainer.each_class(scan, label) if others else explainer.explain([scan], label):
+        yield from _stored(store, each, ordinal, None if each.label == label else words.get(each.label or ""))
 
 
 def _stored(store: Artifacts, made: Explanation, ordinal: int, word: str | None) -> Iterator[Made]:

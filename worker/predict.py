@@ -14,14 +14,14 @@ from sqlalchemy.orm import Session
 
 from jobs import explanations, lifecycle
 from jobs.bookkeeping import ScanOutcome
-from jobs.explanations import ALL, Made, Unexplained
+from jobs.explanations import ALL, Made
 from jobs.reuse import Known, known_results
 from jobs.states import JobKind, ResultState
 from jobs.tables import Job, Scan, ScanResult
 from ml.engines import Precision
-from ml.predict import Predictor, ScanInput
+from ml.predict import KeptScan, Predictor, ScanInput
 from worker.bringing import Wanted, bring
-from worker.explain import explained_at_once
+from worker.explain import Asked, explained_at_once
 from worker.outcomes import Judge
 from worker.running import Held
 from worker.weights import pinned, reading_weights
@@ -29,7 +29,8 @@ from worker.weights import pinned, reading_weights
 log = structlog.get_logger()
 
 LOADED_AT_ONCE = 2
-"""Networks kept in memory: a champion and the one before it. A VGG16 takes about 0.6 GB."""
+"""Networks kept in memory: a champion and the one before it. A VGG16 takes about 0.6 GB; and as much again where
+explanations are asked for, whose network (see worker.explain) is another one beside these."""
 REPORT_EVERY = 2.0
 """Seconds between two signs of progress within a chunk."""
 
@@ -84,12 +85,13 @@ def predict_chunk(held: Held) -> None:
     started = time.monotonic()
     with held.workspace() as folder:
         predictor = _predictor(held, chunk, folder)
-        for outcome in _outcomes(held, chunk, predictor, folder):
+        at_once = bool(chunk.explain) and _explains_at_once(held)
+        scans = _scans(held, chunk, folder, KeptScan if at_once else ScanInput)
+        for outcome in _outcomes(held, chunk, predictor, scans):
             held.outcomes.append(outcome)
             if len(held.outcomes) < chunk.results:  # what is complete has nothing to hand back
                 held.check()
-        at_once = _explains_at_once(held)
-        made = _explained(held, chunk, folder) if at_once and chunk.explain else []
+        made = _explained(held, chunk, scans, folder) if at_once else []
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
@@ -106,11 +108,12 @@ def _explains_at_once(held: Held) -> bool:
     return held.claim.kind == JobKind.PREDICT and held.claim.attempt == 1
 
 
-def _explained(held: Held, chunk: Chunk, folder: Path) -> list[Made]:
-    found = {outcome.ordinal: outcome.label for outcome in held.outcomes if outcome.label is not None}
-    scans = [(ordinal, wanted) for wanted in chunk.scans for ordinal in wanted.ordinals if ordinal in found]
-    left = [Unexplained(ordinal, wanted.sha256, wanted.url, found[ordinal]) for ordinal, wanted in scans]
-    return explained_at_once(held, chunk.weights_sha256, left, chunk.explain == ALL, folder) if left else []
+def _explained(held: Held, chunk: Chunk, scans: Sequence[ScanInput], folder: Path) -> list[Made]:
+    asked = Asked(chunk.weights_sha256, chunk.precision, chunk.explain == ALL)
+    labels = {outcome.ordinal: outcome.label for outcome in held.outcomes if outcome.label is not None}
+    places = [(ordinal, scan) for wanted, scan in zip(chunk.scans, scans, strict=True) for ordinal in wanted.ordinals]
+    found = [(ordinal, scan, labels[ordinal]) for ordinal, scan in places if ordinal in labels]
+    return explained_at_once(held, asked, found, folder)
 
 
 def _read_chunk(session: Session, held: Held) -> Chunk:
@@ -142,23 +145,28 @@ def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
         return networks().get(chunk.weights_sha256, chunk.precision, fetch)
 
 
-def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, folder: Path) -> Iterator[ScanOutcome]:
+def _scans(held: Held, chunk: Chunk, folder: Path, kind: type[ScanInput]) -> list[ScanInput]:
+    """The chunk's scans, each brought when it is looked at; its id is its place."""
+    bringing = (partial(bring, held.resources, wanted, folder) for wanted in chunk.scans)
+    return [kind(str(place), source) for place, source in enumerate(bringing)]
+
+
+def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, scans: Sequence[ScanInput]) -> Iterator[ScanOutcome]:
     judge = Judge.of(held.resources.settings, chunk.classes, predictor.engine.name)
     known = _known(held, chunk, judge.engine)
-    left: dict[str, Wanted] = {}
-    for wanted in chunk.scans:
+    left: list[ScanInput] = []
+    for wanted, scan in zip(chunk.scans, scans, strict=True):
         found = known.get(wanted.scan_id) if wanted.scan_id else None
         if found is None:
-            left[str(wanted.ordinals[0])] = wanted
+            left.append(scan)
         else:
             yield from _alike(wanted, judge.of_known(found))
-    scans = (ScanInput(id, partial(bring, held.resources, wanted, folder)) for id, wanted in left.items())
     reported = time.monotonic()
-    for prediction in predictor.predict(scans):
+    for prediction in predictor.predict(left):
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()
-        yield from _alike(left[prediction.id], judge.of_prediction(prediction))
+        yield from _alike(chunk.scans[int(prediction.id)], judge.of_prediction(prediction))
 
 
 def _known(held: Held, chunk: Chunk, engine: str) -> dict[uuid.UUID, Known]:

@@ -9,7 +9,6 @@ from typing import Any
 import litserve
 import numpy as np
 
-from ml.engines import outputs_of
 from ml.images import decode
 from ml.predict import Predictor
 
@@ -31,7 +30,7 @@ class Api(litserve.LitAPI):
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Probabilities of a batch."""
-        return self.predictor.calibration.probabilities(outputs_of(self.predictor.engine, x))
+        return self.predictor.calibration.probabilities(np.concatenate(list(self.predictor.logits([x]))))
 
     def unbatch(self, output: np.ndarray) -> list[list[float]]:
         """One answer a request."""

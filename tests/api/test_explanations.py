@@ -40,6 +40,12 @@ class Batch:
         with self.sessions.begin() as session:
             explanations.keep(session, self.held, [(name_of(*one), blob) for one in made])
 
+    def cancel(self) -> None:
+        """Somebody cancels the job, and the worker stops."""
+        with self.sessions.begin() as session:
+            lifecycle.cancel(session, self.job.tenant_id, self.job.id)
+            lifecycle.cancelled(session, self.held, [])
+
     def end(self) -> None:
         """Nothing more will be explained."""
         with self.sessions.begin() as session:
@@ -119,6 +125,28 @@ def test_what_will_not_be_explained_any_more_says_so(
     assert set(shown(first)) == {"explanation_note"}
     assert "Submit it again" in first["explanation_note"]
     assert set(shown(second)) == {"explanation"}
+
+
+def test_what_was_not_explained_since_the_job_was_cancelled_says_so(
+    client: FlaskClient, sessions: Sessions, settings: Settings, champion: ModelVersion
+) -> None:
+    batch = Batch(sessions, settings, champion, explain=True)
+    batch.explained((0, OVERLAY, None))
+    batch.cancel()
+    first, second = batch.results(client)
+    assert set(shown(first)) == {"explanation"}
+    assert "the job was cancelled" in second["explanation_note"]
+
+
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
+def test_a_scan_longer_than_any_scanner_makes_is_refused_like_one_of_too_many_pixels(
+    client: FlaskClient, size: tuple[int, int]
+) -> None:
+    """Its explanation would take memory for each row and column."""
+    refused = (client.post("/scans", data={"file": file(png(declared=each))}) for each in (size, (8_000, 7_000)))
+    long, large = (assert_problem(answer, 422) for answer in refused)
+    assert long["code"] == large["code"]
+    assert "at most 65535" in long["detail"]
 
 
 def test_without_being_asked_for_explanations_nothing_is_said_of_them(

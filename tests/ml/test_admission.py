@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ml import admission, network
-from ml.admission import Admission, admit, form_of
+from ml.admission import Admission, admit, floating_form_of, form_of
 from ml.calibration import Calibration
 from ml.engines import engine_name, forms
 from ml.errors import EngineNotAdmitted
@@ -108,6 +108,18 @@ def test_who_asks_for_what_is_not_in_the_hardware_hears_so(monkeypatch):
     with pytest.raises(EngineNotAdmitted, match="does not compute int8 in hardware; use auto or fp32"):
         form_of(metadata(int8=True), "int8")
     assert form_of(metadata(), "fp32") == "fp32"
+
+
+def test_what_is_no_whole_network_is_never_computed_in_int8(monkeypatch):
+    monkeypatch.setattr(admission, "forms", lambda: ("int8", "bf16", "fp32"))
+    told = [floating_form_of(metadata(int8=True, bf16=bf16)) for bf16 in (True, False)]
+    assert told == ["bf16", "fp32"]
+    assert floating_form_of(metadata(int8=True, bf16=True), "int8") == "bf16"
+    assert floating_form_of(metadata(int8=True, bf16=True), "fp32") == "fp32"
+    assert floating_form_of(metadata(int8=False, bf16=True)) == "bf16"
+    assert floating_form_of({}) == "bf16", "an earlier version's file predicts so too"
+    monkeypatch.setattr(admission, "forms", lambda: ("int8", "fp32"))
+    assert floating_form_of(metadata(int8=True, bf16=True)) == "fp32", "where this machine has no bf16"
 
 
 # --- with a network --------------------------------------------------------------------------------------------------

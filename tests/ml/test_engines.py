@@ -45,8 +45,11 @@ def test_the_reference_is_the_networks_own_forward(vgg, reference):
     assert distance(reference[:3], maps.flatten(1).numpy()) < 1e-5
 
 
-def test_openvino_in_fp32_agrees_with_the_reference(below, reference):
-    assert distance(outputs_of(OpenVinoEngine(below, SMALL, "fp32"), make_batch(21)), reference) < 1e-4
+@pytest.mark.parametrize("streams", [1, 2])
+def test_openvino_in_fp32_agrees_with_the_reference(below, reference, streams):
+    engine = OpenVinoEngine(below, SMALL, "fp32", streams=streams)
+    assert engine.streams == streams
+    assert distance(outputs_of(engine, make_batch(21)), reference) < 1e-4
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU multiplies no bf16")

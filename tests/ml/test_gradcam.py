@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from torch import nn
 
 from ml import network
 from ml.architectures import ARCHITECTURES, Patches
-from ml.engines import open_engine
-from ml.errors import BadParams, ImageError, ModelFileError
+from ml.engines import engine_name, forms
+from ml.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
 from ml.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
 from ml.images import decode
 from ml.network import Model
 from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from ml.predict import Predictor, ScanInput
+from ml.predict import KeptScan, Predictor, ScanInput
 from ml.transforms import Transform
 from tests.ml.builders import CLASSES, encode, make_dicom, make_pixels, make_scans
 
@@ -193,14 +193,13 @@ def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
 )
-def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name, monkeypatch):
+def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
     """Against a plain forward and backward of the whole network by torch, with the layer's maps and their gradient."""
-    monkeypatch.setattr("ml.gradcam.open_engine", partial(open_engine, precision="fp32"))
     model, scan = make_model(name), encode(make_pixels(1, 224, 224, bright=True))
     seen, whole = list[torch.Tensor](), copy.deepcopy(model.network).requires_grad_(True)
     whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
     resized = torch.tensor(model.transform.resize(decode(scan)))[None]
-    logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model), 0.0
+    logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model, "fp32"), 0.0
     ours = by._features(decode(scan))
     for label in range(len(CLASSES)):
         log_odds = logits[label] - logits[1 - label]
@@ -230,13 +229,33 @@ def test_of_many_classes_one_speaks_against_all_others_by_their_share():
     assert torch.sigmoid(_log_odds(logits, 0)).item() == pytest.approx(torch.softmax(logits, 1)[0, 0].item())
 
 
-def test_the_engines_rounding_hardly_moves_the_heat(monkeypatch):
+def test_the_engines_rounding_hardly_moves_the_heat():
     scans = [encode(make_pixels(seed, 100, 100, bright=seed % 2 == 1)) for seed in range(4)]
     fast = [explained(scan, "Tumor") for scan in scans]
-    monkeypatch.setattr("ml.gradcam.open_engine", partial(open_engine, precision="fp32"))
-    exact = Explainer(make_model())
+    exact = Explainer(make_model(), "fp32")
     for scan, one in zip(scans, fast, strict=True):
         assert np.abs(one.heatmap - explained(scan, "Tumor", exact).heatmap).max() < 0.05
+
+
+def engine_of(by: Explainer) -> str:
+    return by._below.name
+
+
+def test_it_computes_in_the_form_that_was_asked_for():
+    assert engine_of(Explainer(make_model(), "fp32")) == engine_name("fp32")
+
+
+def test_all_cores_work_at_the_one_scan():
+    assert explainer()._below.streams == 1
+
+
+@pytest.mark.skipif("bf16" not in forms(), reason="this machine multiplies no bf16")
+def test_a_form_that_was_refused_for_predictions_is_none_for_explanations():
+    trials = {engine_name("bf16"): {"admitted": False, "reason": "2 labels changed"}}
+    assert engine_of(Explainer(make_model(engines=trials))) == engine_name("fp32")
+    with pytest.raises(EngineNotAdmitted, match="2 labels changed"):
+        Explainer(make_model(engines=trials), "bf16")
+    assert engine_of(Explainer(make_model(engines={engine_name("bf16"): {"admitted": True}}))) == engine_name("bf16")
 
 
 # --- every class -----------------------------------------------------------------------------------------------------
@@ -247,15 +266,40 @@ def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
     by = Explainer(make_spotter("resnet18"))
     forward = by._features
     monkeypatch.setattr(by, "_features", lambda pixels: forwards.append(1) or forward(pixels))
-    (one,) = by.explain([ScanInput("a", scan)], "Tumor", others=True)
-    (other,) = one.others
+    one, other = by.each_class(ScanInput("a", scan), "Tumor")
     assert (one.label, other.label, len(forwards)) == ("Tumor", "Normal", 1)
     for each in (one, other):
         alone = explained(scan, each.label, by)
         assert np.array_equal(each.heatmap, alone.heatmap)
         assert each.overlay == alone.overlay
-        assert alone.others == ()
     assert (one.is_blank, other.is_blank) == (False, True)
+
+
+def test_each_class_is_made_when_it_is_asked_for(monkeypatch):
+    by, made = Explainer(make_spotter("resnet18")), list[int]()
+    weighed = by._weighed
+    monkeypatch.setattr(by, "_weighed", lambda features, label: made.append(label) or weighed(features, label))
+    stream = by.each_class(ScanInput("a", with_spot(10, 200)), "Tumor")
+    next(stream)
+    assert made == [1]
+    assert [one.label for one in stream] == ["Normal"]
+    assert made == [1, 0]
+
+
+def test_of_a_broken_scan_there_is_one_error_and_of_an_unknown_class_nothing():
+    (one,) = explainer().each_class(ScanInput("a", b"junk"))
+    assert (one.id, one.error_code, one.overlay) == ("a", "BAD_IMAGE", None)
+    with pytest.raises(BadParams, match="Normal, Tumor"):
+        explainer().each_class(ScanInput("a", b"junk"), "Cyst")
+
+
+def test_a_scan_that_was_predicted_is_not_decoded_again():
+    model, read = make_model(), list[int]()
+    scan = KeptScan("a", lambda: read.append(1) or encode(make_pixels(1, 40, 70)))
+    (found,) = Predictor.of(model).predict([scan])
+    (one,) = Explainer(model).explain([scan], found.label)
+    assert read == [1]
+    assert np.array_equal(one.heatmap, explained(encode(make_pixels(1, 40, 70)), found.label, Explainer(model)).heatmap)
 
 
 def test_a_heatmap_is_a_grey_picture_of_256_levels():

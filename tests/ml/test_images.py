@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ml.errors import ImageError
-from ml.images import colour_mode, decode, is_dicom
+from ml.images import MAX_PIXELS, MAX_SIDE, colour_mode, decode, is_dicom
 from tests.ml.builders import encode, make_dicom, make_pixels
 
 
@@ -212,6 +212,17 @@ def test_a_declared_giant_is_refused_before_it_is_decoded(width, height):
     with pytest.raises(ImageError, match="pixels"):
         decode(declared_png(width, height))
     assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(MAX_PIXELS, 1), (1, MAX_PIXELS), (MAX_SIDE + 1, 2)])
+def test_a_side_longer_than_any_scanner_makes_is_refused(width, height):
+    """An explanation takes memory for each row and column, whatever their product is."""
+    with pytest.raises(ImageError, match="side of more than 65,535 pixels"):
+        decode(declared_png(width, height))
+
+
+def test_the_longest_side_is_taken():
+    assert decode(encode(Image.new("L", (MAX_SIDE, 1)))).shape == (1, MAX_SIDE, 3)
 
 
 def test_a_dicom_that_declares_a_giant_is_refused():

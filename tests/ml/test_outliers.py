@@ -8,18 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ml import network, stages
+from ml import fitting, network, stages
 from ml.admission import admit
 from ml.calibration import Calibration
 from ml.config import load_config
-from ml.engines import engine_name, forms
+from ml.descriptor import served
+from ml.engines import engine_name, forms, open_engine, outputs_of
 from ml.input_statistics import MEANINGS
-from ml.outliers import Outliers, learn
+from ml.outliers import Outliers, Unseen, learn
 from ml.params import parse_params
 from ml.phantom_files import write_dataset
 from ml.predict import Predictor, ScanInput
+from ml.run import Run
 from tests.ml.builders import encode, make_pixels, make_scans, write_zip
-from tests.ml.conftest import write_config
+from tests.ml.conftest import SMALL, write_config
 from tests.ml.strangers import phantoms, resaved, strangers
 
 WIDTH = 64
@@ -49,12 +51,12 @@ def scored(predictor: Predictor, pictures: list[np.ndarray]) -> np.ndarray:
 # --- in theory -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scans", "most"), [(20, 0.05), (60, 0.05), (300, 0.04)])
+@pytest.mark.parametrize(("scans", "most"), [(25, 0.05), (60, 0.05), (300, 0.04)])
 def test_about_one_in_fifty_proper_scans_is_rejected_however_few_were_learnt_from(scans, most):
     rejected = [(learned(scans, seed).scores(*make_vectors(1000, 100 + seed)) > 1).mean() for seed in range(8)]
     assert np.mean(rejected) < most
     if scans == 300:
-        assert np.mean(rejected) > 0.005, "the limit is no farther away than it must be"
+        assert np.mean(rejected) > 0.003, "the limit is no farther away than it must be"
 
 
 def test_what_lies_elsewhere_is_rejected():
@@ -73,9 +75,59 @@ def test_scans_of_one_patient_do_not_vouch_for_each_other():
     assert rejected < 0.06 < 0.5 < wrongly
 
 
-@pytest.mark.parametrize(("scans", "groups"), [(19, 19), (300, 9)])
+@pytest.mark.parametrize(("scans", "groups"), [(24, 24), (300, 9)])
 def test_too_few_scans_or_patients_teach_nothing(scans, groups):
     assert learn(*make_vectors(scans), np.arange(scans) % groups) is None
+
+
+@pytest.mark.parametrize(("of_one", "others", "teaches"), [(91, 9, False), (970, 30, True), (400, 2000, True)])
+def test_a_patient_of_most_scans_leaves_too_few_for_a_fit_without_them_or_less_axes(of_one, others, teaches):
+    """What the smallest fit is made of decides how many axes it can have."""
+    scans = of_one + others
+    found = learn(*make_vectors(scans), np.maximum(np.arange(scans) - of_one + 1, 0))
+    assert (found is not None) == teaches
+    if found is not None:
+        unseen = make_vectors(500, 9)
+        assert (found.scores(*unseen) > 1).mean() < 0.05
+
+
+def test_the_limit_is_no_nearer_than_scans_that_no_weight_was_fitted_to():
+    """A network draws what it was fitted to together: then all of these are near, left out of a fit or not."""
+    descriptors, statistics = make_vectors(300)
+    centre, groups = descriptors.mean(axis=0), np.arange(300)
+    drawn = centre + (descriptors - centre) * 0.2
+    validation, proper = make_vectors(40, 1)[0], make_vectors(500, 2)[0]
+    alone, beside = (
+        learn(drawn, statistics, groups),
+        learn(drawn, statistics, groups, Unseen(validation, np.arange(40))),
+    )
+    wrongly, rejected = ((found.descriptors.quotients(proper) > 1).mean() for found in (alone, beside))
+    assert rejected <= 0.05 < 0.9 < wrongly
+    assert beside.statistics.limit == alone.statistics.limit, "no weight is between a picture and its statistics"
+
+
+@pytest.mark.parametrize(("scans", "groups"), [(40, 4), (0, 0)])
+def test_a_few_patients_that_were_not_learnt_from_say_nothing_of_the_limit(scans, groups):
+    unseen = Unseen(make_vectors(40, 1, shift=3.0)[0][:scans], np.arange(scans) % max(groups, 1))
+    found = learn(*make_vectors(300), np.arange(300), unseen)
+    assert found.descriptors.limit == learned().descriptors.limit
+
+
+def test_scans_that_others_join_stay_together_although_only_some_are_compared(small_run, monkeypatch):
+    """Two of the sample may belong together through a third that is not in it."""
+    params = parse_params(SMALL | {"augmentation": False})
+    state = Run(load_config(small_run.folder / "config.yaml"), params, lambda event: None)
+    seen, patients = list[np.ndarray](), np.arange(len(state.report.scans)) // 2
+
+    def noted(descriptors: np.ndarray, statistics: list, groups: np.ndarray, unseen: Unseen) -> None:
+        seen.extend((groups, unseen.groups))
+
+    monkeypatch.setattr(fitting, "RESEMBLED", 3)
+    monkeypatch.setattr(fitting, "learn", noted)
+    monkeypatch.setattr(fitting, "group_scans", lambda scans: patients[: len(scans)])
+    fitting._outliers(state, network.load(small_run.model_path))
+    sides = (state.split.train, state.split.validation)
+    assert [groups.tolist() for groups in seen] == [patients[fitting._evenly(side, 3)].tolist() for side in sides]
 
 
 def test_numbers_that_never_moved_do_not_drown_the_others():
@@ -90,8 +142,9 @@ def test_numbers_that_never_moved_do_not_drown_the_others():
 def test_a_file_carries_all_that_the_score_needs_and_little_of_it():
     descriptors, statistics = np.random.default_rng(0).normal(size=(512, 2048)), make_vectors(512)[1]
     found = learn(descriptors, statistics, np.arange(512))
+    found = replace(found, shifts=dict.fromkeys(("int8", "bf16"), np.ones(2048)))  # of three forms, one learnt in
     stored = json.dumps({"outliers": found.as_dict()}, allow_nan=False)
-    assert len(stored) < 250_000
+    assert len(stored) < 225_000
     again = Outliers.of(json.loads(stored))
     np.testing.assert_allclose(again.scores(descriptors, statistics), found.scores(descriptors, statistics), rtol=2e-3)
 
@@ -126,6 +179,29 @@ def test_an_engine_that_moves_the_score_is_not_admitted(small_run):
     assert all(trial.admitted for trial in usual), usual
     assert [trial.admitted for trial in refused] == [form == "fp32" for form in reversed(forms())]
     assert all("out-of-distribution score moved by" in trial.reason for trial in refused if not trial.admitted)
+
+
+@pytest.mark.parametrize("learnt_in", [form for form in forms() if form != "int8"])
+def test_shifts_are_against_the_form_that_was_learnt_in(small_run, learnt_in):
+    """Else what was learnt in bf16 would be moved by bf16's rounding once more."""
+    model, seen = network.load(small_run.model_path), make_scans(8, 64)
+    outliers = replace(Outliers.of(model.metadata), shifts={})
+    found = admit(model, Calibration(threshold=0.5), seen[:4], np.arange(4) % 2, seen, outliers, learnt_in).outliers
+    assert set(found.shifts) == {*forms()} - {learnt_in}, "what is not shifted is not stored"
+    layers, classes = served(model), len(model.classes)
+    means = {
+        form: outputs_of(open_engine(layers, model.transform, form), seen)[:, classes:].mean(axis=0)
+        for form in ("fp32", learnt_in)
+    }
+    if learnt_in != "fp32":
+        np.testing.assert_allclose(found.shifts["fp32"], means["fp32"] - means[learnt_in], atol=1e-4)
+
+
+def test_a_training_tells_in_which_form_it_has_learnt(small_run):
+    """With random weights VGG16 learns in the fastest form that floats (see ml.run.precision_of)."""
+    model = network.load(small_run.model_path)
+    learnt_in = model.metadata["engine"].rpartition("-")[2]
+    assert set(Outliers.of(model.metadata).shifts) == {*forms()} - {learnt_in}
 
 
 def test_every_admitted_engine_gives_nearly_the_same_score(small_run):
@@ -167,5 +243,29 @@ def test_strangers_are_rejected_and_unseen_patients_are_not(trained):
     unseen = phantoms(20, 5, seed=77)
     assert (scored(predictor, unseen) > 1).mean() <= 0.05
     assert (scored(predictor, [resaved(one, 90, 256) for one in unseen]) > 1).mean() <= 0.05
+    for kind, pictures in strangers(20).items():
+        assert (scored(predictor, pictures) > 1).mean() >= 0.9, kind
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A model file of a training whose backbone has learnt 70 phantoms by heart."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write_dataset(folder / "scans", 100, 1, seed=1, size=192)
+    files = {str(path.relative_to(folder / "scans")): path.read_bytes() for path in (folder / "scans").glob("*/*.png")}
+    fields = {
+        "network": "resnet18", "weights": "none", "image_size": [64, 64, 3], "augmentation": False, "dropout": 0.0,
+        "standardize": False, "epochs": 1, "learning_rate": 1e-6, "optimizer": "adamw", "batch_size": 8,
+        "fine_tune_blocks": 3, "fine_tune_epochs": 30, "fine_tune_learning_rate": 5e-4,
+    }  # fmt: skip
+    config = load_config(write_config(folder, write_zip(files, folder / "data.zip")))
+    return stages.run(config, parse_params(fields), lambda event: None).model_path
+
+
+@pytest.mark.slow
+def test_what_a_backbone_has_learnt_by_heart_does_not_make_other_patients_strangers(tuned):
+    """By training scans alone, left out of a fit or not, 39 of these 200 were rejected."""
+    predictor = Predictor.load(tuned)
+    assert (scored(predictor, phantoms(200, 1, seed=77)) > 1).mean() <= 0.05
     for kind, pictures in strangers(20).items():
         assert (scored(predictor, pictures) > 1).mean() >= 0.9, kind

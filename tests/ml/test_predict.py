@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from ml import network
 from ml.ahead import in_rounds
 from ml.data import load_manifest
-from ml.errors import ModelFileError
-from ml.predict import Predictor, ScanInput, predict
+from ml.errors import ImageError, ModelFileError
+from ml.images import decode
+from ml.predict import KeptScan, Predictor, ScanInput, predict
 from ml.splits import split_scans
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels
 
@@ -53,6 +55,46 @@ def test_broken_scans_anywhere_are_errors_of_their_own(predictor, tmp_path):
     assert [one.error_code is None for one in found] == [source == good for source in sources]
     assert {one.error_code for one in found} == {None, "BAD_IMAGE"}
     assert all(one.error_detail.endswith(".") and one.label is None for one in found if one.error_code)
+
+
+def test_logits_of_batches_are_those_that_predictions_are_made_of(predictor):
+    """Whoever takes the engine's outputs for them takes the descriptor along."""
+    pictures = [make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(3)]
+    logits = np.concatenate(list(predictor.logits([np.stack(pictures[:2]), np.stack(pictures[2:])])))
+    assert logits.shape == (3, 2)
+    scans = (ScanInput(str(seed), encode(one)) for seed, one in enumerate(pictures))
+    expected = [list(one.probabilities.values()) for one in predictor.predict(scans)]
+    assert predictor.calibration.probabilities(logits) == pytest.approx(np.array(expected), abs=0.02)
+
+
+def test_a_kept_scan_is_read_and_decoded_once():
+    read = list[int]()
+    scan = KeptScan("a", lambda: read.append(1) or encode(make_pixels()))
+    assert read == [], "not before somebody looks at it"
+    assert scan.pixels() is scan.pixels()
+    assert np.array_equal(scan.pixels(), ScanInput("a", encode(make_pixels())).pixels())
+    assert read == [1]
+
+
+def test_a_kept_scan_that_cannot_be_read_is_not_tried_again():
+    read = list[int]()
+
+    def gone() -> bytes:
+        read.append(1)
+        raise ImageError("The scan is no longer there.")
+
+    scan = KeptScan("a", gone)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="no longer there"):
+            scan.pixels()
+    assert read == [1]
+
+
+def test_a_scan_is_decoded_in_the_window_that_is_asked_for():
+    content = make_dicom(np.array([[-160, 40, 240]], np.int16))
+    for scan in (ScanInput("a", content), KeptScan("a", content)):
+        assert np.array_equal(scan.pixels((50, 100)), decode(content, (50, 100)))
+    assert not np.array_equal(decode(content, (50, 100)), decode(content))
 
 
 def test_the_last_batches_are_shared_evenly_between_the_streams():

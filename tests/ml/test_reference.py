@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.events import Evaluated
+from ml import stages
+from ml.config import load_config
+from ml.events import Evaluated, Event
 from ml.input_statistics import MEANINGS
+from ml.params import parse_params
 from ml.reference import reference_of
+from tests.ml.builders import make_files, write_zip
+from tests.ml.conftest import SIDE, SMALL, write_config
 
 
 def make_statistics(count: int, seed: int = 0) -> list[dict[str, float]]:
@@ -34,6 +39,21 @@ def test_it_says_how_many_scans_were_called_what_and_how_many_were_rejected():
     assert found["classes"] == {"Cyst": 0, "Normal": 75, "Tumor": 25}
     assert found["rejected"] == 3
     assert set(found["statistics"]) == {*MEANINGS, "confidence"}
+
+
+def test_a_network_that_cannot_tell_who_is_rejected_says_nothing_of_it():
+    found = reference_of(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None)
+    assert "rejected" not in found
+
+
+def test_a_training_on_too_few_scans_to_tell_strangers_has_no_figure_of_them(tmp_path):
+    """Else drift would be measured against no rejection at all."""
+    archive = write_zip(make_files(8, side=SIDE), tmp_path / "data.zip")
+    events = list[Event]()
+    stages.run(load_config(write_config(tmp_path, archive)), parse_params(SMALL | {"epochs": 1}), events.append)
+    (evaluated,) = (event for event in events if isinstance(event, Evaluated))
+    assert "rejected" not in evaluated.reference
+    assert evaluated.reference["scans"] > 0
 
 
 @pytest.mark.parametrize(("scans", "bins"), [(1, 1), (8, 2), (29, 2), (50, 5), (100, 10), (5000, 10)])
@@ -83,3 +103,4 @@ def test_the_last_event_of_a_run_carries_it_as_json(small_run):
     assert reference["scans"] == evaluated.metrics["held_out"]
     called = np.sum(evaluated.metrics["confusion_matrix"], axis=0)
     assert list(reference["classes"].values()) == called.tolist()
+    assert 0 <= reference["rejected"] <= reference["scans"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ml.inspection import Inspection, warnings
 from ml.metrics import Judged, Scores, score
 from ml.plots import Plot, all_plots
 from ml.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
@@ -138,13 +139,20 @@ def test_a_hostile_name_is_only_text(tmp_path):
     assert Page(text).words.count(name) > 4
 
 
-def test_warnings_that_may_name_a_file_are_counted_only():
-    warnings = ["Miller^Anna 1.dcm is broken.", "Tumor/Miller: tiny", "Classes differ in number."]
-    told = sections(make_inputs(dataset={"images": 9, "classes": {"a": 9}, "warnings": warnings}))
-    text = " ".join(paragraph for section in told for paragraph in section.paragraphs)
-    assert "Miller" not in text
-    assert "Classes differ in number." in text
-    assert "2 more concern single files" in text
+def test_all_warnings_of_the_inspection_are_shown_also_that_of_unknown_patients(tmp_path):
+    counts = {"Normal": 9, "Tumor": 2}
+    found = Inspection(tiny=1, duplicates=2, imbalance=4.5, with_patient=0, modes={"grey": 9, "RGB": 2})
+    told = warnings(found, counts)
+    assert len(told) == 5
+    assert any("patient-0012_slice-3.png" in one for one in told)
+    text, _ = written(make_inputs(dataset={"images": 11, "classes": counts, "warnings": told}), tmp_path)
+    for one in told:
+        assert one in Page(text).words
+
+
+def test_a_dataset_without_a_warning_says_so():
+    told = sections(make_inputs(dataset={"images": 9, "classes": {"a": 9}, "warnings": []}))
+    assert ("The inspection of the dataset has no warning.",) in [section.paragraphs for section in told]
 
 
 # --- the PDF ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import uuid
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
+from structlog.testing import capture_logs
 
-from jobs import registry
+from jobs import lifecycle, registry
 from jobs.artifacts import Artifacts
-from jobs.bookkeeping import Claim
+from jobs.bookkeeping import NOW, Claim, ScanOutcome
 from jobs.db import Sessions
 from jobs.explanations import Pictures, pictures, words_of
 from jobs.gate import Policy
@@ -24,10 +26,12 @@ from jobs.registry import NewModel
 from jobs.states import JobKind, JobState
 from jobs.submission import NewJob, NewResult, submit
 from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
-from ml import network
+from ml import network, predict
+from ml.engines import engine_name
 from ml.errors import DeviceOutOfMemory
 from ml.gradcam import Explainer
 from ml.network import Model
+from ml.predict import Predictor, ScanInput
 from ml.transforms import Transform
 from tests import builders
 from tests.builders import TENANT
@@ -37,9 +41,10 @@ from worker.explain import explain_results
 from worker.interrupts import CancelRequested, Draining
 from worker.predict import predict_chunk
 from worker.resources import Resources
-from worker.running import Held
+from worker.running import Held, WorkFailed
 
 CLASSES = ["Cyst", "Normal", "Tumor"]
+KINDS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
 GOOD, BROKEN = encode(make_pixels(1, 40, 60, bright=True)), b"no image"
 
 
@@ -138,7 +143,7 @@ def test_without_being_asked_nothing_is_explained(ask: Ask, resources: Resources
     assert next_unit(resources, job) is None
 
 
-@pytest.mark.parametrize("kind", [JobKind.PREDICT, JobKind.PREDICT_BATCH])
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_means_every_class_of_the_model(ask: Ask, resources: Resources, kind: JobKind) -> None:
     job = ask(GOOD, kind=kind, explain="all")
     predict_chunk(held(resources, job))
@@ -174,6 +179,49 @@ def test_a_scan_that_is_known_already_is_explained_too(ask: Ask, resources: Reso
     with sessions.begin() as session:
         assert session.scalars(select(ScanResult.cached).where(ScanResult.job_id == again.id)).one()
     assert set(explained(resources, again)) == {0}
+
+
+def test_what_is_explained_is_the_predictions_label(ask: Ask, resources: Resources, weights: Path) -> None:
+    """Not what the explaining network finds by itself: where rounding decides, it may be another class."""
+    by, scan = Explainer.load(weights), ScanInput("a", GOOD)
+    own = next(by.explain([scan])).label
+    told = next(label for label in CLASSES if label != own and not next(by.explain([scan], label)).is_blank)
+    known = {"probabilities": dict.fromkeys(CLASSES, 1 / 3), "engine": Predictor.load(weights).engine.name}
+    with resources.sessions.begin() as session:
+        lifecycle.succeed(session, held(resources, ask(GOOD)).claim, outcomes=[ScanOutcome(0, told, 1 / 3, **known)])
+    again = ask(GOOD, explain=True)
+    predict_chunk(held(resources, again))
+    assert state_of(resources, again)[1] == told
+    heat = opened(resources, again, explained(resources, again)[0][None].heatmap)
+    expected = next(by.explain([scan], told)).heatmap
+    assert np.array_equal(heat, np.rint(expected * 255))
+    assert not np.array_equal(heat, np.rint(next(by.explain([scan])).heatmap * 255))
+
+
+def test_it_is_explained_in_the_precision_that_it_was_predicted_in(ask: Ask, resources: Resources) -> None:
+    single, batch = (ask(GOOD, kind=kind, explain=True, precision="fp32") for kind in KINDS)
+    predict_chunk(held(resources, single))
+    predict_chunk(held(resources, batch))
+    explain_results(held(resources, batch))
+    ((_, precision),) = explain.explainers()
+    assert precision == "fp32"
+    (by,) = explain.explainers().values()
+    assert by._below.name == engine_name("fp32")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_single_scan_is_read_and_decoded_once(
+    ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Also one whose result is known: then it is only the explanation that looks at it."""
+    if again:
+        predict_chunk(held(resources, ask(GOOD)))
+    decode, decoded = predict.decode, list[int]()
+    monkeypatch.setattr(predict, "decode", lambda *scan: decoded.append(1) or decode(*scan))
+    job = ask(GOOD, explain=True)
+    predict_chunk(held(resources, job))
+    assert set(explained(resources, job)) == {0}
+    assert decoded == [1]
 
 
 def test_a_broken_scan_has_its_error_and_no_explanation(ask: Ask, resources: Resources) -> None:
@@ -213,7 +261,96 @@ def test_a_result_stands_whatever_happens_to_its_explanation(
     state, label = state_of(resources, job)
     assert (state, label in CLASSES) == (JobState.SUCCEEDED, True)
     assert explained(resources, job) == {}
-    assert explain.explainers() == {}, "its memory is given back"
+    if fails is out_of_memory:
+        assert explain.explainers() == {}, "its memory is given back"
+    else:
+        assert len(explain.explainers()) == 1, "it is as good as before"
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Says which scan of a job nobody can explain, by its ordinal; a negative one ends that."""
+    explanations_of, poisoned = Explainer._explanations, list[int]()
+
+    def explanations(by: Explainer, scan: ScanInput, label: str | None) -> Any:
+        if scan.id in map(str, poisoned):
+            raise ArithmeticError("Patient Miller")
+        return explanations_of(by, scan, label)
+
+    def poison(ordinal: int) -> None:
+        poisoned[:] = [ordinal]
+
+    monkeypatch.setattr(Explainer, "_explanations", explanations)
+    return poison
+
+
+@pytest.mark.parametrize("every", [True, "all"])
+def test_a_scan_that_is_gone_by_then_is_no_failure(ask: Ask, resources: Resources, every: bool | str) -> None:
+    others = [encode(make_pixels(seed, 30, 30)) for seed in range(2)]
+    job = ask(GOOD, *others, kind=JobKind.PREDICT_BATCH, explain=every)
+    predict_chunk(held(resources, job))
+    resources.artifacts.delete(hashlib.sha256(others[0]).hexdigest())
+    with capture_logs() as logs:
+        explain_results(held(resources, job))
+    assert set(explained(resources, job)) == {0, 2}
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == []
+
+
+def fail_to_explain(resources: Resources, job: Job) -> None:
+    """Try to, and do not wait until the next try may be."""
+    failing = held(resources, job)
+    with pytest.raises(WorkFailed) as failed:
+        explain_results(failing)
+    failing.end(failed.value)
+    with resources.sessions.begin() as session:
+        waits = Unit.id == failing.claim.unit_id, Unit.finished_at.is_(None)
+        session.execute(update(Unit).where(*waits).values(not_before=NOW))
+
+
+def test_a_scan_that_cannot_be_explained_costs_no_other_its_explanation(
+    ask: Ask, resources: Resources, poison: Callable[[int], None]
+) -> None:
+    """It is tried as often as any work, and ends without."""
+    job = ask(*(encode(make_pixels(seed, 30, 30)) for seed in range(3)), kind=JobKind.PREDICT_BATCH, explain=True)
+    predict_chunk(held(resources, job))
+    poison(1)
+    for _ in range(resources.settings.max_failures):
+        with capture_logs() as logs:
+            fail_to_explain(resources, job)
+        assert set(explained(resources, job)) == {0, 2}
+        (told,) = [entry for entry in logs if entry["event"] == "not_explained"]
+        assert (told["ordinal"], told["error"]) == (1, "ArithmeticError")
+        assert "Miller" not in str(logs)
+    assert next_unit(resources, job) is None
+    assert state_of(resources, job)[0] == JobState.SUCCEEDED
+
+
+def test_what_failed_for_a_moment_is_explained_by_the_next_try(
+    ask: Ask, resources: Resources, poison: Callable[[int], None]
+) -> None:
+    job = ask(*(encode(make_pixels(seed, 30, 30)) for seed in range(2)), kind=JobKind.PREDICT_BATCH, explain=True)
+    predict_chunk(held(resources, job))
+    poison(0)
+    fail_to_explain(resources, job)
+    poison(-1)
+    explain_results(held(resources, job))
+    assert set(explained(resources, job)) == {0, 1}
+    assert state_of(resources, job)[0] == JobState.SUCCEEDED
+
+
+def test_of_all_classes_each_is_stored_before_the_next_is_made(
+    ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a worker's memory does not grow with the number of classes."""
+    happened, put, of_class = list[str](), Artifacts.put, Explainer._of_class
+    monkeypatch.setattr(Artifacts, "put", lambda *of: happened.append("stored") or put(*of))
+    monkeypatch.setattr(Explainer, "_of_class", lambda *of: happened.append("made") or of_class(*of))
+    job = ask(GOOD, explain="all")
+    happened.clear()
+    predict_chunk(held(resources, job))
+    made = [place for place, what in enumerate(happened) if what == "made"]
+    assert len(made) == len(CLASSES)
+    assert all(happened[place + 1] == "stored" for place in made)
 
 
 def test_after_an_attempt_that_died_the_explanation_waits_for_the_result(ask: Ask, resources: Resources) -> None:
@@ -255,14 +392,26 @@ def test_what_is_written_when_a_unit_is_interrupted_stays(
     assert set(explained(resources, job)) == {0, 1, 2}
 
 
-def test_a_cancelled_batch_keeps_what_is_explained(ask: Ask, resources: Resources, sessions: Sessions) -> None:
-    job = ask(GOOD, kind=JobKind.PREDICT_BATCH, explain=True)
+def test_a_cancelled_batch_keeps_what_is_explained(
+    ask: Ask, resources: Resources, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "WRITE_EVERY", 0.0)
+    scans = [encode(make_pixels(seed, 30, 30)) for seed in range(3)]
+    job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain=True)
     predict_chunk(held(resources, job))
     cancelled = held(resources, job)
-    cancelled.interrupt(CancelRequested())
+    keep = explain.explanations.keep
+
+    def kept(session: Session, held: Claim, made: list[Any]) -> None:
+        keep(session, held, made)
+        if made:
+            cancelled.interrupt(CancelRequested())
+
+    monkeypatch.setattr(explain.explanations, "keep", kept)
     with pytest.raises(CancelRequested):
         explain_results(cancelled)
     cancelled.end(CancelRequested())
+    assert set(explained(resources, job)) == {0}
     assert state_of(resources, job)[1] in CLASSES
     with sessions.begin() as session:
         assert len(session.scalars(select(Unit).where(Unit.job_id == job.id)).all()) == 2

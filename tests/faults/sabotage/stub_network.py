@@ -32,6 +32,9 @@ class ScanInput:
     source: bytes | Path | Callable[[], bytes | Path]
 
 
+KeptScan = ScanInput
+
+
 @dataclass(frozen=True)
 class Prediction:
     """As in ml.predict."""

@@ -1,0 +1,91 @@
+"""A prediction is of the version that its job was pinned to when it was submitted, whoever is champion by now."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from sqlalchemy import select
+
+from jobs import registry
+from jobs.gate import Policy
+from jobs.registry import NewModel
+from jobs.states import JobKind
+from jobs.submission import NewJob, NewResult, submit
+from jobs.tables import How, Job, ModelVersion, ScanResult
+from ml import network
+from ml.network import Model
+from ml.predict import Predictor, ScanInput
+from ml.transforms import Transform
+from tests import builders
+from tests.builders import TENANT
+from tests.ml.builders import CLASSES, encode, make_pixels
+from worker.predict import predict_chunk
+from worker.resources import Resources
+from worker.running import Held
+
+SCAN = encode(make_pixels(1, 40, 60, bright=True))
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of two small networks that disagree."""
+    paths = [tmp_path_factory.mktemp("pinned") / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        model = Model(network.build(2, 0, "vgg16", "gap"), CLASSES, Transform(32, 32), {}, "vgg16", "gap")
+        with torch.no_grad():
+            model.last_linear.bias[1] = 4 * seed - 2  # one sees tumours nearly nowhere, the other nearly everywhere
+        network.save(model, path)
+    return paths
+
+
+def version_of(resources: Resources, weights: Path) -> ModelVersion:
+    """The next version, with that network."""
+    blob = resources.artifacts.put_file(weights)
+    with resources.sessions.begin() as session:
+        held = builders.claim(session, builders.units_of(session, builders.make_job(session))[0])
+        return registry.add(session, held, NewModel(blob.sha256, list(CLASSES), {}, {}, None, None), Policy())
+
+
+def submitted(resources: Resources, kind: JobKind, model: ModelVersion) -> Job:
+    """A prediction of the scan by this version."""
+    sha256 = resources.artifacts.put(io.BytesIO(SCAN)).sha256
+    new = NewJob(TENANT, kind, builders.LANES[kind], model_id=model.id, model_version=model.version)
+    with resources.sessions.begin() as session:
+        return submit(session, new, [NewResult(builders.make_scan(session, sha256=sha256).id)], 10)
+
+
+def promote(resources: Resources, model: ModelVersion) -> None:
+    """Make it the champion."""
+    with resources.sessions.begin() as session:
+        registry.lock(session, TENANT)
+        registry.crown(session, session.get_one(ModelVersion, model.id), How.REQUEST, None)
+
+
+def stored(resources: Resources, job_id: uuid.UUID) -> dict[str, float]:
+    """The result's probabilities."""
+    with resources.sessions.begin() as session:
+        return session.scalars(select(ScanResult.probabilities).where(ScanResult.job_id == job_id)).one() or {}
+
+
+@pytest.mark.usefixtures("sessions")
+@pytest.mark.parametrize("kind", [JobKind.PREDICT, JobKind.PREDICT_BATCH])
+def test_a_later_champion_does_not_predict_in_place_of_the_pinned_version(
+    resources: Resources, networks: list[Path], kind: JobKind
+) -> None:
+    first, second = (version_of(resources, path) for path in networks)
+    promote(resources, first)
+    job = submitted(resources, kind, first)
+    promote(resources, second)
+    with resources.sessions.begin() as session:
+        champion = registry.find_champion(session, TENANT)
+        assert champion is not None
+        assert champion.version == second.version
+        held = Held(builders.claim(session, builders.units_of(session, job)[0]), resources)
+    predict_chunk(held)
+    ours, theirs = (next(Predictor.load(path).predict([ScanInput("a", SCAN)])).probabilities for path in networks)
+    assert ours["Tumor"] < 0.2 < 0.8 < theirs["Tumor"]
+    assert stored(resources, job.id) == pytest.approx(ours, abs=1e-4)
