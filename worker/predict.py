@@ -146,27 +146,26 @@ def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
 
 
 def _scans(held: Held, chunk: Chunk, folder: Path, kind: type[ScanInput]) -> list[ScanInput]:
-    """The chunk's scans, each brought when it is looked at; its id is its place."""
-    bringing = (partial(bring, held.resources, wanted, folder) for wanted in chunk.scans)
-    return [kind(str(place), source) for place, source in enumerate(bringing)]
+    """The chunk's scans, each brought when it is looked at; its id is its first ordinal in the job."""
+    return [kind(str(wanted.ordinals[0]), partial(bring, held.resources, wanted, folder)) for wanted in chunk.scans]
 
 
 def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, scans: Sequence[ScanInput]) -> Iterator[ScanOutcome]:
     judge = Judge.of(held.resources.settings, chunk.classes, predictor.engine.name)
     known = _known(held, chunk, judge.engine)
-    left: list[ScanInput] = []
+    left: dict[str, tuple[ScanInput, Wanted]] = {}
     for wanted, scan in zip(chunk.scans, scans, strict=True):
         found = known.get(wanted.scan_id) if wanted.scan_id else None
         if found is None:
-            left.append(scan)
+            left[scan.id] = scan, wanted
         else:
             yield from _alike(wanted, judge.of_known(found))
     reported = time.monotonic()
-    for prediction in predictor.predict(left):
+    for prediction in predictor.predict([scan for scan, _ in left.values()]):
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
             held.report()
-        yield from _alike(chunk.scans[int(prediction.id)], judge.of_prediction(prediction))
+        yield from _alike(left[prediction.id][1], judge.of_prediction(prediction))
 
 
 def _known(held: Held, chunk: Chunk, engine: str) -> dict[uuid.UUID, Known]:
