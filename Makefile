@@ -55,7 +55,7 @@ test: setup ## Lint, then all tests: the fast ones first.
 	  closing+=("$$(tail -n 1 "$$log")"); }; \
 	closing=(); \
 	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
-	beside=(-n 2 --dist loadgroup); \
+	beside=(-n 2 --dist loadfile); \
 	tests "not slow and not faults" "$${beside[@]}"; tests "faults and not slow"; \
 	tests "slow and not faults and not long" "$${beside[@]}"; \
 	printf '\n'; \

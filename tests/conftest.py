@@ -5,7 +5,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from alembic import command
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run beside each other (`-n 2 --dist loadgroup`): one file in one process, with its fixtures; and all
-    that speak to the one whole stack, with its one training."""
-    for item in items:
-        whole_stack = item.path.parent.name == "e2e"
-        item.add_marker(pytest.mark.xdist_group("e2e" if whole_stack else str(item.path)))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run beside each other (`-n 2`): one file in one process, with its fixtures; and all that speak to the
+    one whole stack, with its one training. Not by xdist's groups, which pytest 9.2 silently ignores (pytest-xdist
+    #1386): each process then made the fixtures of each file, two stacks and two trainings among them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "e2e" if "/e2e/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
