@@ -9,6 +9,7 @@ from typing import Any
 import litserve
 import numpy as np
 
+from ml.engines import outputs_of
 from ml.images import decode
 from ml.predict import Predictor
 
@@ -29,8 +30,9 @@ class Api(litserve.LitAPI):
         return np.stack(inputs)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Probabilities of a batch."""
-        return self.predictor.calibration.probabilities(np.concatenate(list(self.predictor.logits([x]))))
+        """Probabilities of a batch, which takes both of the engine's streams; behind the logits is the descriptor."""
+        logits = outputs_of(self.predictor.engine, x)[:, : len(self.predictor.classes)]
+        return self.predictor.calibration.probabilities(logits)
 
     def unbatch(self, output: np.ndarray) -> list[list[float]]:
         """One answer a request."""
