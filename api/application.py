@@ -17,10 +17,10 @@ from api import (
     health,
     jobs,
     keys,
+    metrics,
     models,
     pages,
     problems,
-    prometheus,
     resumable,
     scans,
     telemetry,
@@ -36,7 +36,7 @@ from jobs.db import session_factory
 from jobs.settings import Settings
 
 BLUEPRINTS = (
-    jobs, truths, datasets, scans, resumable, models, drift, keys, webhooks, health, prometheus, compat, pages,
+    jobs, truths, datasets, scans, resumable, models, drift, keys, webhooks, health, metrics, compat, pages,
 )  # fmt: skip
 NOBODY = uuid.UUID(int=0)
 

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session
 
 from api.services import services, tenant, transaction
-from jobs import drift, load, registry
+from jobs import drift, in_queue, registry
 from jobs.drift import Drift
 
 DAYS = 30
@@ -40,7 +40,7 @@ def exposition(accept: str) -> tuple[bytes, str]:
 def _queue(session: Session) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("renalq_jobs", "Jobs that have not ended.", labels=["state"])
     units = GaugeMetricFamily("renalq_units", "Units of work that have not ended.", labels=["state"])
-    for gauge, counted in ((jobs, load.jobs(session, tenant())), (units, load.units(session, tenant()))):
+    for gauge, counted in ((jobs, in_queue.jobs(session, tenant())), (units, in_queue.units(session, tenant()))):
         for state, number in counted.items():
             gauge.add_metric([state], number)
     yield from (jobs, units)

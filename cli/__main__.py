@@ -6,7 +6,10 @@ import sys
 
 import click
 
-from cli import commands, models, registry
+from cli import commands
+from cli.datasets import datasets
+from cli.keys import keys
+from cli.models import models
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,7 +53,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*commands.ALL, *models.ALL, *registry.ALL):
+for _command in (*commands.ALL, models, datasets, keys):
     main.add_command(_command)
 
 

@@ -185,6 +185,3 @@ def _written(answer: requests.Response, file: Path) -> str:
     except requests.RequestException as error:
         raise click.ClickException(f"The download broke off: {error}. Start it again.") from error
     return digest.hexdigest()
-
-
-ALL: tuple[click.Command, ...] = (models,)
