@@ -100,11 +100,11 @@ def png(width: int = 8, height: int = 8, shade: int = 0, declared: tuple[int, in
 
 
 def zipped(members: dict[str, bytes] | list[tuple[str, bytes]], compress: bool = True) -> bytes:
-    """A zip."""
+    """A zip: the same bytes for the same members, whatever the clock says."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
         for name, data in members.items() if isinstance(members, dict) else members:
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data, archive.compression)
     return content.getvalue()
 
 
