@@ -68,7 +68,7 @@ def idempotent(again: Again | None = None, secrets: Sequence[str] = ()) -> Calla
 
 def key() -> str | None:
     """What the new job must bear: the hash of the request's key, or None without one."""
-    return getattr(g, "idempotency_key", None)
+    return g.idempotency_held[0].key_sha256 if "idempotency_held" in g else None
 
 
 def bear(session: Session, made_id: uuid.UUID) -> None:
@@ -86,7 +86,7 @@ def _once(call: Callable[[], Any], keyed: Keyed, again: Again | None, secrets: S
     after_this_request(partial(_keep, keyed, found, secrets))
     if found.made_id is not None and again is not None:
         return _replayed(again(found.made_id))
-    g.idempotency_key, g.idempotency_held = keyed.key_sha256, (keyed, found)
+    g.idempotency_held = keyed, found
     try:
         return call()
     except IntegrityError as error:

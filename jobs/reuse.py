@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
 from jobs.states import ResultState
 from jobs.tables import Job, ScanResult
+
+COMPUTED = and_(ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached)
+"""In the very words of the index ix_scan_results_computed: for `cached IS false` Postgres reads the whole table."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,5 @@ def _equal(model_id: uuid.UUID, engine: str, scan_ids: Sequence[uuid.UUID]) -> A
         ScanResult.ood_score,
         ScanResult.reason,
     )
-    # NOT cached, as the index has it: for `cached IS false` Postgres reads the whole table.
-    computed = ScanResult.scan_id.in_(scan_ids), ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached
-    alike = ScanResult.engine == engine, Job.model_id == model_id
-    return select(*found).join(Job, Job.id == ScanResult.job_id).where(*computed, *alike)
+    alike = ScanResult.scan_id.in_(scan_ids), ScanResult.engine == engine, Job.model_id == model_id
+    return select(*found).join(Job, Job.id == ScanResult.job_id).where(COMPUTED, *alike)

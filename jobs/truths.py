@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Date, cast, func, select
+from sqlalchemy import Date, cast, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
@@ -17,6 +17,7 @@ from jobs import expiry
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
 from jobs.prediction_counts import REJECTED
 from jobs.queries import JobView, classes, require_prediction
+from jobs.reuse import COMPUTED
 from jobs.states import ResultState
 from jobs.tables import ModelVersion, ScanResult, Truth
 
@@ -104,14 +105,8 @@ def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
 def _computed(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> ScanResult | None:
     """Found by the index of what was computed, as most results are. No limit and no order: for the sake of either
     Postgres might rather read the whole job."""
-    mine = select(ScanResult).where(*_computed_of(scan_id), ScanResult.job_id == job_id)
+    mine = select(ScanResult).where(COMPUTED, ScanResult.scan_id == scan_id, ScanResult.job_id == job_id)
     return min(session.scalars(mine), key=lambda result: result.ordinal, default=None)
-
-
-def _computed_of(scan_id: uuid.UUID) -> list[ColumnElement[bool]]:
-    """Results of the scan in the very words of the index ix_scan_results_computed: Postgres does not take it for
-    `cached IS false`."""
-    return [ScanResult.scan_id == scan_id, ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached]
 
 
 def _any_result(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> ScanResult | None:
@@ -125,8 +120,9 @@ def _patient(session: Session, tenant_id: str, scan_id: uuid.UUID, result: ScanR
     one that an earlier truth was told of."""
     if result.patient is not None:
         return result.patient
-    others = select(ScanResult.patient).where(*_computed_of(scan_id), ScanResult.tenant_id == tenant_id)
-    latest_keyed = others.where(ScanResult.patient.is_not(None)).order_by(ScanResult.finished_at.desc()).limit(1)
+    others = select(ScanResult.patient).where(COMPUTED, ScanResult.scan_id == scan_id)
+    keyed = others.where(ScanResult.tenant_id == tenant_id, ScanResult.patient.is_not(None))
+    latest_keyed = keyed.order_by(ScanResult.finished_at.desc()).limit(1)
     return session.scalar(latest_keyed) or _told_patient(session, tenant_id, scan_id)
 
 

@@ -35,8 +35,6 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 SMALL_BATCH = 4
 """Images for one call where a core has no matrix unit. There 1 to 16 are equally fast (14.8 a second in bf16),
 and whoever wants the device in between, such as an urgent scan, waits for a batch: 0.5 s, not 2.4."""
-
-
 STREAMS = 2
 """Batches that OpenVINO takes at the same time, each on its share of the cores."""
 
