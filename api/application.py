@@ -9,34 +9,32 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
-from api import (
-    auth,
-    compat,
+from api.http import auth, problems, request_log
+from api.http.body_spool import INCOMING, MAX_PARTS, UploadRequest
+from api.http.change_listener import Changes
+from api.http.context import EXTENSION, Services
+from api.http.fields import VERSION, parse_uuid
+from api.resources import (
     datasets,
     drift,
+    feedback,
     health,
-    jobs,
     keys,
+    legacy,
     metrics,
     models,
     pages,
-    problems,
-    resumable,
     scans,
-    telemetry,
-    truths,
+    uploads,
     webhooks,
 )
-from api.changes import Changes
-from api.fields import VERSION, parse_uuid
-from api.services import EXTENSION, Services
-from api.uploads import INCOMING, MAX_PARTS, UploadRequest
-from jobs.artifacts import Artifacts
+from api.resources.jobs import routes
 from jobs.db import session_factory
 from jobs.settings import Settings
+from jobs.storage.blobs import Artifacts
 
 BLUEPRINTS = (
-    jobs, truths, datasets, scans, resumable, models, drift, keys, webhooks, health, metrics, compat, pages,
+    routes, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, legacy, pages,
 )  # fmt: skip
 NOBODY = uuid.UUID(int=0)
 
@@ -82,7 +80,7 @@ def build(settings: Settings) -> Flask:
     app.url_map.converters["id"] = IdConverter
     app.url_map.converters["version"] = VersionConverter
     app.extensions[EXTENSION] = _services(settings)
-    telemetry.register(app)
+    request_log.register(app)
     auth.register(app)
     problems.register(app)
     app.after_request(_bare)

@@ -15,7 +15,7 @@ worker_connections = 4 * threads
 keepalive = 30
 graceful_timeout = 8
 timeout = 60
-accesslog = None  # api/telemetry.py writes a line without anything of a patient
+accesslog = None  # api/http/request_log.py writes a line without anything of a patient
 loglevel = "warning"
 control_socket_disable = True  # nobody speaks to it, and it would write a socket into the home folder
 # Heartbeats into memory: a full or slow disk must not make the arbiter kill a living worker.

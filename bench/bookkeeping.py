@@ -25,10 +25,11 @@ from rich.table import Table
 from bench.predict import Use, watched
 from bench.train import ROOT, machine
 from bench.turns import start
-from ml import network
-from ml.admission import whole
-from ml.engines import open_engine, outputs_of
-from ml.transforms import Transform
+from ml.image.engines.admission import whole
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import open_engine
+from ml.image.networks import network
+from ml.image.pixels.transforms import Transform
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import batch, words
 from tests.processes import Stack

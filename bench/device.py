@@ -26,14 +26,15 @@ from torch import nn
 
 from bench.predict import make_scans
 from bench.train import ROOT, machine
-from ml import network
-from ml.ahead import ahead
-from ml.architectures import ARCHITECTURES, cut
-from ml.augmentation import Augment
-from ml.engines import device_has_bf16, open_engine, outputs_of
-from ml.images import decode
-from ml.learning import device
-from ml.transforms import Transform
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import device_has_bf16, open_engine
+from ml.image.learning.learner import device
+from ml.image.networks import network
+from ml.image.networks.architectures import ARCHITECTURES, cut
+from ml.image.pixels.augmentation import Augment
+from ml.image.pixels.decoding import decode
+from ml.image.pixels.transforms import Transform
+from ml.runtime.prefetch import ahead
 
 OUT = ROOT / "bench" / "out" / "device.json"
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.train import ROOT, machine
-from cli.plans import free_port
-from ml import phantom_files
+from cli.stack.server_plan import free_port
+from ml.synthetic import phantom_files
 
 OUT = ROOT / "bench" / "out" / "explain.json"
 BOUND = 4.0

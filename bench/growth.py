@@ -26,12 +26,13 @@ from sqlalchemy import select, text
 from sqlalchemy.engine import make_url
 
 from bench.train import ROOT, machine
-from cli.postgres import create_database
-from cli.servers import embedded_postgres
-from jobs import doorbells, lifecycle, places, queries
+from cli.stack.embedded import embedded_postgres
+from cli.stack.postgres import create_database
 from jobs.db import Sessions, forgetful_sessions, session_factory
+from jobs.queue import dispatch, leases, lifecycle, position
+from jobs.queue.submission import NewJob, submit
+from jobs.results import queries
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, submit
 from jobs.tables import Unit
 
 OUT = ROOT / "bench" / "out" / "growth.json"
@@ -138,8 +139,8 @@ def _ask(queue: Queue, number: int) -> None:
     new = NewJob("tenant-1", JobKind.INGEST, Lane.BATCH)
     tenant = "tenant-" + "01234"[number % 5]
     timed("submit", queue.sessions, lambda session: submit(session, new))
-    timed("look", single, lambda session: doorbells.look(session, 15, 4, 15))
-    held = timed("claim", single, lambda session: lifecycle.claim(session, unit_id, "bench", 45))
+    timed("look", single, lambda session: dispatch.look(session, 15, 4, 15))
+    held = timed("claim", single, lambda session: leases.claim(session, unit_id, "bench", 45))
     timed("end", queue.sessions, lambda session: lifecycle.succeed(session, held))
     with queue.sessions() as session:
         tenant = session.scalar(text("SELECT tenant_id FROM jobs WHERE id = :id"), {"id": job_id})
@@ -149,19 +150,19 @@ def _ask(queue: Queue, number: int) -> None:
 def _plans(queue: Queue) -> dict[str, list[str]]:
     """The plans, on a connection on which all statements have been prepared."""
     with queue.sessions.begin() as session:
-        doorbells.look(session, 15, 4, 15)
-        lifecycle.claim_next(session, Lane.BATCH, "bench", 45)
-        held = lifecycle.claim(session, queue.unit_ids[-1], "bench", 45)
+        dispatch.look(session, 15, 4, 15)
+        leases.claim_next(session, Lane.BATCH, "bench", 45)
+        held = leases.claim(session, queue.unit_ids[-1], "bench", 45)
         assert held is not None
         lifecycle.succeed(session, held)
         found = {name: list(session.scalars(text("EXPLAIN " + question))) for name, question in PLANS.items()}
         asked = {"ids": [queue.job_ids[-1]]}
-        found["status poll"] = list(session.scalars(text("EXPLAIN " + places.PLACES.text), _with_bounds(asked)))
+        found["status poll"] = list(session.scalars(text("EXPLAIN " + position.PLACES.text), _with_bounds(asked)))
     return found
 
 
 def _with_bounds(asked: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: bound.value for name, bound in places.PLACES._bindparams.items() if bound.value}, **asked}
+    return {**{name: bound.value for name, bound in position.PLACES._bindparams.items() if bound.value}, **asked}
 
 
 def compared(

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.train import ROOT, data_of, machine
-from cli.client import Client, Job, Json
-from cli.demo import ready_client, running_stack
-from ml.params import NETWORKS
+from cli.client.rest import Client, Job, Json
+from cli.commands.demo import ready_client, running_stack
+from ml.spec.image import NETWORKS
 
 OUT = ROOT / "bench" / "out" / "networks.json"
 COMMON: Json = {"weights": "none", "augmentation": False, "learning_rate": 0.01}

@@ -1,4 +1,5 @@
-"""Our side of bench.train: all four stages of `ml.stages` on a zip: `python -m bench.ours ZIP PARAMS FOLDER`."""
+"""Our side of bench.train: all four stages of `ml.image.stages.stages` on a zip: `python -m bench.ours ZIP PARAMS
+FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ import resource
 import sys
 from pathlib import Path
 
-from ml import stages
-from ml.config import PipelineConfig
-from ml.events import Epoch, Evaluated, Event
-from ml.params import load_params
+from ml.image.stages import stages
+from ml.runtime.config import PipelineConfig
+from ml.runtime.events import Epoch, Evaluated, Event
+from ml.spec.image import load_params
 
 
 def main(archive: str, params_path: str, folder: str) -> None:

@@ -22,10 +22,10 @@ from rich.console import Console
 from sqlalchemy import Engine, event, text
 
 from api import create_app
-from api.services import EXTENSION
+from api.http.context import EXTENSION
 from bench.growth import compared, migrated
 from bench.train import ROOT
-from cli.servers import embedded_postgres
+from cli.stack.embedded import embedded_postgres
 from jobs import keys, logs
 from jobs.settings import Settings
 

@@ -23,11 +23,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ml.archives import extract_zip
-from ml.data import check_dataset
-from ml.metrics import Judged, score
-from ml.splits import split_scans
-from ml.torchvision_ops import torchvision
+from ml.evaluation.metrics import Judged, score
+from ml.image.dataset.scans import check_dataset
+from ml.image.dataset.splits import split_scans
+from ml.runtime.archives import extract_zip
+from ml.runtime.torchvision_ops import torchvision
 
 LOADERS = 2
 
@@ -46,7 +46,7 @@ class Scans(Dataset):
 
 
 class Standardized(nn.Module):
-    """(x - mean) / std of the first batch of features, as ml.standardization has it of all of them."""
+    """(x - mean) / std of the first batch of features, as ml.image.learning.standardization has it of all of them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,18 +40,18 @@ from rich.table import Table
 
 from bench.train import ROOT, machine
 from bench.turns import keep, register, start
-from cli.plans import free_port
-from cli.servers import embedded_redis
-from jobs import places
+from cli.stack.embedded import embedded_redis
+from cli.stack.server_plan import free_port
+from jobs.queue import position
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, NewResult, submit
-from ml import network
-from ml.admission import SEEN, whole
-from ml.engines import engine_name, forms
-from ml.graphs import graph_of, ranges_of
-from ml.phantom import generate
-from ml.phantom_files import windowed
-from ml.transforms import Transform
+from ml.image.engines.admission import SEEN, whole
+from ml.image.engines.engines import engine_name, forms
+from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.networks import network
+from ml.image.pixels.transforms import Transform
+from ml.synthetic.phantom import generate
+from ml.synthetic.phantom_files import windowed
 from tests.processes import Stack, eventually
 
 OUT = ROOT / "bench" / "out" / "predict.json"
@@ -221,7 +221,7 @@ def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.
     """Seconds from the submit to the job's end, by Postgres' clock."""
     with processes.sessions.begin() as session:
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version[0], model_version=version[1])
-        size = chunk or places.chunk(session, Lane.BATCH, processes.settings)
+        size = chunk or position.chunk(session, Lane.BATCH, processes.settings)
         job = submit(session, new, [NewResult(scan_id) for scan_id in ids], size)
     while processes.job(job.id).finished_at is None:  # who looks more often takes some of the cores away
         time.sleep(LOOK_SECONDS)

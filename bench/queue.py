@@ -30,10 +30,10 @@ from sqlalchemy.engine import make_url
 
 from bench.empty import ADDRESS
 from bench.train import ROOT, machine
-from cli.servers import embedded_postgres, embedded_redis
+from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import Sessions, session_factory
+from jobs.queue.submission import NewJob, submit
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, submit
 
 OUT = ROOT / "bench" / "out" / "queue.json"
 BOUND = 1.5

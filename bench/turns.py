@@ -24,18 +24,20 @@ from rich.table import Table
 from sqlalchemy import select
 
 from bench.train import ROOT, machine
-from cli.servers import embedded_postgres, embedded_redis
-from jobs import doorbells, lifecycle, registry
-from jobs.artifacts import Artifacts
+from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import make_engine, session_factory
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import dispatch, leases, lifecycle
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Job, ModelVersion, Scan, Unit
-from ml import network, phantom_files
-from ml.transforms import Transform
+from ml.image.networks import network
+from ml.image.pixels.transforms import Transform
+from ml.synthetic import phantom_files
 from tests.conftest import alembic_config
 from tests.processes import Stack, eventually, stack
 
@@ -97,7 +99,7 @@ def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]
     with processes.sessions.begin() as session:
         job = submit(session, NewJob(tenant, JobKind.TRAIN, Lane.TRAIN))
         unit = session.scalars(select(Unit).where(Unit.job_id == job.id)).one()
-        held = lifecycle.claim(session, unit.id, "bench", 45)
+        held = leases.claim(session, unit.id, "bench", 45)
         assert held is not None
         scores = {"f1": 1.0, "recall": 1.0, "ece": 0.0, "ece_chance": 0.0}
         new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, scores, None, None)
@@ -168,7 +170,7 @@ def _measure(processes: Stack, scans: dict[str, list[uuid.UUID]], rounds: int) -
         assert urgent.started_at is not None
         found["urgent_starts"].append((urgent.started_at - urgent.created_at).total_seconds())
     with processes.sessions() as session:
-        found["chunk"].append(doorbells.pace(session)[Lane.BATCH])
+        found["chunk"].append(dispatch.pace(session)[Lane.BATCH])
     assert processes.job(large.id).finished_at is None, "it was meant to be in the way"
     with processes.sessions.begin() as session:
         lifecycle.cancel(session, A, large.id)

@@ -29,9 +29,9 @@ from rich.table import Table
 from bench.predict import watched
 from bench.train import ROOT, machine
 from bench.turns import start
-from cli.client import Client
-from cli.plans import LOOPBACK, free_port
-from cli.sending import Onlooker, Upload, uploaded
+from cli.client.rest import Client
+from cli.client.uploads import Onlooker, Upload, uploaded
+from cli.stack.server_plan import LOOPBACK, free_port
 from jobs import keys
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage

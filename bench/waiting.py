@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.train import ROOT
-from cli import launch, services
-from cli.plans import LOOPBACK, free_port
-from cli.servers import embedded_postgres
+from cli.stack import launch, services
+from cli.stack.embedded import embedded_postgres
+from cli.stack.server_plan import LOOPBACK, free_port
 from jobs import keys
 from jobs.db import session_factory
 

@@ -6,10 +6,10 @@ import sys
 
 import click
 
-from cli import commands
-from cli.datasets import datasets
-from cli.keys import keys
-from cli.models import models
+from cli.commands import jobs
+from cli.commands.datasets import datasets
+from cli.commands.keys import keys
+from cli.commands.models import models
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,8 +24,8 @@ def up(flower: bool, mlflow: bool) -> None:
     """Start everything on this machine; Ctrl-C stops it."""
     from rich.console import Console
 
-    from cli.devstack import Options, up
-    from cli.launch import CannotStartError
+    from cli.stack.launch import CannotStartError
+    from cli.stack.up import Options, up
 
     try:
         sys.exit(up(Options(flower=flower, mlflow=mlflow), Console()))
@@ -39,21 +39,21 @@ def demo(keep: bool) -> None:
     """Make synthetic CT, train on it, predict ten new scans; all in a stack of its own."""
     from rich.console import Console
 
-    from cli.demo import demo
+    from cli.commands.demo import demo
 
     sys.exit(demo(Console(), keep))
 
 
 @main.command()
-@commands.as_json
+@jobs.as_json
 def doctor(as_json: bool) -> None:
     """Say what is here, and what to do about what is not."""
-    from cli.doctor import doctor
+    from cli.stack.doctor import doctor
 
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*commands.ALL, models, datasets, keys):
+for _command in (*jobs.ALL, models, datasets, keys):
     main.add_command(_command)
 
 

@@ -1,11 +1,12 @@
 """Engine, sessions, and the declarative base with the naming convention of constraints."""
 
+import datetime as dt
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import CursorResult, MetaData, create_engine
+from sqlalchemy import ColumnElement, CursorResult, MetaData, create_engine, func
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
@@ -138,3 +139,12 @@ class Notifications:
         payloads = [notice.payload for notice in self._connection.notifies]
         self._connection.notifies.clear()
         return payloads
+
+
+NOW = func.clock_timestamp()
+"""Only Postgres' clock decides."""
+
+
+def seconds(value: Any) -> ColumnElement[dt.timedelta]:
+    """A Postgres interval of so many seconds."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, value)

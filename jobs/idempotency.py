@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from jobs.bookkeeping import NOW, seconds
+from jobs.db import NOW, seconds
 from jobs.errors import IdempotencyConflict, IdempotencyInFlight
 from jobs.tables import IdempotencyKey, Job
 

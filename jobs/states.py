@@ -1,6 +1,6 @@
 """The words that jobs, units and results are described in, and the moves that are legal.
 
-Every state is one lower-case word of text, the same in Postgres, in JSON and in Python. `jobs/tables.py` turns
+Every state is one lower-case word of text, the same in Postgres, in JSON and in Python. `jobs/tables` turns
 `TERMINAL` and `Lane` into CHECK constraints, so that the database refuses what is not written here.
 """
 
@@ -14,6 +14,10 @@ class JobKind(StrEnum):
     PREDICT = "predict"  # one scan, somebody waits for it
     PREDICT_BATCH = "predict_batch"
     INGEST = "ingest"  # check an uploaded dataset
+
+
+PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
+"""Kinds of jobs that have a result for each scan."""
 
 
 class Lane(StrEnum):
@@ -82,4 +86,4 @@ TRANSITIONS: dict[UnitState, frozenset[UnitState]] = {
     UnitState.FAILED: frozenset(),
     UnitState.CANCELLED: frozenset(),
 }
-"""The legal moves of a unit. A trigger in Postgres refuses any other (see `jobs/tables.py`)."""
+"""The legal moves of a unit. A trigger in Postgres refuses any other (see `jobs/tables`)."""

@@ -1,4 +1,4 @@
-"""What jobs itself reads of a training's parameters. Their schema is `ml.params`; the API has the same one."""
+"""What jobs itself reads of a training's parameters. Their schema is `ml.spec.image`; the API has the same one."""
 
 import re
 

@@ -7,7 +7,7 @@ check FOLDER_OR_ZIP  what a dataset holds and what is wrong with it
 phantom …            synthetic CT to try it with
 
 `python -m ml COMMAND --help` tells the options of each; that of train also has examples, and all parameters.
-With --events, stdout carries one JSON object a line (ml.events) and nothing else; logs go to stderr.
+With --events, stdout carries one JSON object a line (ml.runtime.events) and nothing else; logs go to stderr.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO, TypeAlias
 
-from ml.config import CheckpointPlan
-from ml.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
-from ml.events import STAGES, Emit, Event, Failed, to_json
-from ml.options import USUAL_CONFIG, USUAL_OUT, USUAL_PARAMS, config_of, params_of, training_help
+from ml.command.options import USUAL_CONFIG, USUAL_OUT, USUAL_PARAMS, config_of, params_of, training_help
+from ml.runtime.config import CheckpointPlan
+from ml.runtime.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
+from ml.runtime.events import STAGES, Emit, Event, Failed, to_json
 
 log = logging.getLogger("ml")
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 after a `failed` event, or 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["phantom"]:
-        from ml import phantom_files
+        from ml.synthetic import phantom_files
 
         return phantom_files.main(arguments[1:]) or 0
     parsed = _parser().parse_args(arguments)
@@ -133,7 +133,7 @@ def _pipeline(parsed: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if parsed.events:
         return _run(parsed, _json_lines(_own_stdout()))
-    from ml.console import Console
+    from ml.command.console import Console
 
     with Console() as console:
         return _run(parsed, console.show)
@@ -155,9 +155,9 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
     # Before torch is imported: who has misspelt an option need not wait for it.
     config, params = config_of(parsed.config, parsed.data, parsed.out), params_of(parsed.params, parsed.settings)
 
-    from ml import stages
-    from ml.cache import Cache
-    from ml.run import Run, Surroundings
+    from ml.image.stages import stages
+    from ml.image.stages.run import Run, Surroundings
+    from ml.runtime.cache import Cache
 
     around = Surroundings(
         weights_dir=Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None,
@@ -198,8 +198,8 @@ def _json_lines(stream: TextIO) -> Emit:
 
 
 def _predict(parsed: argparse.Namespace) -> int:
-    from ml.console import prediction_table
-    from ml.predict import Predictor, ScanInput
+    from ml.command.console import prediction_table
+    from ml.image.serving.predictor import Predictor, ScanInput
 
     try:
         predictor = Predictor.load(parsed.model)
@@ -211,9 +211,9 @@ def _predict(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    from ml.archives import extract_zip
-    from ml.console import dataset_table
-    from ml.data import check_dataset
+    from ml.command.console import dataset_table
+    from ml.image.dataset.scans import check_dataset
+    from ml.runtime.archives import extract_zip
 
     if parsed.dataset.is_dir():
         return dataset_table(check_dataset(parsed.dataset))

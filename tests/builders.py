@@ -6,13 +6,15 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import lifecycle, registry
-from jobs.evaluations import Measured
-from jobs.gate import Policy
-from jobs.lifecycle import Claim, ScanOutcome
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.comparison import Measured
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import leases, lifecycle
+from jobs.queue.leases import Claim
+from jobs.queue.lifecycle import ScanOutcome
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, JobState, Lane
-from jobs.submission import NewJob, NewResult, submit
 from jobs.tables import Dataset, Job, Json, ModelVersion, Scan, ScanResult, Unit, new_id
 
 TENANT = "default"
@@ -93,7 +95,7 @@ def units_of(session: Session, job: Job) -> list[Unit]:
 
 def claim(session: Session, unit: Unit, worker: str = "worker-a", lease: float = 45) -> Claim:
     """The unit, claimed; a refusal is a failed test."""
-    held = lifecycle.claim(session, unit.id, worker, lease)
+    held = leases.claim(session, unit.id, worker, lease)
     assert held is not None
     return held
 

@@ -13,7 +13,7 @@ from alembic.config import Config
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from cli.servers import embedded_postgres, embedded_redis
+from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import Sessions, make_engine, session_factory
 from jobs.settings import Settings
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from sqlalchemy import select
 
-from jobs import lifecycle
-from jobs.bookkeeping import ScanOutcome
 from jobs.db import Sessions
-from jobs.lifecycle import Claim
+from jobs.queue import lifecycle
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
 from jobs.states import JobState
 from jobs.tables import Job
 from tests import builders

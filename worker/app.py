@@ -69,7 +69,7 @@ app.conf.update(
     # … a tenth of a second later, so that no task waits for them.
     worker_consumer="worker.consumer:EventsLater",
     task_track_started=False,
-    # Our own JSON lines (worker/signals.py) instead of Celery's.
+    # Our own JSON lines (worker/execution/signals.py) instead of Celery's.
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
     timezone="UTC",

@@ -7,13 +7,13 @@ from typing import Any
 from celery import Task
 from sqlalchemy.orm import Session
 
-from jobs.bookkeeping import Claim
-from jobs.lifecycle import claim_next
+from jobs.queue.leases import Claim, claim_next
 from jobs.states import JobKind, Lane
 from worker.app import TASK_OF, TRACK, app, worker_name
-from worker.resources import resources
-from worker.running import Held, Verb, holding, running
-from worker.signals import draining
+from worker.execution.resources import resources
+from worker.execution.running import Verb, holding, running
+from worker.execution.signals import draining
+from worker.execution.unit import Held
 
 GOES_ON_SECONDS = 0.5
 """A task goes on with units that were promised to its worker for so long; then Flower sees another task."""
@@ -40,7 +40,7 @@ def ingest(self: "Task[Any, Any]", unit_id: str) -> None:
 @app.task(name=TRACK)
 def track() -> None:
     """Record in MLflow what it missed while it was away."""
-    from worker.catching_up import catch_up
+    from worker.tracking.backfill import catch_up
 
     catch_up(resources())
 
@@ -78,18 +78,18 @@ def _do(held: Held) -> None:
     trainings never loads torch."""
     match held.claim.kind:
         case JobKind.TRAIN:
-            from worker.train import run_training
+            from worker.handlers.train import run_training
 
             run_training(held)
         case JobKind.INGEST:
-            from worker.ingest import check_upload
+            from worker.handlers.ingest import check_upload
 
             check_upload(held)
         case _ if held.claim.explains:
-            from worker.explain import explain_results
+            from worker.handlers.explain import explain_results
 
             explain_results(held)
         case _:
-            from worker.predict import predict_chunk
+            from worker.handlers.predict import predict_chunk
 
             predict_chunk(held)

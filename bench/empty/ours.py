@@ -1,10 +1,11 @@
 """Our worker, with an ingest whose work is empty: the claim before it and the end after it are the real ones."""
 
 import worker.ingest
+
 from bench.empty import say_now
-from jobs import lifecycle
+from jobs.queue import lifecycle
 from worker.app import app
-from worker.running import Held
+from worker.execution.unit import Held
 
 __all__ = ["app"]
 
@@ -15,4 +16,4 @@ def empty(held: Held) -> None:
     held.finish(lambda session: lifecycle.succeed(session, held.claim))
 
 
-worker.ingest.check_upload = empty
+worker.handlers.ingest.check_upload = empty

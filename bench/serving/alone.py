@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ml import network
-from ml.admission import form_of, whole
-from ml.engines import open_engine, outputs_of
-from ml.images import decode
+from ml.image.engines.admission import form_of, whole
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import open_engine
+from ml.image.networks import network
+from ml.image.pixels.decoding import decode
 
 MODEL = Path(os.environ["BENCH_MODEL"])
 

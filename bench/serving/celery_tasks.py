@@ -8,7 +8,7 @@ from pathlib import Path
 
 from celery import Celery
 
-from ml.predict import Predictor, ScanInput
+from ml.image.serving.predictor import Predictor, ScanInput
 
 app = Celery("one-by-one", broker=os.environ["RENALQ_REDIS_URL"], backend=os.environ["RENALQ_REDIS_URL"])
 app.conf.update(worker_prefetch_multiplier=4, task_default_queue="one-by-one")

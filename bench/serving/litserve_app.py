@@ -9,9 +9,9 @@ from typing import Any
 import litserve
 import numpy as np
 
-from ml.engines import outputs_of
-from ml.images import decode
-from ml.predict import Predictor
+from ml.image.engines.base import outputs_of
+from ml.image.pixels.decoding import decode
+from ml.image.serving.predictor import Predictor
 
 
 class Api(litserve.LitAPI):

@@ -19,12 +19,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from api import create_app
-from api.services import EXTENSION
-from cli.plans import free_port
-from jobs import keys, lifecycle, registry
+from api.http.context import EXTENSION
+from cli.stack.server_plan import free_port
+from jobs import keys
 from jobs.db import Sessions
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
 from jobs.settings import Settings
 from jobs.tables import Job, ModelVersion
 from tests import builders

@@ -8,7 +8,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
-from api import auth
+from api.http import auth
 from jobs.keys import Scope
 from tests.api.conftest import Door
 

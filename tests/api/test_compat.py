@@ -15,14 +15,15 @@ from flask.testing import FlaskClient
 from sqlalchemy import select
 from werkzeug.test import TestResponse
 
-from api import create_app, waiting
-from api.services import EXTENSION
-from jobs import explanations
-from jobs.artifacts import Artifacts
-from jobs.bookkeeping import ScanOutcome
+from api import create_app
+from api.http import waiting
+from api.http.context import EXTENSION
 from jobs.db import Sessions
-from jobs.lifecycle import Claim
+from jobs.queue import explanations
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
 from jobs.settings import Settings
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Door, Finish, file, png

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from jobs import archives, datasets, lifecycle
-from jobs.archives import Limits
-from jobs.artifacts import Artifacts
+from jobs.datasets import catalog
 from jobs.db import Sessions
 from jobs.errors import BadArchive
+from jobs.queue import lifecycle
 from jobs.settings import Settings
 from jobs.states import JobState
+from jobs.storage import archives
+from jobs.storage.archives import Limits
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Job
 from tests import builders
 from tests.api.conftest import file, png, zipped
@@ -35,7 +37,7 @@ def check(sessions: Sessions, dataset: dict, problems: list[str]) -> None:
     job_id = uuid.UUID(dataset["job_id"])
     with sessions.begin() as session:
         held = builders.claim(session, builders.units_of(session, session.get_one(Job, job_id))[0])
-        datasets.finish_check(session, job_id, {"Normal": 1, "Tumor": 1}, None if problems else "d" * 64, problems)
+        catalog.finish_check(session, job_id, {"Normal": 1, "Tumor": 1}, None if problems else "d" * 64, problems)
         lifecycle.succeed(session, held)
 
 
@@ -61,7 +63,7 @@ def test_a_checked_dataset_shows_what_the_check_doubts(client: FlaskClient, sess
     job_id = uuid.UUID(dataset["job_id"])
     with sessions.begin() as session:
         held = builders.claim(session, builders.units_of(session, session.get_one(Job, job_id))[0])
-        datasets.finish_check(session, job_id, {"Normal": 1, "Tumor": 1}, "d" * 64, [], report)
+        catalog.finish_check(session, job_id, {"Normal": 1, "Tumor": 1}, "d" * 64, [], report)
         lifecycle.succeed(session, held)
     found = client.get(f"/datasets/{dataset['id']}").get_json()
     assert (found["state"], found["warnings"], found["report"]) == ("ready", report["warnings"], report)
@@ -91,7 +93,7 @@ def test_a_check_that_is_told_twice_changes_nothing(client: FlaskClient, session
     dataset = upload(client)
     check(sessions, dataset, [])
     with sessions.begin() as session:
-        datasets.finish_check(session, uuid.UUID(dataset["job_id"]), {}, None, ["late"])
+        catalog.finish_check(session, uuid.UUID(dataset["job_id"]), {}, None, ["late"])
     assert client.get(f"/datasets/{dataset['id']}").get_json()["state"] == "ready"
 
 
@@ -114,7 +116,7 @@ def test_bytes_are_freed_with_the_last_dataset_that_needs_them(
         check(sessions, dataset, [])
     store = Artifacts(settings.artifacts)
     with sessions.begin() as session:
-        sha256 = datasets.get(session, builders.TENANT, uuid.UUID(mine["id"])).dataset.archive_sha256
+        sha256 = catalog.get(session, builders.TENANT, uuid.UUID(mine["id"])).dataset.archive_sha256
     assert client.delete(f"/datasets/{mine['id']}").status_code == 204
     assert store.exists(sha256)
     assert stranger.delete(f"/datasets/{theirs['id']}").status_code == 204

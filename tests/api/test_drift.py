@@ -11,10 +11,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parsed
 from sqlalchemy import update
 
-from api import drift_picture, pictures
-from jobs import lifecycle
-from jobs.bookkeeping import ScanOutcome
+from api.views import charts, drift_chart
 from jobs.db import Sessions
+from jobs.queue import lifecycle
+from jobs.queue.outcomes import ScanOutcome
 from jobs.states import JobKind
 from jobs.tables import ModelVersion, PredictionCount, Truth
 from tests import builders
@@ -94,15 +94,15 @@ def test_a_truth_is_shown_also_on_a_day_without_counted_predictions(
 def test_the_picture_reaches_as_far_as_the_latest_truth(
     client: FlaskClient, sessions: Sessions, drifted: ModelVersion
 ) -> None:
-    last_of_three = (pictures.WIDTH - pictures.LEFT - pictures.RIGHT) / 3
-    right = pictures.WIDTH - pictures.RIGHT
+    last_of_three = (charts.WIDTH - charts.LEFT - charts.RIGHT) / 3
+    right = charts.WIDTH - charts.RIGHT
 
     def accuracy_is_seen() -> bool:
         picture = Image.open(io.BytesIO(client.get("/models/champion/drift?days=3", headers=PNG).data)).convert("RGB")
-        bottom = picture.height / pictures.SCALE - drift_picture.FOOT
-        today = (right - last_of_three, bottom - drift_picture.PANEL, right, bottom)
-        shown = picture.crop([round(at * pictures.SCALE) for at in today]).getcolors(2**24)
-        return bytes.fromhex(pictures.COLOURS[0][1:]) in {bytes(colour) for _, colour in shown}
+        bottom = picture.height / charts.SCALE - drift_chart.FOOT
+        today = (right - last_of_three, bottom - drift_chart.PANEL, right, bottom)
+        shown = picture.crop([round(at * charts.SCALE) for at in today]).getcolors(2**24)
+        return bytes.fromhex(charts.COLOURS[0][1:]) in {bytes(colour) for _, colour in shown}
 
     assert accuracy_is_seen()
     with sessions.begin() as session:
@@ -135,9 +135,9 @@ def test_the_picture_shows_the_figures_and_marks_what_has_drifted(
     answer = client.get("/models/champion/drift", headers=PNG)
     assert (answer.status_code, answer.mimetype) == (200, "image/png")
     picture = Image.open(io.BytesIO(answer.data))
-    assert picture.width == pictures.WIDTH * pictures.SCALE
+    assert picture.width == charts.WIDTH * charts.SCALE
     colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
-    assert {bytes.fromhex(colour[1:]) for colour in pictures.COLOURS[:2]} <= set(map(bytes, colours))
+    assert {bytes.fromhex(colour[1:]) for colour in charts.COLOURS[:2]} <= set(map(bytes, colours))
     for days in (1, 7, 365):
         assert client.get(f"/models/champion/drift?days={days}", headers=PNG).status_code == 200
 
@@ -148,7 +148,7 @@ def test_there_is_a_picture_also_of_nothing(client: FlaskClient, champion: Model
 
 @pytest.mark.parametrize(("most", "step"), [(0.5, 0.1), (1.0, 0.2), (0.53, 0.2), (7.0, 2.0), (26.0, 10.0)])
 def test_a_scale_has_few_round_steps(most: float, step: float) -> None:
-    assert drift_picture._step(most) == pytest.approx(step)
+    assert drift_chart._step(most) == pytest.approx(step)
 
 
 # --- Prometheus ---

@@ -11,8 +11,8 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from api import create_app
-from api.auth import public
-from api.uploads import JSON_BYTES
+from api.http.auth import public
+from api.http.body_spool import JSON_BYTES
 from jobs import logs
 from jobs.settings import Settings
 from tests.api.conftest import Door, file, png, zipped
@@ -220,7 +220,7 @@ def test_a_client_may_bring_its_own_request_id(client: FlaskClient) -> None:
 
 
 def test_ten_thousand_parts_need_no_memory_and_one_descriptor(settings: Settings) -> None:
-    from api.uploads import Spool
+    from api.http.body_spool import Spool
 
     spool = Spool(settings.home / "incoming")
     for number in range(1000):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from jobs import explanations, lifecycle
-from jobs.artifacts import Artifacts
 from jobs.db import Sessions
-from jobs.explanations import BLANK, HEATMAP, OVERLAY, name_of
+from jobs.queue import explanations, lifecycle
+from jobs.queue.explanations import BLANK, HEATMAP, OVERLAY, name_of
 from jobs.settings import Settings
 from jobs.states import JobKind
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.conftest import file, png

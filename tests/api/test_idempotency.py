@@ -258,7 +258,7 @@ def test_an_error_after_the_commit_makes_no_second_job(
         raise OperationalError("SELECT", {}, Exception("the connection is lost"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("api.waiting.job", gone)
+        patch.setattr("api.http.waiting.job", gone)
         assert_problem(client.post("/jobs/train", json=TRAIN, headers=KEY), 503, "UNAVAILABLE")
     assert count(sessions, Job) == 1
     other = client.post("/jobs/train", json={**TRAIN, "name": "b"}, headers=KEY)
@@ -272,10 +272,10 @@ def test_who_was_taken_for_dead_and_was_only_slow_makes_no_second_job(
     app: Flask, client: FlaskClient, sessions: Sessions, champion: ModelVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow one is inside its upload when its lock runs out; the row's unique key stops it at its own INSERT."""
-    from api import intake
+    from api.intake import scan_store
 
     before = count(sessions, Job)
-    reached, go_on, keep_all = threading.Event(), threading.Event(), intake.keep_all
+    reached, go_on, keep_all = threading.Event(), threading.Event(), scan_store.keep_all
     slow: list[TestResponse] = []
 
     def held_up(scans):  # type: ignore[no-untyped-def]
@@ -285,7 +285,7 @@ def test_who_was_taken_for_dead_and_was_only_slow_makes_no_second_job(
             assert go_on.wait(30)
         return results
 
-    monkeypatch.setattr(intake, "keep_all", held_up)
+    monkeypatch.setattr(scan_store, "keep_all", held_up)
     bearer = {"Authorization": client.environ_base["HTTP_AUTHORIZATION"]}
 
     def send() -> None:

@@ -8,11 +8,11 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from jobs import lifecycle
-from jobs.artifacts import Artifacts
 from jobs.db import Sessions
+from jobs.queue import leases, lifecycle
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Artifact, Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Finish, file, png
@@ -141,7 +141,7 @@ def test_cancelling_twice_is_the_same_and_too_late_is_409(client: FlaskClient, s
 
 
 def test_metrics_show_the_epochs_of_the_latest_attempt(client: FlaskClient, sessions: Sessions) -> None:
-    def epoch(held: lifecycle.Claim, number: int, loss: float) -> None:
+    def epoch(held: leases.Claim, number: int, loss: float) -> None:
         lifecycle.report(session, held, progress=0.1, event=("epoch", {"epoch": number, "train_loss": loss}))
 
     with sessions.begin() as session:
@@ -245,7 +245,7 @@ def test_waiters_look_for_themselves_while_nobody_listens(
     app: Flask, client: FlaskClient, champion: ModelVersion, finish: Finish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.extensions["renalq"].changes, "_start", lambda: None)
-    monkeypatch.setattr("api.changes.POLL_SECONDS", 0.2)
+    monkeypatch.setattr("api.http.change_listener.POLL_SECONDS", 0.2)
     job = client.post("/jobs/predict", data={"file": file(png())}).get_json()
     threading.Timer(0.5, finish, [job["id"]]).start()
     lines = client.get(job["links"]["events"], headers={"Accept": "text/event-stream"}).get_data(as_text=True)
@@ -283,7 +283,7 @@ def test_a_stream_tells_of_events_as_they_happen(client: FlaskClient, sessions: 
         job = builders.make_job(session, state=JobState.RUNNING)
         unit = builders.units_of(session, job)[0]
     mine = unit.fence or 0, unit.worker or ""
-    held = lifecycle.Claim(unit.id, job.id, builders.TENANT, JobKind.TRAIN, unit.attempt, *mine)
+    held = leases.Claim(unit.id, job.id, builders.TENANT, JobKind.TRAIN, unit.attempt, *mine)
 
     def work() -> None:
         time.sleep(0.5)
@@ -309,7 +309,7 @@ def test_a_stream_tells_of_events_as_they_happen(client: FlaskClient, sessions: 
 def test_a_quiet_stream_says_that_it_is_still_there(
     client: FlaskClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.streams.KEEP_ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr("api.http.streaming.KEEP_ALIVE_SECONDS", 0.2)
     with sessions.begin() as session:
         job = builders.make_job(session)
     threading.Timer(1.0, client.post, [f"/jobs/{job.id}/cancel"]).start()

@@ -10,9 +10,9 @@ import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import select
 
-from api import manifests
-from jobs import lifecycle
+from api.intake import manifests
 from jobs.db import Sessions
+from jobs.queue import lifecycle
 from jobs.settings import Settings
 from jobs.states import JobKind
 from jobs.tables import Job, ScanResult

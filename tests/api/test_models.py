@@ -7,13 +7,13 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api.card_text import escaped
-from api.services import EXTENSION
-from jobs import champions
+from api.http.context import EXTENSION
+from api.views.model_card_markdown import escaped
 from jobs.db import Sessions, listening
-from jobs.gate import Policy
+from jobs.models import promotion
+from jobs.models.cards import MIRROR
+from jobs.models.gate import Policy
 from jobs.tables import Dataset, ModelVersion
-from jobs.versions import MIRROR
 from tests import builders
 from tests.api.conftest import Door
 from tests.api.test_errors import assert_problem
@@ -148,15 +148,15 @@ def test_a_rollback_of_one_who_was_taken_for_dead_changes_nothing(
 ) -> None:
     for f1 in (0.97, 0.98, 0.99):
         make_model(sessions, {"f1": f1})
-    once, rollback, answers = {"Idempotency-Key": "once"}, champions.rollback, []
+    once, rollback, answers = {"Idempotency-Key": "once"}, promotion.rollback, []
 
     def slow(*args: Any, **kwargs: Any) -> ModelVersion:
-        monkeypatch.setattr(champions, "rollback", rollback)
+        monkeypatch.setattr(promotion, "rollback", rollback)
         left_unanswered(sessions)
         answers.append(client.post("/models/rollback", headers=once))
         return rollback(*args, **kwargs)
 
-    monkeypatch.setattr(champions, "rollback", slow)
+    monkeypatch.setattr(promotion, "rollback", slow)
     assert_problem(client.post("/models/rollback", headers=once), 409, "IDEMPOTENCY_IN_FLIGHT")
     assert [answer.get_json()["version"] for answer in answers] == ["2"]
     assert client.get("/models/champion").get_json()["version"] == "2"
@@ -265,7 +265,7 @@ def test_where_nobody_is_champion_none_is_found(client: FlaskClient) -> None:
 
 @pytest.fixture
 def dataset(sessions: Sessions) -> Dataset:
-    """A dataset whose name is a patient's; of warnings that name no file (see ml.inspection)."""
+    """A dataset whose name is a patient's; of warnings that name no file (see ml.image.dataset.inspection)."""
     with sessions.begin() as session:
         made = builders.make_dataset(session)
         made.name = "Erika Mustermann"
@@ -346,7 +346,7 @@ def test_a_card_tells_the_newest_of_a_long_history(client: FlaskClient, sessions
         for number in range(30):
             for version in ("2", "1"):
                 reason = f"Turn {number}."
-                champions.promote(session, builders.TENANT, version, Policy(), force=True, reason=reason)
+                promotion.promote(session, builders.TENANT, version, Policy(), force=True, reason=reason)
     card = client.get("/models/1/card", headers={"Accept": "application/json"}).get_json()
     assert [each["reason"] for each in card["promotions"]] == [f"Turn {number}." for number in range(10, 30)]
 

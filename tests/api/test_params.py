@@ -9,16 +9,16 @@ from flask.testing import FlaskClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api import training_params
-from api.training_params import ParamsSchema
+from api.resources import training_params
+from api.resources.training_params import ParamsSchema
 from jobs.db import Sessions
 from jobs.tables import Job, ModelVersion
 from tests.api.test_errors import assert_problem
 
 pytest.importorskip("pydantic")
-from ml import params as theirs
-from ml.errors import BadParams
-from ml.params import NETWORKS, Params, parse_params
+from ml.runtime.errors import BadParams
+from ml.spec import image as theirs
+from ml.spec.image import NETWORKS, Params, parse_params
 
 SOURCE = {"source_url": "https://example.org/ct.zip"}
 TAKEN: list[dict[str, Any]] = [

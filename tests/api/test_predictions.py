@@ -9,12 +9,12 @@ import uuid
 import pytest
 from flask.testing import FlaskClient
 
-from jobs import lifecycle
-from jobs.artifacts import Artifacts
-from jobs.bookkeeping import Claim
 from jobs.db import Sessions
+from jobs.queue import lifecycle
+from jobs.queue.leases import Claim
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Dataset, Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Finish, dicom, file, png, zipped
@@ -337,7 +337,7 @@ def test_every_dicom_sample_of_pydicom_has_the_size_that_pydicom_reads() -> None
     import pydicom
     import pydicom.data
 
-    from api import dicom_header
+    from api.intake import dicom_header
 
     folder = Path(pydicom.data.__file__).parent / "test_files"
     checked = 0

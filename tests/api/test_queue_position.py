@@ -6,11 +6,12 @@ import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import TextClause, event, func, select, text, update
 
-from jobs import lifecycle, processes, queries
 from jobs.db import Sessions
-from jobs.places import FAR, PLACES, chunk, latest_units
-from jobs.processes import SignOfLife
-from jobs.queries import JobFilter, JobView
+from jobs.queue import lifecycle, processes
+from jobs.queue.position import FAR, PLACES, chunk, latest_units
+from jobs.queue.processes import SignOfLife
+from jobs.results import queries
+from jobs.results.queries import JobFilter, JobView
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, Unit

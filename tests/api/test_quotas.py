@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from werkzeug.test import TestResponse
 
 from api import create_app
-from api.services import EXTENSION
+from api.http.context import EXTENSION
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset, IdempotencyKey, Job, ModelVersion, Scan, TenantLoad

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from jobs import lifecycle, registry, reproduction
 from jobs.db import Sessions
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry, reproduction
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
 from tests import builders

@@ -8,8 +8,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import func, select
 
-from jobs import lifecycle
 from jobs.db import Sessions
+from jobs.queue import lifecycle
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
 from tests import builders

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from cli import sending
-from cli.client import Client
-from cli.errors import ApiError
-from cli.sending import Onlooker
+from cli.client import uploads
+from cli.client.errors import ApiError
+from cli.client.rest import Client
+from cli.client.uploads import Onlooker
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset, Job, Scan, ScanResult, Upload
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _little_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sending, "FEW_BYTES", 10)
-    monkeypatch.setattr(sending, "PIECE_BYTES", 200_000)
-    monkeypatch.setattr(sending, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "FEW_BYTES", 10)
+    monkeypatch.setattr(uploads, "PIECE_BYTES", 200_000)
+    monkeypatch.setattr(uploads, "PAUSE_SECONDS", 0.1)
 
 
 class Seen(Onlooker):
@@ -102,7 +102,7 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
     (archive := tmp_path / "kidneys.zip").write_bytes(content)
     cuts: list[int] = []
 
-    class Cut(sending.Piece):
+    class Cut(uploads.Piece):
         """A piece whose first tries break in the middle."""
 
         def __iter__(self) -> Iterator[bytes]:
@@ -112,7 +112,7 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
                     line.cut()
                 yield chunk
 
-    monkeypatch.setattr(sending, "Piece", Cut)
+    monkeypatch.setattr(uploads, "Piece", Cut)
     with proxy("127.0.0.1", server.port) as line:
         client, seen = client_of(door, line.port), Seen()
         dataset = client.add_dataset(archive, onlooker=seen)
@@ -130,14 +130,14 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
 def test_a_server_that_stays_away_is_given_up(
     server: Server, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.3)
     client = client_of(door, server.port)
     began = time.monotonic()
     with pytest.raises(ApiError, match="Nobody answers"):
         client.predict_batch(scans(tmp_path, 20), onlooker=Seen(0.1, server.kill))
     assert time.monotonic() - began < 10
     with pytest.raises(ApiError, match="Nobody answers"):
-        sending.patiently(lambda: client.call("GET", "/jobs"))
+        uploads.patiently(lambda: client.call("GET", "/jobs"))
 
 
 def test_what_is_refused_is_said_at_once(

@@ -18,10 +18,10 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api.changes import Changes
-from cli.plans import free_port
-from jobs import expiry, lifecycle
+from api.http.change_listener import Changes
+from cli.stack.server_plan import free_port
 from jobs.db import Sessions
+from jobs.queue import leases, lifecycle, retention
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.tables import ModelVersion
@@ -38,7 +38,7 @@ class Batch:
 
     sessions: Sessions
     path: str
-    held: list[lifecycle.Claim]
+    held: list[leases.Claim]
 
     def end(self, *chunks: int) -> None:
         """End these chunks well, each but for its first scan."""
@@ -128,7 +128,7 @@ def test_what_waits_is_told_as_it_stands(client: FlaskClient, batch: Batch) -> N
 def test_a_stream_goes_on_after_what_the_client_has(
     client: FlaskClient, batch: Batch, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
-    monkeypatch.setattr("api.results.ROWS", page)
+    monkeypatch.setattr("api.resources.jobs.results.ROWS", page)
     batch.end(0, 1)
     with later(lambda: batch.end(2)):
         assert ordinals(stream(client, f"{batch.path}?after=4")) == [5, 6, 7, 8]
@@ -155,12 +155,12 @@ def test_a_stream_that_was_cut_is_whole_with_its_continuation(
 def test_a_stream_is_cut_where_results_are_deleted_under_it(
     client: FlaskClient, batch: Batch, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.results.ROWS", 2)
+    monkeypatch.setattr("api.resources.jobs.results.ROWS", 2)
     batch.end(0, 1, 2)
     lines = stream(client, batch.path)
     assert ordinals(iter([next(lines), next(lines)])) == [0, 1]
     with sessions.begin() as session:
-        expiry.expire(session, 1e-9, rows=1)
+        retention.expire(session, 1e-9, rows=1)
     with pytest.raises(ConnectionResetError):
         list(lines)
 
@@ -169,7 +169,7 @@ def test_a_stream_is_cut_where_results_are_deleted_under_it(
 def test_a_quiet_stream_sends_empty_lines(
     client: FlaskClient, batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str, sign: str
 ) -> None:
-    monkeypatch.setattr("api.streams.KEEP_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("api.http.streaming.KEEP_ALIVE_SECONDS", 0.1)
     with later(lambda: batch.end(0, 1, 2)):
         pieces = list(stream(client, batch.path, kind))
     assert 1 <= pieces.count(sign) <= 5

@@ -12,10 +12,11 @@ from flask.testing import FlaskClient
 from PIL import Image
 from sqlalchemy import text
 
-from api import pictures
-from jobs import expiry, lifecycle, queries, summaries
+from api.views import charts
 from jobs.db import Sessions
-from jobs.lifecycle import ScanOutcome
+from jobs.queue import leases, lifecycle, retention
+from jobs.queue.lifecycle import ScanOutcome
+from jobs.results import queries, summary
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
 from tests import builders
@@ -23,7 +24,7 @@ from tests.api.test_errors import assert_problem
 from tests.processes import ROOT
 
 PNG = {"Accept": "image/png"}
-SWATCH = (14 * pictures.SCALE) ** 2
+SWATCH = (14 * charts.SCALE) ** 2
 """Pixels of a square of the legend."""
 CONFIDENCES = (1.0, 0.96, 0.95, 0.949, 0.5, 0.0)
 
@@ -36,7 +37,7 @@ def outcomes(*confidences: float, label: str = "Tumor", cached: bool = False) ->
 
 
 @pytest.fixture
-def batch(sessions: Sessions, champion: ModelVersion) -> lifecycle.Claim:
+def batch(sessions: Sessions, champion: ModelVersion) -> leases.Claim:
     """Nine scans of a batch, being worked on."""
     with sessions.begin() as session:
         job = builders.make_job(
@@ -45,17 +46,17 @@ def batch(sessions: Sessions, champion: ModelVersion) -> lifecycle.Claim:
         return builders.claim(session, builders.units_of(session, job)[0])
 
 
-def hand_in(sessions: Sessions, held: lifecycle.Claim, *given: ScanOutcome) -> None:
+def hand_in(sessions: Sessions, held: leases.Claim, *given: ScanOutcome) -> None:
     with sessions.begin() as session:
         lifecycle.requeue(session, held, "DRAINED", outcomes=given)
 
 
-def path(held: lifecycle.Claim) -> str:
+def path(held: leases.Claim) -> str:
     return f"/jobs/{held.job_id}/summary"
 
 
 def test_a_summary_counts_classes_confidences_errors_and_what_was_cached(
-    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+    client: FlaskClient, sessions: Sessions, batch: leases.Claim
 ) -> None:
     good = outcomes(*CONFIDENCES)
     known = [replace(each, ordinal=6 + each.ordinal) for each in outcomes(0.7, label="Normal", cached=True)]
@@ -74,7 +75,7 @@ def test_a_summary_counts_classes_confidences_errors_and_what_was_cached(
 
 
 def test_a_summary_counts_what_may_be_done_with_the_scans(
-    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+    client: FlaskClient, sessions: Sessions, batch: leases.Claim
 ) -> None:
     words = ("tumor", "tumor", "indeterminate", "rejected", None)
     given = [replace(one, disposition=word) for one, word in zip(outcomes(*CONFIDENCES), words, strict=False)]
@@ -91,11 +92,11 @@ def test_each_value_is_in_the_bin_that_the_edges_name(
     with sessions.begin() as session:
         job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=20, model_id=champion.id)
         held = builders.claim(session, builders.units_of(session, job)[0])
-        lifecycle.succeed(session, held, outcomes=outcomes(*summaries.EDGES[:-1]))
+        lifecycle.succeed(session, held, outcomes=outcomes(*summary.EDGES[:-1]))
     assert client.get(path(held)).get_json()["confidence"]["counts"]["Tumor"] == [1] * 20
 
 
-def test_before_anything_has_ended_every_class_has_zero(client: FlaskClient, batch: lifecycle.Claim) -> None:
+def test_before_anything_has_ended_every_class_has_zero(client: FlaskClient, batch: leases.Claim) -> None:
     found = client.get(path(batch)).get_json()
     assert found["classes"] == {"Normal": 0, "Tumor": 0}
     assert found["confidence"]["counts"] == {"Normal": [0] * 20, "Tumor": [0] * 20}
@@ -104,7 +105,7 @@ def test_before_anything_has_ended_every_class_has_zero(client: FlaskClient, bat
 
 
 def test_a_job_that_predicts_nothing_has_no_summary(
-    client: FlaskClient, stranger: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+    client: FlaskClient, stranger: FlaskClient, sessions: Sessions, batch: leases.Claim
 ) -> None:
     with sessions.begin() as session:
         job = builders.make_job(session, state=JobState.SUCCEEDED)
@@ -117,7 +118,7 @@ def test_a_job_that_predicts_nothing_has_no_summary(
 
 
 def test_the_pace_is_that_of_the_time_in_which_work_was_done(
-    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+    client: FlaskClient, sessions: Sessions, batch: leases.Claim
 ) -> None:
     hand_in(sessions, batch, *outcomes(*CONFIDENCES))
     with sessions.begin() as session:
@@ -143,54 +144,52 @@ def test_a_training_and_a_job_that_never_began_have_no_pace(client: FlaskClient,
 # --- the picture ---
 
 
-def test_the_picture_is_a_png_of_twice_its_size(
-    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
-) -> None:
+def test_the_picture_is_a_png_of_twice_its_size(client: FlaskClient, sessions: Sessions, batch: leases.Claim) -> None:
     hand_in(sessions, batch, *outcomes(*CONFIDENCES))
     answer = client.get(path(batch), headers=PNG)
     assert (answer.status_code, answer.mimetype) == (200, "image/png")
     picture = Image.open(io.BytesIO(answer.data))
-    assert picture.width == pictures.WIDTH * pictures.SCALE
+    assert picture.width == charts.WIDTH * charts.SCALE
     assert picture.info["dpi"] == pytest.approx((192, 192), abs=0.1)
     assert client.get(path(batch), headers={"Accept": "image/png, application/json;q=0.5"}).mimetype == "image/png"
     assert client.get(path(batch), headers={"Accept": "*/*"}).mimetype == "application/json"
 
 
 def test_each_class_has_its_colour_and_a_bar_where_it_has_scans(
-    client: FlaskClient, sessions: Sessions, batch: lifecycle.Claim
+    client: FlaskClient, sessions: Sessions, batch: leases.Claim
 ) -> None:
     hand_in(sessions, batch, *outcomes(*CONFIDENCES))
     colours = drawn(client.get(path(batch), headers=PNG).data)
-    assert colours[pictures.COLOURS[0]] == SWATCH  # Normal: in the legend alone
-    assert colours[pictures.COLOURS[1]] > 10 * SWATCH
+    assert colours[charts.COLOURS[0]] == SWATCH  # Normal: in the legend alone
+    assert colours[charts.COLOURS[1]] > 10 * SWATCH
 
 
-def test_the_title_is_the_name_or_else_the_id(sessions: Sessions, batch: lifecycle.Claim) -> None:
+def test_the_title_is_the_name_or_else_the_id(sessions: Sessions, batch: leases.Claim) -> None:
     with sessions() as session:
         view = queries.job(session, builders.TENANT, batch.job_id)
-        found = summaries.summary(session, view)
-        named = pictures.summary(view, found)
+        found = summary.summary(session, view)
+        named = charts.summary(view, found)
         view.job.name = None
-        unnamed = pictures.summary(view, found)
+        unnamed = charts.summary(view, found)
         view.job.name = "腎臓"  # the built-in font has no such letters
-        unreadable = pictures.summary(view, found)
+        unreadable = charts.summary(view, found)
         view.job.name = "Wàrd 3"
-        accented = pictures.summary(view, found)
+        accented = charts.summary(view, found)
     assert unnamed == unreadable != named == accented
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, 8, 40])
 def test_a_picture_has_a_panel_for_each_class_and_one_for_the_rest_of_many(
-    sessions: Sessions, batch: lifecycle.Claim, number: int
+    sessions: Sessions, batch: leases.Claim, number: int
 ) -> None:
     bins = {f"class {each} {'of a long name ' * each}": [each] * 20 for each in range(number)}
-    confidence = summaries.Confidence(summaries.EDGES, bins)
+    confidence = summary.Confidence(summary.EDGES, bins)
     with sessions() as session:
         view = queries.job(session, builders.TENANT, batch.job_id)
-        found = replace(summaries.summary(session, view), confidence=confidence)
-    colours = drawn(pictures.summary(view, found))
-    assert (colours[pictures.OTHERS] > SWATCH) == (number > len(pictures.COLOURS))
-    assert sum(colours[colour] >= SWATCH for colour in pictures.COLOURS) == {0: 0, 1: 1, 7: 7, 8: 6, 40: 6}[number]
+        found = replace(summary.summary(session, view), confidence=confidence)
+    colours = drawn(charts.summary(view, found))
+    assert (colours[charts.OTHERS] > SWATCH) == (number > len(charts.COLOURS))
+    assert sum(colours[colour] >= SWATCH for colour in charts.COLOURS) == {0: 0, 1: 1, 7: 7, 8: 6, 40: 6}[number]
 
 
 def drawn(png: bytes) -> Counter[str]:
@@ -211,7 +210,7 @@ def test_results_that_have_expired_are_410_in_every_form(
         lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
     assert client.get(f"/jobs/{job.id}").get_json()["results_expired_at"] is None
     with sessions.begin() as session:
-        expiry.expire(session, 1e-9)
+        retention.expire(session, 1e-9)
     for accept in ("application/json", "application/x-ndjson", "text/csv"):
         answer = client.get(f"/jobs/{job.id}/results", headers={"Accept": accept})
         assert "RENALQ_RESULTS_DAYS" in assert_problem(answer, 410, "RESULTS_EXPIRED")["detail"]

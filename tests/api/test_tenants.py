@@ -8,12 +8,13 @@ from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import select
 
-from jobs import processes, webhooks
 from jobs.db import Sessions
-from jobs.processes import SignOfLife
+from jobs.events import webhooks
+from jobs.events.webhooks import EventType
+from jobs.queue import processes
+from jobs.queue.processes import SignOfLife
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Delivery, ModelVersion, Scan
-from jobs.webhooks import EventType
 from tests import builders
 from tests.api.conftest import Door, file, png
 from tests.api.test_errors import assert_problem

@@ -11,16 +11,18 @@ import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import func, select, text
 
-from jobs import expiry, lifecycle, queries, truths
-from jobs.artifacts import Artifacts
-from jobs.bookkeeping import ScanOutcome
+from jobs.datasets.from_feedback import Labelled, write_zip
 from jobs.db import Sessions
 from jobs.errors import Invalid
+from jobs.models import feedback
+from jobs.queue import lifecycle, retention
+from jobs.queue.outcomes import ScanOutcome
+from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.results import queries
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Dataset, ModelVersion, Scan, Truth
-from jobs.truth_datasets import Labelled, write_zip
 from tests import builders
 from tests.api.conftest import Door, png
 from tests.api.test_errors import assert_problem
@@ -106,7 +108,7 @@ def test_a_truth_that_cannot_be_is_refused_with_the_reason(
 def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
     tell(client, batch, 0)
     with sessions.begin() as session:
-        expiry.expire(session, 1e-9)
+        retention.expire(session, 1e-9)
     assert client.get(path(batch[0], batch[1][0])).get_json()["label"] == "Tumor"
     assert_problem(client.post(path(batch[0], batch[1][1]), json={"label": "Tumor"}), 410, "RESULTS_EXPIRED")
 
@@ -120,7 +122,7 @@ def test_to_find_the_result_a_job_of_many_is_not_read_through(sessions: Sessions
         session.execute(text("ANALYZE"))
         view = queries.job(session, TENANT, job.id)
         before = session.scalars(text(read)).one()
-        truths.tell(session, view, scan_id, "Tumor")
+        feedback.tell(session, view, scan_id, "Tumor")
         assert session.scalars(text(read)).one() - before < 10
 
 
@@ -171,7 +173,7 @@ def test_known_truths_become_a_dataset_with_a_folder_for_each_class(
 def test_scans_of_one_patient_stay_together_and_nobody_reads_who_it_is(
     client: FlaskClient, sessions: Sessions, settings: Settings, batch: Told
 ) -> None:
-    from ml.patients import patient_of  # what the check of a dataset goes by
+    from ml.image.dataset.patients import patient_of  # what the check of a dataset goes by
 
     for number in range(4):
         tell(client, batch, number)
@@ -210,7 +212,7 @@ def test_scans_of_one_patient_stay_together_after_their_results_have_expired(
         tell(client, batch, number)
     before = folders(client, sessions, settings)
     with sessions.begin() as session:
-        expiry.expire(session, 1e-9)
+        retention.expire(session, 1e-9)
     assert folders(client, sessions, settings) == before
     assert before[0] == before[1] != before[2] != before[3] == "Tumor"
 
@@ -231,7 +233,7 @@ def test_whose_scan_it_is_an_earlier_truth_tells_once_the_results_are_gone(
 ) -> None:
     tell(client, batch, 0)
     with sessions.begin() as session:
-        expiry.expire(session, 1e-9)
+        retention.expire(session, 1e-9)
     later = tell(client, (singly(sessions, champion, batch[1][0]), batch[1]), 0, "Normal")["at"]
     with sessions() as session:
         assert session.scalars(select(Truth.patient)).all() == ["Ann/1", "Ann/1"]

@@ -3,10 +3,10 @@
 import pytest
 from flask.testing import FlaskClient
 
-from jobs import deliveries, webhooks
 from jobs.db import Sessions
-from jobs.deliveries import Attempt
-from jobs.webhooks import EventType
+from jobs.events import deliveries, webhooks
+from jobs.events.deliveries import Attempt
+from jobs.events.webhooks import EventType
 from tests import builders
 from tests.api.conftest import Door
 from tests.api.test_errors import assert_problem

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
 
-from jobs import explanations, keys
-from jobs.artifacts import Artifacts
-from jobs.bookkeeping import ScanOutcome
+from jobs import keys
 from jobs.db import Sessions
-from jobs.lifecycle import Claim
+from jobs.queue import explanations
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
 from jobs.settings import Settings
+from jobs.storage.blobs import Artifacts
 from tests.api.conftest import Server, champion, png, server  # noqa: F401  (fixtures)
 
 SCAN = ("DOE^JANE-19460229.png", "image/png", png(64, 64, 60))

@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from cli.guardian import Stage
-from cli.launch import bound_to_us
-from cli.supervisor import Service, ServiceDiedError, StopAskedError, Supervisor
+from cli.stack.launch import bound_to_us
+from cli.stack.orphan_reaper import Stage
+from cli.stack.supervisor import Service, ServiceDiedError, StopAskedError, Supervisor
 
 _NOTES_ITS_END = """
 import os, signal, sys, time

@@ -14,9 +14,9 @@ import requests
 from click import BadParameter
 from werkzeug.formparser import parse_form_data
 
-from cli.client import ApiError, Client, Upload, _refusal, default_key, default_url
-from cli.commands import parsed_params, scan_files
-from cli.plans import free_port
+from cli.client.rest import ApiError, Client, Upload, _refusal, default_key, default_url
+from cli.commands.jobs import parsed_params, scan_files
+from cli.stack.server_plan import free_port
 
 
 def received(upload: Upload) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:

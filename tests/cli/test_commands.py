@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.__main__ import main
-from cli.commands import reproduction_lines
+from cli.commands.jobs import reproduction_lines
 
 JOB = {
     "id": "j2", "kind": "train", "state": "succeeded", "terminal": True, "stage": None, "progress": 1.0,

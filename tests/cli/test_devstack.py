@@ -18,7 +18,7 @@ import psutil
 import pytest
 import requests
 
-from cli.plans import LOOPBACK, free_port
+from cli.stack.server_plan import LOOPBACK, free_port
 from tests.cli.processes import alive, eventually, family, read_json, speaking_of
 
 pytestmark = pytest.mark.slow

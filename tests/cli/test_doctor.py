@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cli import doctor
-from cli.doctor import Level
-from cli.plans import LOOPBACK, free_port
+from cli.stack import doctor
+from cli.stack.doctor import Level
+from cli.stack.server_plan import LOOPBACK, free_port
 from jobs.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]

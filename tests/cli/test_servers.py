@@ -14,12 +14,12 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from cli.launch import bound_and_unprivileged
-from cli.plans import free_port
-from cli.postgres import create_database, postgres_version, prepare_postgres
-from cli.private import secret_file, write_private
-from cli.redis_server import ask_redis, redis_answers
-from cli.servers import embedded_postgres, embedded_redis
+from cli.stack.embedded import embedded_postgres, embedded_redis
+from cli.stack.launch import bound_and_unprivileged
+from cli.stack.postgres import create_database, postgres_version, prepare_postgres
+from cli.stack.redis_server import ask_redis, redis_answers
+from cli.stack.secret_files import secret_file, write_private
+from cli.stack.server_plan import free_port
 from tests.cli.processes import eventually, speaking_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_no_password_stands_in_a_command_line_or_in_a_file_for_others(tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_both_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import signal, sys, time; from pathlib import Path; from cli.servers import *\n"
+        "import signal, sys, time; from pathlib import Path; from cli.stack.embedded import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started to ignore it\n"
         "home = Path(sys.argv[1])\n"
         "with embedded_postgres(home, fsync=False), embedded_redis(home):\n"

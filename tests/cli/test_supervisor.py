@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.supervisor import MOST_RESTARTS
+from cli.stack.supervisor import MOST_RESTARTS
 from tests.cli.processes import alive, eventually, read_json
 
 REPOSITORY = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_a_kill_of_supervisor_and_guardian_together_still_ends_the_children(smal
 def _guardians_of(pid: int) -> list[int]:
     import psutil
 
-    return [child.pid for child in psutil.Process(pid).children() if "cli.guardian" in child.cmdline()]
+    return [child.pid for child in psutil.Process(pid).children() if "cli.stack.orphan_reaper" in child.cmdline()]
 
 
 def test_a_dead_worker_is_started_again(small_stack: SmallStack) -> None:

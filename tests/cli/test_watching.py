@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli.client import Epoch, Job
-from cli.errors import ApiError
-from cli.watching import Shown, _Bars, _ending, _epoch_line, _Lines
+from cli.client.errors import ApiError
+from cli.client.rest import Epoch, Job
+from cli.commands.progress import Shown, _Bars, _ending, _epoch_line, _Lines
 
 
 def make_job(**fields: Any) -> Job:

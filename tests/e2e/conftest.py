@@ -16,9 +16,9 @@ import psutil
 import pytest
 import requests
 
-from cli import demo
-from cli.plans import free_port
-from ml import phantom_files
+from cli.commands import demo
+from cli.stack.server_plan import free_port
+from ml.synthetic import phantom_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, expect
 
-from ml.phantom import generate
-from ml.phantom_files import dicom_bytes, png_bytes
+from ml.synthetic.phantom import generate
+from ml.synthetic.phantom_files import dicom_bytes, png_bytes
 from tests.browser.conftest import visiting
 from tests.e2e.conftest import Client
 

@@ -8,8 +8,8 @@ import pytest
 import requests
 from PIL import Image
 
-from ml.phantom import generate
-from ml.phantom_files import png_bytes
+from ml.synthetic.phantom import generate
+from ml.synthetic.phantom_files import png_bytes
 from tests.e2e.conftest import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

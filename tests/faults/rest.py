@@ -9,7 +9,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from api import create_app
-from api.services import EXTENSION
+from api.http.context import EXTENSION
 from jobs import keys
 from tests.builders import TENANT
 from tests.processes import Stack

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 
-from cli import launch
-from cli.plans import ServerPlan
-from cli.postgres import postgres_environ, prepare_postgres
-from cli.redis_server import prepare_redis
-from cli.servers import wait_until_it_answers
+from cli.stack import launch
+from cli.stack.embedded import wait_until_it_answers
+from cli.stack.postgres import postgres_environ, prepare_postgres
+from cli.stack.redis_server import prepare_redis
+from cli.stack.server_plan import ServerPlan
 
 
 class Server:

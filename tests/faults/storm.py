@@ -25,12 +25,12 @@ from alembic import command
 from flask.testing import FlaskClient
 from sqlalchemy import func, select, text
 
-from cli.postgres import create_database
+from cli.stack.postgres import create_database
 from jobs import logs
 from jobs.db import make_engine, session_factory
 from jobs.settings import Settings
 from jobs.tables import Job, ScanResult, Unit
-from ml import phantom_files
+from ml.synthetic import phantom_files
 from tests.conftest import ROOT, alembic_config
 from tests.faults.killer import Killer, recoveries
 from tests.faults.rest import Rest, rest

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-from jobs import lifecycle
+from jobs.queue import lifecycle
 from jobs.tables import Job
 from tests.api.conftest import png
 from tests.builders import TENANT
@@ -76,7 +76,7 @@ def test_29_cancel_of_queued_running_and_finishing(processes: Stack, plan: Sabot
     """
     plan.network()
     plan.training(seconds=0.2, stubborn=True)
-    finishing = plan.at("jobs.lifecycle:succeed", "pause")
+    finishing = plan.at("jobs.queue.lifecycle:succeed", "pause")
     with rest(processes) as api:
         client = api.client()
         queued = single(processes)

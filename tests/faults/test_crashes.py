@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from jobs import lifecycle
-from jobs.bookkeeping import Claim
+from jobs.queue import leases, lifecycle
+from jobs.queue.leases import Claim
 from jobs.settings import Settings
 from tests.builders import claim, outcomes_of
 from tests.faults.sabotage import Sabotage
@@ -49,7 +49,7 @@ def test_02_a_pool_child_that_is_killed(processes: Stack, plan: Sabotage) -> Non
     would be FAILURE and never run again.
     """
     plan.network()
-    death = plan.at("worker.predict:predict_chunk", "kill", nth=2)
+    death = plan.at("worker.handlers.predict:predict_chunk", "kill", nth=2)
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     job_id = batch(processes, words(30))
@@ -70,7 +70,7 @@ def test_03_a_worker_killed_between_taking_the_message_and_starting(processes: S
     and the unit stays `dispatched` for ever.
     """
     plan.network()
-    death = plan.at("worker.running:running", "kill_tree")
+    death = plan.at("worker.execution.running:running", "kill_tree")
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     job_id = single(processes)
@@ -93,7 +93,7 @@ def test_04_messages_that_a_dead_worker_had_taken_ahead(processes: Stack, plan: 
     with the worker.
     """
     plan.network()
-    pause = plan.at("worker.running:running", "pause")
+    pause = plan.at("worker.execution.running:running", "pause")
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     processes.alive()
@@ -200,7 +200,7 @@ def test_09_a_worker_stopped_past_its_lease_that_comes_back(processes: Stack, pl
     (test_mutations shows that).
     """
     network = plan.network()
-    stop = plan.at("jobs.lifecycle:succeed", "stop")
+    stop = plan.at("jobs.queue.lifecycle:succeed", "stop")
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     job_id = batch(processes, words(10))
@@ -225,8 +225,8 @@ def test_10_a_unit_that_ends_while_the_reaper_looks_at_it(processes: Stack, plan
     Guard: the reaper's UPDATE asks for state, fence and expiry again. Without that it sends an ended unit back to the
     queue (test_mutations shows that).
     """
-    read = plan.at("jobs.lifecycle:_reap_one", "pause")
-    written = plan.at("jobs.lifecycle:_reap_one", "note", when="after")
+    read = plan.at("jobs.queue.lifecycle:_reap_one", "pause")
+    written = plan.at("jobs.queue.lifecycle:_reap_one", "note", when="after")
     job_id = batch(processes, words(4))
     with processes.sessions.begin() as session:
         held = claim(session, units(processes, job_id)[0], lease=0.1)
@@ -249,7 +249,7 @@ def test_11_an_old_attempt_that_completes_after_a_new_claim(processes: Stack, pl
     Guard: the fence. Without it the old attempt ends the unit under the new one's hands.
     """
     plan.network()
-    stop = plan.at("jobs.lifecycle:succeed", "stop")
+    stop = plan.at("jobs.queue.lifecycle:succeed", "stop")
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     job_id = batch(processes, words(10))
@@ -270,7 +270,7 @@ def test_11_an_old_attempt_that_completes_after_a_new_claim(processes: Stack, pl
 def _claimed_anew(processes: Stack, job_id: uuid.UUID) -> Claim | None:
     """The unit, once it was taken back and its wait is over."""
     with processes.sessions.begin() as session:
-        return lifecycle.claim(session, units(processes, job_id)[0].id, "the new attempt", 60)
+        return leases.claim(session, units(processes, job_id)[0].id, "the new attempt", 60)
 
 
 def test_12_a_worker_that_dies_before_its_first_beat(processes: Stack, plan: Sabotage) -> None:
@@ -279,7 +279,7 @@ def test_12_a_worker_that_dies_before_its_first_beat(processes: Stack, plan: Sab
     Guard: the claim itself sets the lease. If only the first beat did, nobody would ever take the unit back.
     """
     plan.network(seconds=0.2)
-    death = plan.at("jobs.lifecycle:beat", "kill")
+    death = plan.at("jobs.queue.leases:beat", "kill")
     processes.start("dispatcher")
     processes.start("predict", environ=plan.environ())
     job_id = batch(processes, words(10))
@@ -294,8 +294,8 @@ def test_12_a_worker_that_dies_before_its_first_beat(processes: Stack, plan: Sab
 def test_15_a_device_without_enough_memory(processes: Stack, plan: Sabotage) -> None:
     """Device out of memory → half the batch once, then failed with DEVICE_OOM.
 
-    Guard: `ml.halving`, which tries once more with half the batch. Without it the first device that is a little too
-    small fails every scan.
+    Guard: `ml.image.engines.oom_fallback`, which tries once more with half the batch. Without it the first device
+    that is a little too small fails every scan.
     """
     plan.network(memory_for=6)
     processes.start("dispatcher")

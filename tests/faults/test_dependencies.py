@@ -21,13 +21,13 @@ import requests
 from alembic import command
 from sqlalchemy.engine import make_url
 
-from cli.plans import free_port
-from cli.postgres import create_database, postgres_answers
-from cli.redis_server import ask_redis
-from jobs import processes as living
-from jobs.artifacts import Artifacts
+from cli.stack.postgres import create_database, postgres_answers
+from cli.stack.redis_server import ask_redis
+from cli.stack.server_plan import free_port
 from jobs.db import Sessions, make_engine, session_factory
+from jobs.queue import processes as living
 from jobs.settings import Settings
+from jobs.storage.blobs import Artifacts
 from tests.api.conftest import png
 from tests.conftest import alembic_config
 from tests.faults.disk import small_disk
@@ -137,7 +137,7 @@ def test_18_redis_dies_while_a_unit_finishes(fragile: Stack, redis: Server, plan
     backend, this would be recorded as FAILURE.
     """
     plan.network()
-    end = plan.at("jobs.lifecycle:succeed", "pause")
+    end = plan.at("jobs.queue.lifecycle:succeed", "pause")
     fragile.start("dispatcher")
     fragile.start("predict", environ=plan.environ())
     job_id = batch(fragile, words(10))
@@ -336,7 +336,7 @@ def test_25_a_full_disk_while_an_artifact_is_written(fast: Settings, sessions: S
     plan.training(seconds=0, model_bytes=8_000_000)
     with small_disk(disk, megabytes=4) as mounted:
         if not mounted:
-            plan.at("jobs.artifacts:Artifacts.put_file", "enospc", once=False)
+            plan.at("jobs.storage.blobs:Artifacts.put_file", "enospc", once=False)
         settings = fast.model_copy(update={"artifacts_url": str(disk), "work_dir": fast.home / "work"})
         with stack(settings, sessions, "dispatcher") as processes:
             old = Artifacts(str(disk)).put(BytesIO(os.urandom(1_000_000)))

@@ -14,11 +14,11 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import lifecycle
-from jobs.bookkeeping import Claim
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
-from jobs.lifecycle import RetryPolicy
+from jobs.queue import leases, lifecycle
+from jobs.queue.leases import Claim
+from jobs.queue.lifecycle import RetryPolicy
 from jobs.states import JobKind, JobState
 from jobs.tables import Job
 from tests.builders import claim, make_job, outcomes_of, units_of
@@ -85,7 +85,7 @@ def _three_attempts(sessions: Sessions) -> list[str]:
         outcomes = outcomes_of(session, held[0])
     _write(sessions, lambda session: lifecycle.requeue(session, held[0], "DRAINED", outcomes[:5]))
     with sessions.begin() as session:
-        lifecycle.claim(session, unit.id, "fourth", 45)
+        leases.claim(session, unit.id, "fourth", 45)
     _write(sessions, lambda session: lifecycle.succeed(session, held[1], outcomes=outcomes))
     with sessions() as session:
         return faults(session)
@@ -119,7 +119,7 @@ def _beaten_in_between(sessions: Sessions) -> list[str]:
         session.execute(text("SELECT id FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
         reaper.start()
         eventually(lambda: count(sessions, WAITING_FOR_A_LOCK), 10)  # it has read, and waits for the job's row
-        assert lifecycle.beat(session, held, 45)
+        assert leases.beat(session, held, 45)
     reaper.join(10)
     lost = _end(sessions, held)
     with sessions() as session:

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from jobs import checkpoints, queries
-from jobs.artifacts import Artifacts
 from jobs.db import Sessions
+from jobs.queue import checkpoints
+from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.results import queries
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Checkpoint, Json, ModelVersion, Scan, ScanResult
-from ml import phantom_files
+from ml.synthetic import phantom_files
 from tests import builders
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage
@@ -50,7 +51,7 @@ def test_13_a_training_killed_while_it_writes_a_checkpoint(patient: Stack, plan:
     Guard: a checkpoint is written beside its name and renamed when it is on the disk, and its row, with the hash, comes
     last. Without the hash a torn file would be loaded, and the training fail or go on from nonsense.
     """
-    writing = plan.at("ml.tensorfile:sync", "pause", given="epoch-0004")
+    writing = plan.at("ml.runtime.tensorfile:sync", "pause", given="epoch-0004")
     patient.start("train", environ=plan.environ())
     job_id = train(patient, scans, epochs=6)
     eventually(lambda: writing.happened() and _kept(patient, job_id)[:1] == [3], 120, patient.logs)
@@ -78,7 +79,7 @@ def test_14_a_training_resumes_after_the_epoch_that_it_had(patient: Stack, plan:
     assert undisturbed.state == "succeeded", (undisturbed.error, patient.logs())
     patient.kill("train")
 
-    after = plan.at("ml.checkpoints:Keeper.__call__", "pause", nth=3)
+    after = plan.at("ml.image.learning.checkpoints:Keeper.__call__", "pause", nth=3)
     patient.start("train", environ=plan.environ())
     job_id = train(patient, scans)
     eventually(lambda: after.happened() and _kept(patient, job_id)[:1] == [2], 120, patient.logs)
@@ -103,7 +104,7 @@ def test_01_again_with_the_real_network(patient: Stack, plan: Sabotage, scans: P
     assert patient.wait_for(calm, 90).state == "succeeded", patient.logs()
     patient.kill("predict")
 
-    second_chunk = plan.at("jobs.lifecycle:succeed", "pause", nth=2)
+    second_chunk = plan.at("jobs.queue.lifecycle:succeed", "pause", nth=2)
     patient.start("predict", environ=plan.environ())
     disturbed = predict(patient, scans)
     eventually(second_chunk.happened, 60, patient.logs)
@@ -122,7 +123,7 @@ def test_13_a_checkpoint_of_another_training(processes: Stack, plan: Sabotage) -
     parameter fails every training that is under way, though nothing is wrong with it.
     """
     plan.training(seconds=0.1, refuses=True)
-    death = plan.at("worker.train:_finish", "kill")
+    death = plan.at("worker.handlers.train:_finish", "kill")
     processes.start("dispatcher")
     processes.start("train", environ=plan.environ())
     job_id = training(processes, epochs=3)

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from jobs import webhooks
 from jobs.addresses import NOT_PUBLIC, webhook_complaint
 from jobs.db import Sessions
+from jobs.events import webhooks
+from jobs.events.webhooks import EventType
 from jobs.settings import Settings
 from jobs.tables import Delivery
-from jobs.webhooks import EventType
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import single
 from tests.processes import Stack, eventually, stack
 from tests.receivers import Receiver, allowing, receiving
-from worker.receivers import Undelivered, post
+from worker.dispatcher.webhook_client import Undelivered, post
 
 pytestmark = pytest.mark.faults
 
@@ -78,7 +78,7 @@ def test_24_a_dispatcher_killed_while_it_sends(
 
     Guard: a claim runs out. Were a delivery marked as sent before it is, the event would be lost.
     """
-    death = plan.at("worker.receivers:post", "kill", when=when)
+    death = plan.at("worker.dispatcher.webhook_client:post", "kill", when=when)
     with receiving() as receiver, hooked(fast, sessions, receiver) as processes:
         processes.start("dispatcher", "first", environ=plan.environ())
         with sessions.begin() as session:

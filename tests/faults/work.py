@@ -8,12 +8,13 @@ from io import BytesIO
 
 from sqlalchemy import insert, select, text
 
-from jobs import lifecycle, registry
-from jobs.artifacts import Artifacts
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult, Unit, new_id
 from tests import builders
 from tests.builders import TENANT

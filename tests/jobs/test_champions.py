@@ -12,15 +12,16 @@ from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import champions, evaluations, lifecycle, registry
-from jobs.bookkeeping import UNITS_CHANNEL
 from jobs.db import Sessions, listening
 from jobs.errors import Invalid, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
-from jobs.evaluations import Measured
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import comparison, promotion, registry
+from jobs.models.cards import MIRROR
+from jobs.models.comparison import Measured
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
+from jobs.queue.job_events import UNITS_CHANNEL
 from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion, new_id
-from jobs.versions import MIRROR
 from tests import builders
 from tests.builders import TENANT
 
@@ -125,7 +126,7 @@ def test_on_one_test_set_the_latest_scores_of_both_stand_beside_each_other(sessi
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.951, 0.952, ONE_SET))
     assert not second.champion, "on this machine, now, the champion has 0.952"
-    found = champions.compare(session, TENANT, "1", "2")
+    found = promotion.compare(session, TENANT, "1", "2")
     assert (found.scans, found.metrics["f1"]) == (93, [0.952, 0.951])
     assert first.metrics["f1"] == 0.95, "what its own training found stays as it was"
 
@@ -134,16 +135,16 @@ def test_on_its_own_test_scans_too_a_version_is_compared_as_it_predicts(session:
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.949, 0.95, ONE_SET))
     assert not second.champion, "rounded as predictions are, it has 0.949"
-    assert champions.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
+    assert promotion.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
 
 
 def test_scores_on_what_a_version_has_learnt_from_compare_with_nobodys(session: Session) -> None:
     trained(session, scores(0.99, leaks={"patients": 0, "duplicates": 33}))
-    champions.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
-    leaky = champions.registry.resolve(session, TENANT, "1")
+    promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
+    leaky = promotion.registry.resolve(session, TENANT, "1")
     honest = trained(session, scores(0.93), measured(leaky, 0.92, 0.90))
     assert honest.gate["reasons"][0] == "F1 0.9200 ≥ the champion's 0.9000 (version 1) on the same 40 test scans."
-    assert champions.compare(session, TENANT, "1", "2").scans == 40
+    assert promotion.compare(session, TENANT, "1", "2").scans == 40
 
 
 def test_without_a_comparison_the_reasons_say_why(session: Session) -> None:
@@ -192,10 +193,10 @@ def test_a_version_that_the_gate_agrees_with_is_promoted_by_request(session: Ses
     trained(session, scores(0.9))
     waiting = trained(session, scores(0.95), promote="never")
     key = new_id()
-    promoted = champions.promote(session, TENANT, "2", POLICY, reason="better", key_id=key)
+    promoted = promotion.promote(session, TENANT, "2", POLICY, reason="better", key_id=key)
     assert promoted.id == waiting.id
     assert (promoted.champion, champion(session)) == (True, 2)
-    row = champions.promotions(session, TENANT, 1).data[0]
+    row = promotion.promotions(session, TENANT, 1).data[0]
     assert (row.version, row.replaced, row.how, row.reason, row.by_key) == (2, 1, "request", "better", key)
     assert row.verdict is not None
     assert row.verdict["reasons"][0] == "F1 0.9500 ≥ the champion's 0.9000 (version 1) on the same 93 test scans."
@@ -203,7 +204,7 @@ def test_a_version_that_the_gate_agrees_with_is_promoted_by_request(session: Ses
 
 def test_a_worse_version_is_refused_with_all_reasons(session: Session, three: list[ModelVersion]) -> None:
     with pytest.raises(PromotionRefused) as raised:
-        champions.promote(session, TENANT, "1", POLICY)
+        promotion.promote(session, TENANT, "1", POLICY)
     assert raised.value.reasons[0] == "F1 0.9000 < the champion's 0.9400 (version 3) on the same 93 test scans."
     assert len(raised.value.reasons) == 3
     assert "version 1" in str(raised.value)
@@ -214,7 +215,7 @@ def test_versions_without_common_test_scans_say_train_anew_or_force(session: Ses
     first = trained(session, scores(0.9))
     trained(session, scores(0.99, OTHER_SET), Measured(first.id, "it could not be scored"))
     with pytest.raises(PromotionRefused) as raised:
-        champions.promote(session, TENANT, "2", POLICY)
+        promotion.promote(session, TENANT, "2", POLICY)
     assert raised.value.reasons[0] == (
         "It cannot be compared with the champion (version 1): no test scans were scored with both. "
         "Train anew, or promote it with `force` and a `reason`."
@@ -222,9 +223,9 @@ def test_versions_without_common_test_scans_say_train_anew_or_force(session: Ses
 
 
 def test_force_takes_any_version_and_keeps_the_gates_word(session: Session, three: list[ModelVersion]) -> None:
-    champions.promote(session, TENANT, "1", POLICY, force=True, reason=f"  {WHY} ")
+    promotion.promote(session, TENANT, "1", POLICY, force=True, reason=f"  {WHY} ")
     assert champion(session) == 1
-    row = champions.promotions(session, TENANT, 1).data[0]
+    row = promotion.promotions(session, TENANT, 1).data[0]
     assert (row.how, row.reason) == ("force", WHY)
     assert row.verdict is not None
     assert row.verdict["promoted"] is False
@@ -233,7 +234,7 @@ def test_force_takes_any_version_and_keeps_the_gates_word(session: Session, thre
 @pytest.mark.parametrize("reason", [None, "", "  "])
 def test_force_needs_a_reason(session: Session, three: list[ModelVersion], reason: str | None) -> None:
     with pytest.raises(Invalid) as raised:
-        champions.promote(session, TENANT, "1", POLICY, force=True, reason=reason)
+        promotion.promote(session, TENANT, "1", POLICY, force=True, reason=reason)
     assert raised.value.pointer == "/reason"
     assert champion(session) == 3
 
@@ -241,15 +242,15 @@ def test_force_needs_a_reason(session: Session, three: list[ModelVersion], reaso
 def test_who_is_champion_stays_it_and_nothing_is_written(session: Session, three: list[ModelVersion]) -> None:
     before = history(session)
     for wanted in ("3", "champion"):
-        assert champions.promote(session, TENANT, wanted, POLICY).version == 3
-    assert champions.promote(session, TENANT, "3", POLICY, force=True, reason=WHY).version == 3
+        assert promotion.promote(session, TENANT, wanted, POLICY).version == 3
+    assert promotion.promote(session, TENANT, "3", POLICY, force=True, reason=WHY).version == 3
     assert history(session) == before
 
 
 @pytest.mark.parametrize("wanted", ["9", "0", "-1", "first", ""])
 def test_what_there_is_not_cannot_be_promoted(session: Session, wanted: str) -> None:
     with pytest.raises((ModelNotFound, NoChampion)):
-        champions.promote(session, TENANT, wanted, POLICY)
+        promotion.promote(session, TENANT, wanted, POLICY)
 
 
 def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
@@ -258,7 +259,7 @@ def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
             trained(session, scores(f1))
     with listening(sessions.kw["bind"], UNITS_CHANNEL) as notifications:
         with sessions.begin() as session:
-            champions.rollback(session, TENANT)
+            promotion.rollback(session, TENANT)
             assert notifications.wait(0) == []
         assert set(notifications.wait(5)) == {"", MIRROR}
 
@@ -268,40 +269,40 @@ def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
 
 def test_rolling_back_twice_goes_two_back(session: Session, three: list[ModelVersion]) -> None:
     key = new_id()
-    assert champions.rollback(session, TENANT, reason="It misses cysts.", key_id=key).version == 2
-    assert champions.rollback(session, TENANT).version == 1
+    assert promotion.rollback(session, TENANT, reason="It misses cysts.", key_id=key).version == 2
+    assert promotion.rollback(session, TENANT).version == 1
     with pytest.raises(NothingBefore):
-        champions.rollback(session, TENANT)
+        promotion.rollback(session, TENANT)
     assert champion(session) == 1
     assert history(session)[3:] == [(2, 3, "rollback"), (1, 2, "rollback")]
-    row = champions.promotions(session, TENANT, 10).data[1]
+    row = promotion.promotions(session, TENANT, 10).data[1]
     assert (row.reason, row.by_key) == ("It misses cysts.", key)
 
 
 def test_after_an_older_version_by_force_a_rollback_undoes_that(session: Session, three: list[ModelVersion]) -> None:
-    champions.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
-    assert champions.rollback(session, TENANT).version == 3
-    assert champions.rollback(session, TENANT).version == 2
+    promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
+    assert promotion.rollback(session, TENANT).version == 3
+    assert promotion.rollback(session, TENANT).version == 2
 
 
 def test_after_a_rollback_and_a_promotion_the_way_back_is_the_one_that_was_gone(
     session: Session, three: list[ModelVersion]
 ) -> None:
-    assert champions.rollback(session, TENANT).version == 2
-    champions.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
-    assert [champions.rollback(session, TENANT).version for _ in range(2)] == [2, 1]
+    assert promotion.rollback(session, TENANT).version == 2
+    promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
+    assert [promotion.rollback(session, TENANT).version for _ in range(2)] == [2, 1]
     with pytest.raises(NothingBefore):
-        champions.rollback(session, TENANT)
+        promotion.rollback(session, TENANT)
 
 
 def test_without_a_champion_there_is_nothing_to_roll_back(session: Session) -> None:
     with pytest.raises(NoChampion):
-        champions.rollback(session, TENANT)
+        promotion.rollback(session, TENANT)
 
 
 def test_jobs_keep_the_version_that_they_were_pinned_to(session: Session, three: list[ModelVersion]) -> None:
     job = builders.make_job(session, model_id=three[2].id, model_version=3)
-    champions.rollback(session, TENANT)
+    promotion.rollback(session, TENANT)
     assert session.get_one(Job, job.id, populate_existing=True).model_id == three[2].id
     assert registry.resolve(session, TENANT, None).version == 2
 
@@ -312,19 +313,19 @@ def test_a_champion_of_the_code_before_gets_its_place_in_the_history(
     """While a stack is upgraded, an old worker may still promote: it knows of no history."""
     session.execute(update(ModelVersion).where(ModelVersion.champion).values(champion=False))
     session.execute(update(ModelVersion).where(ModelVersion.version == 1).values(champion=True))
-    assert champions.rollback(session, TENANT).version == 3
+    assert promotion.rollback(session, TENANT).version == 3
     assert history(session)[3:] == [(1, 3, "gate"), (3, 1, "rollback")]
-    assert champions.rollback(session, TENANT).version == 2
+    assert promotion.rollback(session, TENANT).version == 2
 
 
 # --- the history ---
 
 
 def test_promotions_page_newest_first(session: Session, three: list[ModelVersion]) -> None:
-    first = champions.promotions(session, TENANT, 2)
+    first = promotion.promotions(session, TENANT, 2)
     assert ([row.version for row in first.data], first.has_more) == ([3, 2], True)
     assert first.next is not None
-    rest = champions.promotions(session, TENANT, 2, int(first.next))
+    rest = promotion.promotions(session, TENANT, 2, int(first.next))
     assert ([row.version for row in rest.data], rest.has_more, rest.next) == ([1], False, None)
 
 
@@ -351,14 +352,14 @@ def test_two_tenants_have_a_champion_and_a_history_each(session: Session, three:
     assert (other.version, other.champion, champion(session)) == (1, True, 3)
     assert history(session, "elsewhere") == [(1, None, "gate")]
     for what in (
-        lambda: champions.promote(session, "elsewhere", "3", POLICY, force=True, reason=WHY),
-        lambda: champions.compare(session, "elsewhere", "1", "2"),
+        lambda: promotion.promote(session, "elsewhere", "3", POLICY, force=True, reason=WHY),
+        lambda: promotion.compare(session, "elsewhere", "1", "2"),
     ):
         with pytest.raises(ModelNotFound):
             what()
     with pytest.raises(NothingBefore):
-        champions.rollback(session, "elsewhere")
-    assert [row.version for row in champions.promotions(session, "elsewhere", 10).data] == [1]
+        promotion.rollback(session, "elsewhere")
+    assert [row.version for row in promotion.promotions(session, "elsewhere", 10).data] == [1]
 
 
 # --- many at once ---
@@ -393,9 +394,9 @@ def test_fifty_changes_at_once_leave_one_champion_and_a_history_that_fits(sessio
 
 def _change(lots: random.Random) -> Callable[[Session], ModelVersion]:
     if lots.random() < 0.5:
-        return lambda session: champions.rollback(session, TENANT, reason=WHY)
+        return lambda session: promotion.rollback(session, TENANT, reason=WHY)
     wanted = str(lots.randint(1, 4))
-    return lambda session: champions.promote(session, TENANT, wanted, POLICY, force=True, reason=WHY)
+    return lambda session: promotion.promote(session, TENANT, wanted, POLICY, force=True, reason=WHY)
 
 
 def test_a_training_that_ends_during_a_rollback_is_compared_with_who_is_champion_then(sessions: Sessions) -> None:
@@ -403,7 +404,7 @@ def test_a_training_that_ends_during_a_rollback_is_compared_with_who_is_champion
         for f1 in (0.90, 0.95):
             trained(session, scores(f1))
     with ThreadPoolExecutor(1) as pool, sessions.begin() as session:
-        champions.rollback(session, TENANT)
+        promotion.rollback(session, TENANT)
 
         def end() -> bool:
             with sessions.begin() as other:
@@ -431,7 +432,7 @@ def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(sessio
         session, scores(0.95), measured(first, 0.7, 0.6),
         params={"epochs": 9, "seed": 7}, environment={"torch": "2.9"}, dataset_digest="e" * 64,
     )  # fmt: skip
-    found = champions.compare(session, TENANT, "1", "champion")
+    found = promotion.compare(session, TENANT, "1", "champion")
     assert (found.a.id, found.b.id) == (first.id, second.id)
     assert (found.scans, found.test_digest) == (93, ONE_SET)
     assert (found.metrics["f1"], found.metrics["recall"]) == ([0.9, 0.95], [0.88, 0.96])
@@ -445,7 +446,7 @@ def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(sessio
 def test_two_versions_without_common_test_scans_have_no_figures(session: Session) -> None:
     trained(session, scores(0.9))
     trained(session, scores(0.95, OTHER_SET), code_revision="def")
-    found = champions.compare(session, TENANT, "1", "2")
+    found = promotion.compare(session, TENANT, "1", "2")
     assert (found.scans, found.metrics, found.test_digest) == (None, {}, None)
     assert found.differences["code_revision"] == ["abc", "def"]
     assert found.note.startswith("No test scans were scored with both")
@@ -454,18 +455,18 @@ def test_two_versions_without_common_test_scans_have_no_figures(session: Session
 def test_versions_that_tell_no_test_set_have_no_common_one(session: Session) -> None:
     for _ in range(2):
         trained(session, builders.SCORES)
-    assert champions.compare(session, TENANT, "1", "2").metrics == {}
+    assert promotion.compare(session, TENANT, "1", "2").metrics == {}
     assert session.scalars(select(ModelEvaluation)).all() == []
 
 
 def test_a_comparison_of_what_there_is_not_says_so(session: Session) -> None:
     trained(session, scores(0.9))
     with pytest.raises(ModelNotFound):
-        champions.compare(session, TENANT, "1", "2")
+        promotion.compare(session, TENANT, "1", "2")
 
 
 def test_a_measurement_of_another_champion_is_not_taken_for_this_ones(session: Session) -> None:
     first, unknown = trained(session, scores(0.9)), uuid.uuid4()
-    assert evaluations.why_not(first, Measured(unknown, "its file cannot be read")) != "its file cannot be read"
-    assert evaluations.why_not(first, Measured(first.id, "its file cannot be read")) == "its file cannot be read"
-    assert evaluations.why_not(None, None) is None
+    assert comparison.why_not(first, Measured(unknown, "its file cannot be read")) != "its file cannot be read"
+    assert comparison.why_not(first, Measured(first.id, "its file cannot be read")) == "its file cannot be read"
+    assert comparison.why_not(None, None) is None

@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
-from jobs import doorbells, lifecycle, processes
 from jobs.db import Sessions
-from jobs.doorbells import View
-from jobs.processes import SignOfLife
+from jobs.queue import dispatch, leases, lifecycle, processes
+from jobs.queue.dispatch import View
+from jobs.queue.processes import SignOfLife
 from jobs.states import JobKind, Lane
 from jobs.tables import Unit
 from tests.builders import claim, make_job, outcomes_of, units_of
@@ -17,12 +17,12 @@ from tests.builders import claim, make_job, outcomes_of, units_of
 
 def look(session: Session, per_job: int = 4) -> View:
     """The dispatcher's view with usual clocks."""
-    return doorbells.look(session, ring_again=15, per_job=per_job, alive_seconds=15)
+    return dispatch.look(session, ring_again=15, per_job=per_job, alive_seconds=15)
 
 
 def ring_all(session: Session, per_job: int = 4) -> int:
     """Ring whatever waits; how many that were."""
-    return len(doorbells.dispatch(session, [unit.unit_id for unit in look(session, per_job).waiting], 15))
+    return len(dispatch.dispatch(session, [unit.unit_id for unit in look(session, per_job).waiting], 15))
 
 
 def test_a_waiting_unit_is_seen_and_rung_once(sessions: Sessions) -> None:
@@ -32,7 +32,7 @@ def test_a_waiting_unit_is_seen_and_rung_once(sessions: Sessions) -> None:
         assert (unit.unit_id, unit.lane, unit.kind) == (units_of(session, job)[0].id, "train", "train")
         assert ring_all(session) == 1
         assert list(look(session).waiting) == []
-        assert doorbells.dispatch(session, [unit.unit_id], 15) == set(), "not again so soon, whoever asks"
+        assert dispatch.dispatch(session, [unit.unit_id], 15) == set(), "not again so soon, whoever asks"
 
 
 def test_a_doorbell_that_nobody_answers_is_rung_again_and_waits_twice_as_long(sessions: Sessions) -> None:
@@ -65,8 +65,8 @@ def test_two_dispatchers_never_ring_the_same_unit(sessions: Sessions) -> None:
             make_job(session)
         waiting = [unit.unit_id for unit in look(session).waiting]
     with sessions.begin() as one, sessions.begin() as other:
-        first = doorbells.dispatch(one, waiting[:12], 15)
-        second = doorbells.dispatch(other, waiting, 15)
+        first = dispatch.dispatch(one, waiting[:12], 15)
+        second = dispatch.dispatch(other, waiting, 15)
     assert first.isdisjoint(second)
     assert len(first | second) == 20
 
@@ -89,9 +89,9 @@ def test_what_runs_is_seen_with_its_worker(sessions: Sessions) -> None:
         view = look(session)
         (running,) = view.running
         assert (running.worker, running.yields, running.asked) == ("predict@here", True, False)
-        assert view.workers == [doorbells.Worker("predict@here", frozenset({Lane.URGENT, Lane.BATCH}))]
-        doorbells.ask_to_yield(session, [held.unit_id])
-        assert lifecycle.standing(session, held).yield_requested
+        assert view.workers == [dispatch.Worker("predict@here", frozenset({Lane.URGENT, Lane.BATCH}))]
+        dispatch.ask_to_yield(session, [held.unit_id])
+        assert leases.standing(session, held).yield_requested
         assert look(session).running[0].asked
 
 
@@ -99,7 +99,7 @@ def test_a_unit_that_could_not_be_rung_waits_a_little(sessions: Sessions) -> Non
     with sessions.begin() as session:
         job = make_job(session)
         ring_all(session)
-        doorbells.unring(session, [units_of(session, job)[0].id], delay=5)
+        dispatch.unring(session, [units_of(session, job)[0].id], delay=5)
         assert list(look(session).waiting) == []
         session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
         assert ring_all(session) == 1
@@ -112,7 +112,7 @@ def test_the_pace_of_a_lane_is_that_of_its_latest_units(sessions: Sessions) -> N
             held = claim(session, unit)
             session.execute(text("UPDATE units SET started_at = started_at - interval '2 s' WHERE state = 'running'"))
             lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
-        pace = doorbells.pace(session)
+        pace = dispatch.pace(session)
     assert pace == {Lane.BATCH: pytest.approx(2, abs=0.5)}
 
 
@@ -136,16 +136,16 @@ def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None
         )
         session.execute(text("ANALYZE jobs, units"))
         look(session)
-        doorbells.promise(session, [])
-        doorbells.dispatch(session, [], 15)
-        lifecycle.claim_next(session, Lane.TRAIN, "w", 45)
+        dispatch.promise(session, [])
+        dispatch.dispatch(session, [], 15)
+        leases.claim_next(session, Lane.TRAIN, "w", 45)
         questions = [
             "EXECUTE look (4, 15, 64, 15)",
             f"EXECUTE ring ('{{{job.id}}}', 15)",
             f"EXECUTE promise ('{{{job.id}}}')",
             f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
             "EXECUTE claim_next ('batch', 'w', 45)",
-            doorbells.PACE.replace(":lanes", "'{batch,train,urgent}'"),
+            dispatch.PACE.replace(":lanes", "'{batch,train,urgent}'"),
         ]
         for question in questions:
             plan = "\n".join(session.scalars(text("EXPLAIN " + question)))
@@ -158,20 +158,20 @@ def test_a_promised_unit_is_taken_by_the_next_that_asks_and_not_twice(sessions: 
     with sessions.begin() as session:
         first, second = make_job(session), make_job(session)
         waiting = [unit.unit_id for unit in look(session).waiting]
-        doorbells.promise(session, waiting)
+        dispatch.promise(session, waiting)
         assert [unit.promised for unit in look(session).waiting] == [True, True]
-        taken = [lifecycle.claim_next(session, Lane.TRAIN, "w", 45) for _ in range(3)]
+        taken = [leases.claim_next(session, Lane.TRAIN, "w", 45) for _ in range(3)]
         assert [held and held.job_id for held in taken] == [first.id, second.id, None]
-        assert lifecycle.claim_next(session, Lane.BATCH, "w", 45) is None
+        assert leases.claim_next(session, Lane.BATCH, "w", 45) is None
 
 
 def test_a_promised_unit_can_be_rung_and_one_that_is_rung_is_nobodys_promise(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session)
         (unit,) = look(session).waiting
-        doorbells.promise(session, [unit.unit_id])
-        assert doorbells.dispatch(session, [unit.unit_id], 15) == {unit.unit_id}
-        assert lifecycle.claim_next(session, Lane.TRAIN, "w", 45) is None
+        dispatch.promise(session, [unit.unit_id])
+        assert dispatch.dispatch(session, [unit.unit_id], 15) == {unit.unit_id}
+        assert leases.claim_next(session, Lane.TRAIN, "w", 45) is None
 
 
 def _let_pass(session: Session, seconds: int) -> None:

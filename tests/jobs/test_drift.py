@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.orm import Session
 
-from jobs import drift, lifecycle, truths
-from jobs.bookkeeping import Claim, ScanOutcome
 from jobs.db import Sessions
-from jobs.drift import Policy, chance, limit, psi
+from jobs.models import drift, feedback
+from jobs.models.drift import Policy, chance, limit, psi
+from jobs.models.feedback import Judged
+from jobs.queue import leases, lifecycle
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
 from jobs.settings import Settings
 from jobs.states import JobKind
 from jobs.tables import Delivery, Json, ModelVersion, PredictionCount, Webhook
-from jobs.truths import Judged
 from tests import builders
 from tests.builders import TENANT
-from worker.dispatcher import Dispatcher
+from worker.dispatcher.loop import Dispatcher
 
 POLICY = Policy(bound=0.25, least_scans=50)
 SCANS = 93
@@ -204,7 +206,7 @@ def test_a_chunk_that_is_handed_back_half_done_is_counted_once(sessions: Session
         (held,) = batch(session, referred(session, champion), 10)
         chance = random.Random(3)
         lifecycle.requeue(session, held, "DRAINED", outcomes=[outcome(number, chance) for number in range(4)])
-        again = lifecycle.claim(session, held.unit_id, "worker-b", 45)
+        again = leases.claim(session, held.unit_id, "worker-b", 45)
         assert again is not None
         lifecycle.succeed(session, again, outcomes=[outcome(number, chance) for number in range(4, 10)])
         assert sum(counts(session, champion, "class").values()) == 10
@@ -428,7 +430,7 @@ def judged(
     scan_id = more.pop("scan_id", None) or builders.make_scan(session).id
     then = dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)
     row = {"scan_id": scan_id, "label": label, "predicted": predicted, "predicted_at": then, "confidence": 0.9, **more}
-    session.execute(insert(truths.Truth).values(tenant_id=TENANT, model_id=version.id, **row))
+    session.execute(insert(feedback.Truth).values(tenant_id=TENANT, model_id=version.id, **row))
     return scan_id
 
 
@@ -444,7 +446,7 @@ def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
         rows = [("Tumor", "Normal", 0), ("Normal", "Normal", 1), ("Normal", "Tumor", 1), ("Normal", "Normal", 1)]
         for label, predicted, ago in [*rows, ("Tumor", "Tumor", 40)]:
             judged(session, version, label, predicted, ago)
-        found = truths.by_day(session, version, today - dt.timedelta(days=29))
+        found = feedback.by_day(session, version, today - dt.timedelta(days=29))
     assert found[today] == Judged(known=2, right=1, positives=2, found=1)
     assert found[today - dt.timedelta(days=1)] == Judged(known=3, right=2, negatives=3, cleared=2)
     together = sum(found.values(), Judged())
@@ -460,5 +462,5 @@ def test_what_was_rejected_is_not_judged(sessions: Sessions, champion: ModelVers
         for disposition, label in ((None, "Tumor"), ("tumor", "Normal"), ("rejected", "Normal"), ("rejected", "Tumor")):
             judged(session, version, label, "Tumor", disposition=disposition)
         judged(session, version, "Tumor", "Tumor", days_ago=1, disposition="rejected")
-        found = truths.by_day(session, version, dt.date(2000, 1, 1))
+        found = feedback.by_day(session, version, dt.date(2000, 1, 1))
     assert list(found.values()) == [Judged(known=2, right=1, positives=1, found=1, negatives=1, cleared=0)]

@@ -5,15 +5,16 @@ import uuid
 import pytest
 from sqlalchemy import func, select, text
 
-from jobs import expiry, lifecycle, queries, submission, summaries
 from jobs.db import Sessions
 from jobs.errors import ResultsExpired, WrongState
-from jobs.explanations import name_of
+from jobs.queue import lifecycle, retention, submission
+from jobs.queue.explanations import name_of
+from jobs.results import queries, summary
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Job, JobEvent, ScanResult
 from tests import builders
-from worker.dispatcher import Dispatcher
+from worker.dispatcher.loop import Dispatcher
 
 SOON = 1e-9
 """Days that anything which has ended is over."""
@@ -27,9 +28,9 @@ def ended(sessions: Sessions, scans: int = 3, failed: int = 0, kind: JobKind = J
         return job.id
 
 
-def expire(sessions: Sessions, days: float = SOON, rows: int = expiry.ROWS) -> bool:
+def expire(sessions: Sessions, days: float = SOON, rows: int = retention.ROWS) -> bool:
     with sessions.begin() as session:
-        return expiry.expire(session, days, rows)
+        return retention.expire(session, days, rows)
 
 
 def left(sessions: Sessions, job_id: uuid.UUID) -> list[int]:
@@ -109,7 +110,7 @@ def test_a_bite_is_bounded_and_takes_the_first_results_first(sessions: Sessions)
 
 
 def test_of_many_jobs_a_bite_takes_some(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expiry, "JOBS", 2)
+    monkeypatch.setattr(retention, "JOBS", 2)
     jobs = [ended(sessions, 1, kind=JobKind.PREDICT) for _ in range(3)]
     assert expire(sessions) is True
     assert [len(left(sessions, each)) for each in jobs] == [0, 0, 1]
@@ -123,7 +124,7 @@ def test_nobody_takes_half_of_the_results_for_all_of_them(sessions: Sessions) ->
         view = queries.job(session, builders.TENANT, job_id)
         assert len(queries.results(session, view).data) == 4
         expire(sessions, rows=1)
-        for read in (queries.results, summaries.summary):
+        for read in (queries.results, summary.summary):
             with pytest.raises(ResultsExpired, match="RENALQ_RESULTS_DAYS"):
                 read(session, view)
         with pytest.raises(WrongState, match="expired"):
@@ -161,7 +162,7 @@ def test_the_dispatcher_does_it_as_the_setting_says(
 def test_the_dispatcher_comes_back_soon_where_there_is_more(
     sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expiry, "JOBS", 1)
+    monkeypatch.setattr(retention, "JOBS", 1)
     jobs = [ended(sessions) for _ in range(2)]
     clock = [1000.0]
     monkeypatch.setattr("worker.dispatcher.time.monotonic", lambda: clock[0])

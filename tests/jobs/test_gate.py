@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.gate import Against, Policy, Verdict, gate
+from jobs.models.gate import Against, Policy, Verdict, gate
 from jobs.settings import Settings
 
 POLICY = Policy(min_f1=0.85, min_sensitivity=0.80, max_calibration_error=0.10)

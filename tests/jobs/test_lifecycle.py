@@ -10,12 +10,12 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from jobs import bookkeeping, lifecycle
 from jobs.db import Prepared, Sessions, listening
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.lifecycle import RetryPolicy
+from jobs.queue import job_events, leases, lifecycle
+from jobs.queue.lifecycle import RetryPolicy
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import TERMINAL, TRANSITIONS, JobKind, JobState, Lane, UnitState
-from jobs.submission import NewJob, NewResult, submit
 from jobs.tables import Job, JobEvent, ScanResult, Unit
 from tests.builders import (
     BROKEN,
@@ -66,7 +66,7 @@ def test_of_fifty_workers_one_gets_the_unit(sessions: Sessions) -> None:
         start.wait()
         for _ in range(3):
             with sessions.begin() as session:
-                if lifecycle.claim(session, unit.id, f"worker-{number}", 45):
+                if leases.claim(session, unit.id, f"worker-{number}", 45):
                     return True
         return False
 
@@ -90,18 +90,18 @@ def test_a_unit_that_is_not_due_is_refused(sessions: Sessions) -> None:
         (unit,) = units_of(session, job)
         wait = unit.not_before - session.scalar(select(lifecycle.NOW))
         assert timedelta(0) < wait < timedelta(seconds=60), "evenly between nothing and the bound"
-        assert lifecycle.claim(session, unit.id, "w", 45) is None
+        assert leases.claim(session, unit.id, "w", 45) is None
 
 
 def test_a_beat_renews_the_lease_and_a_look_hears_of_a_cancel(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
-        assert lifecycle.beat(session, held, 45)
-        assert lifecycle.standing(session, held) == lifecycle.Standing(held=True)
+        assert leases.beat(session, held, 45)
+        assert leases.standing(session, held) == leases.Standing(held=True)
         lifecycle.cancel(session, TENANT, job.id)
-        assert lifecycle.beat(session, held, 45)
-        assert lifecycle.standing(session, held) == lifecycle.Standing(held=True, cancel_requested=True)
+        assert leases.beat(session, held, 45)
+        assert leases.standing(session, held) == leases.Standing(held=True, cancel_requested=True)
 
 
 def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
@@ -112,8 +112,8 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
         assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence > stale.fence
-        assert not lifecycle.beat(session, stale, 45)
-        assert not lifecycle.standing(session, stale).held
+        assert not leases.beat(session, stale, 45)
+        assert not leases.standing(session, stale).held
         for write in (
             lambda: lifecycle.report(session, stale, progress=0.5),
             lambda: lifecycle.succeed(session, stale),
@@ -139,7 +139,7 @@ def test_a_fence_that_a_crash_gave_out_twice_serves_one_worker_only(sessions: Se
         session.execute(fence, {"fence": forgotten.fence})
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence == forgotten.fence
-        assert not lifecycle.beat(session, forgotten, 45)
+        assert not leases.beat(session, forgotten, 45)
         with pytest.raises(LeaseLost):
             lifecycle.succeed(session, forgotten)
         lifecycle.succeed(session, fresh)
@@ -184,7 +184,7 @@ def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> No
     thread.start()
     candidate.wait(10)
     with sessions.begin() as session:
-        assert lifecycle.beat(session, held, 45)
+        assert leases.beat(session, held, 45)
     beaten.set()
     thread.join(10)
     assert done == [0], "the expiry is checked again in the UPDATE"
@@ -334,7 +334,7 @@ def test_two_last_chunks_that_end_together_end_the_job_once(sessions: Sessions) 
             job = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
             held = [claim(session, unit) for unit in units_of(session, job)]
 
-        def end(one: lifecycle.Claim) -> None:
+        def end(one: leases.Claim) -> None:
             with sessions.begin() as session:
                 lifecycle.succeed(session, one, outcomes=outcomes_of(session, one))
 
@@ -390,7 +390,7 @@ def test_a_cancelled_unit_is_refused_and_a_dead_worker_does_not_hold_the_cancel_
         lifecycle.reap(session, retry=RetryPolicy(), stall=900)
         session.refresh(job)
         assert job.state == "cancelled"
-        assert lifecycle.claim(session, units_of(session, job)[0].id, "w", 45) is None
+        assert leases.claim(session, units_of(session, job)[0].id, "w", 45) is None
         assert not faults(session)
 
 
@@ -400,7 +400,7 @@ def test_cancel_and_success_at_once_have_one_winner(sessions: Sessions) -> None:
             job = make_job(session)
             held = claim(session, units_of(session, job)[0])
 
-        def finish(held: lifecycle.Claim = held) -> None:
+        def finish(held: leases.Claim = held) -> None:
             with sessions.begin() as session:
                 lifecycle.succeed(session, held)
 
@@ -456,7 +456,7 @@ def test_events_only_grow_and_the_end_comes_once(sessions: Sessions) -> None:
         session.execute(update(JobEvent).values(type="other"))
     for state in TERMINAL:
         with pytest.raises(IntegrityError, match="uq_job_events_terminal"), sessions.begin() as session:
-            bookkeeping.record(session, job.id, TENANT, state, {})
+            job_events.record(session, job.id, TENANT, state, {})
 
 
 def test_a_running_unit_without_a_lease_is_refused(sessions: Sessions) -> None:
@@ -467,7 +467,7 @@ def test_a_running_unit_without_a_lease_is_refused(sessions: Sessions) -> None:
 
 
 def test_every_change_of_a_job_is_told_and_gives_it_a_new_revision(sessions: Sessions) -> None:
-    with listening(sessions.kw["bind"], bookkeeping.JOBS_CHANNEL, bookkeeping.UNITS_CHANNEL) as bell:
+    with listening(sessions.kw["bind"], job_events.JOBS_CHANNEL, job_events.UNITS_CHANNEL) as bell:
         with sessions.begin() as session:
             job = make_job(session)
             before = job.revision

@@ -16,11 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from jobs import doorbells, lifecycle, submission
-from jobs.bookkeeping import NOW, Claim, ScanOutcome
-from jobs.db import Sessions
+from jobs.db import NOW, Sessions
 from jobs.errors import LeaseLost, WrongState
-from jobs.lifecycle import RetryPolicy
+from jobs.queue import dispatch, leases, lifecycle, submission
+from jobs.queue.leases import Claim
+from jobs.queue.lifecycle import RetryPolicy
+from jobs.queue.outcomes import ScanOutcome
 from jobs.states import TERMINAL, UNIT_TERMINAL, JobKind, Lane
 from jobs.tables import Job, ScanResult, Unit
 from tests.builders import BROKEN, TENANT, make_job
@@ -91,12 +92,12 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(promise=st.booleans())
     def ring(self, promise: bool) -> None:
         with self.sessions.begin() as session:
-            waiting = doorbells.look(session, 15, 4, 15).waiting
+            waiting = dispatch.look(session, 15, 4, 15).waiting
             new = [unit.unit_id for unit in waiting if not unit.again]
             if promise:
-                doorbells.promise(session, new)
+                dispatch.promise(session, new)
             else:
-                doorbells.dispatch(session, new, 15)
+                dispatch.dispatch(session, new, 15)
         for unit_id in new:
             assert self.units[unit_id].state in ("queued", "dispatched")
             self.units[unit_id].state = "dispatched"
@@ -107,7 +108,7 @@ class Lifecycle(RuleBasedStateMachine):
         unit_id = pick.choice(list(self.units))
         unit = self.units[unit_id]
         with self.sessions.begin() as session:
-            held = lifecycle.claim(session, unit_id, "worker", 45)
+            held = leases.claim(session, unit_id, "worker", 45)
         free = unit.state in ("queued", "dispatched") and not self.jobs[unit.job_id].cancel_requested
         assert (held is not None) == free
         self._remember(held)
@@ -115,7 +116,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def claim_next(self) -> None:
         with self.sessions.begin() as session:
-            held = lifecycle.claim_next(session, Lane.BATCH, "worker", 45)
+            held = leases.claim_next(session, Lane.BATCH, "worker", 45)
         if held is not None:
             assert self.units[held.unit_id].state == "dispatched"
         self._remember(held)
@@ -125,8 +126,8 @@ class Lifecycle(RuleBasedStateMachine):
     def beat(self, pick: random.Random) -> None:
         held = pick.choice(self.claims)
         with self.sessions.begin() as session:
-            assert lifecycle.beat(session, held, 45) == self._is_current(held)
-            standing = lifecycle.standing(session, held)
+            assert leases.beat(session, held, 45) == self._is_current(held)
+            standing = leases.standing(session, held)
         wanted = self._is_current(held) and self.jobs[held.job_id].cancel_requested
         assert (standing.held, standing.cancel_requested) == (self._is_current(held), wanted)
 
@@ -391,9 +392,9 @@ def _work(sessions: Sessions, pick: random.Random) -> None:
     with sessions.begin() as session:
         promised = pick.random() < 0.3
         held = (
-            lifecycle.claim_next(session, Lane.BATCH, "worker", 45)
+            leases.claim_next(session, Lane.BATCH, "worker", 45)
             if promised
-            else lifecycle.claim(session, pick.choice(units), "worker", 45)
+            else leases.claim(session, pick.choice(units), "worker", 45)
         )
     if held is None:
         return
@@ -414,16 +415,16 @@ def _end(session: Session, held: Claim, way: str) -> None:
         lifecycle.fail(session, held, SHAKY, RETRY, outcomes[:1])
     elif way == "drain":
         lifecycle.requeue(session, held, "DRAINED", outcomes[:1])
-    elif way == "hear" and lifecycle.standing(session, held).cancel_requested:
+    elif way == "hear" and leases.standing(session, held).cancel_requested:
         lifecycle.cancelled(session, held, outcomes[:1])
 
 
 def _dispatch(sessions: Sessions, pick: random.Random) -> None:
     with sessions.begin() as session:
-        waiting = [unit.unit_id for unit in doorbells.look(session, 15, 4, 15).waiting]
+        waiting = [unit.unit_id for unit in dispatch.look(session, 15, 4, 15).waiting]
         half = len(waiting) // 2
-        doorbells.promise(session, waiting[:half])
-        doorbells.dispatch(session, waiting[half:], 15)
+        dispatch.promise(session, waiting[:half])
+        dispatch.dispatch(session, waiting[half:], 15)
 
 
 def _reap(sessions: Sessions, pick: random.Random) -> None:
@@ -462,7 +463,7 @@ def _finish(sessions: Sessions) -> None:
             return
         for unit_id in left:
             with sessions.begin() as session:
-                held = lifecycle.claim(session, unit_id, "honest", 45)
+                held = leases.claim(session, unit_id, "honest", 45)
                 if held is not None:
                     _end(session, held, "succeed")
     raise AssertionError("units are left that nobody can claim")

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from jobs import lifecycle, registry, reproduction
-from jobs.bookkeeping import Claim
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
-from jobs.gate import Policy
-from jobs.registry import NewModel
-from jobs.reproduction import compared, numbers
+from jobs.models import registry, reproduction
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.models.reproduction import compared, numbers
+from jobs.queue import lifecycle
+from jobs.queue.leases import Claim
+from jobs.queue.submission import retry
 from jobs.states import JobState
-from jobs.submission import retry
 from jobs.tables import Job, JobEvent, ModelVersion
 from tests import builders
 

@@ -9,15 +9,17 @@ from sqlalchemy import select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
-from jobs import explanations, lifecycle, reuse
-from jobs.artifacts import Blob
-from jobs.bookkeeping import Claim, ScanOutcome
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
-from jobs.explanations import BLANK, HEATMAP, OVERLAY, Made, Pictures, name_of, words_of
-from jobs.reuse import Known, known_results
+from jobs.queue import explanations, lifecycle
+from jobs.queue.explanations import BLANK, HEATMAP, OVERLAY, Made, Pictures, name_of, words_of
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
+from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.results import cache
+from jobs.results.cache import Known, known_results
 from jobs.states import JobKind, JobState, Lane
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Blob
 from jobs.tables import Artifact, Job, ScanResult, Unit, new_id
 from tests import builders
 from tests.builders import TENANT, outcomes_of, units_of
@@ -85,7 +87,7 @@ def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
 
 
 def test_known_results_are_found_by_the_index(session: Session) -> None:
-    query = reuse._equal(MODEL, "torch-fp32", [uuid.uuid4()])
+    query = cache._equal(MODEL, "torch-fp32", [uuid.uuid4()])
     literal = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     session.execute(text("SET LOCAL enable_seqscan = off"))
     assert "ix_scan_results_computed" in "\n".join(session.scalars(text(f"EXPLAIN {literal}")))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import drift
+from jobs.models import drift
 from jobs.settings import Settings, as_markdown
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "settings.md"

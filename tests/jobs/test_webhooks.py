@@ -9,15 +9,17 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs import champions, deliveries, lifecycle, registry, webhooks
 from jobs.db import Sessions
-from jobs.deliveries import Attempt, Due
 from jobs.errors import TooManyWebhooks
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.events import deliveries, webhooks
+from jobs.events.deliveries import Attempt, Due
+from jobs.events.webhooks import EventType
+from jobs.models import promotion, registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
 from jobs.states import TERMINAL, JobKind, JobState
 from jobs.tables import Delivery, Job, Webhook
-from jobs.webhooks import EventType
 from tests import builders
 from tests.builders import TENANT
 
@@ -143,8 +145,8 @@ def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(ses
         make_webhook(session, *(event for event in EventType if event.startswith("model.")))
     one, two = make_version(sessions), make_version(sessions)
     with sessions.begin() as session:
-        champions.promote(session, TENANT, "2", Policy(), force=True, reason="Erika's scan")
-        champions.rollback(session, TENANT, reason="Erika's scan")
+        promotion.promote(session, TENANT, "2", Policy(), force=True, reason="Erika's scan")
+        promotion.rollback(session, TENANT, reason="Erika's scan")
         found = told(session)
     ids = [event_id for _, event_id, _ in found]
     assert len(set(ids)) == 5

@@ -1,10 +1,10 @@
-"""The schema's history runs up and down, and ends where `jobs/tables.py` stands."""
+"""The schema's history runs up and down, and ends where `jobs/tables` stands."""
 
 from alembic import command
 from sqlalchemy import Connection, inspect, select, text
 
-from jobs import champions
 from jobs.db import Base, Sessions
+from jobs.models import promotion
 from jobs.tables import ModelEvaluation, ModelVersion, Promotion
 from tests.conftest import alembic_config
 
@@ -63,7 +63,7 @@ def test_the_champions_so_far_are_the_beginning_of_the_history(sessions: Session
             .order_by(ModelVersion.tenant_id, ModelVersion.version)
         ).all()
         assert [tuple(row) for row in sets] == [("a", 1, "one", 93), ("a", 2, "one", 93), ("b", 1, "two", 12)]
-        assert champions.rollback(session, "a").version == 1
+        assert promotion.rollback(session, "a").version == 1
 
 
 def test_every_row_that_belongs_to_somebody_names_its_tenant() -> None:

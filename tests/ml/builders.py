@@ -15,14 +15,14 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from torch import nn
 
-from ml.engines import TorchEngine
-from ml.features import Features
-from ml.network import Model
-from ml.params import Params, parse_params
-from ml.splits import Split
-from ml.team import ALONE, Team
-from ml.train import TrainData
-from ml.transforms import Transform
+from ml.image.dataset.splits import Split
+from ml.image.engines.engines import TorchEngine
+from ml.image.engines.features import Features
+from ml.image.learning.train import TrainData
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.runtime.process_group import ALONE, Team
+from ml.spec.image import Params, parse_params
 
 TRAINED, VALIDATED, TESTED = 32, 8, 4  # scans of make_data
 SCANS = TRAINED + VALIDATED + TESTED

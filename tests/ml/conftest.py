@@ -11,10 +11,11 @@ import torch
 import yaml
 from torch import nn
 
-from ml import network, stages
-from ml.config import load_config
-from ml.events import Event
-from ml.params import parse_params
+from ml.image.networks import network
+from ml.image.stages import stages
+from ml.runtime.config import load_config
+from ml.runtime.events import Event
+from ml.spec.image import parse_params
 from tests.ml.builders import make_files, write_zip
 
 SIDE = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ml.phantom import generate
-from ml.phantom_files import windowed
+from ml.synthetic.phantom import generate
+from ml.synthetic.phantom_files import windowed
 
 SIDE = 192
 WINDOWS = {"bone": (400, 1800), "lung": (-600, 1500)}

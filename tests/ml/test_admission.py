@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from ml import admission, network
-from ml.admission import Admission, admit, floating_form_of, form_of
-from ml.calibration import Calibration
-from ml.engines import engine_name, forms
-from ml.errors import EngineNotAdmitted
-from ml.predict import Predictor
+from ml.evaluation.calibration import Calibration
+from ml.image.engines import admission
+from ml.image.engines.admission import Admission, admit, floating_form_of, form_of
+from ml.image.engines.engines import engine_name, forms
+from ml.image.networks import network
+from ml.image.serving.predictor import Predictor
+from ml.runtime.errors import EngineNotAdmitted
 from tests.ml.builders import make_pixels, make_scans
 
 REFERENCE = np.array([[2.0, -2.0], [1.0, -1.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from ml import network
-from ml.architectures import ARCHITECTURES, cut
-from ml.network import Model
-from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from ml.torchvision_ops import torchvision
-from ml.transforms import Transform
+from ml.image.networks import network
+from ml.image.networks.architectures import ARCHITECTURES, cut
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.runtime.torchvision_ops import torchvision
+from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
 from tests.ml.builders import make_scans
 
 CUTS = [(name, head, top) for name in NETWORKS for head in ("gap", "vgg") for top in (0, 1, 2)]

@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from ml.archives import ArchiveLimits, extract_zip
-from ml.errors import ArchiveError
+from ml.runtime.archives import ArchiveLimits, extract_zip
+from ml.runtime.errors import ArchiveError
 from tests.ml.builders import make_files, write_zip
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ml.augmentation import Augment, Augmentation, Draw, augment, draw
-from ml.torchvision_ops import torchvision
+from ml.image.pixels.augmentation import Augment, Augmentation, Draw, augment, draw
+from ml.runtime.torchvision_ops import torchvision
 from tests.ml.builders import make_pixels
 
 STILL = Draw(0.0, False, 0, 0, 1.0)

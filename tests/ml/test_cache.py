@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml.cache import Cache, Cached, key_of, read_features
-from ml.features import Features
-from ml.train import TrainConfig, TrainData, train
+from ml.image.engines.features import Features
+from ml.image.learning.train import TrainConfig, TrainData, train
+from ml.runtime.cache import Cache, Cached, key_of, read_features
 from tests.faults.disk import small_disk
 from tests.ml.builders import (
     SCANS,

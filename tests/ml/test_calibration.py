@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax as scipy_log_softmax
 
-from ml.calibration import (
+from ml.evaluation.calibration import (
     Calibration,
     calibrate,
     chance_error,
@@ -20,10 +20,10 @@ from ml.calibration import (
     softmax,
     top_label,
 )
-from ml.features import Features
-from ml.fitting import head_of
-from ml.splits import Split
-from ml.train import TrainConfig, TrainData, logits_of, train
+from ml.image.dataset.splits import Split
+from ml.image.engines.features import Features
+from ml.image.learning.train import TrainConfig, TrainData, logits_of, train
+from ml.image.stages.training import head_of
 from tests.ml.builders import CountingBackbone, make_narrow_model, make_params, make_scans
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(2, 5)), elements=st.floats(-50, 50, width=32))

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import yaml
 
-from ml import champion, network
 from ml.__main__ import main
-from ml.champion import Comparison
-from ml.config import load_config
-from ml.evaluation import _judged
-from ml.lineage import lineage
-from ml.network import Model
-from ml.params import parse_params
-from ml.predict import Predictor, ScanInput
-from ml.run import Run, Surroundings
-from ml.transforms import Transform
+from ml.image.dataset.lineage import lineage
+from ml.image.networks import network
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.image.serving.predictor import Predictor, ScanInput
+from ml.image.stages import champion
+from ml.image.stages.champion import Comparison
+from ml.image.stages.evaluation import _judged
+from ml.image.stages.run import Run, Surroundings
+from ml.runtime.config import load_config
+from ml.spec.image import parse_params
 from tests.ml.conftest import SIDE, SMALL, SmallRun
 
 CLASSES = ("Normal", "Tumor")

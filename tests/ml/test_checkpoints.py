@@ -21,18 +21,20 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ml import checkpoints, network
-from ml.checkpoints import Checkpoint, Keeper, Origin, checksum, load, save
-from ml.config import CheckpointPlan, load_config
-from ml.data import DatasetReport, ScanFile
-from ml.errors import BadCheckpoint
-from ml.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
-from ml.network import Model
-from ml.params import Params, parse_params
-from ml.run import Surroundings
-from ml.schedules import best_epoch
-from ml.stages import run
-from ml.train import Start, TrainConfig, TrainData, train
+from ml.image.dataset.scan import ScanFile
+from ml.image.dataset.scans import DatasetReport
+from ml.image.learning import checkpoints
+from ml.image.learning.checkpoints import Checkpoint, Keeper, Origin, checksum, load, save
+from ml.image.learning.schedules import best_epoch
+from ml.image.learning.train import Start, TrainConfig, TrainData, train
+from ml.image.networks import network
+from ml.image.networks.network import Model
+from ml.image.stages.run import Surroundings
+from ml.image.stages.stages import run
+from ml.runtime.config import CheckpointPlan, load_config
+from ml.runtime.errors import BadCheckpoint
+from ml.runtime.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
+from ml.spec.image import Params, parse_params
 from tests.ml.builders import (
     make_data,
     make_narrow_model,
@@ -154,7 +156,7 @@ CASES = {
 @pytest.mark.parametrize("epoch", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, case, epoch):
-    monkeypatch.setattr("ml.train.WINDOW", CASES[case].window)
+    monkeypatch.setattr("ml.image.learning.train.WINDOW", CASES[case].window)
     assert_the_same_end(epoch, CASES[case], tmp_path)
 
 
@@ -180,7 +182,7 @@ BEST_FIRST = {
 @pytest.mark.parametrize("name", BEST_FIRST)
 def test_the_best_epochs_weights_travel_where_they_are_another_epochs(tmp_path, monkeypatch, name):
     case, epoch = BEST_FIRST[name]
-    monkeypatch.setattr("ml.train.WINDOW", case.window)
+    monkeypatch.setattr("ml.image.learning.train.WINDOW", case.window)
     checkpoint, epochs = assert_the_same_end(epoch, case, tmp_path)
     best = best_epoch(case.params, epochs)
     assert best <= epoch - 1, f"this test must choose: {best}"
@@ -380,8 +382,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(small_disk, caplo
 
 
 def test_a_full_disk_is_named_where_a_model_or_the_pixels_are_written(small_disk):
-    from ml import tensorfile
-    from ml.errors import as_pipeline_error
+    from ml.runtime import tensorfile
+    from ml.runtime.errors import as_pipeline_error
 
     with pytest.raises(OSError, match="No space") as full:
         tensorfile.write({"large": torch.zeros(2**19)}, small_disk / "model.safetensors", {})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ml.console import Console, prediction_table
-from ml.events import Epoch, Evaluated, Event, Failed, Finished, Progress, StageFinished, StageStarted, Steps
-from ml.predict import Prediction
+from ml.command.console import Console, prediction_table
+from ml.image.serving.predictor import Prediction
+from ml.runtime.events import Epoch, Evaluated, Event, Failed, Finished, Progress, StageFinished, StageStarted, Steps
 
 METRICS = {"accuracy": 0.9, "precision": 0.8, "recall": 0.7, "f1": 0.75, "roc_auc": None, "held_out": 40}
 LONG = "runs/" + "a-long-name/" * 12

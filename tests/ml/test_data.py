@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from ml.data import check_dataset, load_manifest, save_manifest
-from ml.errors import BadDataset
-from ml.patients import patient_of
+from ml.image.dataset.patients import patient_of
+from ml.image.dataset.scans import check_dataset, load_manifest, save_manifest
+from ml.runtime.errors import BadDataset
 from tests.ml.builders import encode, make_dicom, make_files, make_pixels, write_folder
 
 

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from ml import network
-from ml.admission import whole
-from ml.architectures import ARCHITECTURES
-from ml.descriptor import descriptors_of, maps_of, served
-from ml.engines import TorchEngine, forms, open_engine, outputs_of
-from ml.graphs import graph_of, ranges_of
-from ml.network import Model
-from ml.params import LEAST_SIDE
-from ml.transforms import Transform
+from ml.image.engines.admission import whole
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import TorchEngine, forms, open_engine
+from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.networks import network
+from ml.image.networks.architectures import ARCHITECTURES
+from ml.image.networks.descriptor import descriptors_of, maps_of, served
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.spec.image import LEAST_SIDE
 from tests.ml.builders import CLASSES, make_scans
 
 KINDS = [(name, "gap") for name in sorted(ARCHITECTURES)] + [("vgg16", "vgg")]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.disposition import Disposition, dispose
+from ml.image.serving.disposition import Disposition, dispose
 
 UNIT = st.floats(0, 1)
 

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from ml.download import fetch, google_drive_id
-from ml.errors import DownloadFailed
+from ml.runtime.download import fetch, google_drive_id
+from ml.runtime.errors import DownloadFailed
 
 CONTENT = bytes(range(256)) * 20_000
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ml.config import load_config
-from ml.events import STAGES
-from ml.params import Params
+from ml.runtime.config import load_config
+from ml.runtime.events import STAGES
+from ml.spec.image import Params
 from tests.ml.builders import make_files, make_params, write_zip
 from tests.ml.conftest import SIDE
 
@@ -45,7 +45,8 @@ def imported(module: str) -> dict[str, str]:
 
 
 def handed_on(attribute: str) -> set[str]:
-    """The modules that stand behind an attribute of `ml.run.Run`, by the statement of the class that defines it."""
+    """The modules that stand behind an attribute of `ml.image.stages.run.Run`, by the statement of the class that
+    defines it."""
     names = imported("run")
     body = next(node for node in tree_of("run").body if isinstance(node, ast.ClassDef) and node.name == "Run").body
     for node in body:
@@ -56,7 +57,8 @@ def handed_on(attribute: str) -> set[str]:
 
 
 def modules_behind(stage: str) -> set[str]:
-    """All that a stage imports, directly or through others; of what ml.run imports, what the stage asks a Run for."""
+    """All that a stage imports, directly or through others; of what ml.image.stages.run imports, what the stage asks
+    a Run for."""
     found: set[str] = set()
     waiting = {MODULES[stage]}
     while waiting:

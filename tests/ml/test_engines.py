@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ml import network
-from ml.architectures import ARCHITECTURES, cut
-from ml.engines import OpenVinoEngine, TorchEngine, cpu_has_bf16, forms, open_engine, outputs_of
-from ml.graphs import graph_of, ranges_of
-from ml.params import FIXED_SIDE, LEAST_SIDE
-from ml.transforms import Transform
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import OpenVinoEngine, TorchEngine, cpu_has_bf16, forms, open_engine
+from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.networks import network
+from ml.image.networks.architectures import ARCHITECTURES, cut
+from ml.image.pixels.transforms import Transform
+from ml.spec.image import FIXED_SIDE, LEAST_SIDE
 from tests.ml.builders import make_scans
 
 SMALL = Transform(64, 64)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ml import events
+from ml.runtime import events
 
 EACH = [
     events.StageStarted("training"),

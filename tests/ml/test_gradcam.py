@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ml import network
-from ml.architectures import ARCHITECTURES, Patches
-from ml.engines import engine_name, forms
-from ml.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
-from ml.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
-from ml.images import decode
-from ml.network import Model
-from ml.params import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from ml.predict import KeptScan, Predictor, ScanInput
-from ml.transforms import Transform
+from ml.image.engines.engines import engine_name, forms
+from ml.image.networks import network
+from ml.image.networks.architectures import ARCHITECTURES, Patches
+from ml.image.networks.network import Model
+from ml.image.pixels.decoding import decode
+from ml.image.pixels.transforms import Transform
+from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
+from ml.image.serving.predictor import KeptScan, Predictor, ScanInput
+from ml.runtime.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
+from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
 from tests.ml.builders import CLASSES, encode, make_dicom, make_pixels, make_scans
 
 CONVOLUTIONAL = sorted({*NETWORKS} - {"vit_b_16"})

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ml.architectures import ARCHITECTURES, cut
-from ml.augmentation import Augment
-from ml.engines import TorchEngine, open_engine
-from ml.errors import DeviceOutOfMemory, as_pipeline_error, is_out_of_memory, naming_out_of_memory
-from ml.features import Features
-from ml.halving import HalvingEngine
-from ml.predict import Predictor, ScanInput
-from ml.train import TrainConfig, train
-from ml.transforms import Transform
+from ml.image.engines.engines import TorchEngine, open_engine
+from ml.image.engines.features import Features
+from ml.image.engines.oom_fallback import HalvingEngine
+from ml.image.learning.train import TrainConfig, train
+from ml.image.networks.architectures import ARCHITECTURES, cut
+from ml.image.pixels.augmentation import Augment
+from ml.image.pixels.transforms import Transform
+from ml.image.serving.predictor import Predictor, ScanInput
+from ml.runtime.errors import DeviceOutOfMemory, as_pipeline_error, is_out_of_memory, naming_out_of_memory
 from tests.ml.builders import FEATURES, encode, make_data, make_narrow_model, make_params, make_pixels
 
 SIDE = 32

@@ -13,8 +13,8 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from ml.errors import ImageError
-from ml.images import MAX_PIXELS, MAX_SIDE, colour_mode, decode, is_dicom
+from ml.image.pixels.decoding import MAX_PIXELS, MAX_SIDE, colour_mode, decode, is_dicom
+from ml.runtime.errors import ImageError
 from tests.ml.builders import encode, make_dicom, make_pixels
 
 

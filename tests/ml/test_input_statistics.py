@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from ml.input_statistics import MEANINGS, input_statistics
+from ml.image.pixels.statistics import MEANINGS, input_statistics
 from tests.ml.builders import make_pixels
 from tests.ml.strangers import phantoms, resaved
 

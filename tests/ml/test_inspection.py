@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ml.archives import extract_zip
-from ml.console import dataset_table
-from ml.data import DatasetReport, check_dataset, load_manifest, save_manifest
-from ml.inspection import Inspection, Spread
-from ml.likeness import describe, near_duplicates, resembling
+from ml.command.console import dataset_table
+from ml.image.dataset.inspection import Inspection, Spread
+from ml.image.dataset.perceptual_hash import describe, near_duplicates, resembling
+from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
+from ml.runtime.archives import extract_zip
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder
 
 NOTHING_TELLS = "Nothing tells the patients"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from ml.head import Head
-from ml.learning import Batch, Criterion, Learner, copied
-from ml.params import Params
-from ml.schedules import learning_rate, phases
-from ml.standardization import Standardization
-from ml.tail import Tail
-from ml.train import step_of
+from ml.image.learning.learner import Batch, Criterion, Learner, copied
+from ml.image.learning.schedules import learning_rate, phases
+from ml.image.learning.standardization import Standardization
+from ml.image.learning.torch_learner import Tail
+from ml.image.learning.train import step_of
+from ml.image.learning.vgg_head import Head
+from ml.spec.image import Params
 from tests.ml.builders import make_params
 
 WIDTH, ROWS, SIZE = 90, 21, 5  # 21 rows in batches of 5: the last one has a single row

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml import phantom_files
 from ml.__main__ import main
-from ml.gradcam import Explainer
-from ml.phantom import Slice, generate
-from ml.predict import ScanInput
+from ml.image.serving.gradcam import Explainer
+from ml.image.serving.predictor import ScanInput
+from ml.synthetic import phantom_files
+from ml.synthetic.phantom import Slice, generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 

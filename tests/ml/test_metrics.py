@@ -11,9 +11,9 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml.errors import BadParams
-from ml.intervals import Decisions, intervals, resamples, wilson
-from ml.metrics import Judged, log_odds, positive_class, score, sensitivity_at, worst_mistakes
+from ml.evaluation.intervals import Decisions, intervals, resamples, wilson
+from ml.evaluation.metrics import Judged, log_odds, positive_class, score, sensitivity_at, worst_mistakes
+from ml.runtime.errors import BadParams
 
 CLASSES = ("Cyst", "Normal", "Stone", "Tumor")
 INTERVALS = {"accuracy", "precision", "recall", "f1", "roc_auc", "pr_auc"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ml import network
-from ml.errors import ModelFileError
-from ml.torchvision_ops import torchvision
-from ml.transforms import Transform
+from ml.image.networks import network
+from ml.image.pixels.transforms import Transform
+from ml.runtime.errors import ModelFileError
+from ml.runtime.torchvision_ops import torchvision
 
 
 def make_model(net, **metadata) -> network.Model:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ml import openvino_door
+from ml.image.engines import openvino_import
 
-pytestmark = pytest.mark.skipif(not openvino_door.is_here(), reason="OpenVINO is not installed")
+pytestmark = pytest.mark.skipif(not openvino_import.is_here(), reason="OpenVINO is not installed")
 
 OPENS_A_TRACED_BACKBONE = """
 import sys

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ml.config import PipelineConfig, load_config
-from ml.errors import BadParams
-from ml.options import config_of, params_of, training_help
-from ml.params import Params
+from ml.command.options import config_of, params_of, training_help
+from ml.runtime.config import PipelineConfig, load_config
+from ml.runtime.errors import BadParams
+from ml.spec.image import Params
 from tests.ml.conftest import write_config
 
 ROOT = Path(__file__).resolve().parents[2]

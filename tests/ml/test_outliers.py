@@ -8,18 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ml import fitting, network, stages
-from ml.admission import admit
-from ml.calibration import Calibration
-from ml.config import load_config
-from ml.descriptor import served
-from ml.engines import engine_name, forms, open_engine, outputs_of
-from ml.input_statistics import MEANINGS
-from ml.outliers import Outliers, Unseen, learn
-from ml.params import parse_params
-from ml.phantom_files import write_dataset
-from ml.predict import Predictor, ScanInput
-from ml.run import Run
+from ml.evaluation.calibration import Calibration
+from ml.image.engines.admission import admit
+from ml.image.engines.base import outputs_of
+from ml.image.engines.engines import engine_name, forms, open_engine
+from ml.image.networks import network
+from ml.image.networks.descriptor import served
+from ml.image.networks.ood import Outliers, Unseen, learn
+from ml.image.pixels.statistics import MEANINGS
+from ml.image.serving.predictor import Predictor, ScanInput
+from ml.image.stages import stages, training
+from ml.image.stages.run import Run
+from ml.runtime.config import load_config
+from ml.spec.image import parse_params
+from ml.synthetic.phantom_files import write_dataset
 from tests.ml.builders import encode, make_pixels, make_scans, write_zip
 from tests.ml.conftest import SMALL, write_config
 from tests.ml.strangers import phantoms, resaved, strangers
@@ -122,12 +124,12 @@ def test_scans_that_others_join_stay_together_although_only_some_are_compared(sm
     def noted(descriptors: np.ndarray, statistics: list, groups: np.ndarray, unseen: Unseen) -> None:
         seen.extend((groups, unseen.groups))
 
-    monkeypatch.setattr(fitting, "RESEMBLED", 3)
-    monkeypatch.setattr(fitting, "learn", noted)
-    monkeypatch.setattr(fitting, "group_scans", lambda scans: patients[: len(scans)])
-    fitting._outliers(state, network.load(small_run.model_path))
+    monkeypatch.setattr(training, "RESEMBLED", 3)
+    monkeypatch.setattr(training, "learn", noted)
+    monkeypatch.setattr(training, "group_scans", lambda scans: patients[: len(scans)])
+    training._outliers(state, network.load(small_run.model_path))
     sides = (state.split.train, state.split.validation)
-    assert [groups.tolist() for groups in seen] == [patients[fitting._evenly(side, 3)].tolist() for side in sides]
+    assert [groups.tolist() for groups in seen] == [patients[training._evenly(side, 3)].tolist() for side in sides]
 
 
 def test_numbers_that_never_moved_do_not_drown_the_others():
@@ -198,7 +200,7 @@ def test_shifts_are_against_the_form_that_was_learnt_in(small_run, learnt_in):
 
 
 def test_a_training_tells_in_which_form_it_has_learnt(small_run):
-    """With random weights VGG16 learns in the fastest form that floats (see ml.run.precision_of)."""
+    """With random weights VGG16 learns in the fastest form that floats (see ml.image.stages.run.precision_of)."""
     model = network.load(small_run.model_path)
     learnt_in = model.metadata["engine"].rpartition("-")[2]
     assert set(Outliers.of(model.metadata).shifts) == {*forms()} - {learnt_in}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ml.config import load_config
-from ml.errors import BadParams
-from ml.params import Params, load_params, parse_params
+from ml.runtime.config import load_config
+from ml.runtime.errors import BadParams
+from ml.spec.image import Params, load_params, parse_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

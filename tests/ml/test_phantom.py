@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from ml.phantom import Slice, generate, make_phantom
-from ml.phantom_files import Format, main, windowed, write_dataset, write_zip
+from ml.synthetic.phantom import Slice, generate, make_phantom
+from ml.synthetic.phantom_files import Format, main, windowed, write_dataset, write_zip
 
 SIZE = 192
 """Pixels a side: anatomy is in millimetres, so a small image shows the same, sooner."""

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from ml.events import Epoch
-from ml.metrics import Judged, Mistake, Scores, score
-from ml.plots import DPI, Plot, all_plots, confusion_matrix, cross_validation, learning_curves, mistakes, roc
+from ml.evaluation.metrics import Judged, Mistake, Scores, score
+from ml.reporting.plots import DPI, Plot, all_plots, confusion_matrix, cross_validation, learning_curves, mistakes, roc
+from ml.runtime.events import Epoch
 
 NAMES = {"learning_curves.png", "confusion_matrix.png", "reliability.png", "roc.png", "pr.png", "mistakes.png"}
 FIGURES = ("accuracy", "precision", "recall", "f1", "roc_auc", "pr_auc")

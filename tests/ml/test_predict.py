@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from ml import network
-from ml.ahead import in_rounds
-from ml.data import load_manifest
-from ml.errors import ImageError, ModelFileError
-from ml.images import decode
-from ml.predict import KeptScan, Predictor, ScanInput, predict
-from ml.splits import split_scans
+from ml.image.dataset.scans import load_manifest
+from ml.image.dataset.splits import split_scans
+from ml.image.networks import network
+from ml.image.pixels.decoding import decode
+from ml.image.serving.predictor import KeptScan, Predictor, ScanInput, predict
+from ml.runtime.errors import ImageError, ModelFileError
+from ml.runtime.prefetch import in_rounds
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels
 
 

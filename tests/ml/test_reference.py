@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml import stages
-from ml.config import load_config
-from ml.events import Evaluated, Event
-from ml.input_statistics import MEANINGS
-from ml.params import parse_params
-from ml.reference import reference_of
+from ml.image.pixels.statistics import MEANINGS
+from ml.image.serving.drift_reference import reference_of
+from ml.image.stages import stages
+from ml.runtime.config import load_config
+from ml.runtime.events import Evaluated, Event
+from ml.spec.image import parse_params
 from tests.ml.builders import make_files, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml.inspection import Inspection, warnings
-from ml.metrics import Judged, Scores, score
-from ml.plots import Plot, all_plots
-from ml.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
+from ml.evaluation.metrics import Judged, Scores, score
+from ml.image.dataset.inspection import Inspection, warnings
+from ml.reporting.plots import Plot, all_plots
+from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
 from tests.ml.test_plots import make_epochs, make_judged
 
 COUNTS = {"train": 326, "validation": 46, "test": 93}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.features import Features
-from ml.sampling import Sampler
+from ml.image.engines.features import Features
+from ml.image.learning.sampling import Sampler
 from tests.ml.builders import CountingBackbone, make_params, make_scans
 
 TRAIN = np.arange(100, 150)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.events import Epoch
-from ml.params import Params
-from ml.schedules import Phase, best_epoch, gain, is_over, learning_rate, phases
+from ml.image.learning.schedules import Phase, best_epoch, gain, is_over, learning_rate, phases
+from ml.runtime.events import Epoch
+from ml.spec.image import Params
 from tests.ml.builders import make_params
 
 RATE = 0.1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml.span import SpanLinear
+from ml.image.learning.span_sgd import SpanLinear
 
 RATE = 0.05
 PLAIN = {"momentum": 0.9}

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ml.archives import extract_zip
-from ml.data import DatasetReport, ScanFile, check_dataset
-from ml.errors import BadDataset, ModelFileError
-from ml.lineage import Leaks, leaks, lineage
-from ml.splits import Split, fold_splits, group_scans, split_scans
+from ml.image.dataset.lineage import Leaks, leaks, lineage
+from ml.image.dataset.scan import ScanFile
+from ml.image.dataset.scans import DatasetReport, check_dataset
+from ml.image.dataset.splits import Split, fold_splits, group_scans, split_scans
+from ml.runtime.archives import extract_zip
+from ml.runtime.errors import BadDataset, ModelFileError
 from tests.ml.builders import DATA
 
 KIDNEY = ("Cyst", "Normal", "Stone", "Tumor")

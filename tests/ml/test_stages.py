@@ -15,16 +15,28 @@ import pytest
 import yaml
 from PIL import Image
 
-from ml import network, stages
-from ml.architectures import Architecture
-from ml.cache import Cache
-from ml.config import load_config
-from ml.data import load_manifest
-from ml.errors import BadDataset, BadParams, DownloadFailed, WeightsMissing
-from ml.events import STAGES, Epoch, Evaluated, Event, Failed, Finished, StageFinished, StageStarted, Steps, from_json
-from ml.params import NETWORKS, parse_params
-from ml.predict import Predictor, ScanInput
-from ml.run import Run, Surroundings
+from ml.image.dataset.scans import load_manifest
+from ml.image.networks import network
+from ml.image.networks.architectures import Architecture
+from ml.image.serving.predictor import Predictor, ScanInput
+from ml.image.stages import stages
+from ml.image.stages.run import Run, Surroundings
+from ml.runtime.cache import Cache
+from ml.runtime.config import load_config
+from ml.runtime.errors import BadDataset, BadParams, DownloadFailed, WeightsMissing
+from ml.runtime.events import (
+    STAGES,
+    Epoch,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    StageFinished,
+    StageStarted,
+    Steps,
+    from_json,
+)
+from ml.spec.image import NETWORKS, parse_params
 from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
@@ -231,8 +243,8 @@ def test_four_classes_with_a_small_head_folds_and_blocks_that_learn(tmp_path):
 def test_a_second_training_of_the_same_scans_decodes_and_computes_nothing_again(small_run, tmp_path, monkeypatch):
     around = Surroundings(cache=Cache(tmp_path / "cache", 10**9))
     first = scores_of(run_of(tmp_path / "one", small_run.archive, around))
-    monkeypatch.setattr("ml.ingestion.check_dataset", refused)
-    monkeypatch.setattr("ml.features.Features._streamed", refused)
+    monkeypatch.setattr("ml.image.stages.ingestion.check_dataset", refused)
+    monkeypatch.setattr("ml.image.engines.features.Features._streamed", refused)
     assert scores_of(run_of(tmp_path / "two", small_run.archive, around)) == first
 
 

@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from ml import network
-from ml.cache import Cache, Cached
-from ml.checkpoints import Keeper, Origin, load
-from ml.config import CheckpointPlan
-from ml.engines import open_engine
-from ml.errors import BadParams, PipelineError
-from ml.events import Epoch
-from ml.features import Features
-from ml.gathering import MemberLost, gathered
-from ml.member import training_team
-from ml.network import Model
-from ml.params import Params
-from ml.team import ALONE, Team
-from ml.train import Start, TrainConfig, TrainData, train
-from ml.transforms import Transform
+from ml.image.engines.engines import open_engine
+from ml.image.engines.features import Features
+from ml.image.learning.checkpoints import Keeper, Origin, load
+from ml.image.learning.ddp_launch import MemberLost, gathered
+from ml.image.learning.train import Start, TrainConfig, TrainData, train
+from ml.image.networks import network
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.image.stages.ddp_worker import training_team
+from ml.runtime.cache import Cache, Cached
+from ml.runtime.config import CheckpointPlan
+from ml.runtime.errors import BadParams, PipelineError
+from ml.runtime.events import Epoch
+from ml.runtime.process_group import ALONE, Team
+from ml.spec.image import Params
 from tests.ml.builders import (
     CLASSES,
     make_data,
@@ -335,7 +335,7 @@ def members() -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if b"ml.member" in command and parent == os.getpid():
+        if b"ml.image.stages.ddp_worker" in command and parent == os.getpid():
             found.append(int(folder.name))
     return found
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ml.errors import BadParams
-from ml.events import Epoch
-from ml.network import Model
-from ml.params import Params
-from ml.train import TrainConfig, TrainData, class_weights, logits_of, step_of, train
+from ml.image.learning.train import TrainConfig, TrainData, class_weights, logits_of, step_of, train
+from ml.image.networks.network import Model
+from ml.runtime.errors import BadParams
+from ml.runtime.events import Epoch
+from ml.spec.image import Params
 from tests.ml.builders import (
     TRAINED,
     VALIDATED,

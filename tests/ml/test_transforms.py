@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ml.transforms import Transform
+from ml.image.pixels.transforms import Transform
 from tests.ml.builders import make_pixels
 
 

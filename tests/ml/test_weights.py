@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from ml import network, weights
-from ml.architectures import ARCHITECTURES
-from ml.errors import BadParams, DownloadFailed, ModelFileError, WeightsMissing, as_pipeline_error
-from ml.network import Model
-from ml.transforms import Transform
+from ml.image.networks import network, weights
+from ml.image.networks.architectures import ARCHITECTURES
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.runtime.errors import BadParams, DownloadFailed, ModelFileError, WeightsMissing, as_pipeline_error
 from tests.ml.builders import CLASSES
 
 RESNET = ARCHITECTURES["resnet18"]

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import requests
 
-from cli.plans import free_port
+from cli.stack.server_plan import free_port
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset
 from tests import builders
 from tests.processes import eventually
-from worker.resources import Resources, open_resources
-from worker.running import Held
+from worker.execution.resources import Resources, open_resources
+from worker.execution.unit import Held
 
 Hold = Callable[..., Held]
 

@@ -20,19 +20,19 @@ from cryptography.x509.oid import NameOID
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from jobs import deliveries, webhooks
 from jobs.addresses import USUAL_PORTS
 from jobs.db import Sessions
+from jobs.events import deliveries, webhooks
+from jobs.events.webhooks import EventType
 from jobs.settings import Settings
 from jobs.tables import Delivery, Webhook
-from jobs.webhooks import EventType
 from tests.builders import TENANT
 from tests.processes import eventually
 from tests.receivers import SHORT, Receiver, allowing, receiving
-from worker import delivering as sending
-from worker import receivers
-from worker.delivering import SENDERS, SENDERS_OF_ONE, delivering
-from worker.receivers import Undelivered, post
+from worker.dispatcher import webhook_client
+from worker.dispatcher import webhook_sender as sending
+from worker.dispatcher.webhook_client import Undelivered, post
+from worker.dispatcher.webhook_sender import SENDERS, SENDERS_OF_ONE, delivering
 
 TOKEN = "token-4711"  # of an address that nobody else may learn
 DATA = {"job_id": "7", "state": "succeeded"}
@@ -303,7 +303,7 @@ def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
 def test_the_host_is_named_with_its_port_unless_that_is_the_usual_one(url: str, host: str) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, heard(listener) as asked, socket.create_connection(listener.getsockname()) as sock:
-        receivers._asked(urlsplit(url), sock, b"{}", {})
+        webhook_client._asked(urlsplit(url), sock, b"{}", {})
     assert f"Host: {host}" in asked
 
 
@@ -400,7 +400,7 @@ def secure(certificate: Path, receiver: Receiver) -> Receiver:
 def test_https_is_spoken_to_whom_the_certificate_names(
     secure: Receiver, certificate: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receivers, "_tls", lambda: ssl.create_default_context(cafile=certificate))
+    monkeypatch.setattr(webhook_client, "_tls", lambda: ssl.create_default_context(cafile=certificate))
     quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
     assert post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick) == 204
     with pytest.raises(Undelivered, match="did not answer within"):

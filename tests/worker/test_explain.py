@@ -16,32 +16,35 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
-from jobs import lifecycle, registry
-from jobs.artifacts import Artifacts
-from jobs.bookkeeping import NOW, Claim, ScanOutcome
-from jobs.db import Sessions
-from jobs.explanations import Pictures, pictures, words_of
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.db import NOW, Sessions
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
+from jobs.queue.explanations import Pictures, pictures, words_of
+from jobs.queue.leases import Claim
+from jobs.queue.outcomes import ScanOutcome
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, JobState
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
-from ml import network, predict
-from ml.engines import engine_name
-from ml.errors import DeviceOutOfMemory
-from ml.gradcam import Explainer
-from ml.network import Model
-from ml.predict import Predictor, ScanInput
-from ml.transforms import Transform
+from ml.image.engines.engines import engine_name
+from ml.image.networks import network
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.image.serving import predictor
+from ml.image.serving.gradcam import Explainer
+from ml.image.serving.predictor import Predictor, ScanInput
+from ml.runtime.errors import DeviceOutOfMemory
 from tests import builders
 from tests.builders import TENANT
 from tests.ml.builders import encode, make_pixels
-from worker import explain
-from worker.explain import explain_results
-from worker.interrupts import CancelRequested, Draining
-from worker.predict import predict_chunk
-from worker.resources import Resources
-from worker.running import Held, WorkFailed
+from worker.execution.interrupts import CancelRequested, Draining
+from worker.execution.resources import Resources
+from worker.execution.unit import Held, WorkFailed
+from worker.handlers import explain
+from worker.handlers.explain import explain_results
+from worker.handlers.predict import predict_chunk
 
 CLASSES = ["Cyst", "Normal", "Tumor"]
 KINDS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
@@ -216,8 +219,8 @@ def test_a_single_scan_is_read_and_decoded_once(
     """Also one whose result is known: then it is only the explanation that looks at it."""
     if again:
         predict_chunk(held(resources, ask(GOOD)))
-    decode, decoded = predict.decode, list[int]()
-    monkeypatch.setattr(predict, "decode", lambda *scan: decoded.append(1) or decode(*scan))
+    decode, decoded = predictor.decode, list[int]()
+    monkeypatch.setattr(predictor, "decode", lambda *scan: decoded.append(1) or decode(*scan))
     job = ask(GOOD, explain=True)
     predict_chunk(held(resources, job))
     assert set(explained(resources, job)) == {0}

@@ -8,12 +8,12 @@ import pytest
 from sqlalchemy import select
 
 from jobs.tables import Job, JobEvent
-from ml import events
+from ml.runtime import events
 from tests.worker.conftest import Hold
-from worker.child import Child
-from worker.running import Held, WorkFailed
-from worker.tracking import Run
-from worker.train import Told, _hear, _judge_end
+from worker.execution.child import Child
+from worker.execution.unit import Held, WorkFailed
+from worker.handlers.train import Told, _hear, _judge_end
+from worker.tracking.live import Run
 
 
 @dataclass

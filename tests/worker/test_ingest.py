@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from ml.data import DatasetReport, check_dataset
+from ml.image.dataset.scans import DatasetReport, check_dataset
 from tests.api.conftest import png
-from worker.ingest import as_json
+from worker.handlers.ingest import as_json
 
 
 def test_inspection_and_warnings_are_kept_as_json(tmp_path: Path) -> None:

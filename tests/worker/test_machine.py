@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from worker import machine
-from worker.machine import Machine, gpu_figures
+from worker.tracking import system_metrics
+from worker.tracking.system_metrics import Machine, gpu_figures
 
 WORK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 
@@ -44,7 +44,7 @@ def test_a_process_that_has_ended_costs_only_its_own_figures() -> None:
 
 
 def test_a_program_that_fails_costs_only_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_nvidia_smi", lambda: "/bin/false")
+    monkeypatch.setattr(system_metrics, "_nvidia_smi", lambda: "/bin/false")
     assert "system/system_memory_usage_megabytes" in Machine().sample()
 
 

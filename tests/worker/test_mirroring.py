@@ -10,19 +10,19 @@ import pytest
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from cli.plans import free_port
-from jobs import champions
+from cli.stack.server_plan import free_port
 from jobs.db import Sessions
-from jobs.gate import Policy
+from jobs.models import promotion
+from jobs.models.cards import mirror_soon
+from jobs.models.gate import Policy
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, RegistryMirror
-from jobs.versions import mirror_soon
 from tests import builders
 from tests.processes import eventually
-from worker import catching_up, mlflow_runs
-from worker.dispatcher import Dispatcher
-from worker.mirroring import Rows, _write, is_behind, mirror
-from worker.resources import Resources
+from worker.dispatcher.loop import Dispatcher
+from worker.execution.resources import Resources
+from worker.tracking import backfill, runs
+from worker.tracking.registry_sync import Rows, _write, is_behind, mirror
 
 # --- what the rows say ---
 
@@ -40,7 +40,7 @@ def test_the_registry_is_behind_until_each_version_with_a_run_and_each_promotion
         assert not is_behind(session)
         builders.make_model(session, {"f1": 0.5}, mlflow_run_id="r2").mlflow_version = "2"
         assert not is_behind(session)
-        champions.promote(session, builders.TENANT, "2", Policy(), force=True, reason="To see.")
+        promotion.promote(session, builders.TENANT, "2", Policy(), force=True, reason="To see.")
         assert is_behind(session)
 
 
@@ -94,7 +94,7 @@ def test_a_training_whose_run_was_opened_late_is_mirrored_too(sessions: Sessions
     with sessions.begin() as session:
         version = builders.make_model(session)
         assert not is_behind(session)
-        catching_up.mark(session, version.job_id, "r1")
+        backfill.mark(session, version.job_id, "r1")
         session.flush()
         assert is_behind(session)
 
@@ -127,7 +127,7 @@ def test_a_promotion_does_not_wait_for_the_next_look(
 def test_versions_and_aliases_follow_each_change_of_the_champion(
     mlflow_url: str, sessions: Sessions, tmp_path: Path
 ) -> None:
-    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    client, tenant = runs.connect(mlflow_url), _tenant()
     logged, _ = (_make(sessions, client, tenant, f1) for f1 in (0.97, 0.90))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
@@ -145,12 +145,12 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
     assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
 
     with sessions.begin() as session:
-        champions.promote(session, tenant, "2", Policy(), force=True, reason="To see.")
+        promotion.promote(session, tenant, "2", Policy(), force=True, reason="To see.")
         assert is_behind(session)
     mirror(client, sessions)
     assert _aliases(client, tenant) == {"champion": "2"}
     with sessions.begin() as session:
-        champions.rollback(session, tenant)
+        promotion.rollback(session, tenant)
     mirror(client, sessions)
     assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
     with sessions.begin() as session:
@@ -160,7 +160,7 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
 
 @pytest.mark.slow
 def test_a_pass_that_died_before_its_rows_is_done_again_without_a_trace(mlflow_url: str, sessions: Sessions) -> None:
-    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    client, tenant = runs.connect(mlflow_url), _tenant()
     _make(sessions, client, tenant)
     mirror(client, sessions)
     with sessions.begin() as session:
@@ -174,7 +174,7 @@ def test_a_pass_that_died_before_its_rows_is_done_again_without_a_trace(mlflow_u
 
 @pytest.mark.slow
 def test_a_run_that_somebody_has_deleted_holds_up_nothing(mlflow_url: str, sessions: Sessions) -> None:
-    client, tenant = mlflow_runs.connect(mlflow_url), _tenant()
+    client, tenant = runs.connect(mlflow_url), _tenant()
     with sessions.begin() as session:
         builders.make_model(session, tenant_id=tenant, mlflow_run_id=uuid.uuid4().hex)
     _make(sessions, client, tenant, 0.98)
@@ -191,17 +191,17 @@ def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
     with sessions.begin() as session:
         builders.make_model(session, tenant_id=tenant)
     resources.settings.work.mkdir()
-    assert catching_up.catch_up(_at(mlflow_url, resources)) == 1
+    assert backfill.catch_up(_at(mlflow_url, resources)) == 1
     with sessions.begin() as session:
-        assert not catching_up.is_behind(session)
-    assert _aliases(mlflow_runs.connect(mlflow_url), tenant) == {"champion": "1"}
+        assert not backfill.is_behind(session)
+    assert _aliases(runs.connect(mlflow_url), tenant) == {"champion": "1"}
 
 
 @pytest.mark.slow
 def test_an_mlflow_that_is_away_is_tried_again_later(sessions: Sessions, resources: Resources) -> None:
     with sessions.begin() as session:
         builders.make_model(session, mlflow_run_id="r1")
-    assert catching_up.catch_up(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0
+    assert backfill.catch_up(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0
     with sessions.begin() as session:
         assert is_behind(session)
 
@@ -219,8 +219,8 @@ def _make(sessions: Sessions, client: Any, tenant: str, f1: float = 0.97) -> Mod
     """A version with a run."""
     with sessions.begin() as session:
         version = builders.make_model(session, {"f1": f1}, tenant_id=tenant)
-        what = mlflow_runs.describe(version.job_id, version.params, version.dataset_digest)
-        version.mlflow_run_id = mlflow_runs.open_run(client, what, None)
+        what = runs.describe(version.job_id, version.params, version.dataset_digest)
+        version.mlflow_run_id = runs.open_run(client, what, None)
     return version
 
 

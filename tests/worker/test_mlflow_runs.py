@@ -1,7 +1,7 @@
 """Events and scores as MLflow's metrics."""
 
-from ml.events import Epoch, Steps
-from worker.mlflow_runs import flattened, points_of_epoch, points_of_scores, points_of_steps, texts
+from ml.runtime.events import Epoch, Steps
+from worker.tracking.runs import flattened, points_of_epoch, points_of_scores, points_of_steps, texts
 
 SCORES = {
     "f1": 0.95,

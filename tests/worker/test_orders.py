@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import lifecycle, registry
 from jobs.db import Sessions
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
 from jobs.settings import Settings
 from tests import builders
 from tests.worker.conftest import Hold
-from worker import orders
-from worker.resources import Resources
-from worker.running import Held, WorkFailed
+from worker.execution.resources import Resources
+from worker.execution.unit import Held, WorkFailed
+from worker.handlers import training_request
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 def told(held: Held, folder: Path) -> list[str]:
     """The child's command line."""
     folder.mkdir(exist_ok=True)
-    return orders.arguments(held, held.in_transaction(lambda session: orders.read(session, held)), folder)
+    return training_request.arguments(
+        held, held.in_transaction(lambda session: training_request.read(session, held)), folder
+    )
 
 
 def after(flag: str, arguments: list[str]) -> str:
@@ -49,7 +52,7 @@ def refused(held: Held, folder: Path) -> dict[str, Any]:
 def test_the_child_gets_all_parameters_the_cache_and_the_revision(
     hold: Hold, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orders, "code_revision", lambda: "abc123")
+    monkeypatch.setattr(training_request, "code_revision", lambda: "abc123")
     arguments = told(hold(epochs=3), tmp_path / "own")
     assert arguments[0] == "train"
     assert "--events" in arguments
@@ -153,8 +156,8 @@ def test_the_champion_of_the_trainings_start_is_named(
     version = made(hold, sessions, blob.sha256, f1=0.9)
     held = hold()
     assert Path(after("--champion", told(held, tmp_path / "own"))).read_bytes() == b"champion"
-    order = held.in_transaction(lambda session: orders.read(session, held))
-    assert order.champion == orders.Champion(version, blob.sha256)
+    order = held.in_transaction(lambda session: training_request.read(session, held))
+    assert order.champion == training_request.Champion(version, blob.sha256)
 
 
 def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(

@@ -1,9 +1,9 @@
 """A prediction, or what is known from before, becomes an outcome by the policy of now."""
 
-from jobs.reuse import Known
+from jobs.results.cache import Known
 from jobs.settings import Settings
-from ml.predict import Prediction
-from worker.outcomes import NOWHERE, Judge
+from ml.image.serving.predictor import Prediction
+from worker.handlers.outcomes import NOWHERE, Judge
 
 KIDNEYS = ("Normal", "Tumor")
 

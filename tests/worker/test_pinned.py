@@ -10,22 +10,22 @@ import pytest
 import torch
 from sqlalchemy import select
 
-from jobs import registry
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import registry
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind
-from jobs.submission import NewJob, NewResult, submit
 from jobs.tables import How, Job, ModelVersion, ScanResult
-from ml import network
-from ml.network import Model
-from ml.predict import Predictor, ScanInput
-from ml.transforms import Transform
+from ml.image.networks import network
+from ml.image.networks.network import Model
+from ml.image.pixels.transforms import Transform
+from ml.image.serving.predictor import Predictor, ScanInput
 from tests import builders
 from tests.builders import TENANT
 from tests.ml.builders import CLASSES, encode, make_pixels
-from worker.predict import predict_chunk
-from worker.resources import Resources
-from worker.running import Held
+from worker.execution.resources import Resources
+from worker.execution.unit import Held
+from worker.handlers.predict import predict_chunk
 
 SCAN = encode(make_pixels(1, 40, 60, bright=True))
 

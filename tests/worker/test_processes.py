@@ -9,14 +9,15 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from jobs import lifecycle, reproduction
-from jobs.artifacts import Artifacts
 from jobs.db import Sessions
+from jobs.models import reproduction
+from jobs.queue import lifecycle
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.submission import NewJob, NewResult, submit
+from jobs.storage.blobs import Artifacts
 from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, PredictionCount, Scan, ScanResult
-from ml import phantom_files
+from ml.synthetic import phantom_files
 from tests.builders import TENANT, units_of
 from tests.jobs.checker import faults
 from tests.processes import Stack, count, eventually, stack

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from worker.provenance import environment, of_model
+from worker.tracking.provenance import environment, of_model
 
 
 def test_a_model_file_tells_its_device_and_the_weights_that_it_began_with(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from cli.plans import free_port
+from cli.stack.server_plan import free_port
 from jobs.settings import Settings
-from ml.events import Epoch, Steps
+from ml.runtime.events import Epoch, Steps
 from tests.processes import eventually
-from worker.mlflow_runs import EXPERIMENT, describe
-from worker.tracking import PUBLIC, Run
+from worker.tracking.live import PUBLIC, Run
+from worker.tracking.runs import EXPERIMENT, describe
 
 DIGEST = "ab" * 32
 WHAT = describe(uuid.uuid4(), {"epochs": 2, "weights": "none", "image_size": [64, 64, 3]}, DIGEST)
@@ -97,7 +97,7 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
 def test_the_machine_is_measured_from_the_beginning_to_the_end(
     mlflow_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.tracking.LOOK_EVERY", 0.3)
+    monkeypatch.setattr("worker.tracking.live.LOOK_EVERY", 0.3)
     told: list[str] = []
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     eventually(lambda: told, 30)

@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from jobs import champions, lifecycle, queries, registry, reproduction
-from jobs.artifacts import Artifacts
 from jobs.db import Sessions
-from jobs.gate import Policy
-from jobs.registry import NewModel
+from jobs.models import promotion, registry, reproduction
+from jobs.models.gate import Policy
+from jobs.models.registry import NewModel
+from jobs.queue import lifecycle
+from jobs.results import queries
 from jobs.settings import Settings
+from jobs.storage.blobs import Artifacts
 from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
 from tests import builders
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import training
 from tests.processes import Stack, eventually, stack
-from worker.provenance import environment
+from worker.tracking.provenance import environment
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_a_champion_that_changed_while_it_trained_is_not_taken_for_the_one_compa
         new = NewModel("c" * 64, ["Normal", "Tumor"], {}, builders.SCORES, None, None)
         second = registry.add(session, held, new, Policy())
         lifecycle.succeed(session, held)
-        champions.promote(session, TENANT, str(second.version), Policy(), force=True, reason="It is needed now.")
+        promotion.promote(session, TENANT, str(second.version), Policy(), force=True, reason="It is needed now.")
     assert processes.wait_for(job_id).state == "succeeded"
     with processes.sessions() as session:
         late = session.scalars(select(ModelVersion).where(ModelVersion.job_id == job_id)).one()

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from jobs.doorbells import Running, View, Waiting, Worker
+from jobs.queue.dispatch import Running, View, Waiting, Worker
 from jobs.states import JobKind, Lane
 from jobs.tables import new_id
-from worker.turns import Turns
+from worker.dispatcher.scheduler import Turns
 
 PREDICTOR = Worker("predict@a", frozenset({Lane.URGENT, Lane.BATCH}))
 

@@ -1,7 +1,7 @@
 """What is to go wrong in the processes of a test: built here, done by `sitecustomize.py` beside this file.
 
     plan = Sabotage(folder)
-    death = plan.at("worker.predict:predict_chunk", "kill", nth=3)
+    death = plan.at("worker.handlers.predict:predict_chunk", "kill", nth=3)
     processes.start("predict", environ=plan.environ())
     eventually(death.happened)
 

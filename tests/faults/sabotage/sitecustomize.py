@@ -17,7 +17,10 @@ import time
 from pathlib import Path
 
 ACTS = json.loads(os.environ.get("SABOTAGE", "[]"))
-STUBS = {"stub_network": ("ml.predict", "stub_network.py"), "stub_training": ("ml.__main__", "stub_training.py")}
+STUBS = {
+    "stub_network": ("ml.image.serving.predictor", "stub_network.py"),
+    "stub_training": ("ml.__main__", "stub_training.py"),
+}
 HERE = Path(__file__).resolve().parent
 
 

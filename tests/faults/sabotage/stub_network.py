@@ -1,4 +1,5 @@
-"""Stands in for `ml.predict` in workers under test: answers by the first word of a scan's bytes, without torch.
+"""Stands in for `ml.image.serving.predictor` in workers under test: answers by the first word of a scan's bytes,
+without torch.
 
     normal | tumor  that label           broken   cannot be read
     poison          kills the process    hang     never comes back
@@ -6,7 +7,7 @@
     anything else   a label by its hash
 
 Each scan that is looked at adds a line to the act's `seen`: process, id, first word. With `memory_for` the scans go
-first through the real `ml.halving`, on a device that refuses larger batches.
+first through the real `ml.image.engines.oom_fallback`, on a device that refuses larger batches.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class ScanInput:
-    """As in ml.predict."""
+    """As in ml.image.serving.predictor."""
 
     id: str
     source: bytes | Path | Callable[[], bytes | Path]
@@ -37,7 +38,7 @@ KeptScan = ScanInput
 
 @dataclass(frozen=True)
 class Prediction:
-    """As in ml.predict."""
+    """As in ml.image.serving.predictor."""
 
     id: str
     label: str | None = None
@@ -52,7 +53,7 @@ class Prediction:
 
 
 class Predictor:
-    """As ml.predict.Predictor, to those who call `load` and `predict`."""
+    """As ml.image.serving.predictor.Predictor, to those who call `load` and `predict`."""
 
     engine = SimpleNamespace(name="stub")
 
@@ -68,7 +69,7 @@ class Predictor:
 
 
 class _SmallDevice:
-    """As ml.engines.Engine, with memory for so many images at once."""
+    """As ml.image.engines.engines.Engine, with memory for so many images at once."""
 
     name, batch, streams = "small", BATCH, 1
 
@@ -82,7 +83,7 @@ class _SmallDevice:
 def _through_device(scans: list[ScanInput]) -> list[ScanInput]:
     import numpy as np
 
-    from ml.halving import HalvingEngine
+    from ml.image.engines.oom_fallback import HalvingEngine
 
     assert sum(map(len, HalvingEngine(_SmallDevice()).stream([np.zeros((len(scans), 1))]))) == len(scans)
     return scans

@@ -1,4 +1,5 @@
-"""Stands in for `python -m ml train` in trainings under test: the same protocol (ml.events), four stages, no network.
+"""Stands in for `python -m ml train` in trainings under test: the same protocol (ml.runtime.events), four stages, no
+network.
 
 What the act sets: `seconds` an epoch takes, `model_bytes`, `stubborn` (ignores SIGTERM), `refuses` (says of every
 checkpoint that it is of another training).
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ml import events
+from ml.runtime import events
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
 SCORES = {

@@ -1,0 +1,179 @@
+"""Every error of every route in one shape: RFC 9457, with `code`, `request_id`, and `errors` for fields."""
+
+import errno
+import traceback
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from flask import Flask, Response, current_app, g, request
+from flask_smorest import Api
+from marshmallow import Schema, fields
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from api.http.body_spool import JSON_BYTES
+from jobs.errors import (
+    IdempotencyInFlight,
+    Invalid,
+    PromotionRefused,
+    QuotaExceeded,
+    RenalQError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UploadBusy,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_SECONDS = 5
+COME_BACK = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
+"""Errors that time mends."""
+
+log = structlog.get_logger()
+
+
+class InvalidFields(Invalid):
+    """Fields of the request are missing, unknown or ill-typed: `errors` names each."""
+
+    def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        self.errors = errors
+
+
+class StorageFull(Unavailable):
+    """The server has no room for this upload. An administrator must free disk space."""
+
+    code = "STORAGE_FULL"
+
+
+class FieldProblemSchema(Schema):
+    """One field that is wrong: a JSON pointer into the body (or `/name` of a parameter), and why."""
+
+    pointer = fields.String(required=True)
+    detail = fields.String(required=True)
+
+
+class ProblemSchema(Schema):
+    """An error (RFC 9457)."""
+
+    type = fields.String(required=True)
+    title = fields.String(required=True)
+    status = fields.Integer(required=True)
+    detail = fields.String(required=True)
+    instance = fields.String(required=True)
+    code = fields.String(required=True, metadata={"description": "A stable word for programs."})
+    request_id = fields.String(required=True)
+    errors = fields.List(fields.Nested(FieldProblemSchema))
+    reasons = fields.List(fields.String())
+
+
+class ProblemApi(Api):
+    """flask-smorest with RFC 9457 errors: its own handler drops headers such as `Allow`, and has another shape."""
+
+    ERROR_SCHEMA = ProblemSchema
+
+    def _register_responses(self) -> None:
+        """Describe errors by their own media type in the OpenAPI document."""
+        self.DEFAULT_RESPONSE_CONTENT_TYPE = MEDIA_TYPE
+        super()._register_responses()
+        del self.DEFAULT_RESPONSE_CONTENT_TYPE
+
+    def handle_http_exception(self, error: HTTPException) -> Response:
+        """Answer what Flask and werkzeug raise."""
+        if error.response is not None:  # a redirect, or an answer that somebody prepared
+            return current_app.make_response(error.response)
+        if isinstance(error, RequestEntityTooLarge):
+            return answer_error(_too_large())
+        status = HTTPStatus(error.code or 500)
+        headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
+        return problem(status, status.name, error.description or status.description, headers)
+
+
+def register(app: Flask) -> None:
+    """Register the handlers of everything that is not werkzeug's."""
+    app.register_error_handler(RenalQError, answer_error)
+    for kind in (OperationalError, InterfaceError, PoolTimeout):
+        app.register_error_handler(kind, _database_away)
+    app.register_error_handler(DBAPIError, _database_error)
+    app.register_error_handler(OSError, _storage_error)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def answer_error(error: RenalQError) -> Response:
+    """Answer an error of ours by its own status and code."""
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
+    if isinstance(error, COME_BACK):
+        headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
+    reasons = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
+    return problem(error.status, error.code, str(error), headers, errors=_field_errors(error), **reasons)
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
+    errors: Sequence[tuple[str, str]] = (),
+    **more: Any,
+) -> Response:
+    """A response in the one shape."""
+    body: dict[str, Any] = {
+        "type": f"urn:renalq:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": request.path,
+        "code": code,
+        "request_id": getattr(g, "request_id", ""),
+        **more,
+    }
+    if errors:
+        body["errors"] = [{"pointer": pointer, "detail": why} for pointer, why in errors]
+    response = current_app.response_class(current_app.json.dumps(body), status, dict(headers or {}))
+    response.content_type = MEDIA_TYPE
+    return response
+
+
+def _field_errors(error: RenalQError) -> Sequence[tuple[str, str]]:
+    if isinstance(error, InvalidFields):
+        return error.errors
+    if isinstance(error, Invalid) and error.pointer is not None:
+        return [(error.pointer, str(error))]
+    return ()
+
+
+def _too_large() -> TooLarge:
+    limit = request.max_content_length
+    if limit == JSON_BYTES:  # no setting raises it
+        return TooLarge(f"JSON is taken up to {limit} bytes. Send scans as multipart files, or fewer at once.")
+    return TooLarge(limit=limit, setting="RENALQ_MAX_UPLOAD_BYTES")
+
+
+def _database_away(error: Exception) -> Response:
+    log.warning("database_away", error=type(error).__name__)
+    return answer_error(Unavailable("The database does not answer. Try again shortly."))
+
+
+def _database_error(error: DBAPIError) -> Response:
+    return _database_away(error) if error.connection_invalidated else _unexpected(error)
+
+
+def _storage_error(error: OSError) -> Response:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("storage_full")
+        return answer_error(StorageFull())
+    return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> Response:
+    """A defect of ours. The log gets the place and the kind; the message may hold a patient's data, so nobody does."""
+    frames = traceback.extract_tb(error.__traceback__)[-12:]
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    log.error("unexpected", error=type(error).__name__, places=places)
+    detail = "Something went wrong here. Give the request_id to your administrator."
+    return problem(500, RenalQError.code, detail)

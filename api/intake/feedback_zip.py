@@ -1,0 +1,43 @@
+"""From known truths to the zip of a dataset, in a temporary file."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from api.http.body_spool import INCOMING
+from api.http.context import admit, services, tenant, transaction
+from jobs.datasets import from_feedback
+from jobs.datasets.from_feedback import Labelled
+from jobs.errors import Invalid, TooLarge
+from jobs.models import registry
+
+
+@contextmanager
+def truths_zip(wanted: dict[str, Any]) -> Iterator[IO[bytes]]:
+    """The zip of the wanted truths.
+
+    Raises:
+        ModelNotFound, NoChampion, QuotaExceeded, QueueFull
+        Invalid: there are none, or too many.
+        TooLarge: their scans are more than could be uploaded.
+    """
+    with transaction() as session:
+        model = registry.resolve(session, tenant(), wanted["model"]) if "model" in wanted else None
+        scans = from_feedback.labelled(session, tenant(), wanted.get("since"), model.id if model else None)
+    _refuse_beyond_limits(scans)
+    admit()
+    folder = services().settings.home / INCOMING
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        from_feedback.write_zip(file, tenant(), scans, services().artifacts)
+        yield file
+
+
+def _refuse_beyond_limits(scans: Sequence[Labelled]) -> None:
+    settings = services().settings
+    if len(scans) > settings.max_archive_members:
+        most = settings.max_archive_members
+        raise Invalid(f"There are {len(scans)}, and a dataset takes {most}: ask for those `since` a time.", "/truths")
+    if sum(scan.size for scan in scans) > settings.max_upload_bytes:
+        raise TooLarge(limit=settings.max_upload_bytes, setting="RENALQ_MAX_UPLOAD_BYTES")

@@ -1,0 +1,187 @@
+"""A manifest's lines into rows: CSV with a header row (comma, semicolon or tab), or NDJSON; UTF-8; a row is one line.
+
+Lines are read one at a time, and what is wrong with them is told all at once, so that it can be mended at once.
+"""
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import marshmallow as ma
+
+from api.http.bodies import pointers
+from api.http.fields import unstorable
+from api.http.problems import InvalidFields
+from api.resources.requests import SOURCES, ManifestRow
+
+LINE_BYTES = 64 * 1024
+"""Longest line: an address, a file and three keys take less, however they are escaped."""
+MOST_TOLD = 20
+BOM = b"\xef\xbb\xbf"
+DELIMITERS = ",;\t"
+KNOWN = (*SOURCES, "custom_id", "patient", "study")
+COLUMNS = ", ".join(KNOWN)
+
+Cells = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One scan: `line` says where it is named, and one of `file`, `scan_id` and `url` says which it is."""
+
+    line: int
+    file: str | None = None
+    scan_id: uuid.UUID | None = None
+    url: str | None = None
+    custom_id: str | None = None
+    patient: str | None = None
+    study: str | None = None
+
+
+class Complaints:
+    """What is wrong with a manifest: the first are told, the rest is counted."""
+
+    def __init__(self) -> None:
+        self._told: list[tuple[str, str]] = []
+        self._more = 0
+
+    def add(self, pointer: str, why: str) -> None:
+        """Another."""
+        if len(self._told) < MOST_TOLD:
+            self._told.append((pointer, why))
+        else:
+            self._more += 1
+
+    @contextmanager
+    def about(self, line: int) -> Iterator[None]:
+        """Take marshmallow's complaints about a line, and go on."""
+        try:
+            yield
+        except ma.ValidationError as error:
+            for pointer, why in pointers(error.messages, f"/manifest/{line}"):
+                self.add(pointer, why)
+
+    def raise_any(self) -> None:
+        """Refuse the manifest if anything is wrong with it."""
+        if self._told:
+            raise InvalidFields([*self._told, *([("/manifest", f"And {self._more} more.")] if self._more else [])])
+
+
+def read(stream: IO[bytes], most: int, complaints: Complaints) -> list[Row]:
+    """The rows of a manifest that has at most so many.
+
+    Raises:
+        InvalidFields: it has no rows, or they cannot be told apart.
+    """
+    lines = enumerate(_lines(stream), 1)
+    first = next(lines, None)
+    if first is None:
+        raise InvalidFields([("/manifest", "Is empty.")])
+    is_json = first[1].removeprefix(BOM)[:1] in (b"{", b"[")
+    headers = 0 if is_json else 1
+    cells_of = _json_cells if is_json else _csv_cells(first[1], complaints)
+    schema, rows, line = ManifestRow(), [], headers
+    for line, raw in chain([] if headers else [first], lines):
+        if line > most + headers:
+            complaints.add(f"/manifest/{line}", f"More than {most} scans. Split the manifest.")
+            break
+        with complaints.about(line):
+            rows.append(_row(line, schema.load(cells_of(_text(raw)), unknown=ma.RAISE)))
+    if line == headers:
+        complaints.add("/manifest", "Names no scan.")
+    return rows
+
+
+def path(name: str) -> str:
+    """A file's name as rows and uploads are compared: forward slashes, no `./`."""
+    return str(PurePosixPath(name.replace("\\", "/")))
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Each line; of one that is too long its beginning, longer than `LINE_BYTES`. The stream is read once."""
+    stream.seek(0)
+    buffered = io.BufferedReader(stream)  # type: ignore[type-var]  # a Section's own readline reads byte by byte
+    while line := buffered.readline(LINE_BYTES + 1):
+        piece = line
+        while len(piece) > LINE_BYTES and not piece.endswith(b"\n"):
+            piece = buffered.readline(LINE_BYTES + 1)
+        yield line
+
+
+def _text(raw: bytes) -> str:
+    if len(raw) > LINE_BYTES:
+        raise ma.ValidationError(f"The line is longer than {LINE_BYTES} bytes.")
+    try:
+        text = raw.removeprefix(BOM).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ma.ValidationError("Not UTF-8. Save the manifest as UTF-8.") from None
+    if not text.strip():
+        raise ma.ValidationError("The line is empty. Remove it.")
+    return text
+
+
+def _row(line: int, cells: Cells) -> Row:
+    for pointer, why in unstorable(cells):
+        raise ma.ValidationError({pointer.removeprefix("/"): [why]})
+    return Row(line, **{**cells, "file": path(cells["file"]) if "file" in cells else None})
+
+
+def _json_cells(text: str) -> Cells:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ma.ValidationError('Not a JSON object. Write one a line, such as {"file": "1.png", "custom_id": "7"}.')
+    _check_names(list(value))
+    return {name: cell for name, cell in value.items() if cell is not None}
+
+
+def _csv_cells(header: bytes, complaints: Complaints) -> Callable[[str], Cells]:
+    """What reads the lines below this header.
+
+    Raises:
+        InvalidFields: the header is wrong, so that no line can be read.
+    """
+    names: list[str] = []
+    delimiter = DELIMITERS[0]
+    with complaints.about(1):
+        text = _text(header)
+        delimiter = max(DELIMITERS, key=text.count)  # no column's name holds one; of none, the comma
+        names = [name.strip() for name in _split(text, delimiter)]
+        _check_names(names)
+        if not set(names) & set(SOURCES):
+            raise ma.ValidationError(f"The header needs a column {', '.join(SOURCES)}, or several of them.")
+    complaints.raise_any()
+    return partial(_csv_row, names, delimiter)
+
+
+def _check_names(names: list[str]) -> None:
+    unknown = {name: [f"Unknown column {name[:40]!r}: use {COLUMNS}."] for name in names if name not in KNOWN}
+    double = {name: ["Given more than once."] for name in KNOWN if names.count(name) > 1}
+    if unknown or double:
+        raise ma.ValidationError(unknown | double)  # type: ignore[arg-type]
+
+
+def _csv_row(names: Sequence[str], delimiter: str, text: str) -> Cells:
+    cells = _split(text, delimiter)
+    if not any(cell.strip() for cell in cells):
+        raise ma.ValidationError("The row is empty. Remove it.")
+    if len(cells) != len(names):
+        raise ma.ValidationError(f"Has {len(cells)} cells, but the header has {len(names)}.")
+    return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+
+
+def _split(text: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error:
+        raise ma.ValidationError("Not valid CSV: look at its quotes. A row is one line.") from None

@@ -1,0 +1,101 @@
+"""Datasets: upload, list, look, delete."""
+
+import uuid
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import admit, principal, quota, services, tenant, transaction
+from api.http.idempotency import idempotent, key
+from api.intake import scan_store
+from api.intake.feedback_zip import truths_zip
+from api.intake.upload_store import from_upload
+from api.resources.requests import DatasetJson, DatasetUpload, PageQuery
+from api.resources.schemas import CheckedDatasetSchema, DatasetSchema, DatasetsPage
+from jobs.datasets import catalog
+from jobs.datasets.catalog import DatasetView
+from jobs.keys import Scope
+from jobs.paging import Page
+from jobs.results import queries
+from jobs.storage import archives
+from jobs.storage.archives import Limits
+
+blueprint = Blueprint(
+    "datasets", __name__, url_prefix="/datasets", description="Zips with one folder a class, checked before use."
+)
+
+
+Accepted = tuple[DatasetView, int, dict[str, str]]
+
+
+def _accepted(view: DatasetView) -> Accepted:
+    return view, 202, {"Location": f"/datasets/{view.dataset.id}", "Retry-After": "1"}
+
+
+def _checked_by(job_id: uuid.UUID) -> Accepted:
+    with transaction() as session:
+        dataset_id = queries.job(session, tenant(), job_id).job.dataset_id
+        return _accepted(catalog.get(session, tenant(), dataset_id or job_id))  # deleted since: 404
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=DatasetJson, multipart=DatasetUpload)
+@blueprint.response(202, DatasetSchema)
+@blueprint.doc(operationId="createDataset")
+@idempotent(_checked_by)
+@from_upload("file")
+def create_dataset(body: dict[str, Any]) -> Accepted:
+    """Upload a dataset, take a whole upload for one, or make one of known truths; a job checks it."""
+    if "truths" in body:
+        with truths_zip(body["truths"]) as stream:
+            return _created(body.get("name", "truths"), stream)
+    file = body["file"]
+    # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
+    archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)
+    admit()
+    return _created(body.get("name") or PurePosixPath(scan_store.file_name(file) or "dataset").stem[:200], file.stream)
+
+
+def _created(name: str, stream: IO[bytes]) -> Accepted:
+    store = services().artifacts
+    stream.seek(0)
+    blob = store.put(stream)
+    with transaction() as session:
+        catalog.keep_blob(session, store, blob, stream)
+        view, _ = catalog.create(session, tenant(), name, blob, principal().key_id, key(), quota())
+    return _accepted(view)
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(PageQuery, location="query")
+@blueprint.response(200, DatasetsPage)
+@blueprint.doc(operationId="listDatasets")
+def list_datasets(query: dict[str, Any]) -> Page[DatasetView]:
+    """List datasets, newest first."""
+    with transaction() as session:
+        return catalog.listed(session, tenant(), **query)
+
+
+@blueprint.route("/<id:dataset_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, CheckedDatasetSchema)
+@blueprint.doc(operationId="getDataset")
+def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
+    """Show a dataset."""
+    with transaction() as session:
+        return catalog.get(session, tenant(), dataset_id)
+
+
+@blueprint.route("/<id:dataset_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(204)
+@blueprint.doc(operationId="deleteDataset")
+def delete_dataset(dataset_id: uuid.UUID) -> None:
+    """Delete a dataset that no job needs."""
+    with transaction() as session:
+        sha256 = catalog.delete(session, tenant(), dataset_id)
+    with transaction() as session:  # only now: a row never names bytes that are gone
+        catalog.free_blob(session, services().artifacts, sha256)

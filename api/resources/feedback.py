@@ -1,0 +1,62 @@
+"""Truths: pathology's word on the scans of a prediction."""
+
+import uuid
+from typing import Any
+
+import marshmallow as ma
+from marshmallow import fields, validate
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import principal, tenant, transaction
+from api.http.fields import Time
+from api.http.idempotency import idempotent
+from jobs.keys import Scope
+from jobs.models import feedback
+from jobs.results import queries
+from jobs.tables import Truth
+
+blueprint = Blueprint("truths", __name__, url_prefix="/jobs", description="What scans turned out to show.")
+
+
+class TruthRequest(ma.Schema):
+    """One of the model's classes."""
+
+    label = fields.String(required=True, validate=validate.Length(1, 100))
+
+
+class TruthSchema(ma.Schema):
+    """What a scan turned out to show, and what was predicted of it."""
+
+    scan_id = fields.UUID()
+    job_id = fields.UUID(allow_none=True)
+    label = fields.String()
+    predicted = fields.String()
+    right = fields.Function(lambda truth: truth.label == truth.predicted, metadata={"type": "boolean"})
+    confidence = fields.Float()
+    disposition = fields.String(allow_none=True)
+    predicted_at = Time()
+    at = Time(metadata={"description": "When it was told."})
+
+
+@blueprint.route("/<id:job_id>/results/<id:scan_id>/truth", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=TruthRequest)
+@blueprint.response(201, TruthSchema)
+@blueprint.doc(operationId="tellTruth")
+@idempotent()
+def tell_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
+    """Tell what a scan turned out to show. Told again, it is corrected."""
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        return feedback.tell(session, view, scan_id, body["label"], principal().key_id)
+
+
+@blueprint.route("/<id:job_id>/results/<id:scan_id>/truth")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, TruthSchema)
+@blueprint.doc(operationId="getTruth")
+def get_truth(job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
+    """Show what a scan turned out to show, as it was told last of this job's model."""
+    with transaction() as session:
+        return feedback.latest(session, queries.job(session, tenant(), job_id), scan_id)

@@ -1,0 +1,67 @@
+"""Is this process alive, and can the stack do work? Asked of Postgres alone: the API touches no Redis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flask import Response
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.http.auth import public
+from api.http.bodies import Blueprint
+from api.http.context import services, transaction
+from api.http.problems import RETRY_SECONDS, ProblemSchema, problem
+from api.resources.schemas import HealthSchema
+from jobs.queue import processes
+from jobs.states import Lane
+from jobs.tables import Process
+
+blueprint = Blueprint("health", __name__, url_prefix="/health", description="For probes.")
+NO_DATABASE = "database: Postgres does not answer."
+LEAST_SECONDS = 15.0
+"""A process that was seen within this time lives, however short the clocks are."""
+
+
+@blueprint.route("/live")
+@public
+@blueprint.response(200, HealthSchema)
+@blueprint.doc(operationId="live", security=[])
+def live() -> dict[str, Any]:
+    """Whether this process answers."""
+    return {"status": "live", "reasons": []}
+
+
+@blueprint.route("/ready")
+@public
+@blueprint.response(200, HealthSchema)
+@blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json")
+@blueprint.doc(operationId="ready", security=[])
+def ready() -> dict[str, Any] | Response:
+    """Whether jobs can be taken and done; if not, why."""
+    reasons = why_not()
+    if not reasons:
+        return {"status": "ready", "reasons": []}
+    headers = {"Retry-After": str(RETRY_SECONDS)}
+    return problem(503, "NOT_READY", "Jobs cannot be done now. " + " ".join(reasons), headers, reasons=reasons)
+
+
+def why_not() -> list[str]:
+    """What keeps jobs from being done: database, broker, workers."""
+    try:
+        with transaction() as session:
+            seen = processes.seen(session, max(LEAST_SECONDS, 3 * services().settings.process_seconds))
+    except SQLAlchemyError:
+        return [NO_DATABASE]
+    return [*_broker(seen), *_workers(seen)]
+
+
+def _broker(seen: Sequence[Process]) -> list[str]:
+    dispatchers = [process for process in seen if process.kind == processes.DISPATCHER]
+    if not dispatchers:
+        return ["broker: no dispatcher lives, so nobody rings the workers."]
+    reached = any(process.broker_reachable for process in dispatchers)
+    return [] if reached else ["broker: the dispatcher cannot reach Redis."]
+
+
+def _workers(seen: Sequence[Process]) -> list[str]:
+    served = {lane for process in seen if process.kind == processes.WORKER for lane in process.lanes}
+    return [f"worker: no live worker serves the lane {lane}." for lane in Lane if str(lane) not in served]

@@ -1,0 +1,143 @@
+"""From a checked request to a prediction job: its scans stored, its model pinned, its rows written."""
+
+import io
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.orm import Session
+from werkzeug.datastructures import FileStorage
+
+from api.http.context import admit, principal, quota, services, tenant, transaction
+from api.http.idempotency import key
+from api.intake import manifests, scan_store
+from api.intake.upload_store import from_upload
+from jobs.datasets import catalog
+from jobs.errors import BadArchive
+from jobs.models import registry
+from jobs.queue import position
+from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.states import JobKind, Lane
+from jobs.storage import archives
+from jobs.storage.archives import Limits, Member
+from jobs.tables import ModelVersion
+
+Body = dict[str, Any]
+
+
+def predict_one(body: Body) -> uuid.UUID:
+    """Submit one scan: a file, bytes, or a stored one. Returns the job's id.
+
+    Raises:
+        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
+    """
+    source: Any = body["file"].stream if "file" in body else body.get("image", body.get("scan_id"))
+    name = scan_store.file_name(body["file"]) if "file" in body else None
+    if isinstance(source, uuid.UUID):
+        with transaction() as session:
+            model = _model(session, body)
+            scan_store.known(session, [source])
+        scan_id = source
+    else:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        # Before the model: what is no image is no image whether or not there is one.
+        looked = scan_store.check(stream, "/file" if "file" in body else "/image")
+        model = _pinned(body)
+        admit()
+        scan_id = scan_store.keep(stream, looked)[0].id
+    return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
+
+
+@from_upload("files", many=True)
+def predict_many(body: Body) -> uuid.UUID:
+    """Submit a batch: files, one zip, a whole upload, a manifest, stored scans, or a dataset. Returns the job's id.
+
+    Raises:
+        UploadNotFound, UploadIncomplete, UploadBusy
+        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, Invalid, QuotaExceeded,
+        QueueFull
+    """
+    limits = Limits.of(services().settings)
+    with _members(body, limits) as members:
+        manifest = manifests.of(body.get("manifest"), body.get("files", ()), members)
+        # Only now the model, as above.
+        model = _pinned(body)
+        admit(len(manifest.rows) if manifest else _announced(body, members), batches=1)
+        scans = manifest.results() if manifest else _taken(body, members, limits)
+    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"))
+
+
+@contextmanager
+def _members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
+    """The files of the zip that was sent, checked; None where it is no zip."""
+    files: list[FileStorage] = body.get("files", [])
+    if len(files) == 1 and archives.is_zip(files[0].stream):
+        with archives.opened(files[0].stream, limits) as members:
+            yield members
+    else:
+        yield None
+
+
+def _announced(body: Body, members: list[Member] | None) -> int:
+    """How many scans will be in the job; of a dataset, `submit` finds out."""
+    return len(members or body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
+
+
+def _taken(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
+    if members is not None:
+        return scan_store.keep_all(scan_store.unpacked(members))
+    if "files" in body:
+        return scan_store.keep_all(scan_store.uploaded(body["files"], body.get("custom_ids", ())))
+    if "dataset_id" in body:
+        return _of_dataset(body["dataset_id"], limits)
+    with transaction() as session:
+        return scan_store.known(session, body["scan_ids"], body.get("custom_ids", ()))
+
+
+def _of_dataset(dataset_id: uuid.UUID, limits: Limits) -> list[NewResult]:
+    with transaction() as session:
+        sha256 = catalog.ready(session, tenant(), dataset_id).archive_sha256
+    try:
+        with services().artifacts.open(sha256) as stream, archives.opened(stream, limits) as members:
+            return scan_store.keep_all(scan_store.unpacked(members))
+    except FileNotFoundError:
+        raise BadArchive("The dataset's zip is no longer stored. Upload it again.") from None
+
+
+def _pinned(body: Body) -> ModelVersion:
+    with transaction() as session:
+        return _model(session, body)
+
+
+def _model(session: Session, body: Body) -> ModelVersion:
+    version = registry.resolve(session, tenant(), body.get("model"))
+    registry.refuse_unadmitted(version, body.get("precision", "auto"))
+    return version
+
+
+def _submit(
+    kind: JobKind,
+    lane: Lane,
+    body: Body,
+    model: ModelVersion,
+    scans: Sequence[NewResult],
+    dataset_id: uuid.UUID | None = None,
+) -> uuid.UUID:
+    new = NewJob(
+        tenant_id=tenant(),
+        kind=kind,
+        lane=Lane(body.get("lane", lane)),
+        params={name: body[name] for name in ("precision", "explain") if body.get(name)},
+        metadata=body["metadata"],
+        dataset_id=dataset_id,
+        model_id=model.id,
+        model_version=model.version,
+        created_by=principal().key_id,
+        idempotency_key=key(),
+    )
+    with transaction() as session:
+        if dataset_id is not None:
+            catalog.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted under the new job
+        chunk = position.chunk(session, new.lane, services().settings)
+        return submit(session, new, scans, chunk, quota()).id

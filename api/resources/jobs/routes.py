@@ -1,0 +1,225 @@
+"""Jobs: submit, list, look, follow, cancel, retry, reproduce."""
+
+import uuid
+from typing import Any
+
+from flask import Response, after_this_request
+
+from api.http import streaming, waiting
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import principal, quota, services, tenant, transaction
+from api.http.downloads import download
+from api.http.idempotency import idempotent, key
+from api.resources.jobs import results, summaries
+from api.resources.jobs.predict import predict_many, predict_one
+from api.resources.jobs.train import train_one
+from api.resources.requests import (
+    BatchJson,
+    BatchManifest,
+    BatchUpload,
+    JobsQuery,
+    NamedQuery,
+    NumberedQuery,
+    PredictJson,
+    PredictUpload,
+    ResultsQuery,
+    TrainRequest,
+)
+from api.resources.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema
+from api.views import charts
+from jobs.keys import Scope
+from jobs.models import reproduction
+from jobs.paging import Page
+from jobs.queue import lifecycle, position, submission
+from jobs.results import queries
+from jobs.results.queries import JobFilter
+from jobs.results.summary import Summary, summary
+from jobs.states import Lane
+from jobs.tables import Artifact, Json
+
+blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
+
+
+@blueprint.route("/train", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=TrainRequest)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="train")
+@idempotent(waiting.accepted)
+def train(body: dict[str, Any]) -> waiting.Answer:
+    """Train a network on a dataset."""
+    return waiting.accepted(train_one(body))
+
+
+@blueprint.route("/predict", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=PredictJson, multipart=PredictUpload)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="predict")
+@idempotent(waiting.accepted)
+def predict(body: dict[str, Any]) -> waiting.Answer:
+    """Classify one scan."""
+    job_id = predict_one(body)
+    body.clear()  # an image in it is not to be held for as long as we wait
+    return waiting.accepted(job_id)
+
+
+@blueprint.route("/predict/batch", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=BatchJson, multipart=BatchUpload, manifest=BatchManifest)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="predictBatch")
+@idempotent(waiting.accepted)
+def predict_batch(body: dict[str, Any]) -> waiting.Answer:
+    """Classify many scans."""
+    return waiting.accepted(predict_many(body))
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(JobsQuery, location="query")
+@blueprint.response(200, JobsPage)
+@blueprint.alt_response(304, description="The client has this very page.", success=True)
+@blueprint.doc(operationId="listJobs")
+def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
+    """List jobs, newest first."""
+    after_this_request(waiting.unless_same)
+    limit, after = query.pop("limit"), query.pop("after")
+    with transaction() as session:
+        return queries.jobs(session, tenant(), JobFilter(**query), limit, after)
+
+
+@blueprint.route("/<id:job_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, JobSchema)
+@blueprint.alt_response(304, description="The client has this revision.", success=True)
+@blueprint.doc(operationId="getJob")
+def get_job(job_id: uuid.UUID) -> waiting.Answer | Response:
+    """Show a job."""
+    return waiting.unless_known(waiting.job(job_id))
+
+
+@blueprint.route("/<id:job_id>/metrics")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, MetricsSchema)
+@blueprint.doc(operationId="getJobMetrics")
+def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
+    """Show a training's epochs so far, and its final metrics."""
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        return {"epochs": queries.epochs(session, job_id), "final": view.job.metrics}
+
+
+@blueprint.route("/<id:job_id>/results")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(ResultsQuery, location="query")
+@blueprint.response(200, results.ResultsPage)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.NDJSON, success=True)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.CSV, success=True)
+@blueprint.doc(operationId="listResults")
+def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], int, dict[str, str]] | Response:
+    """List a prediction's results so far; as NDJSON or CSV all of them, followed to the job's end."""
+    kind = streaming.wanted(streaming.NDJSON, streaming.CSV)
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        if kind == "application/json":
+            found = results.shown(session, view, queries.results(session, view, **query))
+    if kind != "application/json":
+        return results.streamed(view, kind, query["state"], query["after"])
+    return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}
+
+
+@blueprint.route("/<id:job_id>/summary")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, summaries.SummarySchema)
+@blueprint.alt_response(200, schema={"type": "string", "format": "binary"}, content_type=charts.PNG, success=True)
+@blueprint.doc(operationId="getSummary")
+def get_summary(job_id: uuid.UUID) -> Summary | Response:
+    """Sum up a prediction's results so far: classes, confidences, errors; as image/png a picture of them."""
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        found = summary(session, view)
+    return summaries.answer(view, found)
+
+
+@blueprint.route("/<id:job_id>/events")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(NumberedQuery, location="query")
+@blueprint.response(200, EventsPage)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.SSE, success=True)
+@blueprint.doc(operationId="listEvents")
+def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Response:
+    """List what happened to a job; as text/event-stream, follow it to its end."""
+    waiting.job(job_id)
+    if streaming.wanted(streaming.SSE) == streaming.SSE:
+        return streaming.events(job_id)
+    with transaction() as session:
+        return queries.events(session, job_id, query["limit"], query["after"] or 0)
+
+
+@blueprint.route("/<id:job_id>/artifacts")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(NamedQuery, location="query")
+@blueprint.response(200, ArtifactsPage)
+@blueprint.doc(operationId="listArtifacts")
+def list_artifacts(query: dict[str, Any], job_id: uuid.UUID) -> Page[Artifact]:
+    """List the files that a job made, by name."""
+    with transaction() as session:
+        queries.job(session, tenant(), job_id)
+        return queries.artifacts(session, job_id, **query)
+
+
+@blueprint.route("/<id:job_id>/artifacts/<path:name>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, {"type": "string", "format": "binary"}, content_type="application/octet-stream")
+@blueprint.alt_response(304, description="The client has these bytes.", success=True)
+@blueprint.doc(operationId="getArtifact")
+def get_artifact(job_id: uuid.UUID, name: str) -> Response:
+    """Download a file that a job made."""
+    with transaction() as session:
+        queries.job(session, tenant(), job_id)
+        found = queries.artifact(session, job_id, name)
+    return download(found.sha256, name.rpartition("/")[2], found.media_type)
+
+
+@blueprint.route("/<id:job_id>/cancel", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.doc(operationId="cancelJob")
+def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Ask for a job's end."""
+    with transaction() as session:
+        lifecycle.cancel(session, tenant(), job_id)
+    view = waiting.job(job_id)
+    return view, 202, {"Location": f"/jobs/{job_id}", "Retry-After": "1"}
+
+
+@blueprint.route("/<id:job_id>/retry", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="retryJob")
+@idempotent(waiting.accepted)
+def retry_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
+    with transaction() as session:
+        chunk = position.chunk(session, Lane.BATCH, services().settings)
+        new_id = submission.retry(session, tenant(), job_id, chunk, quota()).id
+    return waiting.accepted(new_id)
+
+
+@blueprint.route("/<id:job_id>/reproduce", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="reproduceJob")
+@idempotent(waiting.accepted)
+def reproduce_job(job_id: uuid.UUID) -> waiting.Answer:
+    """Do a succeeded training again, as a new job that says at its end whether the metrics match."""
+    with transaction() as session:
+        new_id = reproduction.reproduce(session, tenant(), job_id, quota(), principal().key_id, key()).id
+    return waiting.accepted(new_id)

@@ -1,0 +1,307 @@
+"""The endpoints of three older documents, under the names that their clients know.
+
+Each is a façade: it submits a job like any other and, but for a training, waits for its end. What is not done in time
+goes on, and the answer says where.
+"""
+
+import io
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+import marshmallow as ma
+from flask import Response, abort, g, make_response, request
+from marshmallow import fields, validate
+from werkzeug.datastructures import FileStorage
+
+from api.http import waiting
+from api.http.auth import authenticated, needs, public
+from api.http.bodies import Blueprint, takes
+from api.http.context import tenant, transaction
+from api.http.downloads import download
+from api.http.fields import Base64, Time
+from api.http.idempotency import idempotent
+from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
+from api.intake import scan_store
+from api.resources.health import NO_DATABASE, why_not
+from api.resources.jobs.explanations import NONE
+from api.resources.jobs.predict import predict_many, predict_one
+from api.resources.jobs.train import train_on_newest
+from api.resources.requests import ScanJson, ScanUpload, TrainRequest
+from api.resources.schemas import JobSchema
+from api.views.charts import PNG
+from jobs.errors import ArtifactNotFound, Conflict, ModelNotFound, NoChampion, NotAnImage, TooLarge
+from jobs.keys import Scope
+from jobs.models import registry
+from jobs.queue import explanations
+from jobs.results import queries
+from jobs.results.queries import JobView
+from jobs.states import JobKind, ResultState
+from jobs.tables import Json, ModelVersion, ScanResult
+
+blueprint = Blueprint("older", __name__, description="Names of older documents. They wait for their job, 60 s at most.")
+
+MAX_IMAGES = 100
+UNREADABLE = ("BAD_IMAGE", NotAnImage.code, TooLarge.code)
+"""Codes of results that failed because of what was sent."""
+TRAIN_FIRST = "No model is champion yet. Train one first: POST /train."
+LATE = "The job is not done yet, and goes on: its Location says how far it is. Or send the same again later."
+
+DISPOSITION, UNTOLD = "Renalq-Disposition", "unknown"
+DISPOSITIONS = {
+    DISPOSITION: {
+        "schema": {"type": "string"},
+        "description": "What may be done with each image, in their order: its class in lower case, `indeterminate`, or "
+        "`rejected`, whose class is not to be used. Comma-separated; other letters than ASCII's are percent-encoded.",
+    }
+}
+
+Found = tuple[list[Json], int, dict[str, str]]
+
+
+class NewestTrainRequest(TrainRequest):
+    """A training; on the newest dataset that is ready, where it names none."""
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "dataset_id" in data and "source_url" in data:
+            super()._one_source(data)
+
+
+class ImagesJson(ma.Schema):
+    """Images or DICOM files in base64."""
+
+    images = fields.List(Base64(), required=True, validate=validate.Length(1, MAX_IMAGES))
+
+
+class FoundSchema(ma.Schema):
+    """What an image shows."""
+
+    image = fields.String(required=True, metadata={"description": "Its class, such as Normal or Tumor."})
+    confidence = fields.Float(required=True)
+
+
+class ModelReadySchema(ma.Schema):
+    """The model that predicts."""
+
+    status = fields.String(required=True, validate=validate.OneOf(["ready"]))
+    model_path = fields.String(required=True)
+    model_version = fields.String(required=True)
+
+
+class NoModelSchema(ma.Schema):
+    """There is no model."""
+
+    status = fields.String(required=True, validate=validate.OneOf(["not_found"]))
+    message = fields.String(required=True)
+
+
+class ModelInfoSchema(ma.Schema):
+    """The model that predicts, in short."""
+
+    version = fields.String()
+    classes = fields.List(fields.String())
+    f1 = fields.Function(lambda version: version.metrics.get("f1"), metadata={"type": ["number", "null"]})
+    promoted_at = Time(allow_none=True)
+
+
+class OlderHealthSchema(ma.Schema):
+    """Whether jobs are done now (`degraded`: they are taken, and wait), and the model that does them."""
+
+    status = fields.String(required=True, validate=validate.OneOf(["healthy", "degraded"]))
+    reasons = fields.List(fields.String(), required=True)
+    model = fields.Nested(
+        ModelInfoSchema,
+        required=True,
+        allow_none=True,
+        metadata={"description": "The key's champion; null where there is none, or no key that may read it."},
+    )
+
+
+# --- what a job has found, for whoever waits ---
+
+
+@contextmanager
+def _submitting(body: dict[str, Any]) -> Iterator[None]:
+    """No model is 404 here. At the end the body is empty: we wait long, and its images are not to be held meanwhile."""
+    try:
+        yield
+    except NoChampion:
+        raise ModelNotFound(TRAIN_FIRST) from None
+    finally:
+        body.clear()
+
+
+def _results(job_id: uuid.UUID) -> list[ScanResult]:
+    """All results of the job, once it has ended well. If it does not, or not in time, the answer says where it is.
+
+    Raises:
+        InvalidFields: images cannot be read.
+        Conflict: the job was cancelled.
+    """
+    view = waiting.ended(job_id, waiting.MAX_WAIT)
+    if not view.terminal:
+        abort(problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), **_address(job_id)}))
+    with transaction() as session:
+        results = list(queries.results(session, view, None, MAX_IMAGES).data)
+    failed = [row for row in results if row.state != ResultState.SUCCEEDED]
+    if failed:
+        _refuse(view, failed)
+    return results
+
+
+def _refuse(view: JobView, failed: list[ScanResult]) -> NoReturn:
+    errors = [(row.ordinal, row.error) for row in failed if row.error]
+    unreadable = [(_pointer(view, place), error["detail"]) for place, error in errors if error["code"] in UNREADABLE]
+    if unreadable:
+        raise InvalidFields(unreadable)
+    error = view.job.error or failed[0].error
+    if error is None:
+        raise Conflict("The job was cancelled. Send the same again, with a new Idempotency-Key if it had one.")
+    abort(problem(500, error["code"], error["detail"], _address(view.job.id)))
+
+
+def _address(job_id: uuid.UUID) -> dict[str, str]:
+    return {"Location": f"/jobs/{job_id}"}
+
+
+def _pointer(view: JobView, ordinal: int) -> str:
+    if view.job.kind == JobKind.PREDICT_BATCH:
+        return f"/images/{ordinal}"
+    return "/file" if request.files else "/image"
+
+
+def _found(job_id: uuid.UUID) -> Found:
+    results = _results(job_id)
+    found = [{"image": row.label, "confidence": round(row.confidence or 0.0, 4)} for row in results]
+    # The older documents fix the body, but whoever reads the class of a rejected scan must be able to see that it is.
+    words = (quote(row.disposition or UNTOLD, safe=" ") for row in results)
+    return found, 200, {DISPOSITION: ", ".join(words)}
+
+
+def _overlay(job_id: uuid.UUID) -> Response:
+    _results(job_id)
+    try:
+        with transaction() as session:
+            overlay = queries.artifact(session, job_id, explanations.name_of(0))
+    except ArtifactNotFound:
+        return problem(500, "NOT_EXPLAINED", NONE, _address(job_id))
+    return download(overlay.sha256, "explanation.png", overlay.media_type)
+
+
+# --- the endpoints ---
+
+
+@blueprint.route("/train", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.doc(requestBody={"required": False})
+@takes(json=NewestTrainRequest)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="olderTrain")
+@idempotent(waiting.accepted)
+def train(body: dict[str, Any]) -> waiting.Answer:
+    """Train a network, with the parameters' defaults on the newest dataset that is ready where nothing else is said."""
+    return waiting.accepted(train_on_newest(body))
+
+
+@blueprint.route("/predict", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=ScanJson, multipart=ScanUpload)
+@blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
+@blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
+@blueprint.doc(operationId="olderPredict")
+@idempotent(_found)
+def predict(body: dict[str, Any]) -> Found:
+    """Classify one scan and wait for it: a list of one."""
+    with _submitting(body):
+        job_id = predict_one({**body, "metadata": {}})
+    return _found(job_id)
+
+
+@blueprint.route("/batch_predict", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=ImagesJson)
+@blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
+@blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
+@blueprint.doc(operationId="olderBatchPredict")
+@idempotent(_found)
+def batch_predict(body: dict[str, Any]) -> Found:
+    """Classify up to a hundred scans and wait for them; one that is no image refuses all."""
+    with _submitting(body):
+        job_id = _batch(body["images"])
+    return _found(job_id)
+
+
+def _batch(images: list[bytes]) -> uuid.UUID:
+    _refuse_unreadable(images)
+    return predict_many({"files": [FileStorage(io.BytesIO(image)) for image in images], "metadata": {}})
+
+
+def _refuse_unreadable(images: list[bytes]) -> None:
+    wrong = []
+    for number, image in enumerate(images):
+        try:
+            scan_store.check(io.BytesIO(image))
+        except (NotAnImage, TooLarge) as error:
+            wrong.append((f"/images/{number}", str(error)))
+    if wrong:
+        raise InvalidFields(wrong)
+
+
+@blueprint.route("/explain", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=ScanJson, multipart=ScanUpload)
+@blueprint.response(200, {"type": "string", "format": "binary"}, content_type=PNG)
+@blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
+@blueprint.doc(operationId="olderExplain")
+@idempotent(_overlay)
+def explain(body: dict[str, Any]) -> Response:
+    """Show what in a scan spoke for its class: the Grad-CAM overlay, as PNG."""
+    with _submitting(body):
+        job_id = predict_one({**body, "explain": True, "metadata": {}})
+    return _overlay(job_id)
+
+
+@blueprint.route("/model-status")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, ModelReadySchema)
+@blueprint.alt_response(404, schema=NoModelSchema, content_type="application/json")
+@blueprint.doc(operationId="olderModelStatus")
+def model_status() -> dict[str, str] | Response:
+    """Say whether there is a model that predicts."""
+    found = _champion()
+    if found is None:
+        return make_response({"status": "not_found", "message": "Model needs to be trained"}, 404)
+    return {
+        "status": "ready",
+        "model_path": f"/models/{found.version}/weights",
+        "model_version": str(found.version),
+    }
+
+
+@blueprint.route("/health")
+@public
+@blueprint.response(200, OlderHealthSchema)
+@blueprint.doc(operationId="olderHealth", security=[{}, {"key": []}])
+def health() -> dict[str, Any]:
+    """Say whether jobs are done now; with a key that may read, by which model too."""
+    reasons = why_not()
+    if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without it no key is known, and none wrong
+        g.principal = authenticated()
+    may_read = "principal" in g and g.principal.may(Scope.JOBS_READ)
+    return {
+        "status": "degraded" if reasons else "healthy",
+        "reasons": reasons,
+        "model": _champion() if may_read else None,
+    }
+
+
+def _champion() -> ModelVersion | None:
+    try:
+        with transaction() as session:
+            return registry.resolve(session, tenant(), registry.CHAMPION)
+    except NoChampion:
+        return None

@@ -1,0 +1,71 @@
+"""The first page: public and without data. Its script fetches everything with the reader's key."""
+
+import re
+
+from flask import Response, current_app, make_response, render_template, request
+from marshmallow import Schema, fields
+
+from api.http.auth import public
+from api.http.bodies import Blueprint
+
+blueprint = Blueprint("pages", __name__, description="What this is.")
+
+HTML, JSON = "text/html", "application/json"
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""Nothing from elsewhere, nothing inline, and no text ever becomes markup."""
+ARGUMENT = re.compile(r"<(?:[^:<>]+:)?")
+NOTICE = "Not for diagnosis."
+
+
+class AboutSchema(Schema):
+    """What this is, and all that it answers."""
+
+    name = fields.String(required=True)
+    version = fields.String(required=True)
+    notice = fields.String(required=True)
+    documentation = fields.String(required=True)
+    openapi = fields.String(required=True)
+    endpoints = fields.List(fields.String(), required=True)
+
+
+@blueprint.route("/")
+@public
+@blueprint.response(200, AboutSchema)
+@blueprint.alt_response(200, schema={"type": "string"}, content_type=HTML, success=True)
+@blueprint.alt_response(304, description="The client has this page.", success=True)
+@blueprint.doc(operationId="firstPage", security=[])
+def first_page() -> Response | tuple[dict[str, object], int, dict[str, str]]:
+    """Show the first page; as JSON, what this is and which endpoints it has."""
+    if request.accept_mimetypes.best_match([HTML, JSON]) == JSON:
+        return _about(), 200, {"Vary": "Accept"}
+    response = make_response(render_template("page.html", version=current_app.config["API_VERSION"]))
+    response.headers["Content-Security-Policy"] = POLICY
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["Cache-Control"] = "no-cache"
+    response.vary.add("Accept")
+    response.add_etag()
+    response.make_conditional(request)
+    return response
+
+
+def _about() -> dict[str, object]:
+    return {
+        "name": current_app.config["API_TITLE"],
+        "version": current_app.config["API_VERSION"],
+        "notice": NOTICE,
+        "documentation": "/docs/",
+        "openapi": "/openapi.json",
+        "endpoints": sorted(_endpoints()),
+    }
+
+
+def _endpoints() -> set[str]:
+    """Method and path of each, as `GET /jobs/{job_id}`."""
+    return {
+        f"{method} {ARGUMENT.sub('{', rule.rule).replace('>', '}')}"
+        for rule in current_app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }

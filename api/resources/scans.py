@@ -1,0 +1,53 @@
+"""Scans: one image or DICOM file each, stored once."""
+
+import io
+import uuid
+from typing import Any
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import tenant, transaction
+from api.http.idempotency import idempotent
+from api.intake import scan_store
+from api.resources.requests import KnownRequest, ScanJson, ScanUpload
+from api.resources.schemas import KnownScansSchema, ScanSchema
+from jobs.keys import Scope
+from jobs.results import queries
+from jobs.tables import Scan
+
+blueprint = Blueprint("scans", __name__, url_prefix="/scans", description="Single images and DICOM files.")
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=ScanJson, multipart=ScanUpload)
+@blueprint.response(201, ScanSchema)
+@blueprint.alt_response(200, schema=ScanSchema, description="These bytes are stored already.", success=True)
+@blueprint.doc(operationId="createScan")
+@idempotent()
+def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
+    """Store a scan. The same bytes give the same id."""
+    stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
+    scan, new = scan_store.keep(stream, scan_store.check(stream, "/file" if "file" in body else "/image"))
+    return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
+
+
+@blueprint.route("/known", methods=["POST"])
+@needs(Scope.JOBS_READ)
+@takes(json=KnownRequest)
+@blueprint.response(200, KnownScansSchema)
+@blueprint.doc(operationId="findKnownScans")
+def find_known(body: dict[str, Any]) -> dict[str, Any]:
+    """Say which files are stored already, by their hashes: only the others need be sent."""
+    with transaction() as session:
+        return {"data": queries.scans_by_hash(session, tenant(), body["sha256"])}
+
+
+@blueprint.route("/<id:scan_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, ScanSchema)
+@blueprint.doc(operationId="getScan")
+def get_scan(scan_id: uuid.UUID) -> Scan:
+    """Show a scan."""
+    with transaction() as session:
+        return queries.scan(session, tenant(), scan_id)

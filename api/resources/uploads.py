@@ -1,0 +1,186 @@
+"""Uploads that go on where they were cut off: tus 1.0.0 (https://tus.io/protocols/resumable-upload)."""
+
+import base64
+import binascii
+import datetime as dt
+import uuid
+from typing import Any
+
+import marshmallow as ma
+from flask import Response, current_app, request
+from marshmallow import fields, validate
+from werkzeug.datastructures import FileStorage
+from werkzeug.http import http_date
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint
+from api.http.context import services
+from api.http.fields import Time
+from api.http.idempotency import idempotent
+from api.http.problems import InvalidFields
+from api.intake import scan_store, upload_store
+from jobs.errors import OtherTusVersion, TooLarge, UnsupportedMedia, WrongOffset
+from jobs.keys import Scope
+from jobs.tables import Upload
+
+VERSION = "1.0.0"
+PIECE = "application/offset+octet-stream"
+SILENCE_SECONDS = 15.0
+"""A client that sends nothing for so long has vanished, and its upload is let go."""
+BIGINT_DIGITS = 18
+
+blueprint = Blueprint(
+    "uploads", __name__, url_prefix="/uploads", description="Files in pieces (tus 1.0.0): what was cut off goes on."
+)
+
+
+class Bytes(fields.Integer):
+    """A number of bytes in a header: digits and nothing else."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if not (value.isascii() and value.isdigit() and len(value) <= BIGINT_DIGITS):
+            raise self.make_error("invalid")
+        return int(value)
+
+
+class TusHeaders(ma.Schema):
+    """What every request bears."""
+
+    class Meta:
+        unknown = ma.EXCLUDE
+
+    version = fields.String(data_key="Tus-Resumable", required=True, validate=validate.OneOf([VERSION]))
+
+
+class NewUploadHeaders(TusHeaders):
+    """A file to come: its size (bytes), and its name as `filename BASE64`."""
+
+    size = Bytes(data_key="Upload-Length", required=True, validate=validate.Range(0))
+    metadata = fields.String(data_key="Upload-Metadata", load_default="")
+
+
+class PieceHeaders(TusHeaders):
+    """Where a piece begins (bytes)."""
+
+    offset = Bytes(data_key="Upload-Offset", required=True, validate=validate.Range(0))
+
+
+class UploadSchema(ma.Schema):
+    """An upload that was begun: PATCH its `Location`."""
+
+    id = fields.UUID(required=True)
+    name = fields.String(required=True, allow_none=True)
+    size = fields.Integer(required=True)
+    created_at = Time(required=True)
+
+
+@blueprint.before_request
+def _check_version() -> None:
+    if request.method != "OPTIONS" and request.headers.get("Tus-Resumable") != VERSION:
+        raise OtherTusVersion(version=VERSION)
+
+
+@blueprint.after_request
+def _announce(response: Response) -> Response:
+    response.headers["Tus-Resumable"] = VERSION
+    response.headers["Tus-Version"] = VERSION
+    return response
+
+
+@blueprint.route("", methods=["OPTIONS"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(204)
+@blueprint.doc(operationId="describeUploads")
+def describe() -> tuple[None, int, dict[str, str]]:
+    """Say what is spoken here."""
+    limit = services().settings.max_upload_bytes
+    return None, 204, {"Tus-Extension": "creation,expiration,termination", "Tus-Max-Size": str(limit)}
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.arguments(NewUploadHeaders, location="headers")
+@blueprint.response(201, UploadSchema)
+@blueprint.doc(operationId="createUpload")
+@idempotent()
+def create_upload(headers: dict[str, Any]) -> tuple[Upload, int, dict[str, str]]:
+    """Begin an upload."""
+    upload = upload_store.create(headers["size"], _file_name(headers["metadata"]))
+    return upload, 201, {"Location": f"/uploads/{upload.id}", **_expiry(upload)}
+
+
+@blueprint.route("/<id:upload_id>", methods=["HEAD"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.arguments(TusHeaders, location="headers")
+@blueprint.response(200)
+@blueprint.doc(operationId="getUploadOffset")
+def get_offset(headers: dict[str, Any], upload_id: uuid.UUID) -> Response:
+    """Say how much of an upload is here, in `Upload-Offset`."""
+    upload, offset = upload_store.find(upload_id)
+    told = {"Upload-Length": str(upload.size), **_at(offset, upload)}
+    if upload.name is not None:
+        told["Upload-Metadata"] = f"filename {base64.b64encode(upload.name.encode()).decode()}"
+    response = current_app.response_class(headers=told)
+    del response.headers["Content-Type"]
+    return response
+
+
+@blueprint.route("/<id:upload_id>", methods=["PATCH"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.arguments(PieceHeaders, location="headers")
+@blueprint.response(204)
+@blueprint.doc(
+    operationId="appendToUpload",
+    requestBody={"required": True, "content": {PIECE: {"schema": {"type": "string", "format": "binary"}}}},
+)
+def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, dict[str, str]]:
+    """Send the next piece. Of one that is cut off, what came is kept."""
+    if request.mimetype != PIECE:
+        raise UnsupportedMedia(f"Send the piece as {PIECE}.")
+    with upload_store.held(upload_id) as held:
+        if headers["offset"] != held.offset:
+            raise WrongOffset(given=headers["offset"], offset=held.offset, size=held.upload.size)
+        if (request.content_length or 0) > held.upload.size - held.offset:
+            raise TooLarge(f"The piece goes beyond the upload's {held.upload.size} bytes. Send only what is missing.")
+        _end_at_silence()
+        held.append(request.stream)
+        return None, 204, _at(held.offset, held.upload)
+
+
+@blueprint.route("/<id:upload_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.arguments(TusHeaders, location="headers")
+@blueprint.response(204)
+@blueprint.doc(operationId="deleteUpload")
+def delete_upload(headers: dict[str, Any], upload_id: uuid.UUID) -> None:
+    """Give an upload up."""
+    with upload_store.held(upload_id) as held:
+        held.remove()
+
+
+def _at(offset: int, upload: Upload) -> dict[str, str]:
+    return {"Upload-Offset": str(offset), **_expiry(upload)}
+
+
+def _expiry(upload: Upload) -> dict[str, str]:
+    return {"Upload-Expires": http_date(upload_store.expires_at(upload).astimezone(dt.UTC))}
+
+
+def _end_at_silence() -> None:
+    """A client that lost its network says no goodbye: gunicorn would wait for it, and hold the lock, for ever."""
+    connection = request.environ.get("gunicorn.socket")
+    if connection is not None:
+        connection.settimeout(SILENCE_SECONDS)  # gunicorn sets it anew before the connection's next request
+
+
+def _file_name(metadata: str) -> str | None:
+    """The `filename` among pairs of a word and base64; others are the client's own."""
+    for pair in metadata.split(","):
+        word, _, value = pair.strip().partition(" ")
+        if word == "filename":
+            try:
+                name = base64.b64decode(value, validate=True).decode()
+            except (binascii.Error, ValueError):
+                raise InvalidFields([("/headers/Upload-Metadata", "`filename` must be UTF-8 in base64.")]) from None
+            return scan_store.file_name(FileStorage(filename=name))
+    return None

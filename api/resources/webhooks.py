@@ -1,0 +1,139 @@
+"""Webhooks: made, listed and deleted; what was sent to them, and once more.
+
+Their scopes are those of jobs: a webhook tells ids and states, no more than who may submit jobs knows.
+"""
+
+import uuid
+from typing import Any
+
+import marshmallow as ma
+from marshmallow import fields, validate
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import services, tenant, transaction
+from api.http.fields import HttpUrl, Time, words
+from api.http.idempotency import idempotent
+from api.http.waiting import one_page
+from api.resources.requests import PageQuery
+from api.resources.schemas import PageSchema
+from jobs import addresses
+from jobs.errors import Invalid
+from jobs.events import deliveries, webhooks
+from jobs.events.webhooks import EventType
+from jobs.keys import Scope
+from jobs.paging import Page
+from jobs.tables import Delivery, DeliveryState
+
+blueprint = Blueprint("webhooks", __name__, url_prefix="/webhooks", description="Who hears of what.")
+
+
+class WebhookRequest(ma.Schema):
+    """A new webhook. Without `events` it hears of all of today's."""
+
+    url = HttpUrl(required=True)
+    events = fields.List(
+        fields.String(validate=words(EventType)),
+        load_default=lambda: list(map(str, EventType)),
+        validate=validate.Length(1, len(EventType)),
+    )
+
+
+class WebhookSchema(ma.Schema):
+    """A webhook, without its secret. Its receiver has answered 410 where it hears of no events any more."""
+
+    id = fields.UUID()
+    url = fields.String()
+    events = fields.List(fields.String(validate=words(EventType)))
+    created_at = Time()
+
+
+class NewWebhookSchema(WebhookSchema):
+    """A webhook with its secret (Standard Webhooks), which is shown this once: null where an answer comes again by its
+    Idempotency-Key."""
+
+    secret = fields.String(allow_none=True)
+
+
+class WebhooksPage(PageSchema):
+    """Webhooks, oldest first."""
+
+    data = fields.List(fields.Nested(WebhookSchema), required=True)
+
+
+class DeliverySchema(ma.Schema):
+    """One event on its way to a webhook."""
+
+    id = fields.UUID()
+    type = fields.String(validate=words(EventType))
+    event_id = fields.String(metadata={"description": "The header webhook-id: the same each time that it is sent."})
+    state = fields.String(validate=words(DeliveryState))
+    attempts = fields.Integer()
+    status = fields.Integer(allow_none=True, metadata={"description": "Of the latest answer."})
+    error = fields.String(allow_none=True)
+    next_at = Time(metadata={"description": "When it is sent next, while it is pending."})
+    created_at = Time()
+    ended_at = Time(allow_none=True)
+
+
+class DeliveriesPage(PageSchema):
+    """Deliveries, newest first."""
+
+    data = fields.List(fields.Nested(DeliverySchema), required=True)
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@takes(json=WebhookRequest)
+@blueprint.response(201, NewWebhookSchema)
+@blueprint.doc(operationId="createWebhook")
+@idempotent(secrets=["secret"])
+def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[str, str]]:
+    """Make a webhook. Its secret is shown this once."""
+    if why := addresses.webhook_complaint(body["url"], services().settings.receiver_hosts):
+        raise Invalid(why, "/url")
+    with transaction() as session:
+        new = webhooks.create(session, tenant(), body["url"], body["events"])
+    return new, 201, {"Location": f"/webhooks/{new.id}/deliveries"}
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, WebhooksPage)
+@blueprint.doc(operationId="listWebhooks")
+def list_webhooks() -> dict[str, Any]:
+    """List webhooks, oldest first."""
+    with transaction() as session:
+        return one_page(webhooks.listed(session, tenant()))
+
+
+@blueprint.route("/<id:webhook_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(204)
+@blueprint.doc(operationId="deleteWebhook")
+def delete_webhook(webhook_id: uuid.UUID) -> None:
+    """Delete a webhook with its deliveries."""
+    with transaction() as session:
+        webhooks.remove(session, tenant(), webhook_id)
+
+
+@blueprint.route("/<id:webhook_id>/deliveries")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(PageQuery, location="query")
+@blueprint.response(200, DeliveriesPage)
+@blueprint.doc(operationId="listDeliveries")
+def list_deliveries(query: dict[str, Any], webhook_id: uuid.UUID) -> Page[Delivery]:
+    """List what was sent to a webhook or waits to be, newest first."""
+    with transaction() as session:
+        return deliveries.listed(session, tenant(), webhook_id, **query)
+
+
+@blueprint.route("/<id:webhook_id>/deliveries/<id:delivery_id>/redeliver", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, DeliverySchema)
+@blueprint.doc(operationId="redeliver")
+def redeliver(webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> tuple[Delivery, int, dict[str, str]]:
+    """Send a delivery now, whatever became of it."""
+    with transaction() as session:
+        found = deliveries.redeliver(session, tenant(), webhook_id, delivery_id)
+    return found, 202, {"Location": f"/webhooks/{webhook_id}/deliveries", "Retry-After": "1"}

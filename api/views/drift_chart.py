@@ -1,0 +1,165 @@
+"""Drift as a picture: the index of each figure day by day with the bound, and beneath it how right the version was.
+
+A figure that is beyond its limit (the bound and what chance may add) has a large dot. Of many figures those are shown
+that come furthest.
+"""
+
+import datetime as dt
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from api.views.charts import COLOURS, FAINT, GRID, INK, LEFT, RIGHT, WIDTH, Canvas, fitting, plain
+from jobs.models.drift import Day, Drift
+
+HEAD, LEGEND, PANEL, GAP, FOOT = 84, 26, 220, 58, 44
+"""Points, as in `api.views.charts`."""
+TICKS = 5
+"""Most steps of a scale."""
+DATES = 8
+"""Most dates below a panel."""
+DASH = 8.0
+"""Length of a dash, and of the gap after it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure over the days: its values, and which of them are to be seen from afar."""
+
+    label: str
+    colour: str
+    values: dict[dt.date, float]
+    marked: frozenset[dt.date] = frozenset()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a panel stands: its days from left to right, and its values from 0 at `bottom` to `highest` at `top`."""
+
+    first: dt.date
+    days: int
+    top: float
+    highest: float
+
+    @property
+    def bottom(self) -> float:
+        """Its base line."""
+        return self.top + PANEL
+
+    def x(self, day: dt.date) -> float:
+        """The middle of a day."""
+        return LEFT + ((day - self.first).days + 0.5) * (WIDTH - LEFT - RIGHT) / self.days
+
+    def y(self, value: float) -> float:
+        """The height of a value."""
+        return self.bottom - min(value, self.highest) / self.highest * PANEL
+
+
+def draw(found: Drift, days: int) -> bytes:
+    """The picture of so many days up to the latest, as PNG."""
+    canvas = Canvas(WIDTH, HEAD + 2 * (LEGEND + PANEL + GAP) + FOOT - GAP)
+    last = found.days[-1].day if found.days else dt.datetime.now(dt.UTC).date()
+    first = last - dt.timedelta(days=days - 1)
+    _head(canvas, found)
+    indices = _indices(found.days)
+    highest = max([value for line in indices for value in line.values.values()] + [2 * found.bound]) * 1.05
+    upper = Frame(first, days, HEAD + LEGEND, highest)
+    _panel(canvas, upper, indices, "population stability index")
+    _bound(canvas, upper, found.bound)
+    lower = Frame(first, days, HEAD + LEGEND + PANEL + GAP + LEGEND, 1.0)
+    _panel(canvas, lower, _shares(found.days), "share")
+    return canvas.png()
+
+
+def _head(canvas: Canvas, found: Drift) -> None:
+    canvas.text(LEFT, 38, f"Version {found.model.version}: its predictions against its test scans", 22)
+    scans = sum(day.scans for day in found.days)
+    facts = [f"{scans:,} predictions", f"{found.truths.known:,} with a known truth"]
+    facts.append("no reference" if found.reference_scans is None else f"{found.reference_scans:,} test scans")
+    latest = found.latest
+    if latest and latest.drifted:
+        facts.append(f"drifted on {latest.day}: {', '.join(map(plain, latest.drifted))}")
+    elif latest and latest.figures:
+        facts.append("no drift")
+    canvas.text(LEFT, 62, fitting(canvas, " · ".join(facts), 14, WIDTH - LEFT - RIGHT), 14, FAINT)
+
+
+def _indices(days: Sequence[Day]) -> list[Line]:
+    peaks: dict[str, float] = {}
+    for day in days:
+        for name, figure in day.figures.items():
+            peaks[name] = max(figure.psi, peaks.get(name, 0.0))
+    furthest = sorted(peaks, key=lambda name: (-peaks[name], name))
+    return [
+        Line(
+            name,
+            colour,
+            {day.day: day.figures[name].psi for day in days if name in day.figures},
+            frozenset(day.day for day in days if name in day.drifted),
+        )
+        for name, colour in zip(furthest, COLOURS, strict=False)
+    ]
+
+
+def _shares(days: Sequence[Day]) -> list[Line]:
+    def line(label: str, colour: str, read: Callable[[Day], float | None]) -> Line:
+        values = {day.day: read(day) for day in days}
+        return Line(label, colour, {day: value for day, value in values.items() if value is not None})
+
+    return [
+        line("accuracy where the truth is known", COLOURS[0], lambda day: day.truths.accuracy),
+        line("rejected scans", COLOURS[1], lambda day: day.rejected_share),
+    ]
+
+
+def _panel(canvas: Canvas, frame: Frame, lines: Sequence[Line], axis: str) -> None:
+    _legend(canvas, lines, frame.top - LEGEND)
+    _values(canvas, frame, axis)
+    _dates(canvas, frame)
+    for line in lines:
+        points = [(frame.x(day), frame.y(value)) for day, value in sorted(line.values.items())]
+        canvas.line(points, line.colour)
+        for day, value in line.values.items():
+            canvas.dot(frame.x(day), frame.y(value), 5.5 if day in line.marked else 2.5, line.colour)
+    if not any(line.values for line in lines):
+        canvas.text((LEFT + WIDTH - RIGHT) / 2, frame.top + PANEL / 2, "nothing to show so far", 14, FAINT, "mm")
+
+
+def _legend(canvas: Canvas, lines: Sequence[Line], top: float) -> None:
+    room = (WIDTH - LEFT - RIGHT) / max(len(lines), 1)
+    for number, line in enumerate(lines):
+        x = LEFT + number * room
+        canvas.box(x, top, x + 14, top + 14, line.colour)
+        canvas.text(x + 20, top + 12, fitting(canvas, plain(line.label), 13, room - 28), 13)
+
+
+def _values(canvas: Canvas, frame: Frame, axis: str) -> None:
+    step = _step(frame.highest)
+    for number in range(int(frame.highest / step + 1e-9) + 1):
+        y = frame.y(number * step)
+        canvas.box(LEFT, y, WIDTH - RIGHT, y + 0.5, GRID)
+        canvas.text(LEFT - 8, y, f"{number * step:g}", 12, FAINT, "rm")
+    canvas.box(LEFT, frame.bottom, WIDTH - RIGHT, frame.bottom + 1, INK)
+    canvas.upright(18, (frame.top + frame.bottom) / 2, axis, 12)
+
+
+def _step(most: float) -> float:
+    """1, 2 or 5 times a power of ten, so that `TICKS` of them reach that far."""
+    power: float = 10.0 ** (math.floor(math.log10(most)) - 1)
+    return next(power * leading for leading in (1, 2, 5, 10, 20, 50, 100) if power * leading * TICKS >= most)
+
+
+def _dates(canvas: Canvas, frame: Frame) -> None:
+    every = math.ceil(frame.days / DATES)
+    for number in range(frame.days - 1, -1, -every):
+        day = frame.first + dt.timedelta(days=number)
+        canvas.box(frame.x(day) - 0.5, frame.bottom, frame.x(day) + 0.5, frame.bottom + 5, INK)
+        canvas.text(frame.x(day), frame.bottom + 9, f"{day:%Y-%m-%d}", 12, FAINT, "mt")
+
+
+def _bound(canvas: Canvas, frame: Frame, bound: float) -> None:
+    y, x = frame.y(bound), float(LEFT)
+    while x < WIDTH - RIGHT:
+        canvas.line([(x, y), (min(x + DASH, WIDTH - RIGHT), y)], INK, 1)
+        x += 2 * DASH
+    canvas.text(WIDTH - RIGHT, y - 4, f"bound {bound:g}", 12, INK, "rs")

@@ -1,0 +1,175 @@
+"""Model cards (Mitchell et al. 2019, "Model Cards for Model Reporting"): a version's rows as one tree of plain values.
+
+Nothing here names a file, a dataset by its client's name, or a patient. What is not known is null.
+`api.views.model_card_markdown` writes the same tree as Markdown.
+"""
+
+import datetime as dt
+from typing import Any
+
+from jobs import training_params
+from jobs.models.cards import Story
+from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
+
+FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
+ELSEWHERE = ("f1", "recall", "specificity", "roc_auc")
+LEAKS = {
+    "patients": "test scans are of patients of whom others were learnt from",
+    "duplicates": "test scans are copies of scans that were learnt from",
+    "near_duplicates": "test scans look almost the same as scans that were learnt from",
+}
+CALIBRATION = ("calibration", "temperature", "threshold", "positive", "ece", "ece_before", "ece_chance")
+FACTORS = [
+    "Figures are not broken down by age, sex, scanner, contrast phase or site: the dataset does not tell these.",
+    "A scan is one axial slice. Slices of other body parts, orientations or modalities were not tested.",
+    "The window that a CT is decoded with changes what the network sees: it was tested with the one in the details.",
+]
+ETHICS = [
+    "It was trained on scans of patients. Whether they may be used so is for whoever uploaded them to ensure.",
+    "The weights' file carries hashes of the scans and pseudonyms of the patients that it has learnt from, so that "
+    "leaks are found: pass it on as you may pass on pseudonymous data.",
+    "A missed tumour weighs more than a false alarm: look at sensitivity first, and at its interval.",
+    "People tend to agree with a machine. Let the radiologist read first, or without its answer.",
+]
+
+
+def card(story: Story) -> Json:
+    """The model card."""
+    version, metrics = story.version, story.version.metrics
+    return {
+        "title": f"Kidney-CT classifier, version {version.version}",
+        "details": _details(version, story.base),
+        "intended_use": _intended_use(version),
+        "factors": FACTORS,
+        "training_data": _training_data(story),
+        "evaluation": _evaluation(version, story.evaluations),
+        "calibration": {name: metrics.get(name) for name in CALIBRATION},
+        "limits": _limits(version),
+        "engines": metrics.get("engines") or {},
+        "gate": version.gate,
+        "promotions": [_promotion(row) for row in story.promotions],
+        "ethical_considerations": ETHICS,
+        "reproduction": _reproduction(version),
+    }
+
+
+def _details(version: ModelVersion, base: ModelVersion | None) -> Json:
+    return {
+        "version": str(version.version),
+        "champion": version.champion,
+        "made_at": _time(version.created_at),
+        "promoted_at": _time(version.promoted_at),
+        "network": training_params.network(version.params),
+        "head": training_params.head(version.params),
+        "classes": version.classes,
+        "transform": training_params.transform(version.params),
+        "begun_with": f"version {base.version}" if base else version.params.get("weights"),
+        "weights_sha256": version.weights_sha256,
+        "code_revision": version.code_revision,
+        "environment": version.environment,
+        "params": version.params,
+    }
+
+
+def _intended_use(version: ModelVersion) -> Json:
+    return {
+        "use": f"Telling {_listed(version.classes)} apart in single axial CT slices of the kidneys.",
+        "users": "Radiologists, radiographers, and engineers who build and check such pipelines.",
+        "not_for": [
+            "Not for diagnosis without a radiologist: it is no medical device, and nobody has approved it as one.",
+            "Not for excluding disease: what it has not learnt, it cannot find.",
+            "Not for other organs, modalities or species.",
+        ],
+    }
+
+
+def _training_data(story: Story) -> Json:
+    dataset, metrics = story.dataset, story.version.metrics
+    return {
+        "digest": story.version.dataset_digest,
+        "classes": dataset.classes if dataset else None,
+        "split": metrics.get("counts"),
+        "patients_known": metrics.get("patients_known"),
+        "warnings": [str(text) for text in ((dataset.report or {}).get("warnings", []) if dataset else [])],
+    }
+
+
+def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
+    metrics = version.metrics
+    return {
+        "test_digest": metrics.get("test_digest"),
+        "scans": metrics.get("held_out"),
+        "independent_groups": metrics.get("independent"),
+        "positive": metrics.get("positive"),
+        "figures": {name: _figure(metrics, name) for name in FIGURES if metrics.get(name) is not None},
+        "per_class": metrics.get("per_class") or {},
+        "sensitivity_at_specificity": metrics.get("sensitivity_at_specificity") or {},
+        "confusion_matrix": metrics.get("confusion_matrix"),
+        "classes": metrics.get("classes") or version.classes,
+        "cross_validation": _cross_validation(metrics.get("cross_validation")),
+        "other_test_sets": [_elsewhere(row) for row in evaluations if row.test_digest != metrics.get("test_digest")],
+    }
+
+
+def _figure(metrics: Json, name: str) -> Json:
+    low, high = (metrics.get("intervals") or {}).get(name) or (None, None)
+    method = (metrics.get("interval_methods") or {}).get(name)
+    return {"value": metrics[name], "low": low, "high": high, "method": method}
+
+
+def _cross_validation(told: Json | None) -> Json | None:
+    return told and {"folds": len(told["folds"]), "mean": told["mean"], "std": told["std"]}
+
+
+def _elsewhere(row: ModelEvaluation) -> Json:
+    figures = {name: row.metrics.get(name) for name in ELSEWHERE}
+    return {"test_digest": row.test_digest, "scans": row.scans, "at": _time(row.created_at), **figures}
+
+
+def _limits(version: ModelVersion) -> Json:
+    leaks = version.metrics.get("leaks") or {}
+    return {
+        "leaks": [f"{leaks[kind]} {words}." for kind, words in LEAKS.items() if leaks.get(kind)],
+        "patients": _patients(version.metrics.get("patients_known")),
+        "out_of_distribution": _out_of_distribution(version.reference),
+        "dispositions": "A probability between the two limits of the server's settings is called indeterminate: no "
+        "answer is better than a guess.",
+    }
+
+
+def _patients(known: bool | None) -> str:
+    if known:
+        return "The patients are known, and each is on one side of the split only."
+    return "The patients are not all known: one patient's scans may lie on both sides, which makes figures too good."
+
+
+def _out_of_distribution(reference: Json | None) -> str:
+    if reference is None or reference.get("rejected") is None:
+        return "This version carries nothing to tell a scan unlike its training scans by: it answers to any picture."
+    rejected, scans = reference["rejected"], reference.get("scans", 0)
+    return (
+        "A scan that is unlike the training scans is rejected. That is a distance in what the network sees, and no "
+        f"proof: a picture of something else may pass. Of its own {scans} test scans, {rejected} would be rejected."
+    )
+
+
+def _promotion(row: Promotion) -> Json:
+    why = {"how": row.how, "reason": row.reason, "verdict": row.verdict}
+    return {"at": _time(row.at), "replaced": None if row.replaced is None else str(row.replaced), **why}
+
+
+def _reproduction(version: ModelVersion) -> Json:
+    return {
+        "job_id": str(version.job_id),
+        "seed": version.params.get("seed"),
+        "weights": f"GET /models/{version.version}/weights",
+        "again": f"POST /jobs/{version.job_id}/reproduce",
+    }
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _time(at: dt.datetime | None) -> str | None:
+    return None if at is None else at.astimezone(dt.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,67 @@
+"""The commands on datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.commands.jobs import as_json, echo_json, echo_table, speaks
+
+if TYPE_CHECKING:
+    from cli.client.rest import Client
+
+
+@click.group()
+def datasets() -> None:
+    """Datasets: list, show, add."""
+
+
+@datasets.command("list")
+@as_json
+@speaks
+def datasets_list(client: Client, as_json: bool) -> None:
+    """The datasets."""
+    found = list(client.pages("/datasets", limit=100))
+    if as_json:
+        return echo_json(found)
+    rows = [(each["id"], each["name"], each["state"], _classes(each)) for each in found]
+    echo_table(("id", "name", "state", "classes"), rows)
+
+
+@datasets.command("show")
+@click.argument("dataset")
+@as_json
+@speaks
+def datasets_show(client: Client, dataset: str, as_json: bool) -> None:
+    """One dataset: its classes, what is wrong with it, and what is doubtful."""
+    found = client.dataset(dataset)
+    if as_json:
+        return echo_json(found)
+    show_dataset(found)
+
+
+def show_dataset(dataset: dict[str, Any]) -> None:
+    """One dataset in a few lines."""
+    lines = [f"dataset {dataset['id']} is {dataset['state']}: {_classes(dataset)}"]
+    lines += [f"  problem  {problem}" for problem in dataset.get("problems") or ()]
+    lines += [f"  warning  {warning}" for warning in dataset.get("warnings") or ()]
+    click.echo("\n".join(lines))
+
+
+def _classes(dataset: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in (dataset.get("classes") or {}).items())
+
+
+@datasets.command("add")
+@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="A name for it; the file's by default.")
+@as_json
+@speaks
+def datasets_add(client: Client, archive: Path, name: str | None, as_json: bool) -> None:
+    """Upload ARCHIVE, a zip with one folder a class, and wait until it is checked."""
+    dataset = client.ready_dataset(archive, name)
+    if as_json:
+        return echo_json(dataset)
+    show_dataset(dataset)

@@ -1,0 +1,104 @@
+"""The last fence: a tiny process that outlives `renalq up` by seconds and sweeps up what it left.
+
+`renalq up` holds the write end of a pipe to it. "done" on that pipe means a good end. End-of-file without it means
+that `renalq up` was killed: then every process that carries its mark is ended, ours first and the servers
+after them. The mark is an environment variable, so grandchildren in sessions of their own are found as well.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from enum import IntEnum
+
+import psutil
+
+from cli.stack.launch import STACK_MARK
+
+OURS_SECONDS = 6.0
+SERVERS_SECONDS = 6.0
+
+
+class Stage(IntEnum):
+    """Stages of a stack, started upwards and stopped downwards."""
+
+    SERVERS = 1
+    """Postgres and Redis: needed by all others until the very end."""
+    SERVICES = 2
+    """The API, the dispatcher, MLflow."""
+    WORKERS = 3
+    """Celery's workers, which hand their units back as they stop, and their monitor."""
+
+
+def mark(token: str, stage: Stage) -> dict[str, str]:
+    """The environment variable that marks a process as one of a stack's."""
+    return {STACK_MARK: f"{token}/{stage.value}"}
+
+
+def marked(token: str, first: Stage = Stage.SERVERS) -> Iterator[psutil.Process]:
+    """Living processes of the stack `token`, of the stage `first` or above, without ourselves."""
+    for process in psutil.process_iter():
+        try:
+            value = process.environ().get(STACK_MARK, "")
+            alive = process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, OSError):
+            continue  # gone meanwhile, or another user's
+        name, _, stage = value.partition("/")
+        if alive and name == token and int(stage) >= first and process.pid != os.getpid():
+            yield process
+
+
+def sweep(token: str, first: Stage, ask: signal.Signals, grace_seconds: float) -> int:
+    """Ask all processes of a stage and above to end, then kill them. Returns how many there were."""
+    found = list(marked(token, first))
+    _send(found, ask)
+    deadline = time.monotonic() + grace_seconds
+    while time.monotonic() < deadline and (left := list(marked(token, first))):
+        psutil.wait_procs(left, timeout=0.1)
+    _send(marked(token, first), signal.SIGKILL)
+    return len(found)
+
+
+def _send(processes: Iterator[psutil.Process] | list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except (psutil.Error, OSError):
+            continue
+
+
+def start(token: str, keep_open: int) -> subprocess.Popen[bytes]:
+    """Start a guardian. It inherits the lock file's descriptor: the lock is free only when all is swept."""
+    command = [sys.executable, "-m", "cli.stack.orphan_reaper", token]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[keep_open],
+        start_new_session=True,
+    )
+
+
+def dismiss(guardian: subprocess.Popen[bytes]) -> None:
+    """Tell it that all ended well."""
+    guardian.communicate(b"done")
+
+
+def main(token: str) -> None:
+    """Wait for the end of `renalq up`, and sweep if it was a bad one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.stdin.buffer.read() == b"done":
+        return
+    sweep(token, Stage.SERVICES, signal.SIGTERM, OURS_SECONDS)
+    # INT is Postgres' fast shutdown; TERM would wait for every session to end by itself.
+    sweep(token, Stage.SERVERS, signal.SIGINT, SERVERS_SECONDS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

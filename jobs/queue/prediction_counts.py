@@ -1,0 +1,52 @@
+"""Counts of what was predicted, kept as it is written: by model, day, figure and bin. `jobs.models.drift` reads
+them."""
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy.orm import Session
+
+from jobs.db import Prepared
+
+CLASS, DISPOSITION = "class", "disposition"
+"""Figures whose bins are words."""
+REJECTED = "rejected"
+"""The disposition of a scan whose class is not to be used (ml/image/serving/disposition.py)."""
+
+# The rows are taken in the order of their key: of two workers that end their chunks at once one waits for the other,
+# and never each for the other.
+ADD = Prepared(
+    "count_predictions",
+    "uuid, jsonb",
+    """
+WITH model AS MATERIALIZED (
+    SELECT model_versions.id, model_versions.tenant_id, coalesce(reference -> 'statistics', '{}') AS statistics
+    FROM jobs JOIN model_versions ON model_versions.id = jobs.model_id WHERE jobs.id = $1
+), binned AS MATERIALIZED (
+    SELECT key AS what, translate(value ->> 'edges', '[]', '{}')::float8[] AS edges
+    FROM model, jsonb_each(model.statistics)
+), found AS (
+    SELECT figure.key AS what, width_bucket(said.value::float8, edges)::text AS bin
+    FROM jsonb_each($2) AS figure JOIN binned ON binned.what = figure.key,
+        jsonb_array_elements_text(figure.value) AS said
+    UNION ALL
+    SELECT word, said.value
+    FROM unnest(ARRAY['class', 'disposition']) AS word, jsonb_array_elements_text($2 -> word) AS said
+)
+INSERT INTO prediction_counts (model_id, day, what, bin, tenant_id, scans)
+SELECT model.id, (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date), what, bin, model.tenant_id, count(*)
+FROM model, found GROUP BY model.id, model.tenant_id, what, bin ORDER BY what, bin
+ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.scans + excluded.scans
+""",
+)
+
+
+def add(session: Session, job_id: uuid.UUID, found: Mapping[str, Sequence[str | float]]) -> None:
+    """Count what was found with the job's model today, by Postgres' clock in UTC.
+
+    Args:
+        found: figure → what was found, scan by scan: {"class": ["Tumor", …], "brightness": [0.31, …], …}. Words are
+            counted of `class` and `disposition`; numbers of what the model's reference has bins for.
+    """
+    ADD(session, str(job_id), json.dumps(found))

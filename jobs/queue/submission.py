@@ -1,0 +1,296 @@
+"""How a job comes to be: its row, its units, its pending results and its first event, in the caller's transaction."""
+
+import datetime as dt
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WrongState
+from jobs.queue import retention
+from jobs.queue.completion import end_if_done
+from jobs.queue.job_events import record, wake_dispatcher
+from jobs.queue.leases import locking
+from jobs.queue.outcomes import count
+from jobs.settings import Settings
+from jobs.states import PREDICTIONS, DatasetState, JobKind, JobState, Lane, ResultState
+from jobs.tables import Dataset, Job, Json, ScanResult, TenantLoad, Unit, new_id
+
+RETRIABLE = (JobState.FAILED, JobState.PARTIALLY_SUCCEEDED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a client asked for, checked."""
+
+    tenant_id: str
+    kind: JobKind
+    lane: Lane
+    name: str | None = None
+    params: Json | None = None
+    metadata: Json | None = None
+    dataset_id: uuid.UUID | None = None
+    source_url: str | None = None
+    model_id: uuid.UUID | None = None
+    model_version: int | None = None
+    base_model_id: uuid.UUID | None = None
+    promote: str = "auto"
+    created_by: uuid.UUID | None = None
+    idempotency_key: str | None = None
+    retry_of: uuid.UUID | None = None
+    reproduction_of: uuid.UUID | None = None
+
+
+@dataclass(frozen=True)
+class NewResult:
+    """One scan of a prediction job: stored, or to be fetched from `source_url`. With an `error` it has failed already.
+
+    `custom_id`, `patient` and `study` are the client's own keys.
+    """
+
+    scan_id: uuid.UUID | None
+    name: str | None = None
+    custom_id: str | None = None
+    error: Json | None = None
+    patient: str | None = None
+    study: str | None = None
+    source_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What may be in the queue: scans and batches of one tenant, and scans of all together."""
+
+    scans: int = 2**31
+    batches: int = 2**31
+    ceiling: int = 2**62
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Quota":
+        """The quota of the settings."""
+        return cls(settings.quota_scans, settings.quota_batches, settings.queue_ceiling)
+
+
+UNLIMITED = Quota()
+
+
+def admit(session: Session, tenant_id: str, quota: Quota, scans: int = 1, batches: int = 0) -> None:
+    """Look whether so much more may be queued, before an upload is stored. `submit` decides.
+
+    Raises:
+        QuotaExceeded, QueueFull
+    """
+    _refuse_beyond_ceiling(session, quota, scans)
+    load = session.get(TenantLoad, tenant_id)
+    if load is not None:
+        _refuse_beyond(quota.scans, load.scans, scans, "scans")
+        _refuse_beyond(quota.batches, load.batches, batches, "batches")
+
+
+def submit(
+    session: Session, new: NewJob, scans: Sequence[NewResult] = (), chunk: int = 128, quota: Quota = UNLIMITED
+) -> Job:
+    """Insert a job, its units, its pending results and its first event; ring the dispatcher at commit.
+
+    A prediction gets one unit for each `chunk` scans; any other job has one unit.
+
+    Raises:
+        QuotaExceeded: the tenant has as much in the queue as it may.
+        QueueFull: all tenants together have.
+    """
+    job = _new_job(new, total=len(scans) or 1)
+    session.add(job)
+    session.flush()
+    parts = _parts(scans, chunk) if scans else [[]]
+    units = [_unit(job, ordinal, len(part)) for ordinal, part in enumerate(parts)]
+    if units:
+        session.execute(insert(Unit), units)
+    _insert_results(session, job, scans, {o: u["id"] for u, part in zip(units, parts, strict=True) for o in part})
+    record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
+    _load(session, job, quota)
+    end_if_done(session, job.id)  # a batch of broken scans alone has nothing to wait for
+    wake_dispatcher(session)
+    session.refresh(job)
+    return job
+
+
+def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128, quota: Quota = UNLIMITED) -> Job:
+    """Submit anew what a job did not bring to a good end. Its own end stays: the retry is a new job, made once.
+
+    A training goes on from its last checkpoint; of a prediction only the scans without a result are taken.
+
+    Raises:
+        JobNotFound: no such job of this tenant.
+        WrongState: the job has not ended, or has succeeded.
+        QuotaExceeded, QueueFull
+    """
+    old = session.scalar(locking(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
+    if old is None:
+        raise JobNotFound
+    if old.state not in RETRIABLE:
+        raise WrongState(state=old.state, verb="retrying", allowed=" or ".join(RETRIABLE))
+    made: Job | None = session.scalar(select(Job).where(Job.retry_of == job_id))
+    if made is not None:
+        return made
+    if not retention.are_kept(session, job_id):
+        raise WrongState("This job's results have expired, and with them which scans failed: submit those anew.")
+    scans = _left_over(session, old)
+    if old.kind in PREDICTIONS and not scans:
+        detail = "None of this job's failed scans is stored: upload them again with a new job."
+        raise WrongState(detail)
+    job = submit(session, _again(old), scans, chunk, quota)
+    if old.kind == JobKind.INGEST:
+        _check_again(session, old, job)
+    return job
+
+
+def _check_again(session: Session, old: Job, new: Job) -> None:
+    """The dataset whose check died is checked by the new job; one that was checked to its end stays as it is."""
+    unchecked = update(Dataset).where(Dataset.job_id == old.id, Dataset.state == DatasetState.CHECKING)
+    if session.execute(unchecked.values(job_id=new.id)).rowcount == 0:  # type: ignore[attr-defined]
+        raise WrongState("This dataset was checked to the end. GET /datasets/ID says what to mend; upload it anew.")
+
+
+def _again(old: Job) -> NewJob:
+    return NewJob(
+        tenant_id=old.tenant_id,
+        kind=JobKind(old.kind),
+        lane=Lane(old.lane),
+        name=old.name,
+        params=old.params,
+        metadata=old.labels,
+        dataset_id=old.dataset_id,
+        source_url=old.source_url,
+        model_id=old.model_id,
+        model_version=old.model_version,
+        base_model_id=old.base_model_id,
+        promote=old.promote,
+        created_by=old.created_by,
+        retry_of=old.id,
+        reproduction_of=old.reproduction_of,
+    )
+
+
+def _left_over(session: Session, old: Job) -> list[NewResult]:
+    rows = session.scalars(
+        select(ScanResult)
+        .where(ScanResult.job_id == old.id, ScanResult.state.in_((ResultState.FAILED, ResultState.CANCELLED)))
+        .where(or_(ScanResult.scan_id.is_not(None), ScanResult.source_url.is_not(None)))
+        .order_by(ScanResult.ordinal)
+    )
+    return [_again_result(row) for row in rows]
+
+
+def _again_result(row: ScanResult) -> NewResult:
+    return NewResult(
+        row.scan_id, row.name, row.custom_id, patient=row.patient, study=row.study, source_url=row.source_url
+    )
+
+
+# --- the tenant's load ---
+
+
+def _load(session: Session, job: Job, quota: Quota) -> None:
+    """Add the job to its tenant's load, in the one statement that also says whether that is too much."""
+    batches = int(job.kind == JobKind.PREDICT_BATCH)
+    _refuse_beyond_ceiling(session, quota, job.total)
+    new = upsert(TenantLoad).values(tenant_id=job.tenant_id, scans=job.total, batches=batches)
+    grown = {"scans": TenantLoad.scans + new.excluded.scans, "batches": TenantLoad.batches + new.excluded.batches}
+    row = session.execute(
+        new.on_conflict_do_update(index_elements=["tenant_id"], set_=grown).returning(
+            TenantLoad.scans, TenantLoad.batches
+        )
+    ).one()
+    _refuse_beyond(quota.scans, row.scans - job.total, job.total, "scans")
+    _refuse_beyond(quota.batches, row.batches - batches, batches, "batches")
+
+
+def _refuse_beyond(limit: int, queued: int, more: int, what: str) -> None:
+    if more and queued + more > limit:
+        raise QuotaExceeded(queued=queued, what=what, limit=limit)
+
+
+def _refuse_beyond_ceiling(session: Session, quota: Quota, scans: int) -> None:
+    queued = session.scalar(select(func.coalesce(func.sum(TenantLoad.scans), 0)))
+    if queued is not None and queued + scans > quota.ceiling:
+        raise QueueFull
+
+
+# --- rows ---
+
+
+def _new_job(new: NewJob, total: int) -> Job:
+    return Job(
+        id=new_id(),
+        tenant_id=new.tenant_id,
+        kind=new.kind,
+        lane=new.lane,
+        name=new.name,
+        params=new.params or {},
+        labels=new.metadata or {},
+        dataset_id=new.dataset_id,
+        source_url=new.source_url,
+        model_id=new.model_id,
+        model_version=new.model_version,
+        base_model_id=new.base_model_id,
+        promote=new.promote,
+        created_by=new.created_by,
+        idempotency_key=new.idempotency_key,
+        retry_of=new.retry_of,
+        reproduction_of=new.reproduction_of,
+        total=total,
+    )
+
+
+def _unit(job: Job, ordinal: int, scans: int) -> Json:
+    return {
+        "id": new_id(),
+        "tenant_id": job.tenant_id,
+        "job_id": job.id,
+        "ordinal": ordinal,
+        "lane": job.lane,
+        "scans": max(1, scans),
+    }
+
+
+def _parts(scans: Sequence[NewResult], chunk: int) -> list[list[int]]:
+    """The ordinals of each unit: `chunk` scans, less those that failed before they began.
+
+    The same scan is in one unit however often it comes: it is computed once.
+    """
+    alike: dict[object, list[int]] = {}
+    for ordinal, scan in enumerate(scans):
+        if scan.error is None:
+            alike.setdefault(scan.scan_id or scan.source_url, []).append(ordinal)
+    distinct = list(alike.values())
+    return [
+        [ordinal for same in distinct[start : start + chunk] for ordinal in same]
+        for start in range(0, len(distinct), chunk)
+    ]
+
+
+def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit_of: Mapping[int, uuid.UUID]) -> None:
+    rows = [
+        {
+            "job_id": job.id,
+            "ordinal": ordinal,
+            "tenant_id": job.tenant_id,
+            "unit_id": unit_of.get(ordinal),
+            "scan_id": scan.scan_id,
+            "name": scan.name,
+            "custom_id": scan.custom_id,
+            "patient": scan.patient,
+            "study": scan.study,
+            "source_url": scan.source_url,
+            "error": scan.error,
+            "state": ResultState.FAILED if scan.error else ResultState.PENDING,
+            "finished_at": dt.datetime.now(dt.UTC) if scan.error else None,
+        }
+        for ordinal, scan in enumerate(scans)
+    ]
+    if rows:
+        session.execute(insert(ScanResult), rows)
+        count(session, job.id, failed=sum(scan.error is not None for scan in scans))

@@ -1,0 +1,46 @@
+"""The tables, one file an aggregate. "Tables", because a model here is a network.
+
+What a CHECK, an index or a trigger can forbid is forbidden there; the triggers are in the migrations. Every row that
+belongs to somebody carries `tenant_id`.
+"""
+
+from jobs.tables.columns import Json, new_id
+from jobs.tables.dataset import Dataset
+from jobs.tables.job import TERMINAL_EVENTS, Artifact, Checkpoint, Job, JobEvent, TenantLoad
+from jobs.tables.key import ApiKey, IdempotencyKey
+from jobs.tables.model import How, ModelEvaluation, ModelVersion, PredictionCount, Promotion, RegistryMirror, Truth
+from jobs.tables.process import Process
+from jobs.tables.result import NOT_SUCCEEDED, ScanResult
+from jobs.tables.scan import Scan, Upload
+from jobs.tables.unit import Unit
+from jobs.tables.webhook import Delivery, DeliveryState, Webhook
+
+__all__ = [
+    "NOT_SUCCEEDED",
+    "TERMINAL_EVENTS",
+    "ApiKey",
+    "Artifact",
+    "Checkpoint",
+    "Dataset",
+    "Delivery",
+    "DeliveryState",
+    "How",
+    "IdempotencyKey",
+    "Job",
+    "JobEvent",
+    "Json",
+    "ModelEvaluation",
+    "ModelVersion",
+    "PredictionCount",
+    "Process",
+    "Promotion",
+    "RegistryMirror",
+    "Scan",
+    "ScanResult",
+    "TenantLoad",
+    "Truth",
+    "Unit",
+    "Upload",
+    "Webhook",
+    "new_id",
+]

@@ -1,0 +1,47 @@
+"""Columns that many tables have, and how they are written."""
+
+import datetime as dt
+import uuid
+from enum import StrEnum
+from typing import Any
+
+import uuid_utils
+from sqlalchemy import (
+    DateTime,
+    Integer,
+    String,
+    Uuid,
+    func,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+Json = dict[str, Any]
+
+
+def new_id() -> uuid.UUID:
+    """A UUIDv7 (RFC 9562): ordered by time, so that keys page and index well."""
+    return uuid.UUID(bytes=uuid_utils.uuid7().bytes)
+
+
+def one_of(column: str, words: type[StrEnum] | frozenset[Any]) -> str:
+    return f"{column} IN ({', '.join(sorted(repr(str(word)) for word in words))})"
+
+
+def id_column() -> Mapped[uuid.UUID]:
+    return mapped_column(Uuid, primary_key=True, default=new_id)
+
+
+def tenant_column() -> Mapped[str]:
+    return mapped_column(String(63), index=True)
+
+
+def time_of_insert() -> Mapped[dt.datetime]:
+    return mapped_column(DateTime(timezone=True), server_default=func.clock_timestamp())
+
+
+def optional_time() -> Mapped[dt.datetime | None]:
+    return mapped_column(DateTime(timezone=True))
+
+
+def counter() -> Mapped[int]:
+    return mapped_column(Integer, server_default="0", default=0)

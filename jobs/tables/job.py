@@ -1,0 +1,181 @@
+"""The tables. "Tables", because a model here is a network.
+
+What a CHECK, an index or a trigger can forbid is forbidden there; the triggers are in the migrations. Every row that
+belongs to somebody carries `tenant_id`.
+"""
+
+import datetime as dt
+import uuid
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    String,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.states import (
+    TERMINAL,
+    JobKind,
+    JobState,
+    Lane,
+)
+from jobs.tables.columns import Json, counter, id_column, one_of, optional_time, time_of_insert
+
+
+class Job(Base):
+    """One request for work. `revision` grows with every change (a trigger), and is the ETag."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(one_of("kind", JobKind), name="kind"),
+        CheckConstraint(one_of("lane", Lane), name="lane"),
+        CheckConstraint(one_of("state", JobState), name="state"),
+        CheckConstraint(f"({one_of('state', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"),
+        CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
+        CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
+        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        # The dispatcher's way to work, and the way to a place in the queue: history costs them nothing.
+        Index("ix_jobs_unfinished", "lane", "tenant_id", "id", postgresql_where=text("finished_at IS NULL")),
+        # One key of a client makes one job, and one job is retried as one: whatever the API's processes do.
+        Index(
+            "uq_jobs_tenant_id_idempotency_key",
+            "tenant_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+        Index("uq_jobs_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
+        # A job that is deleted looks for its reproductions by this.
+        Index("ix_jobs_reproduction_of", "reproduction_of", postgresql_where=text("reproduction_of IS NOT NULL")),
+        Index(
+            "ix_jobs_unexpired",
+            "finished_at",
+            postgresql_where=text("kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL"),
+        ),
+        Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
+        Index(
+            "ix_jobs_metadata",
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+        ),
+    )
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    kind: Mapped[str] = mapped_column(String(20))
+    lane: Mapped[str] = mapped_column(String(20))
+    state: Mapped[str] = mapped_column(String(20), default=JobState.QUEUED)
+    revision: Mapped[int] = mapped_column(BigInteger, default=1, server_default="1")
+    name: Mapped[str | None] = mapped_column(String(200))
+    params: Mapped[Json] = mapped_column(JSONB, default=dict)
+    labels: Mapped[Json] = mapped_column("metadata", JSONB, default=dict)  # `metadata` is SQLAlchemy's own word
+    source_url: Mapped[str | None] = mapped_column(Text)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
+    model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
+    model_version: Mapped[int | None] = mapped_column(Integer)
+    base_model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what a training begins from: weights: version:N
+    promote: Mapped[str] = mapped_column(String(10), default="auto", server_default="auto")
+    cancel_requested_at: Mapped[dt.datetime | None] = optional_time()
+    stage: Mapped[str | None] = mapped_column(String(40))
+    stages: Mapped[list[Json]] = mapped_column(JSONB, default=list, server_default="[]")
+    progress: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    attempt: Mapped[int] = counter()
+    total: Mapped[int] = counter()
+    succeeded: Mapped[int] = counter()
+    failed: Mapped[int] = counter()
+    cancelled: Mapped[int] = counter()
+    metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    engines: Mapped[list[str]] = mapped_column(ARRAY(String(40)), default=list, server_default="{}")  # of its results
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    tracked_at: Mapped[dt.datetime | None] = optional_time()  # when MLflow had all of an ended training
+    idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
+    retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    reproduction_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    reproduction: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # see jobs/models/reproduction.py
+    created_by: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    created_at: Mapped[dt.datetime] = time_of_insert()
+    started_at: Mapped[dt.datetime | None] = optional_time()
+    finished_at: Mapped[dt.datetime | None] = optional_time()
+    results_expired_at: Mapped[dt.datetime | None] = optional_time()  # when a prediction's results were deleted
+
+
+TERMINAL_EVENTS = frozenset(str(state) for state in TERMINAL)
+"""A job's last event bears its last state's name."""
+
+
+class JobEvent(Base):
+    """What happened, append-only. A job has exactly one terminal event: the partial index refuses a second."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (
+        Index("ix_job_events_job_id_id", "job_id", "id"),
+        Index(
+            "uq_job_events_terminal",
+            "job_id",
+            unique=True,
+            postgresql_where=text(one_of("type", TERMINAL_EVENTS)),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[Json] = mapped_column(JSONB, default=dict)
+    at: Mapped[dt.datetime] = time_of_insert()
+
+
+class Artifact(Base):
+    """A named blob of a job."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[dt.datetime] = time_of_insert()
+
+
+class Checkpoint(Base):
+    """A training's state after an epoch, in the store of artifacts. Path and row carry the fence of its writer."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("ix_checkpoints_job_id", "job_id"),)
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    fence: Mapped[int] = mapped_column(BigInteger)
+    epoch: Mapped[int] = mapped_column(Integer)
+    path: Mapped[str] = mapped_column(Text)  # within the store
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[dt.datetime] = time_of_insert()
+
+
+class TenantLoad(Base):
+    """What a tenant has in the queue: kept by the verbs that submit and end jobs, so that a quota costs one row."""
+
+    __tablename__ = "tenant_loads"
+    __table_args__ = (CheckConstraint("scans >= 0 AND batches >= 0", name="counts"),)
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    scans: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")  # of jobs that have not ended
+    batches: Mapped[int] = mapped_column(Integer, default=0, server_default="0")  # batches that have not ended

@@ -1,0 +1,49 @@
+"""API keys, and clients' idempotency keys."""
+
+import datetime as dt
+import uuid
+
+from sqlalchemy import (
+    Index,
+    Integer,
+    String,
+    Text,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.tables.columns import Json, id_column, optional_time, tenant_column, time_of_insert
+
+
+class ApiKey(Base):
+    """A key; only its SHA-256 is kept. A secret of 256 random bits needs no slow hash."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = tenant_column()
+    name: Mapped[str] = mapped_column(String(200))
+    secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    hint: Mapped[str] = mapped_column(String(12))  # the first letters, for people to tell keys apart
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
+    created_at: Mapped[dt.datetime] = time_of_insert()
+    revoked_at: Mapped[dt.datetime | None] = optional_time()
+
+
+class IdempotencyKey(Base):
+    """A client's Idempotency-Key: what it was sent with, and the first answer once there is one."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))  # of the request: method, path, fields and files
+    status: Mapped[int | None] = mapped_column(Integer)  # null: the first request has not been answered yet
+    headers: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    body: Mapped[str | None] = mapped_column(Text)
+    made_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what the request has made, or changed, that is no job
+    created_at: Mapped[dt.datetime] = time_of_insert()
+    locked_at: Mapped[dt.datetime] = time_of_insert()

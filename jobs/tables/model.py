@@ -1,0 +1,157 @@
+"""Model versions, their scores and promotions, and what is known of their predictions."""
+
+import datetime as dt
+import uuid
+from enum import StrEnum
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Date,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    String,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.tables.columns import Json, id_column, one_of, optional_time, tenant_column, time_of_insert
+
+
+class ModelVersion(Base):
+    """What a successful training made. At most one a tenant is champion: the partial index says so."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (
+        Index("uq_model_versions_tenant_id_version", "tenant_id", "version", unique=True),
+        Index("uq_model_versions_champion", "tenant_id", unique=True, postgresql_where=text("champion")),
+    )
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    version: Mapped[int] = mapped_column(Integer)
+    champion: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"))
+    dataset_digest: Mapped[str | None] = mapped_column(String(64))
+    weights_sha256: Mapped[str] = mapped_column(String(64))
+    classes: Mapped[list[str]] = mapped_column(JSONB)
+    params: Mapped[Json] = mapped_column(JSONB)
+    metrics: Mapped[Json] = mapped_column(JSONB)
+    gate: Mapped[Json] = mapped_column(JSONB)  # {"promoted": bool, "reasons": [...]}
+    code_revision: Mapped[str | None] = mapped_column(String(64))
+    environment: Mapped[Json] = mapped_column(JSONB, default=dict)
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    mlflow_version: Mapped[str | None] = mapped_column(String(20))  # its number in MLflow's registry, once it is there
+    reference: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # its test scans; see jobs/models/drift.py
+    created_at: Mapped[dt.datetime] = time_of_insert()
+    promoted_at: Mapped[dt.datetime | None] = optional_time()
+
+
+class ModelEvaluation(Base):
+    """A version's scores on one set of test scans: its own, and those of later trainings that it was compared on."""
+
+    __tablename__ = "model_evaluations"
+
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    test_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    scans: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[Json] = mapped_column(JSONB)
+    created_at: Mapped[dt.datetime] = time_of_insert()
+
+
+class How(StrEnum):
+    """What made a version the champion."""
+
+    GATE = "gate"  # the gate at its training's end
+    REQUEST = "request"  # somebody asked, and the gate agreed
+    FORCE = "force"  # somebody decided against the gate, and said why
+    ROLLBACK = "rollback"
+
+
+class Promotion(Base):
+    """A change of the champion: who, when, why. Append-only (a trigger); the latest one is in force.
+
+    `back_id` is the promotion that a rollback returns to; a rollback takes over that of the one it returned to, so
+    that the next rollback goes one further back.
+    """
+
+    __tablename__ = "promotions"
+    __table_args__ = (
+        CheckConstraint(one_of("how", How), name="how"),
+        CheckConstraint("(how <> 'force') OR (reason IS NOT NULL)", name="force_has_reason"),
+        Index("ix_promotions_tenant_id_id", "tenant_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
+    version: Mapped[int] = mapped_column(Integer)
+    replaced: Mapped[int | None] = mapped_column(Integer)  # the version that was champion before
+    back_id: Mapped[int | None] = mapped_column(ForeignKey("promotions.id"))
+    how: Mapped[str] = mapped_column(String(20))
+    reason: Mapped[str | None] = mapped_column(Text)
+    verdict: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # the gate's: {"promoted", "reasons"}
+    by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    at: Mapped[dt.datetime] = time_of_insert()
+
+
+class RegistryMirror(Base):
+    """How far MLflow's registry has followed a tenant's promotions."""
+
+    __tablename__ = "registry_mirrors"
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    promotion_id: Mapped[int] = mapped_column(BigInteger)
+
+
+class PredictionCount(Base):
+    """How many scans a version predicted on a day (UTC) in one bin of one figure: what drift is reckoned from.
+
+    `what`: an input statistic, `confidence`, `class` or `disposition`; `bin`: a number of the version's reference, or a
+    word. Results that were taken over from equal ones are not counted again.
+    """
+
+    __tablename__ = "prediction_counts"
+
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    day: Mapped[dt.date] = mapped_column(Date, primary_key=True)
+    what: Mapped[str] = mapped_column(String(40), primary_key=True)
+    bin: Mapped[str] = mapped_column(String(100), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    scans: Mapped[int] = mapped_column(BigInteger)
+
+
+class Truth(Base):
+    """What a scan turned out to show, told of one of its predictions. Append-only: of one model's, the latest counts.
+
+    It holds what was predicted, so that it outlives the results.
+    """
+
+    __tablename__ = "truths"
+    __table_args__ = (Index("ix_truths_model_id_scan_id", "model_id", "scan_id", "id"),)
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = tenant_column()
+    scan_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("scans.id"))
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"))
+    label: Mapped[str] = mapped_column(String(100))
+    predicted: Mapped[str] = mapped_column(String(100))
+    confidence: Mapped[float] = mapped_column(Double)
+    disposition: Mapped[str | None] = mapped_column(String(100))
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own key, as its results have it
+    predicted_at: Mapped[dt.datetime] = mapped_column(DateTime(timezone=True))
+    by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    at: Mapped[dt.datetime] = time_of_insert()

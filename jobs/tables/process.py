@@ -1,0 +1,25 @@
+"""Heartbeats of dispatchers and workers."""
+
+import datetime as dt
+
+from sqlalchemy import (
+    Boolean,
+    String,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.tables.columns import time_of_insert
+
+
+class Process(Base):
+    """A worker's or dispatcher's sign of life. It belongs to no tenant: all of them are served by it."""
+
+    __tablename__ = "processes"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20))
+    lanes: Mapped[list[str]] = mapped_column(ARRAY(String(20)), default=list)
+    broker_reachable: Mapped[bool] = mapped_column(Boolean, default=False)
+    seen_at: Mapped[dt.datetime] = time_of_insert()

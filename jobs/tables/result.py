@@ -1,0 +1,72 @@
+"""Results of predictions."""
+
+import datetime as dt
+import uuid
+
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.states import (
+    ResultState,
+)
+from jobs.tables.columns import Json, one_of, optional_time
+
+NOT_SUCCEEDED = frozenset((ResultState.FAILED, ResultState.CANCELLED))
+
+
+class ScanResult(Base):
+    """One scan's place in a prediction job: made with the job as pending, ended exactly once."""
+
+    __tablename__ = "scan_results"
+    __table_args__ = (
+        CheckConstraint(one_of("state", ResultState), name="state"),
+        CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_is_ended"),
+        CheckConstraint("(state = 'succeeded') = (label IS NOT NULL)", name="succeeded_has_label"),
+        Index("ix_scan_results_unit_id", "unit_id"),
+        # Where a running job's results end for now, and the few that failed, among millions of others.
+        Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
+        # What was computed once need not be again: the latest equal result of a scan is found here.
+        Index("ix_scan_results_computed", "scan_id", postgresql_where=text("state = 'succeeded' AND NOT cached")),
+        Index(
+            "ix_scan_results_not_succeeded",
+            "job_id",
+            "ordinal",
+            postgresql_where=text(one_of("state", NOT_SUCCEEDED)),
+        ),
+    )
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    unit_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("units.id", ondelete="CASCADE"))
+    scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: it could not be stored
+    name: Mapped[str | None] = mapped_column(String(500))
+    custom_id: Mapped[str | None] = mapped_column(String(200))
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own keys, by which it groups results
+    study: Mapped[str | None] = mapped_column(String(200))
+    source_url: Mapped[str | None] = mapped_column(Text)  # where the worker fetches what is not stored here
+    state: Mapped[str] = mapped_column(String(20), default=ResultState.PENDING)
+    label: Mapped[str | None] = mapped_column(String(100))
+    confidence: Mapped[float | None] = mapped_column(Double)
+    probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
+    engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
+    cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
+    disposition: Mapped[str | None] = mapped_column(
+        String(100)
+    )  # what may be done with it: see ml/image/serving/disposition.py
+    reason: Mapped[str | None] = mapped_column(Text)  # why it is indeterminate or rejected
+    ood_score: Mapped[float | None] = mapped_column(Double)  # above 1 it is unlike what the network has learnt from
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    finished_at: Mapped[dt.datetime | None] = optional_time()

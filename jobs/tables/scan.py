@@ -1,0 +1,49 @@
+"""Stored scans, and uploads that come in parts."""
+
+import datetime as dt
+import uuid
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Index,
+    Integer,
+    String,
+    func,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.tables.columns import id_column, time_of_insert
+
+
+class Scan(Base):
+    """One stored image or DICOM file. The same bytes of one tenant are stored once."""
+
+    __tablename__ = "scans"
+    __table_args__ = (Index("uq_scans_tenant_id_sha256", "tenant_id", "sha256", unique=True),)
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(40))
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[dt.datetime] = time_of_insert()
+
+
+class Upload(Base):
+    """A file that comes in pieces. How much of it is here is its file's length, and nowhere else."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (CheckConstraint("size >= 0", name="size"),)
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    size: Mapped[int] = mapped_column(BigInteger)
+    name: Mapped[str | None] = mapped_column(String(500))
+    created_at: Mapped[dt.datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.clock_timestamp(), index=True
+    )

@@ -1,0 +1,67 @@
+"""Webhooks and their deliveries."""
+
+import datetime as dt
+import uuid
+from enum import StrEnum
+
+from sqlalchemy import (
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+from jobs.tables.columns import Json, counter, id_column, one_of, optional_time, tenant_column, time_of_insert
+
+
+class Webhook(Base):
+    """Where a tenant wants to hear of events. The secret signs each delivery (Standard Webhooks), so it is kept."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = tenant_column()
+    url: Mapped[str] = mapped_column(Text)
+    events: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
+    secret: Mapped[str] = mapped_column(String(100))
+    tried_at: Mapped[dt.datetime | None] = optional_time()  # who was tried longest ago is served first
+    created_at: Mapped[dt.datetime] = time_of_insert()
+
+
+class DeliveryState(StrEnum):
+    """`pending` until an address has answered 2xx, or has been tried for long enough."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
+class Delivery(Base):
+    """One event on its way to one webhook: written in the transaction of the event, sent by the dispatcher."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        CheckConstraint(one_of("state", DeliveryState), name="state"),
+        Index("uq_deliveries_webhook_id_event_id", "webhook_id", "event_id", unique=True),
+        Index("ix_deliveries_pending", "next_at", postgresql_where=text("state = 'pending'")),
+    )
+
+    id: Mapped[uuid.UUID] = id_column()
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    webhook_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event_id: Mapped[str] = mapped_column(String(80))  # the same for every webhook that hears of the event
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[Json] = mapped_column(JSONB)  # ids and states, nothing of the patient
+    state: Mapped[str] = mapped_column(String(20), default=DeliveryState.PENDING, server_default="pending")
+    attempts: Mapped[int] = counter()
+    status: Mapped[int | None] = mapped_column(Integer)  # of the latest answer
+    error: Mapped[str | None] = mapped_column(String(200))
+    next_at: Mapped[dt.datetime] = time_of_insert()
+    created_at: Mapped[dt.datetime] = time_of_insert()
+    ended_at: Mapped[dt.datetime | None] = optional_time()

@@ -1,0 +1,226 @@
+"""What a folder of scans is like, before anything is trained: counts for a report, and what to do about them.
+
+Warnings name no file and no patient, so they may be logged and shown. Only a contradiction names its two files: nobody
+can mend it otherwise, and the same list already names files that cannot be read.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ml.image.dataset.perceptual_hash import near_duplicates
+
+if TYPE_CHECKING:
+    from ml.image.dataset.scan import ScanFile
+
+TINY = 32  # pixels of a side, below which enlarging shows a network nothing but blur
+UNBALANCED = 3.0  # scans of the largest class for each of the smallest, from which cross-entropy neglects the latter
+NAMED_CONFLICTS = 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, median and greatest of a length in pixels."""
+
+    least: int
+    median: int
+    greatest: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Counts of scans, except where said. JSON by `dataclasses.asdict`, and back by `from_json`."""
+
+    broken: int = 0
+    tiny: int = 0
+    blank: int = 0
+    duplicates: int = 0
+    """The same file as one before."""
+    conflicts: int = 0
+    """Contents that lie under several labels."""
+    near_duplicates: int = 0
+    """Scans in groups of near-duplicates, of which none is the same file as another."""
+    near_duplicate_groups: int = 0
+    """Such groups."""
+    near_conflicts: int = 0
+    """Groups of near-duplicates under several labels."""
+    largest_group: int = 0
+    """Scans in the largest of these groups."""
+    imbalance: float | None = None
+    """Scans of the largest class for each scan of the smallest."""
+    modes: dict[str, int] = field(default_factory=dict)
+    height: Spread | None = None
+    width: Spread | None = None
+    sizes: int = 0
+    """Distinct heights × widths."""
+    label_folders: int = 0
+    ignored_files: int = 0
+    """Files that are no images."""
+    stray_images: int = 0
+    """Images outside of the label folders, ignored too."""
+    patients: int = 0
+    """Patients, where anything tells them."""
+    with_patient: int = 0
+    patients_with_several_labels: int = 0
+    modalities: dict[str, int] = field(default_factory=dict)
+    """DICOM modality → scans."""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Inspection:
+        """What `asdict` gave, back. TypeError for other fields."""
+        sides = {name: Spread(**fields[name]) for name in ("height", "width") if fields.get(name)}
+        return cls(**{**fields, **sides})
+
+
+def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: int = 0, stray: int = 0) -> Inspection:
+    """Count everything. `counts`: scans a class; `ignored`, `stray`: files that are no images, or in no class."""
+    read = [scan for scan in scans if scan.height]
+    return Inspection(
+        broken=len(scans) - len(read),
+        tiny=sum(min(scan.height, scan.width) < TINY for scan in read),
+        blank=sum(scan.likeness == "" for scan in read),
+        duplicates=len(read) - len({scan.sha256 for scan in read}),
+        conflicts=sum(len({scan.label for scan in copies}) > 1 for copies in _copies(read)),
+        **_near_duplicates(read),
+        imbalance=round(max(counts.values()) / min(counts.values()), 2) if counts and min(counts.values()) else None,
+        modes=_counted(scan.mode for scan in read),
+        height=_spread([scan.height for scan in read]),
+        width=_spread([scan.width for scan in read]),
+        sizes=len({(scan.height, scan.width) for scan in read}),
+        label_folders=len(counts),
+        ignored_files=ignored,
+        stray_images=stray,
+        **_patients(scans),
+        modalities=_counted(scan.modality for scan in read if scan.modality),
+    )
+
+
+def _copies(scans: Sequence[ScanFile]) -> list[list[ScanFile]]:
+    """Scans of one content, at least two; blank ones aside, which say nothing of any label."""
+    found: dict[str, list[ScanFile]] = {}
+    for scan in scans:
+        if scan.likeness != "":
+            found.setdefault(scan.sha256, []).append(scan)
+    return [copies for copies in found.values() if len(copies) > 1]
+
+
+def _near_duplicates(scans: Sequence[ScanFile]) -> dict[str, int]:
+    distinct = list({scan.sha256: scan for scan in scans}.values())
+    groups: dict[int, list[ScanFile]] = {}
+    for scan, group in zip(distinct, near_duplicates([scan.likeness for scan in distinct]), strict=True):
+        groups.setdefault(int(group), []).append(scan)
+    large = [members for members in groups.values() if len(members) > 1]
+    return {
+        "near_duplicates": sum(map(len, large)),
+        "near_duplicate_groups": len(large),
+        "near_conflicts": sum(len({scan.label for scan in members}) > 1 for members in large),
+        "largest_group": max(map(len, large), default=0),
+    }
+
+
+def _patients(scans: Sequence[ScanFile]) -> dict[str, int]:
+    labels: dict[str, set[str]] = {}
+    for scan in scans:
+        if scan.patient:
+            labels.setdefault(scan.patient, set()).add(scan.label)
+    return {
+        "patients": len(labels),
+        "with_patient": sum(scan.patient is not None for scan in scans),
+        "patients_with_several_labels": sum(len(some) > 1 for some in labels.values()),
+    }
+
+
+def _counted(names: Iterator[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _spread(lengths: list[int]) -> Spread | None:
+    return Spread(min(lengths), round(statistics.median(lengths)), max(lengths)) if lengths else None
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
+    """A sentence for each picture that lies under two labels, naming the files."""
+    found = []
+    for copies in _copies(scans):
+        other = next((scan for scan in copies if scan.label != copies[0].label), None)
+        if other:
+            found.append(
+                f"{copies[0].path} and {other.path} are the same picture under two labels: keep the right one."
+            )
+    yield from found[:NAMED_CONFLICTS]
+    if len(found) > NAMED_CONFLICTS:
+        yield f"{len(found) - NAMED_CONFLICTS} more pictures lie under two labels."
+
+
+def warnings(found: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
+    """What does not forbid training but spoils it or its scores, each with what to do. No file and no patient named."""
+    scans = sum(counts.values())
+    return (*_picture_warnings(found), *_label_warnings(found, counts), *_patient_warnings(found, scans))
+
+
+def _picture_warnings(found: Inspection) -> Iterator[str]:
+    if found.tiny:
+        yield f"{_scans(found.tiny)} a side below {TINY} pixels: take the originals, enlarging adds nothing."
+    if found.blank:
+        yield f"{_scans(found.blank)} nothing but one grey level: remove what shows no anatomy."
+    if found.duplicates:
+        yield (
+            f"{_scans(found.duplicates)} the same content as another one. Copies stay on one side of the split, but "
+            "count more than once: remove them."
+        )
+    if found.near_duplicates:
+        yield (
+            f"{_scans(found.near_duplicates)} near-duplicates (the same picture resized, compressed or brightened), "
+            f"in {found.near_duplicate_groups} groups. They stay on one side of the split: keep one of each."
+        )
+    if len(found.modes) > 1:
+        yield f"Colour modes are mixed ({_listed(found.modes)}): if they go with a label, it is learned from them."
+    if len(found.modalities) > 1:
+        yield f"DICOM modalities are mixed ({_listed(found.modalities)}): train on one of them."
+
+
+def _label_warnings(found: Inspection, counts: dict[str, int]) -> Iterator[str]:
+    if found.near_conflicts:
+        groups = "group of near-duplicates lies" if found.near_conflicts == 1 else "groups of near-duplicates lie"
+        yield f"{found.near_conflicts} {groups} under several labels: look whether the labels are right."
+    if found.imbalance is not None and found.imbalance >= UNBALANCED:
+        least, most = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
+        yield (
+            f"Class {most} has {found.imbalance:.1f} times as many scans as {least}: set balance to weights or "
+            "sampler, and look at F1, not at accuracy."
+        )
+    if found.stray_images:
+        yield f"Images outside of the class folders are ignored: {found.stray_images}. Move them into a class."
+
+
+def _patient_warnings(found: Inspection, scans: int) -> Iterator[str]:
+    if scans and found.with_patient < scans:
+        known = (
+            f"The patient is known for {found.with_patient} of {scans} scans"
+            if found.patients
+            else ("Nothing tells the patients")
+        )
+        yield (
+            f"{known}: slices of one patient may lie on both sides of the split, and the scores be too good. "
+            "Name files like patient-0012_slice-3.png, or send DICOM with PatientID."
+        )
+    if found.patients_with_several_labels:
+        yield (
+            f"Patients with scans under several labels: {found.patients_with_several_labels}. Right if a label is the "
+            "slice's, wrong if it is the patient's."
+        )
+
+
+def _scans(count: int) -> str:
+    return "1 scan has" if count == 1 else f"{count} scans have"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,225 @@
+"""Train, validation and test: no patient, no picture and no near-duplicate of one is on two sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ml.image.dataset.perceptual_hash import near_duplicates
+from ml.image.dataset.scan import ScanFile
+from ml.image.dataset.scans import DatasetReport
+from ml.runtime.errors import BadDataset
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of scans, int64, sorted: learned from; choosing epoch, temperature and threshold; only evaluated."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Scans that stay together: their indices, how many of each class, and what they draw lots by."""
+
+    indices: list[int]
+    counts: np.ndarray
+    name: str
+
+
+def split_scans(report: DatasetReport, seed: int, test_size: float = 0.2, validation_size: float = 0.1) -> Split:
+    """A split stratified by class, in which groups (see `group_scans`) stay whole; sizes are shares of all scans.
+
+    Groups are drawn in the order of a hash of `seed` and themselves, first for the test, then for validation, until
+    each class has its share. So a scan that tested one network is hardly ever trained on by the next one when the
+    dataset has only grown. `validation_size` 0 leaves validation empty.
+    BadDataset when a class has too few groups for a scan of it on every side.
+    """
+    groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
+    sides = 3 if validation_size else 2
+    _require(report, groups, sides, _sizes_remedy(test_size, validation_size))
+    test, rest = _draw(groups, totals, test_size, leave=sides - 1)
+    validation, train = _draw(rest, totals, validation_size, leave=1) if validation_size else ([], rest)
+    split = _split(train, validation, test)
+    _require_classes(report, split, sides, f"test_size {test_size:g} with validation_size {validation_size:g}")
+    return split
+
+
+def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: float = 0.1) -> list[Split]:
+    """Cross-validation: `folds` splits that test each scan exactly once, stratified, in which groups stay whole.
+
+    Validation is drawn from what a fold does not test. A group's fold is drawn by a hash of `seed` and itself; it
+    goes elsewhere only where that fold is full. BadDataset when a class has fewer groups than there are folds.
+    """
+    groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
+    _require_folds(report, groups, folds)
+    place = _places(groups, totals, folds, seed)
+    splits = []
+    for fold in range(folds):
+        test = [group for group, at in zip(groups, place, strict=True) if at == fold]
+        rest = [group for group, at in zip(groups, place, strict=True) if at != fold]
+        validation, train = _draw(rest, totals, validation_size, leave=1) if validation_size else ([], rest)
+        splits.append(_split(train, validation, test))
+        sides = 3 if validation_size else 2
+        _require_classes(report, splits[-1], sides, f"folds {folds} with validation_size {validation_size:g}")
+    return splits
+
+
+def group_scans(scans: Sequence[ScanFile]) -> np.ndarray:
+    """A number for each scan, int64 [scans]: the same for scans that belong together, directly or through others.
+
+    Scans belong together when they share a patient, are the same file, or are near-duplicates. Blank scans are of
+    their patient only: the same black picture does not make two patients one.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    near = near_duplicates([scan.likeness for scan in scans])
+    tokens: dict[str, int] = {}
+    edges = [(index, int(group)) for index, group in enumerate(near)]
+    for index, scan in enumerate(scans):
+        content = scan.likeness != "" and f"content {scan.sha256}"
+        for token in (content, scan.patient and f"patient {scan.patient}"):
+            if token:
+                edges.append((index, len(scans) + tokens.setdefault(token, len(tokens))))
+    size = len(scans) + len(tokens)
+    rows, columns = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    return np.asarray(connected_components(graph, directed=False)[1][: len(scans)], dtype=np.int64)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _groups(report: DatasetReport, seed: int) -> list[_Group]:
+    """All groups in the order of their lots."""
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(group_scans(report.scans)):
+        members.setdefault(int(group), []).append(index)
+    labels, classes = report.labels, len(report.classes)
+    groups = [
+        _Group(indices, np.bincount(labels[indices], minlength=classes), _name(report.scans, indices))
+        for indices in members.values()
+    ]
+    return sorted(groups, key=lambda group: _lot(seed, group.name))
+
+
+def _name(scans: Sequence[ScanFile], indices: list[int]) -> str:
+    return min(scans[index].patient or scans[index].sha256 for index in indices)
+
+
+def _lot(seed: int | str, name: str) -> str:
+    """A group's place in the draw: it depends on the seed and the group alone, not on what else is in the dataset."""
+    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+
+
+def _draw(groups: list[_Group], totals: np.ndarray, size: float, leave: int) -> tuple[list[_Group], list[_Group]]:
+    """(drawn, rest): in order, each group that brings none of its classes far past its share of `totals`.
+
+    Of each class at least one group is drawn and at least `leave` are left, wherever that is possible.
+    """
+    share, drawn = np.rint(size * totals), np.zeros(len(groups), dtype=bool)
+    held, left = np.zeros_like(share), np.sum([group.counts > 0 for group in groups], axis=0)
+
+    def take(number: int) -> None:
+        nonlocal held, left
+        drawn[number] = True
+        held, left = held + groups[number].counts, left - (groups[number].counts > 0)
+
+    for number, group in enumerate(groups):
+        has = group.counts > 0
+        if np.all((held + group.counts / 2 <= share)[has]) and np.all(left[has] > leave):
+            take(number)
+    for label in range(len(totals)):  # a class whose every group is larger than its share
+        spare = [n for n, group in enumerate(groups) if group.counts[label] and np.all(left[group.counts > 0] > leave)]
+        if not held[label] and spare:
+            take(min(spare, key=lambda number: len(groups[number].indices)))
+    chosen = [group for group, taken in zip(groups, drawn, strict=True) if taken]
+    return chosen, [group for group, taken in zip(groups, drawn, strict=True) if not taken]
+
+
+def _places(groups: list[_Group], totals: np.ndarray, folds: int, seed: int) -> list[int]:
+    """Each group's fold. Large groups choose first, so that small ones can even out what they leave."""
+    loads, share = np.zeros((folds, len(totals))), totals / folds
+    remaining = np.sum([group.counts > 0 for group in groups], axis=0)
+    places = [0] * len(groups)
+    for number in sorted(range(len(groups)), key=lambda number: -len(groups[number].indices)):
+        group = groups[number]
+        has = group.counts > 0
+        wanted = int(_lot(f"fold {seed}", group.name)[:8], 16) * folds >> 32
+        allowed = _allowed(loads, remaining, has)
+        if not (allowed[wanted] and np.all((loads[wanted] + group.counts / 2 <= share)[has])):
+            load = (loads / totals)[:, has].sum(axis=1)
+            wanted = int(np.argmin(np.where(allowed, load, np.inf)))
+        places[number] = wanted
+        loads[wanted] += group.counts
+        remaining = remaining - has
+    return places
+
+
+def _allowed(loads: np.ndarray, remaining: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """Which folds a group of the classes `has` may go to: where a class has just enough groups left, to empty ones."""
+    allowed = np.ones(len(loads), dtype=bool)
+    for label in np.flatnonzero(has):
+        empty = loads[:, label] == 0
+        if remaining[label] <= empty.sum() and np.any(allowed & empty):
+            allowed &= empty
+    return allowed
+
+
+def _split(train: list[_Group], validation: list[_Group], test: list[_Group]) -> Split:
+    sides = ([index for group in side for index in group.indices] for side in (train, validation, test))
+    return Split(*(np.sort(np.array(side, dtype=np.int64)) for side in sides))
+
+
+# --- what cannot be split --------------------------------------------------------------------------------------------
+
+
+def _available(groups: list[_Group]) -> np.ndarray:
+    return np.asarray(np.sum([group.counts > 0 for group in groups], axis=0))
+
+
+def _noun(report: DatasetReport) -> str:
+    return "patients" if any(scan.patient for scan in report.scans) else "different scans"
+
+
+def _sizes_remedy(test_size: float, validation_size: float) -> str:
+    if validation_size:
+        return (
+            f"test_size {test_size:g} and validation_size {validation_size:g} need 3, one each to train, to validate "
+            "and to test on: add more, or set validation_size to 0, which needs 2."
+        )
+    return f"test_size {test_size:g} needs 2, one to train and one to test on: add more."
+
+
+def _require(report: DatasetReport, groups: list[_Group], least: int, remedy: str) -> None:
+    for name, count in zip(report.names, _available(groups), strict=True):
+        if count < least:
+            raise BadDataset(f"Class {name} has too few {_noun(report)} ({count}): {remedy}")
+
+
+def _require_folds(report: DatasetReport, groups: list[_Group], folds: int) -> None:
+    available = _available(groups)
+    rarest = int(np.argmin(available))
+    most = int(available[rarest])
+    if folds > most:
+        remedy = f"use at most {most}" if most > 1 else "add more of them"
+        raise BadDataset(
+            f"folds: {folds} is more than the {most} {_noun(report)} of class {report.names[rarest]}; {remedy}."
+        )
+
+
+def _require_classes(report: DatasetReport, split: Split, sides: int, asked: str) -> None:
+    """Also for what counting cannot foresee: patients with scans of several classes, folds that leave little."""
+    labels = report.labels
+    for what, side in (("train", split.train), ("test", split.test), ("validate", split.validation))[:sides]:
+        missing = set(range(len(report.names))) - set(labels[side].tolist())
+        if missing:
+            remedy = ", or set validation_size to 0." if sides > 2 else "."
+            name, noun = report.names[min(missing)], _noun(report)
+            raise BadDataset(f"{asked} leaves no {name} to {what} on: add scans of more {noun}{remedy}")

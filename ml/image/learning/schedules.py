@@ -1,0 +1,87 @@
+"""The learning rate of each step, the best epoch, and when to stop: functions of the parameters and the epochs so far.
+
+Nothing here has a state, so a training that goes on from a checkpoint needs nothing kept of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ml.runtime.events import Epoch
+from ml.spec.image import Params
+
+MIN_GAIN = 1e-4  # of the monitored figure; less is noise
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs: with the backbone frozen (`head`, no block on `top`), or with blocks that learn."""
+
+    name: str
+    top: int
+    epochs: int
+    rate: float
+
+
+def phases(params: Params) -> tuple[Phase, ...]:
+    """The head alone, then, where the parameters ask for it, with the top blocks."""
+    head = Phase("head", 0, params.epochs, params.learning_rate)
+    if not params.fine_tune_epochs:
+        return (head,)
+    return head, Phase("fine_tune", params.fine_tune_blocks, params.fine_tune_epochs, params.tuning_rate)
+
+
+def learning_rate(params: Params, phase: Phase, progress: float, history: Sequence[Epoch]) -> float:
+    """The rate at `progress` (epochs of this phase that are done, as a fraction), given the phase's epochs so far.
+
+    Warm-up rises linearly (Goyal et al. 2017). cosine falls to 0 at the phase's end (Loshchilov and Hutter 2017); step
+    and plateau multiply by gamma.
+    """
+    warm = min(params.warmup_epochs, max(phase.epochs - 1, 0))
+    if progress < warm:
+        return phase.rate * max(progress, 0.01) / warm
+    done = progress - warm
+    if params.schedule == "cosine":
+        return phase.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done / max(phase.epochs - warm, 1e-9))))
+    if params.schedule == "step":
+        return phase.rate * float(params.gamma ** (int(done) // params.step_epochs))
+    if params.schedule == "plateau":
+        return phase.rate * float(params.gamma ** _falls(params, history))
+    return phase.rate
+
+
+def _falls(params: Params, history: Sequence[Epoch]) -> int:
+    falls, best, waited = 0, -math.inf, 0
+    for epoch in history:
+        value = gain(params, epoch)
+        best, waited = (value, 0) if value > best + MIN_GAIN else (best, waited + 1)
+        if waited >= params.step_epochs:
+            falls, waited = falls + 1, 0
+    return falls
+
+
+def gain(params: Params, epoch: Epoch) -> float:
+    """The monitored figure of an epoch; larger is better."""
+    if params.monitor == "val_loss":
+        return -epoch.val_loss
+    return epoch.val_accuracy if params.monitor == "val_accuracy" else (epoch.val_f1 or 0.0)
+
+
+def best_epoch(params: Params, history: Sequence[Epoch]) -> int:
+    """The number of the epoch whose network is kept: the first of the best, or the last. 0 without any."""
+    if not history or params.keep == "last":
+        return len(history)
+    return max(history, key=lambda epoch: (gain(params, epoch), -epoch.epoch)).epoch
+
+
+def is_over(params: Params, phase: Phase, history: Sequence[Epoch]) -> bool:
+    """Whether the phase ends here: all its epochs are done, or the patience is at its end."""
+    mine = [epoch for epoch in history if epoch.phase == phase.name]
+    if len(mine) >= phase.epochs:
+        return True
+    if not params.patience or not mine:
+        return False
+    best = max(range(len(mine)), key=lambda index: (gain(params, mine[index]), -index))
+    return len(mine) - 1 - best >= params.patience

@@ -1,0 +1,260 @@
+"""A training's report: one HTML file that needs nothing else, and the same content as a PDF.
+
+Both are rendered of the same `Section`s. Nothing in them is of a patient: no file name, no identifier.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ml.evaluation.metrics import Scores
+from ml.reporting.pdf import write_pdf
+from ml.reporting.plots import Plot
+from ml.reporting.sections import Section, Table
+
+NOT_A_DEVICE = "RenalQ is not a medical device: no figure here says what the network does on patients of another site."
+NAMES = {
+    "accuracy": "Accuracy",
+    "precision": "Precision (positive predictive value)",
+    "recall": "Recall (sensitivity)",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "roc_auc": "ROC-AUC",
+    "pr_auc": "PR-AUC (average precision)",
+}
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """All that a report tells.
+
+    `dataset`: images, classes (name → scans), warnings (of `ml.image.dataset.inspection.warnings`, so they name
+    nobody); what else is in it is left out. `made_at` is the only date in both files. `leak_reasons`: sentences of
+    `ml.image.dataset.splits.Leaks.reasons`. `split_notes`: sentences on how the split was made. What is not known is
+    None and told so.
+    """
+
+    scores: Scores
+    plots: Sequence[Plot]
+    made_at: datetime
+    parameters: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    dataset_digest: str
+    network: str
+    engine: str
+    device: str
+    seed: int
+    epochs: int
+    training_seconds: float
+    best_epoch: int | None = None
+    weights_sha256: str | None = None
+    model_sha256: str | None = None
+    revision: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    leak_reasons: Sequence[str] = ()
+    split_notes: Sequence[str] = ()
+    title: str = "Training report"
+
+
+def write_report(inputs: ReportInputs, html: Path, pdf: Path) -> None:
+    """Write both files, each at once or not at all. The same inputs give the same bytes (with the same libraries)."""
+    content = sections(inputs)
+    for path in (html, pdf):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = html.with_name(f".{html.name}.partial")
+    partial.write_text(_html(inputs, content), encoding="utf-8")
+    partial.replace(html)
+    partial = pdf.with_name(f".{pdf.name}.partial")
+    write_pdf(inputs.title, _made(inputs), inputs.made_at, content, partial)
+    partial.replace(pdf)
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def sections(inputs: ReportInputs) -> list[Section]:
+    """The report's content, in order."""
+    scores = inputs.scores
+    return [
+        Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
+        Section("Figures on the test scans", _reading(scores), (_figures(scores), _classes(scores), _more(scores))),
+        Section("Plots", plots=tuple(inputs.plots)),
+        Section("Who was tested", tuple(_split(inputs)), tuple(_counts(scores))),
+        Section("Dataset", tuple(_warnings(inputs.dataset)), (_dataset(inputs),)),
+        Section("Training", tables=(_training(inputs), _mapping("Parameter", inputs.parameters))),
+        Section("Provenance", tables=(_provenance(inputs),)),
+    ]
+
+
+def verdict(scores: Scores, leak_reasons: Sequence[str] = ()) -> Iterator[str]:
+    """Sentences on what was found, and on what was not shown."""
+    of = f"for class {scores.positive}" if scores.positive else "on average over the classes"
+    yield f"On {scores.held_out} test scans, F1 {of} is {_with_interval(scores, 'f1')}."
+    if scores.positive is not None:
+        found, missed, alarms = _hits(scores)
+        yield f"Of {found + missed} scans of {scores.positive} it found {found} and missed {missed};"
+        yield f"of the {scores.held_out - found - missed} others it raised {alarms} false alarms."
+    known = scores.intervals.get("f1")
+    if known:
+        yield f"These scans cannot tell it from a network whose true F1 is {known[0]:.2f}, or {known[1]:.2f}."
+    yield from (f"The test is not clean: {reason}" for reason in leak_reasons)
+    yield from _patients(scores)
+    if scores.cross_validation:
+        told = scores.cross_validation
+        mean, deviation = (_number(told[part].get("f1")) for part in ("mean", "std"))
+        yield f"Over {len(told['folds'])} folds of cross-validation F1 was {mean}, standard deviation {deviation}."
+    yield NOT_A_DEVICE
+
+
+def _patients(scores: Scores) -> Iterator[str]:
+    if scores.patients_known:
+        yield f"The patients are known, each on one side only: the test scans are of {scores.independent} groups."
+    else:
+        yield "The patients are not known: slices of one patient may lie on both sides, which makes figures too good."
+
+
+def _hits(scores: Scores) -> tuple[int, int, int]:
+    positive = scores.classes.index(scores.positive or "")
+    found, missed = (scores.confusion_matrix[positive][index] for index in (positive, 1 - positive))
+    return found, missed, scores.confusion_matrix[1 - positive][positive]
+
+
+def _reading(scores: Scores) -> tuple[str, ...]:
+    chance = f"{scores.ece_before:.3f} before temperature scaling and {scores.ece:.3f} after; {scores.ece_chance:.3f}"
+    return (
+        "Of 100 intervals made this way about 95 hold the true figure: by bootstrap over groups of scans that belong "
+        "together, or Wilson's where nothing varies since all is right. They know nothing of other sites or scanners.",
+        f"{scores.calibration} The calibration error is {chance} would be chance.",
+    )
+
+
+def _figures(scores: Scores) -> Table:
+    rows = []
+    for name, title in NAMES.items():
+        value, known = getattr(scores, name), scores.intervals.get(name)
+        if name != "specificity" or scores.positive is not None:
+            between = f"{known[0]:.3f} to {known[1]:.3f}" if known else "not defined"
+            rows.append((title, _number(value), between, scores.interval_methods.get(name, "–")))
+    caption = f"Of class {scores.positive}." if scores.positive else "Accuracy, and macro means over the classes."
+    return Table(("Figure", "Value", "95 % interval", "Method"), tuple(rows), caption)
+
+
+def _classes(scores: Scores) -> Table:
+    names = ("precision", "recall", "f1", "roc_auc", "pr_auc")
+    rows = [
+        (name, str(one["support"]), *(_number(one[figure]) for figure in names))
+        for name, one in scores.per_class.items()
+    ]
+    mean = ("Macro mean", str(scores.held_out), *(_number(scores.macro.get(figure)) for figure in names))
+    headers = ("Class", "Test scans", "Precision", "Recall", "F1", "ROC-AUC", "PR-AUC")
+    return Table(headers, (*rows, mean), "Each class against all others.")
+
+
+def _more(scores: Scores) -> Table:
+    at = {f"Sensitivity at specificity {at}": value for at, value in scores.sensitivity_at_specificity.items()}
+    rows = {
+        **at,
+        "Cross-entropy (nats), as the network says it": scores.loss,
+        "Cross-entropy (nats), after temperature scaling": scores.loss_calibrated,
+        "Temperature": scores.temperature,
+        "Threshold": scores.threshold,
+    }
+    return Table(("Figure", "Value"), tuple((name, _number(value)) for name, value in rows.items()))
+
+
+def _split(inputs: ReportInputs) -> Iterator[str]:
+    yield "Best epoch, temperature and threshold were chosen on validation scans, never on test scans."
+    yield from inputs.split_notes
+    yield from _patients(inputs.scores)
+    yield from inputs.leak_reasons or ("No leak between test and training was found.",)
+
+
+def _counts(scores: Scores) -> Iterator[Table]:
+    if scores.counts:
+        yield Table(("Part", "Scans"), tuple((part, str(count)) for part, count in scores.counts.items()))
+    if scores.leaks:
+        rows = tuple((name.replace("_", "-"), str(count)) for name, count in scores.leaks.items())
+        yield Table(("Shared with what was learned from", "Test scans"), rows)
+
+
+def _dataset(inputs: ReportInputs) -> Table:
+    rows = tuple((str(name), str(count)) for name, count in dict(inputs.dataset.get("classes") or {}).items())
+    return Table(("Class", "Scans"), rows, f"{inputs.dataset.get('images', 'Unknown number of')} scans.")
+
+
+def _warnings(dataset: Mapping[str, Any]) -> Iterator[str]:
+    """The inspection's warnings, which name no file and no patient."""
+    found = tuple(str(text) for text in dataset.get("warnings") or ())
+    yield from found or ("The inspection of the dataset has no warning.",)
+
+
+def _training(inputs: ReportInputs) -> Table:
+    rows = {
+        "Network": inputs.network,
+        "Engine": inputs.engine,
+        "Device": inputs.device,
+        "Epochs": inputs.epochs,
+        "Best epoch": inputs.best_epoch,
+        "Training time": f"{inputs.training_seconds:.1f} s",
+        "Seed": inputs.seed,
+    }
+    return _mapping("Training", rows)
+
+
+def _provenance(inputs: ReportInputs) -> Table:
+    rows = {
+        "Revision": inputs.revision,
+        "Dataset digest": inputs.dataset_digest,
+        "Initial weights, sha256": inputs.weights_sha256,
+        "Model file, sha256": inputs.model_sha256,
+        **{f"Version of {name}": version for name, version in sorted(inputs.versions.items())},
+    }
+    return _mapping("What", rows, missing="not known")
+
+
+def _mapping(header: str, values: Mapping[str, Any], missing: str = "–") -> Table:
+    return Table((header, "Value"), tuple((name, _text(value, missing)) for name, value in values.items()))
+
+
+def _text(value: Any, missing: str) -> str:
+    if value is None:
+        return missing
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _with_interval(scores: Scores, name: str) -> str:
+    known = scores.intervals.get(name)
+    between = f" (95 % interval {known[0]:.2f} to {known[1]:.2f})" if known else ""
+    return f"{getattr(scores, name):.2f}{between}"
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def _html(inputs: ReportInputs, content: Sequence[Section]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+
+    def encoded(plot: Plot) -> str:
+        return base64.b64encode(plot.png).decode("ascii")
+
+    page = environment.get_template("report.html")
+    return page.render(title=inputs.title, made=_made(inputs), sections=content, encoded=encoded)
+
+
+def _made(inputs: ReportInputs) -> str:
+    return f"{inputs.made_at:%Y-%m-%d %H:%M} · {inputs.network} · {inputs.scores.held_out} test scans"

@@ -1,0 +1,213 @@
+"""The parameters of a training: one frozen schema for params.yaml, for a job's `params` and for the library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ml.runtime.errors import BadParams
+
+NetworkName = Literal["vgg16", "resnet18", "resnet50", "inception_v3", "efficientnet_b0", "vit_b_16"]
+NETWORKS: tuple[str, ...] = get_args(NetworkName)
+LEAST_SIDE = {"inception_v3": 75}
+"""Pixels below which a network's maps shrink to nothing; 32 for all others."""
+BLOCKS = {"efficientnet_b0": 9, "vit_b_16": 13}
+"""What fine-tuning can unfreeze, bottom to top; 5 in all others (see ml.image.networks.architectures)."""
+FIXED_SIDE = {"vit_b_16": 224}
+"""A vision transformer has one position embedding for each patch of a picture of one size."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Side = Annotated[int, Field(ge=32, le=1024)]
+ImageSize = Annotated[tuple[Side, Side, Literal[3]], BeforeValidator(_as_tuple)]
+
+
+class Params(BaseModel):
+    """Everything that shapes a training. Unknown keys and ill-typed values are errors that name the field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    # The network.
+    network: NetworkName = Field("vgg16", description="architecture, by torchvision's name")
+    head: Literal["auto", "vgg", "gap"] = Field(
+        "auto", description="vgg: two hidden layers of 4096; gap: global average and one layer; auto: vgg for vgg16"
+    )
+    dropout: float = Field(0.5, ge=0, lt=1, description="in the head, while learning")
+    image_size: ImageSize = Field(
+        (224, 224, 3), description="height, width (pixels) and channels of the network's input"
+    )
+    weights: str = Field(
+        "imagenet",
+        pattern=r"^(imagenet|none|file:.{1,400}|version:[1-9][0-9]{0,8})$",
+        description="what the network begins with: imagenet, none, file:NAME, or version:N of the registry",
+    )
+    include_top: bool = Field(
+        False, description="start from ImageNet's 4096-4096 classifier layers; needs ImageNet weights"
+    )
+    # The scans.
+    classes: int | None = Field(
+        None, ge=2, le=1000, description="if given, the dataset must have this many class folders"
+    )
+    window_center: float | None = Field(
+        None, ge=-2000, le=5000, description="centre of the CT window in Hounsfield units; null: the file's own window"
+    )
+    window_width: float | None = Field(None, ge=1, le=10000, description="width of the CT window in Hounsfield units")
+    test_size: float = Field(0.2, ge=0.05, le=0.5, description="share of the scans that only the evaluation sees")
+    validation_size: float = Field(
+        0.1, ge=0.05, le=0.4, description="share of the scans that choose epoch, temperature and threshold"
+    )
+    folds: int = Field(0, ge=0, le=20, description="0, or so many trainings more that test each scan once")
+    balance: Literal["none", "weights", "sampler"] = Field(
+        "none", description="rare classes count more in the loss (weights), or are drawn more often (sampler)"
+    )
+    augmentation: bool | Literal["randaugment"] = Field(
+        True, description="true: rotate, mirror, shift, scale the training scans anew in each epoch; or RandAugment"
+    )
+    horizontal_flip: bool = Field(True, description="mirror in the augmentation; off where left and right matter")
+    # Learning.
+    epochs: int = Field(2, ge=1, le=1000, description="passes over the training scans with the backbone frozen")
+    batch_size: int = Field(32, ge=1, le=1024, description="scans whose gradient is computed at once")
+    accumulate: int = Field(1, ge=1, le=256, description="batches whose gradients make one step of the optimizer")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd with momentum, or adamw")
+    learning_rate: float = Field(0.001, gt=0, le=10, description="of the optimizer, before the schedule")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="of the optimizer; decoupled in adamw")
+    schedule: Literal["constant", "cosine", "step", "plateau"] = Field(
+        "constant", description="how the learning rate falls: by cosine to 0, by gamma every step_epochs, or when stuck"
+    )
+    warmup_epochs: int = Field(0, ge=0, le=100, description="epochs in which the learning rate rises to its value")
+    step_epochs: int = Field(10, ge=1, le=1000, description="of schedule step; epochs without gain, of plateau")
+    gamma: float = Field(0.1, gt=0, lt=1, description="factor of the schedules step and plateau")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of all gradients together; null: any")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label that is spread over all classes")
+    standardize: Literal["auto"] | bool = Field(
+        "auto", description="features to mean 0, std 1; auto: when weights is none"
+    )
+    fine_tune_epochs: int = Field(0, ge=0, le=1000, description="epochs that follow with the top blocks unfrozen")
+    fine_tune_blocks: int = Field(1, ge=1, le=13, description="how many of the backbone's top blocks these unfreeze")
+    fine_tune_learning_rate: float | None = Field(
+        None, gt=0, le=10, description="of these epochs; null: a tenth of learning_rate"
+    )
+    monitor: Literal["val_loss", "val_accuracy", "val_f1"] = Field(
+        "val_loss", description="what decides the best epoch, early stopping and the schedule plateau"
+    )
+    keep: Literal["best", "last"] = Field("best", description="which epoch's network is evaluated and saved")
+    patience: int = Field(0, ge=0, le=1000, description="stop after so many epochs without gain; 0: never")
+    # The machine.
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device multiplies it")
+    devices: int = Field(1, ge=1, le=64, description="GPUs of this machine (without any: processes) that share a batch")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of split, head, shuffling, dropout and augmentation")
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether the features are standardized with the training set's mean and std."""
+        return self.weights == "none" if self.standardize == "auto" else self.standardize
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Centre and width of the CT window, in Hounsfield units."""
+        if self.window_center is None or self.window_width is None:
+            return None
+        return self.window_center, self.window_width
+
+    @property
+    def head_kind(self) -> Literal["vgg", "gap"]:
+        """The head that `auto` means here."""
+        if self.head != "auto":
+            return self.head
+        return "vgg" if self.network == "vgg16" else "gap"
+
+    @property
+    def tuning_rate(self) -> float:
+        """The learning rate with unfrozen blocks."""
+        return self.fine_tune_learning_rate or self.learning_rate / 10
+
+    @property
+    def total_epochs(self) -> int:
+        """Of both phases."""
+        return self.epochs + self.fine_tune_epochs
+
+
+def parse_params(fields: dict[str, Any]) -> Params:
+    """Params of a mapping, keys in either case (params.yaml writes capitals); BadParams names the field."""
+    if not isinstance(fields, dict):
+        raise BadParams("The parameters must be a mapping of names to values.")
+    try:
+        params = Params(**{str(key).lower(): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise BadParams(first_complaint(error)) from error
+    for complaint in _contradictions(params):
+        raise BadParams(complaint)
+    return params
+
+
+def _contradictions(params: Params) -> Iterator[str]:
+    """What is wrong with fields that are each right: `field: why, and the remedy`."""
+    if params.include_top and params.weights != "imagenet":
+        yield "include_top: only ImageNet's network has a classifier to keep; set weights: imagenet."
+    if params.include_top and (params.network, params.head_kind) != ("vgg16", "vgg"):
+        yield "include_top: only vgg16 with head: vgg has hidden layers to keep; leave it false."
+    if (params.window_center is None) != (params.window_width is None):
+        missing = "window_width" if params.window_width is None else "window_center"
+        yield f"{missing}: a CT window has a centre and a width; give both or neither."
+    if params.fine_tune_blocks > (most := BLOCKS.get(params.network, 5)):
+        yield f"fine_tune_blocks: {params.network} has {most} blocks."
+    if params.folds == 1:
+        yield "folds: cross-validation needs 2 or more; 0 turns it off."
+    if params.test_size + params.validation_size > 0.7:
+        yield "validation_size: with test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
+    yield from _wrong_size(params)
+
+
+def _wrong_size(params: Params) -> Iterator[str]:
+    height, width = params.image_size[:2]
+    fixed, least = FIXED_SIDE.get(params.network), LEAST_SIDE.get(params.network, 32)
+    if fixed and (height, width) != (fixed, fixed):
+        yield f"image_size: {params.network} takes [{fixed}, {fixed}, 3] only."
+    if min(height, width) < least:
+        yield f"image_size: {params.network} needs at least {least} pixels a side."
+
+
+def load_params(path: Path) -> Params:
+    """Params of a YAML file."""
+    return parse_params(read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadParams when the file is missing or holds something else."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadParams(f"{path.name}: cannot be read as YAML.") from error
+    if not isinstance(content, dict):
+        raise BadParams(f"{path.name}: a mapping of names to values is expected.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word: it wants 1.0e-3. Everybody else, YAML 1.2 included, takes it for a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; yaml.YAMLError where it says nothing."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def first_complaint(error: ValidationError) -> str:
+    """`field: what is wrong`, for the first wrong field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("literal[", "bool"))]
+    return f"{'.'.join(names) or 'params'}: {first['msg']}."

@@ -1,0 +1,94 @@
+"""A training's child process: started, read line by line, and ended for certain.
+
+The memory of a training goes back with its process, and a device that hangs can be killed with it. The protocol is
+`ml/runtime/events.py`: one JSON object a line.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from ml.runtime import events
+from worker.execution.signals import die_with_parent
+
+log = structlog.get_logger()
+
+
+class Child:
+    """A running `python -m ml …` in a process group of its own."""
+
+    def __init__(self, arguments: Sequence[str], grace: float, log_file: Path) -> None:
+        self._grace = grace
+        self._stopping = threading.Lock()
+        self._closed = False
+        self._errors = log_file.open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ml", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+    def events(self) -> Iterator[events.Event]:
+        """What the child says, until it ends. A line that is no event is logged by its length and passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                yield events.from_json(line.decode())
+            except ValueError:
+                log.warning("child_said_nonsense", characters=len(line))
+
+    @property
+    def pid(self) -> int:
+        """Its number, and its process group's."""
+        return self._process.pid
+
+    def exit_code(self) -> int:
+        """Wait for the end; negative: the signal that ended it."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End the whole process group: SIGTERM, then SIGKILL after the grace. Once closed, nothing: the number of a
+        group that has ended may be somebody else's by now."""
+        with self._stopping:
+            if self._closed:
+                return
+            self._signal(signal.SIGTERM)
+            try:
+                self._process.wait(self._grace)
+            except subprocess.TimeoutExpired:
+                log.warning("child_killed", grace=self._grace)
+            self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End what is left of it."""
+        self.stop()
+        with self._stopping:
+            self._closed = True
+        self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # all of the group has ended
+            os.killpg(self._process.pid, number)
+
+
+@contextmanager
+def child(arguments: Sequence[str], grace: float, log_file: Path) -> Iterator[Child]:
+    """A child that does not outlive the block."""
+    started = Child(arguments, grace, log_file)
+    try:
+        yield started
+    finally:
+        started.close()

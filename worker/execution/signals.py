@@ -1,0 +1,108 @@
+"""What a Celery worker does at its start and end: logs, signs of life, and the word that it is to drain."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from celery import signals
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs import logs
+from jobs.queue import processes
+from jobs.settings import Settings
+from worker.execution import workspaces
+
+if TYPE_CHECKING:
+    from worker.execution.resources import Resources
+
+DRAIN_FILE = "RENALQ_DRAIN_FILE"
+"""Set by a worker's parent process for its children, who look whether the file exists: a signal would reach the parent
+only, and the pool's children have no other ear."""
+
+PR_SET_PDEATHSIG = 1
+_stopping = threading.Event()
+
+
+def draining() -> bool:
+    """Whether this worker is to stop."""
+    return Path(os.environ[DRAIN_FILE]).exists() if DRAIN_FILE in os.environ else False
+
+
+def die_with_parent() -> None:
+    """On Linux, end this process when the one that started it ends: nobody is left to beat for it (prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@signals.setup_logging.connect
+def _set_up_logging(**_: Any) -> None:
+    logs.configure("worker", Settings().log_level)
+
+
+@signals.worker_init.connect
+def _prepare(**_: Any) -> None:
+    work = Settings().work
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ[DRAIN_FILE] = str(work / f"drain-{os.getpid()}")
+    Path(os.environ[DRAIN_FILE]).unlink(missing_ok=True)
+
+
+@signals.worker_ready.connect
+def _show_life(sender: Any, **_: Any) -> None:
+    lanes = [queue.name for queue in sender.task_consumer.queues]
+    sign = processes.SignOfLife(f"{sender.hostname}/{os.getpid()}", processes.WORKER, lanes)
+    threading.Thread(target=_keep_alive, args=(sign,), name="life", daemon=True).start()
+
+
+def _keep_alive(sign: processes.SignOfLife) -> None:
+    from worker.execution.resources import resources
+
+    held = resources()
+    _sweep(held)
+    while True:
+        try:
+            with held.beats.begin() as session:
+                processes.alive(session, sign)
+        except SQLAlchemyError as error:
+            structlog.get_logger().warning("sign_of_life_failed", error=type(error).__name__)
+        if _stopping.wait(held.settings.process_seconds):
+            return
+
+
+def _sweep(held: "Resources") -> None:
+    """What attempts that died have left behind on this machine goes."""
+    try:
+        removed = workspaces.sweep(held.settings.work, held.sessions)
+    except SQLAlchemyError:
+        return  # the next start does it
+    if removed:
+        structlog.get_logger().info("workspaces_removed", count=removed)
+
+
+@signals.worker_shutting_down.connect
+def _drain(**_: Any) -> None:
+    Path(os.environ[DRAIN_FILE]).touch()
+
+
+@signals.worker_shutdown.connect
+def _end(sender: Any, **_: Any) -> None:
+    from worker.execution.resources import resources
+
+    _stopping.set()
+    Path(os.environ[DRAIN_FILE]).unlink(missing_ok=True)
+    try:
+        with resources().beats.begin() as session:
+            processes.gone(session, f"{sender.hostname}/{os.getpid()}")
+    except SQLAlchemyError:
+        pass  # the row grows old by itself
+
+
+@signals.worker_process_init.connect
+def _start_child(**_: Any) -> None:
+    die_with_parent()
+    logs.configure("worker", Settings().log_level)

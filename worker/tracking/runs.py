@@ -1,0 +1,164 @@
+"""What is told to MLflow, and how: a run's parameters, tags, dataset, metrics. Every call may fail, and take long."""
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from jobs.tables import Json
+from ml.runtime.events import Steps
+from worker.tracking.provenance import code_revision, environment
+
+EXPERIMENT = "renalq"
+METRICS_AT_ONCE = 1000
+"""MLflow's own limit for one call."""
+DIGEST_LENGTH = 36
+"""MLflow's own limit for a dataset's digest; the whole of it is a tag."""
+WEIGHTS = "model.safetensors"
+PHASES = ("head", "fine_tune")
+NOT_A_METRIC = ("epoch", "epochs", "attempt")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a run says of itself. It is named by the job's id: a name that a client gave may be a patient's."""
+
+    job_id: uuid.UUID
+    params: Json
+    tags: dict[str, str]
+    dataset_digest: str | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric's value at a step; `at` in milliseconds since 1970."""
+
+    name: str
+    value: float
+    step: int
+    at: int
+
+
+def describe(
+    job_id: uuid.UUID,
+    params: Json,
+    dataset_digest: str | None,
+    revision: str | None = None,
+    versions: Json | None = None,
+) -> Description:
+    """A run of this code on this machine, unless another `revision` and other `versions` are named."""
+    tags = {"renalq.job_id": str(job_id), "mlflow.source.git.commit": revision or code_revision() or "unknown"}
+    tags |= {f"environment.{name}": str(value) for name, value in (versions or environment()).items()}
+    return Description(job_id, params, tags, dataset_digest)
+
+
+def connect(url: str) -> Any:
+    """MLflow's client."""
+    # MLflow reads these at each request; its defaults would try for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=url)
+
+
+def open_run(client: Any, what: Description, run_id: str | None) -> str:
+    """The run's id: of a new run, or of one that is continued."""
+    if run_id is not None:
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    from mlflow.entities import Param
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+    run: str = client.create_run(experiment, run_name=str(what.job_id), tags=what.tags).info.run_id
+    client.log_batch(run, params=[Param(name, value) for name, value in texts(what.params)])
+    if what.dataset_digest:
+        log_dataset(client, run, what.dataset_digest)
+    return run
+
+
+def log_dataset(client: Any, run: str, digest: str) -> None:
+    """Say what was trained on: by digest alone, since a client's name for it may be a patient's."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"digest": digest})
+    data = Dataset(f"dataset-{digest[:8]}", digest[:DIGEST_LENGTH], source_type="renalq", source=source)
+    client.log_inputs(run, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+    client.set_tag(run, "renalq.dataset_digest", digest)
+
+
+def log_weights(client: Any, run: str, made: str, begun_with: str | None) -> None:
+    """Name the weights by hash: those that the training made, and those that it began with, where they are known."""
+    client.set_tag(run, "renalq.weights_sha256", made)
+    if begun_with:
+        client.set_tag(run, "renalq.base_weights_sha256", begun_with)
+
+
+def log_points(client: Any, run: str, points: Iterable[Point]) -> None:
+    """Log metrics in as few calls as may be."""
+    from mlflow.entities import Metric
+
+    waiting = iter(points)
+    while part := list(islice(waiting, METRICS_AT_ONCE)):
+        client.log_batch(run, metrics=[Metric(point.name, point.value, point.at, point.step) for point in part])
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+# --- figures ---
+
+
+def points_of_steps(steps: Steps) -> list[Point]:
+    """The loss of each step of the optimizer, and the learning rate that the last of them had."""
+    at, last = now(), steps.first_step + len(steps.losses) - 1
+    losses = [Point("train_loss_step", loss, steps.first_step + number, at) for number, loss in enumerate(steps.losses)]
+    return [*losses, Point("learning_rate_step", steps.learning_rate, last, at)] if losses else []
+
+
+def points_of_epoch(epoch: Json) -> list[Point]:
+    """An epoch's figures at its number. `phase` is 0 while the backbone is frozen, 1 in the fine-tuning."""
+    figures = {name: value for name, value in epoch.items() if name not in NOT_A_METRIC}
+    if figures.get("phase") in PHASES:
+        figures["phase"] = PHASES.index(figures["phase"])
+    return [Point(name, value, int(epoch["epoch"]), now()) for name, value in flattened(figures)]
+
+
+def points_of_scores(metrics: Json) -> list[Point]:
+    """The evaluation's figures by dotted names: `test_f1`, `test_per_class.Tumor.f1`, `test_intervals.f1.low`."""
+    return [Point(f"test_{name}", value, 0, now()) for name, value in flattened(metrics)]
+
+
+def flattened(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a tree by dotted names. Of lists only intervals, and lists of objects, become metrics."""
+    if isinstance(value, int | float):
+        yield _allowed(name), float(value)
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from flattened(child, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and "intervals" in name.split("."):
+        yield from flattened(dict(zip(("low", "high"), value, strict=False)), name)
+    elif isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        yield from flattened(dict(enumerate(value, 1)), name)
+
+
+def texts(params: Json, prefix: str = "") -> Sequence[tuple[str, str]]:
+    """Parameters as MLflow has them: texts by dotted names."""
+    found: list[tuple[str, str]] = []
+    for name, value in params.items():
+        nested = isinstance(value, dict)
+        found += texts(value, f"{prefix}{name}.") if nested else [(_allowed(f"{prefix}{name}"), str(value))]
+    return found
+
+
+def _allowed(name: str) -> str:
+    """A class may bear any name, a metric may not."""
+    return re.sub(r"[^\w.\- ]", "_", name)[:250]
