@@ -26,8 +26,8 @@ from sqlalchemy import select
 from bench.train import ROOT, machine
 from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import make_engine, session_factory
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import dispatch, leases, lifecycle
 from jobs.queue.submission import NewJob, NewResult, submit
@@ -103,7 +103,7 @@ def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]
         assert held is not None
         scores = {"f1": 1.0, "recall": 1.0, "ece": 0.0, "ece_chance": 0.0}
         new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, scores, None, None)
-        version = registry.add(session, held, new, Policy())
+        version = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held)
         return version.id, version.version
 

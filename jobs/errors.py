@@ -7,7 +7,7 @@
     │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
     │                             WrongOffset TooManyWebhooks
     ├── ResultsExpired      410
-    ├── Invalid             422   NotAnImage BadArchive IdempotencyConflict
+    ├── Invalid             422   BadInput BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
     ├── TooLarge            413
     ├── OtherTusVersion     412
@@ -191,10 +191,14 @@ class Invalid(RenalQError):
         self.pointer = pointer
 
 
-class NotAnImage(Invalid):
-    """This is not an image that can be read: send PNG, JPEG or DICOM."""
+class BadInput(Invalid):
+    """This is no input that the pipeline can read."""
 
-    code = "NOT_AN_IMAGE"
+    code = "BAD_INPUT"
+
+    def __init__(self, detail: str | None = None, code: str | None = None) -> None:
+        super().__init__(detail)
+        self.code = code or self.code
 
 
 class BadArchive(Invalid):

@@ -6,9 +6,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs.models import registry
-from jobs.models.comparison import Measured
-from jobs.models.gate import Policy
+from jobs.models import promotion, registry
+from jobs.models.comparison import PairedScores
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
@@ -126,9 +126,9 @@ def make_model(
     job = make_job(session, tenant_id=tenant_id, dataset_id=dataset.id if dataset else None)
     held = claim(session, units_of(session, job)[0])
     champion = registry.find_champion(session, tenant_id)
-    measured = Measured(champion.id, "", "c" * 64, 93, metrics, champion.metrics) if champion else None
+    measured = PairedScores(champion.id, "", "c" * 64, 93, metrics, champion.metrics) if champion else None
     given = {"classes": ["Normal", "Tumor"], "params": {}, "dataset_digest": "d" * 64, "code_revision": "abc"}
     made = NewModel(**{"weights_sha256": "a" * 64, "metrics": metrics, **given, **new})
-    version = registry.add(session, held, made, Policy(), measured)
+    version = promotion.register(session, held, made, GatePolicy(), measured)
     lifecycle.succeed(session, held, metrics=metrics)
     return version

@@ -50,7 +50,7 @@ def admit(scans: int = 1, batches: int = 0) -> None:
         QuotaExceeded, QueueFull
     """
     with transaction() as session:
-        submission.admit(session, tenant(), quota(), scans, batches)
+        submission.check_quota(session, tenant(), quota(), scans, batches)
 
 
 def principal() -> Principal:

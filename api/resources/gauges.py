@@ -51,7 +51,7 @@ def _champion(session: Session) -> Iterator[Metric]:
     champion = registry.find_champion(session, tenant())
     if champion is None:
         return
-    found = drift.drift(session, champion, drift.Policy.of(services().settings), DAYS)
+    found = drift.drift(session, champion, drift.DriftPolicy.of(services().settings), DAYS)
     yield GaugeMetricFamily("renalq_champion_version", "The version that predicts.", champion.version)
     yield from _drift(found, str(champion.version))
 

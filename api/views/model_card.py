@@ -8,7 +8,7 @@ import datetime as dt
 from typing import Any
 
 from jobs import training_params
-from jobs.models.cards import Story
+from jobs.models.cards import ModelCardData
 from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
@@ -33,7 +33,7 @@ ETHICS = [
 ]
 
 
-def card(story: Story) -> Json:
+def card(story: ModelCardData) -> Json:
     """The model card."""
     version, metrics = story.version, story.version.metrics
     return {
@@ -83,7 +83,7 @@ def _intended_use(version: ModelVersion) -> Json:
     }
 
 
-def _training_data(story: Story) -> Json:
+def _training_data(story: ModelCardData) -> Json:
     dataset, metrics = story.dataset, story.version.metrics
     return {
         "digest": story.version.dataset_digest,

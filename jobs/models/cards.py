@@ -1,4 +1,4 @@
-"""Model versions as people ask for them: pages, and all that a model card tells; and the ring for MLflow's registry."""
+"""Reads of model versions: pages, the data of a model card, and the names that MLflow's registry uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from jobs.paging import Page, page
 from jobs.queue.job_events import UNITS_CHANNEL
 from jobs.tables import Dataset, Job, ModelEvaluation, ModelVersion, Promotion
 
-MIRROR = "mirror"
-"""What the dispatcher hears when MLflow's registry is to follow at once."""
-TOLD = 20
-"""Most evaluations and promotions that a card tells; `GET /models/promotions` has all of the latter."""
+REGISTRY_SYNC = "mirror"
+"""Payload of the notification that makes the dispatcher sync MLflow's registry at once."""
+MAX_ROWS = 20
+"""Evaluations and promotions on a card; `GET /models/promotions` has all promotions."""
 
 
 @dataclass(frozen=True)
-class Story:
-    """A version with the rows around it. `dataset` is None where it was deleted, `base` where none was gone on from. Of
-    a champion's many evaluations and promotions the newest, oldest first."""
+class ModelCardData:
+    """A version with its related rows. `dataset` is None if it was deleted, `base` if the training started from no
+    version. Evaluations and promotions: the newest `MAX_ROWS`, oldest first."""
 
     version: ModelVersion
     dataset: Dataset | None
@@ -28,7 +28,7 @@ class Story:
     promotions: Sequence[Promotion]
 
 
-def listed(session: Session, tenant_id: str, limit: int, after: int | None) -> Page[ModelVersion]:
+def list_versions(session: Session, tenant_id: str, limit: int, after: int | None) -> Page[ModelVersion]:
     """The tenant's versions, newest first."""
     query = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version.desc())
     if after is not None:
@@ -36,14 +36,14 @@ def listed(session: Session, tenant_id: str, limit: int, after: int | None) -> P
     return page(session.scalars(query.limit(limit + 1)).all(), limit, lambda version: version.version)
 
 
-def story(session: Session, version: ModelVersion) -> Story:
-    """All that a model card tells of a version."""
+def model_card_data(session: Session, version: ModelVersion) -> ModelCardData:
+    """The version with the rows that its model card shows."""
     base_id = session.scalar(select(Job.base_model_id).where(Job.id == version.job_id))
     evaluations = select(ModelEvaluation).where(ModelEvaluation.model_id == version.id)
     promotions = select(Promotion).where(Promotion.model_id == version.id)
-    evaluations = evaluations.order_by(ModelEvaluation.created_at.desc()).limit(TOLD)
-    promotions = promotions.order_by(Promotion.id.desc()).limit(TOLD)
-    return Story(
+    evaluations = evaluations.order_by(ModelEvaluation.created_at.desc()).limit(MAX_ROWS)
+    promotions = promotions.order_by(Promotion.id.desc()).limit(MAX_ROWS)
+    return ModelCardData(
         version,
         session.get(Dataset, version.dataset_id) if version.dataset_id else None,
         session.get(ModelVersion, base_id) if base_id else None,
@@ -52,11 +52,11 @@ def story(session: Session, version: ModelVersion) -> Story:
     )
 
 
-def mirrored_as(tenant_id: str) -> str:
-    """What the tenant's model is called in MLflow's registry."""
+def mlflow_model_name(tenant_id: str) -> str:
+    """The name of the tenant's model in MLflow's registry."""
     return f"renalq-{tenant_id}"
 
 
-def mirror_soon(session: Session) -> None:
-    """With the commit, let MLflow's registry follow: else it does at the dispatcher's next look."""
-    session.execute(select(func.pg_notify(UNITS_CHANNEL, MIRROR)))
+def notify_registry_sync(session: Session) -> None:
+    """Sync MLflow's registry right after the commit, instead of at the dispatcher's next interval."""
+    session.execute(select(func.pg_notify(UNITS_CHANNEL, REGISTRY_SYNC)))

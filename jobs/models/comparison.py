@@ -1,4 +1,4 @@
-"""Scores of versions by the set of test scans: two versions compare where both have scores on the same set."""
+"""Scores of versions by the set of test scans: two versions are comparable if both have scores on the same set."""
 
 import uuid
 from dataclasses import dataclass
@@ -7,14 +7,22 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
-from jobs.models.gate import Against
+from jobs.models import registry
+from jobs.models.gate import ChampionComparison
+from jobs.models.reproduction import different
 from jobs.tables import Json, ModelEvaluation, ModelVersion
+
+FIGURES = (
+    "accuracy", "precision", "recall", "f1", "specificity", "roc_auc", "pr_auc", "loss", "loss_calibrated", "ece",
+    "ece_chance",
+)  # fmt: skip
+"""The metrics that versions are compared by."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a training found that scored the champion of its start beside the new network: on the same `scans` test
-    scans, of which neither has learnt. Without them `why` says why."""
+class PairedScores:
+    """Metrics of the champion at a training's start and of the new network, on the same `scans` test scans, which
+    neither was trained on. If there are none, `why` gives the reason."""
 
     champion_id: uuid.UUID
     why: str = ""
@@ -25,72 +33,138 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedScores:
     """Two versions' metrics on the same test scans."""
 
     test_digest: str
     scans: int
-    one: Json
-    other: Json
+    a: Json
+    b: Json
 
 
-def keep(session: Session, version: ModelVersion, measured: Measured | None) -> None:
-    """Keep the scores that the version's training brought: its own, and both on the scans that they share.
+@dataclass(frozen=True)
+class Comparison:
+    """Two versions side by side: `metrics` by name as [a's, b's], on the same `scans` test scans.
 
-    Its own compare with nobody's where it has learnt from what it was tested on.
+    `metrics` is empty if there are no such scans; `note` says so in words. `differences` are [a's, b's] as well.
+    """
+
+    a: ModelVersion
+    b: ModelVersion
+    scans: int | None
+    metrics: dict[str, list[float | None]]
+    test_digest: str | None
+    differences: Json
+    note: str
+
+
+# --- scores ---
+
+
+def save_scores(session: Session, version: ModelVersion, paired: PairedScores | None) -> None:
+    """Store the scores that the version's training computed: its own, and both versions' on the shared test scans.
+
+    Its own are left out if it was trained on scans that it was tested on: they are comparable to nothing.
     """
     own = version.metrics.get("test_digest")
     if own is not None and not any((version.metrics.get("leaks") or {}).values()):
-        _write(session, version, version.id, own, int(version.metrics.get("held_out") or 0), version.metrics)
-    if measured is None or measured.test_digest is None:
+        _upsert(session, version, version.id, own, int(version.metrics.get("held_out") or 0), version.metrics)
+    if paired is None or paired.test_digest is None:
         return
-    for model_id, metrics in ((version.id, measured.candidate), (measured.champion_id, measured.champion)):
+    for model_id, metrics in ((version.id, paired.candidate), (paired.champion_id, paired.champion)):
         if metrics is not None:
-            _write(session, version, model_id, measured.test_digest, measured.scans, metrics)
+            _upsert(session, version, model_id, paired.test_digest, paired.scans, metrics)
 
 
-def _write(
-    session: Session, made: ModelVersion, model_id: uuid.UUID, test_digest: str, scans: int, metrics: Json
+def _upsert(
+    session: Session, trained: ModelVersion, model_id: uuid.UUID, test_digest: str, scans: int, metrics: Json
 ) -> None:
-    found = {"job_id": made.job_id, "scans": scans, "metrics": metrics}
-    row = insert(ModelEvaluation).values(model_id=model_id, test_digest=test_digest, tenant_id=made.tenant_id, **found)
-    # The latest scores of both stand together: an older one's may be of another machine, and differ by its rounding.
+    scores = {"job_id": trained.job_id, "scans": scans, "metrics": metrics}
+    row = insert(ModelEvaluation).values(
+        model_id=model_id, test_digest=test_digest, tenant_id=trained.tenant_id, **scores
+    )
+    # Both versions' rows come from the same run: older scores may be of another machine, and differ by its rounding.
     session.execute(
         row.on_conflict_do_update(
-            index_elements=["model_id", "test_digest"], set_={**found, "created_at": func.clock_timestamp()}
+            index_elements=["model_id", "test_digest"], set_={**scores, "created_at": func.clock_timestamp()}
         )
     )
 
 
-def common(session: Session, one: ModelVersion, other: ModelVersion) -> Common | None:
+def shared_scores(session: Session, a: ModelVersion, b: ModelVersion) -> SharedScores | None:
     """Both versions' metrics on the largest set of test scans that both were scored on."""
-    ours, theirs = aliased(ModelEvaluation), aliased(ModelEvaluation)
+    of_a, of_b = aliased(ModelEvaluation), aliased(ModelEvaluation)
     row = session.execute(
-        select(ours.test_digest, ours.scans, ours.metrics, theirs.metrics.label("theirs"))
-        .join(theirs, theirs.test_digest == ours.test_digest)
-        .where(ours.model_id == one.id, theirs.model_id == other.id)
-        .order_by(ours.scans.desc(), ours.created_at.desc())
+        select(of_a.test_digest, of_a.scans, of_a.metrics.label("a"), of_b.metrics.label("b"))
+        .join(of_b, of_b.test_digest == of_a.test_digest)
+        .where(of_a.model_id == a.id, of_b.model_id == b.id)
+        .order_by(of_a.scans.desc(), of_a.created_at.desc())
         .limit(1)
     ).first()
-    return None if row is None else Common(row.test_digest, row.scans, row.metrics, row.theirs)
+    return None if row is None else SharedScores(row.test_digest, row.scans, row.a, row.b)
 
 
-def against(
+def compare_with_champion(
     session: Session, version: ModelVersion, champion: ModelVersion | None, why: str | None = None
-) -> Against | None:
-    """What the gate compares the version with. `why` there may be nothing: for the training's end (see `why_not`)."""
+) -> ChampionComparison | None:
+    """What the gate compares the version with. `why`: the reason to give if there are no shared scores."""
     if champion is None:
         return None
-    found = common(session, version, champion)
+    found = shared_scores(session, version, champion)
     if found is None:
-        return Against(champion.version, why=why) if why else Against(champion.version)
-    return Against(champion.version, found.scans, found.one, found.other)
+        return ChampionComparison(champion.version, why=why) if why else ChampionComparison(champion.version)
+    return ChampionComparison(champion.version, found.scans, found.a, found.b)
 
 
-def why_not(champion: ModelVersion | None, measured: Measured | None) -> str | None:
-    """Why a training has no comparison with who is champion at its end."""
+def missing_reason(champion: ModelVersion | None, paired: PairedScores | None) -> str | None:
+    """Why a training has no comparison with the version that is champion at its end."""
     if champion is None:
         return None
-    if measured is None or measured.champion_id != champion.id:
+    if paired is None or paired.champion_id != champion.id:
         return "the champion changed while it trained, and no test scans were scored with both"
-    return measured.why or None
+    return paired.why or None
+
+
+# --- two versions side by side ---
+
+
+def compare(session: Session, tenant_id: str, a: str, b: str) -> Comparison:
+    """Two versions, each given by its number or as `champion`.
+
+    Raises:
+        ModelNotFound, NoChampion
+    """
+    one, other = (registry.resolve(session, tenant_id, wanted) for wanted in (a, b))
+    found = shared_scores(session, one, other)
+    return Comparison(
+        a=one,
+        b=other,
+        scans=found.scans if found else None,
+        metrics=_figures(found) if found else {},
+        test_digest=found.test_digest if found else None,
+        differences=_differences(one, other),
+        note=_note(found),
+    )
+
+
+def _figures(found: SharedScores) -> dict[str, list[float | None]]:
+    both = found.a, found.b
+    return {name: [each.get(name) for each in both] for name in FIGURES if any(name in each for each in both)}
+
+
+def _note(found: SharedScores | None) -> str:
+    if found is not None:
+        return f"Both were scored on the same {found.scans} test scans."
+    return (
+        "No test scans were scored with both, and figures on different scans compare roughly at best. A training "
+        "scores the champion beside its own network: with one of the two as champion, train the other anew."
+    )
+
+
+def _differences(a: ModelVersion, b: ModelVersion) -> Json:
+    sources = ({"dataset": each.dataset_digest, "code_revision": each.code_revision} for each in (a, b))
+    return {
+        "params": different(a.params, b.params),
+        "environment": different(a.environment, b.environment),
+        **different(*sources),
+    }

@@ -31,9 +31,9 @@ SMOOTHING = 0.5
 RISK = 0.0005
 """Chance of a verdict with no cause, over all figures. A day that is looked at again and again has several such
 chances; from 50 scans to 200, less than one day in a hundred brings one."""
-POOLED_DAYS = 30
+MAX_POOLED_DAYS = 30
 """Days that one verdict reaches back at most."""
-WATCHED_DAYS = 2
+MONITORED_DAYS = 2
 """Days that drift is looked for in: the last scans of a day may be counted after the last look at it. Deliveries, by
 which it is known that a day's drift was told of, are kept for longer (`RENALQ_DELIVERY_DAYS`)."""
 
@@ -42,14 +42,14 @@ Counts = Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Policy:
+class DriftPolicy:
     """From which index on a figure has drifted, and how many scans a verdict needs."""
 
     bound: float
     least_scans: int
 
     @classmethod
-    def of(cls, settings: Settings) -> "Policy":
+    def of(cls, settings: Settings) -> "DriftPolicy":
         """The policy of the settings."""
         return cls(settings.drift_bound, settings.drift_least_scans)
 
@@ -157,10 +157,10 @@ def figures(
 # --- rows ---
 
 
-def drift(session: Session, version: ModelVersion, policy: Policy, days: int) -> Drift:
+def drift(session: Session, version: ModelVersion, policy: DriftPolicy, days: int) -> Drift:
     """The version's days with predictions or truths, of the last `days`."""
     first = _first_of(session, days)
-    counted = _counted(session, version.id, first - dt.timedelta(days=POOLED_DAYS))
+    counted = _counted(session, version.id, first - dt.timedelta(days=MAX_POOLED_DAYS))
     told = feedback.by_day(session, version, first)
     known = sorted(day for day in {*counted, *told} if day >= first)
     shown = [_day(version, policy, counted, day, told.get(day, Judged())) for day in known]
@@ -168,18 +168,18 @@ def drift(session: Session, version: ModelVersion, policy: Policy, days: int) ->
     return Drift(version, scans, policy.bound, shown)
 
 
-def watched(session: Session) -> Sequence[uuid.UUID]:
-    """The champions, of all tenants, that have predicted lately: `look` at each of them."""
-    lately = PredictionCount.day >= _first_of(session, WATCHED_DAYS)
+def monitored_models(session: Session) -> Sequence[uuid.UUID]:
+    """The champions, of all tenants, that have predicted lately: `check_drift` at each of them."""
+    lately = PredictionCount.day >= _first_of(session, MONITORED_DAYS)
     predicted = exists().where(PredictionCount.model_id == ModelVersion.id, lately)
     return session.scalars(select(ModelVersion.id).where(ModelVersion.champion, predicted)).all()
 
 
-def look(session: Session, model_id: uuid.UUID, policy: Policy) -> None:
+def check_drift(session: Session, model_id: uuid.UUID, policy: DriftPolicy) -> None:
     """Tell webhooks of this champion's drift: an event for each day, however often we look. Give each champion a
     transaction of its own, so that a reference that cannot be read keeps no other from being told of."""
-    version, first = session.get_one(ModelVersion, model_id), _first_of(session, WATCHED_DAYS)
-    counted = _counted(session, model_id, first - dt.timedelta(days=POOLED_DAYS))
+    version, first = session.get_one(ModelVersion, model_id), _first_of(session, MONITORED_DAYS)
+    counted = _counted(session, model_id, first - dt.timedelta(days=MAX_POOLED_DAYS))
     for day in sorted(day for day in counted if day >= first):
         if drifted := _day(version, policy, counted, day, Judged()).drifted:
             data = {"model_version": str(version.version), "day": day.isoformat(), "figures": drifted}
@@ -201,7 +201,7 @@ def _counted(session: Session, model_id: uuid.UUID, first: dt.date) -> dict[dt.d
     return found
 
 
-def _day(version: ModelVersion, policy: Policy, counted: dict[dt.date, Counts], day: dt.date, told: Judged) -> Day:
+def _day(version: ModelVersion, policy: DriftPolicy, counted: dict[dt.date, Counts], day: dt.date, told: Judged) -> Day:
     mine = counted.get(day, Counter())
     classes, dispositions = _words(mine, CLASS), _words(mine, DISPOSITION)
     rejected = dispositions.get(REJECTED, 0) / sum(dispositions.values()) if dispositions else None
@@ -223,7 +223,7 @@ def _pooled(counted: dict[dt.date, Counts], day: dt.date, least: int) -> tuple[d
     not enough."""
     pooled: Counts = Counter()
     for earlier in sorted((each for each in counted if each <= day), reverse=True):
-        if day - earlier > dt.timedelta(days=POOLED_DAYS):
+        if day - earlier > dt.timedelta(days=MAX_POOLED_DAYS):
             break
         pooled += counted[earlier]
         if sum(_words(pooled, CLASS).values()) >= least:

@@ -1,4 +1,4 @@
-"""The gate: whether a new version becomes champion, and why, in words that a person understands. Pure functions."""
+"""The gate: whether a new version becomes champion, with its reasons as sentences. Pure functions."""
 
 import math
 from collections.abc import Iterator
@@ -16,22 +16,22 @@ REMEDY = "Train anew, or promote it with `force` and a `reason`."
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What the gate asks for. The calibration error is that beyond what chance shows on as many scans."""
+class GatePolicy:
+    """The gate's thresholds. The calibration error counts only beyond what chance causes on as many scans."""
 
     min_f1: float = 0.85
     min_sensitivity: float = 0.80
     max_calibration_error: float = 0.10
 
     @classmethod
-    def of(cls, settings: Settings) -> "Policy":
-        """The policy that the settings name."""
+    def of(cls, settings: Settings) -> "GatePolicy":
+        """The policy in the settings."""
         return cls(settings.promote_min_f1, settings.promote_min_sensitivity, settings.promote_max_calibration_error)
 
 
 @dataclass(frozen=True)
-class Against:
-    """The champion, and both networks' metrics on the same `scans` test scans; without such scans `why` says why."""
+class ChampionComparison:
+    """The champion, and both networks' metrics on the same `scans` test scans, or `why` there are none."""
 
     version: int
     scans: int = 0
@@ -42,36 +42,40 @@ class Against:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's word, with its reasons."""
+    """The gate's decision, with its reasons."""
 
     promoted: bool
     reasons: list[str]
 
     def as_dict(self) -> Json:
-        """As it is kept with a version and a promotion."""
+        """The form stored with versions and promotions."""
         return {"promoted": self.promoted, "reasons": self.reasons}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule, looked at: whether it is kept, and a sentence with both numbers."""
+    """One checked rule: whether it holds, and a sentence with both numbers."""
 
-    kept: bool
+    holds: bool
     sentence: str
 
 
-def gate(candidate: Json, against: Against | None, wanted: str, policy: Policy) -> Verdict:
-    """Whether a new version becomes champion: a function of metrics and the policy.
+def gate(candidate: Json, versus: ChampionComparison | None, promote: str, policy: GatePolicy) -> Verdict:
+    """Whether a new version becomes champion.
 
-    `candidate`: its metrics on all its test scans. `against`: None where there is no champion. A network that was
-    tested on what it has learnt from is refused, whatever its figures; without a champion F1 must reach `min_f1`, with
-    one it must not be lower than the champion's on the same test scans; in both cases sensitivity and calibration must
-    be good enough. What is not known counts as not good enough. Every rule that was looked at has its sentence.
+    A network that was tested on scans it was trained on is refused whatever its metrics. Without a champion, F1 must
+    reach `min_f1`; with one, it must not be lower than the champion's on the same test scans. Sensitivity and
+    calibration must meet the policy in both cases. An unknown metric fails its rule. Each checked rule gives a reason.
+
+    Args:
+        candidate: the version's metrics on all its test scans.
+        versus: None if there is no champion.
+        promote: `auto`, or `never`: then the reasons say what the gate would have decided.
     """
-    rules = [*_leaks(candidate), *_figures(candidate, against, policy)]
-    promoted = all(rule.kept for rule in rules)
+    rules = [*_leaks(candidate), *_figures(candidate, versus, policy)]
+    promoted = all(rule.holds for rule in rules)
     reasons = [*(rule.sentence for rule in rules), *_notes(candidate)]
-    if wanted == "never":
+    if promote == "never":
         would = "would have promoted it" if promoted else "would have refused it, too"
         return Verdict(False, [f"The job asked for no promotion (promote: never). The gate {would}:", *reasons])
     return Verdict(promoted, reasons)
@@ -89,22 +93,22 @@ def _leaks(metrics: Json) -> Iterator[Rule]:
         yield Rule(False, "Its scores are too good to go by: mend the dataset, and train anew.")
 
 
-def _figures(candidate: Json, against: Against | None, policy: Policy) -> Iterator[Rule]:
-    if against is None:
+def _figures(candidate: Json, versus: ChampionComparison | None, policy: GatePolicy) -> Iterator[Rule]:
+    if versus is None:
         yield _at_least("There is no champion yet, and F1", _number(candidate, "f1"), "the required", policy.min_f1)
     else:
-        yield _not_worse(against)
+        yield _not_worse(versus)
     sensitivity = _number(candidate, "recall")
     yield _at_least("Sensitivity", sensitivity, "the required", policy.min_sensitivity)
     yield _calibrated(candidate, policy.max_calibration_error)
 
 
-def _not_worse(against: Against) -> Rule:
-    name = f"the champion (version {against.version})"
-    if against.candidate is None or against.champion is None:
-        return Rule(False, f"It cannot be compared with {name}: {against.why}. {REMEDY}")
-    ours, theirs = _number(against.candidate, "f1"), _number(against.champion, "f1")
-    where = f" (version {against.version}) on the same {against.scans} test scans"
+def _not_worse(versus: ChampionComparison) -> Rule:
+    name = f"the champion (version {versus.version})"
+    if versus.candidate is None or versus.champion is None:
+        return Rule(False, f"It cannot be compared with {name}: {versus.why}. {REMEDY}")
+    ours, theirs = _number(versus.candidate, "f1"), _number(versus.champion, "f1")
+    where = f" (version {versus.version}) on the same {versus.scans} test scans"
     return _at_least("F1", ours, "the champion's", theirs, where)
 
 
@@ -113,27 +117,27 @@ def _calibrated(candidate: Json, most: float) -> Rule:
     if math.isnan(beyond):
         return Rule(False, f"How well it is calibrated is not known; its error beyond chance must be ≤ {most:.2f}.")
     error = max(0.0, beyond)
-    kept = error <= most
+    holds = error <= most
     shown, bound = _shown(error, most)
-    return Rule(kept, f"Calibration error beyond chance {shown} {'≤' if kept else '>'} the allowed {bound}.")
+    return Rule(holds, f"Calibration error beyond chance {shown} {'≤' if holds else '>'} the allowed {bound}.")
 
 
 def _at_least(what: str, value: float, of_what: str, least: float, where: str = "") -> Rule:
     if math.isnan(value) or math.isnan(least):
         return Rule(False, f"{what} is not known, and cannot be held against {of_what} {least:.4f}{where}.")
-    kept = value >= least
+    holds = value >= least
     shown, bound = _shown(value, least)
-    return Rule(kept, f"{what} {shown} {'≥' if kept else '<'} {of_what} {bound}{where}.")
+    return Rule(holds, f"{what} {shown} {'≥' if holds else '<'} {of_what} {bound}{where}.")
 
 
 def _shown(value: float, bound: float) -> tuple[str, str]:
-    """Both numbers with four digits, or with as many more as tell them apart."""
+    """Both numbers with four digits, or with as many more as make them differ."""
     digits = next((n for n in range(4, 12) if value == bound or f"{value:.{n}f}" != f"{bound:.{n}f}"), 12)
     return f"{value:.{digits}f}", f"{bound:.{digits}f}"
 
 
 def _number(metrics: Json, name: str) -> float:
-    """The figure; NaN where it is not known."""
+    """The metric; NaN if it is unknown."""
     value = metrics.get(name)
     return math.nan if value is None else float(value)
 

@@ -1,62 +1,68 @@
-"""Who is champion: promoted by request or by force, rolled back, and how two versions compare.
+"""Who is champion: promoted by the gate after a training, by request or by force, and rolled back.
 
-A change of the champion takes effect with its transaction: what is submitted afterwards is pinned to the new one, and
-what was submitted before keeps its own. Nothing restarts.
+A change of the champion takes effect with its transaction: jobs submitted afterwards are pinned to the new one, jobs
+submitted before keep theirs. Nothing restarts.
 """
 
 import uuid
-from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, NoChampion, NothingBefore, PromotionRefused
+from jobs.events import webhooks
+from jobs.events.webhooks import EventType
 from jobs.models import cards, comparison, registry
-from jobs.models.comparison import Common
-from jobs.models.gate import Policy, gate
-from jobs.models.reproduction import different
+from jobs.models.comparison import PairedScores
+from jobs.models.gate import GatePolicy, gate
+from jobs.models.registry import NewModel
 from jobs.paging import Page, page
-from jobs.tables import How, Json, ModelVersion, Promotion
-
-FIGURES = (
-    "accuracy", "precision", "recall", "f1", "specificity", "roc_auc", "pr_auc", "loss", "loss_calibrated", "ece",
-    "ece_chance",
-)  # fmt: skip
-"""What versions are compared by."""
+from jobs.queue.job_events import wake_dispatcher
+from jobs.queue.leases import Claim
+from jobs.tables import Job, Json, ModelVersion, Promotion, PromotionMethod
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two versions beside each other: `metrics` by name as [a's, b's], on the same `scans` test scans.
+def register(
+    session: Session, claim: Claim, new: NewModel, policy: GatePolicy, paired: PairedScores | None = None
+) -> ModelVersion:
+    """Insert the version that the claimed training made, with its scores, and promote it if the gate passes.
 
-    Without such scans there are no metrics. `note` says either in words; `differences` are pairs as well.
+    `paired`: the champion of the training's start, scored on the same test scans; None if there was no champion.
     """
-
-    a: ModelVersion
-    b: ModelVersion
-    scans: int | None
-    metrics: dict[str, list[float | None]]
-    test_digest: str | None
-    differences: Json
-    note: str
+    registry.lock(session, claim.tenant_id)
+    job = session.get_one(Job, claim.job_id)
+    version = registry.insert(session, job, new)
+    comparison.save_scores(session, version, paired)
+    champion = registry.find_champion(session, claim.tenant_id)
+    versus = comparison.compare_with_champion(session, version, champion, comparison.missing_reason(champion, paired))
+    verdict = gate(new.metrics, versus, job.promote, policy)
+    version.gate = verdict.as_dict()
+    job.model_id, job.model_version = version.id, version.version
+    session.flush()
+    data = {"model_version": str(version.version), "job_id": str(job.id), "promoted": verdict.promoted}
+    webhooks.emit(session, claim.tenant_id, f"model_{version.id}_created", EventType.MODEL_CREATED, data)
+    if verdict.promoted:
+        before = current_promotion(session, champion)
+        set_champion(session, version, PromotionMethod.GATE, before.id if before else None, verdict=version.gate)
+    return version
 
 
 def promote(
     session: Session,
     tenant_id: str,
     wanted: str,
-    policy: Policy,
+    policy: GatePolicy,
     *,
     force: bool = False,
     reason: str | None = None,
     key_id: uuid.UUID | None = None,
 ) -> ModelVersion:
-    """Make a version the champion: where the gate agrees, or by `force`, which needs a reason. One that is champion
-    stays it, and nothing is written.
+    """Make a version the champion if the gate passes, or with `force`, which needs a reason. Nothing is written if it
+    is the champion already.
 
     Raises:
         ModelNotFound
-        PromotionRefused: by the gate; it has all reasons.
+        PromotionRefused: by the gate, with all reasons.
         Invalid: force without a reason.
     """
     reason = (reason or "").strip() or None
@@ -67,28 +73,29 @@ def promote(
     champion = registry.find_champion(session, tenant_id)
     if champion is not None and champion.id == version.id:
         return champion
-    verdict = gate(version.metrics, comparison.against(session, version, champion), "auto", policy)
+    verdict = gate(version.metrics, comparison.compare_with_champion(session, version, champion), "auto", policy)
     if not verdict.promoted and not force:
         raise PromotionRefused(version.version, verdict.reasons)
-    before = registry.in_force(session, champion)
-    how = How.FORCE if force else How.REQUEST
-    registry.crown(
+    before = current_promotion(session, champion)
+    how = PromotionMethod.FORCE if force else PromotionMethod.REQUEST
+    set_champion(
         session, version, how, before.id if before else None, verdict=verdict.as_dict(), reason=reason, key_id=key_id
     )
-    cards.mirror_soon(session)  # not where a training promotes: MLflow has its run to hear of first
+    # `register` does not notify: MLflow must receive the training's run before its registry can refer to it.
+    cards.notify_registry_sync(session)
     return version
 
 
 def rollback(
     session: Session, tenant_id: str, *, reason: str | None = None, key_id: uuid.UUID | None = None
 ) -> ModelVersion:
-    """Return to the champion before; once more, and to the one before that.
+    """Return to the previous champion. Repeated rollbacks go back one more step each.
 
     Raises:
         NoChampion, NothingBefore
     """
     registry.lock(session, tenant_id)
-    now = registry.in_force(session, registry.find_champion(session, tenant_id))
+    now = current_promotion(session, registry.find_champion(session, tenant_id))
     if now is None:
         raise NoChampion
     if now.back_id is None:
@@ -96,13 +103,16 @@ def rollback(
     back = session.get_one(Promotion, now.back_id)
     version = session.get_one(ModelVersion, back.model_id)
     reason = (reason or "").strip() or None
-    registry.crown(session, version, How.ROLLBACK, back.back_id, reason=reason, key_id=key_id)
-    cards.mirror_soon(session)
+    set_champion(session, version, PromotionMethod.ROLLBACK, back.back_id, reason=reason, key_id=key_id)
+    cards.notify_registry_sync(session)
     return version
 
 
+# --- history ---
+
+
 def promotions(session: Session, tenant_id: str, limit: int, after: int | None = None) -> Page[Promotion]:
-    """The changes of the tenant's champion, newest first. `after`: the id of the last one that the client has."""
+    """The tenant's promotions, newest first. `after`: the id of the last one on the previous page."""
     mine = select(Promotion).where(Promotion.tenant_id == tenant_id)
     if after is not None:
         mine = mine.where(Promotion.id < after)
@@ -110,47 +120,63 @@ def promotions(session: Session, tenant_id: str, limit: int, after: int | None =
     return page(rows, limit, lambda row: row.id)
 
 
-# --- two versions ---
+def current_promotion(session: Session, champion: ModelVersion | None) -> Promotion | None:
+    """The promotion that made the champion. Releases before migration 0006 wrote none; it is then inserted here."""
+    if champion is None:
+        return None
+    query = select(Promotion).where(Promotion.tenant_id == champion.tenant_id)
+    latest = session.scalar(query.order_by(Promotion.id.desc()).limit(1))
+    if latest is not None and latest.model_id == champion.id:
+        return latest
+    missing = _promotion(champion, PromotionMethod.GATE, latest.id if latest else None, champion.gate)
+    missing.replaced = latest.version if latest else None
+    session.add(missing)
+    session.flush()
+    return missing
 
 
-def compare(session: Session, tenant_id: str, a: str, b: str) -> Comparison:
-    """Two versions beside each other: numbers, or `champion`.
+def set_champion(
+    session: Session,
+    version: ModelVersion,
+    how: PromotionMethod,
+    back_id: int | None,
+    *,
+    verdict: Json | None = None,
+    reason: str | None = None,
+    key_id: uuid.UUID | None = None,
+) -> None:
+    """Replace the tenant's champion with this version and append a promotion. `registry.lock` must be held.
 
-    Raises:
-        ModelNotFound, NoChampion
+    `back_id`: the promotion that a rollback of this one returns to.
     """
-    one, other = (registry.resolve(session, tenant_id, wanted) for wanted in (a, b))
-    found = comparison.common(session, one, other)
-    return Comparison(
-        a=one,
-        b=other,
-        scans=found.scans if found else None,
-        metrics=_figures(found) if found else {},
-        test_digest=found.test_digest if found else None,
-        differences=_differences(one, other),
-        note=_note(found),
+    same_tenant = ModelVersion.tenant_id == version.tenant_id
+    demote = update(ModelVersion).where(same_tenant, ModelVersion.champion).values(champion=False)
+    replaced = session.scalar(demote.returning(ModelVersion.version))
+    promoted = update(ModelVersion).where(ModelVersion.id == version.id)
+    session.execute(promoted.values(champion=True, promoted_at=func.clock_timestamp()))
+    row = _promotion(version, how, back_id, verdict)
+    row.replaced, row.reason, row.by_key = replaced, reason, key_id
+    session.add(row)
+    session.flush()
+    session.refresh(version)
+    _emit_webhook(session, row)
+    wake_dispatcher(session)
+
+
+def _emit_webhook(session: Session, row: Promotion) -> None:
+    """The event leaves the reason out: it is internal free text, and may name anything."""
+    type_ = EventType.MODEL_ROLLED_BACK if row.how == PromotionMethod.ROLLBACK else EventType.MODEL_PROMOTED
+    replaced = None if row.replaced is None else str(row.replaced)
+    data = {"model_version": str(row.version), "replaced": replaced, "how": str(row.how)}
+    webhooks.emit(session, row.tenant_id, f"promotion_{row.id}", type_, data)
+
+
+def _promotion(version: ModelVersion, how: PromotionMethod, back_id: int | None, verdict: Json | None) -> Promotion:
+    return Promotion(
+        tenant_id=version.tenant_id,
+        model_id=version.id,
+        version=version.version,
+        how=how,
+        back_id=back_id,
+        verdict=verdict,
     )
-
-
-def _figures(found: Common) -> dict[str, list[float | None]]:
-    both = found.one, found.other
-    return {name: [each.get(name) for each in both] for name in FIGURES if any(name in each for each in both)}
-
-
-def _note(found: Common | None) -> str:
-    if found is not None:
-        return f"Both were scored on the same {found.scans} test scans."
-    return (
-        "No test scans were scored with both, and figures on different scans compare roughly at best. A training "
-        "scores the champion beside its own network: with one of the two as champion, train the other anew."
-    )
-
-
-def _differences(one: ModelVersion, other: ModelVersion) -> Json:
-    """What made them differ: each pair is [a's, b's]."""
-    made = ({"dataset": each.dataset_digest, "code_revision": each.code_revision} for each in (one, other))
-    return {
-        "params": different(one.params, other.params),
-        "environment": different(one.environment, other.environment),
-        **different(*made),
-    }

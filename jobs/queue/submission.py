@@ -1,4 +1,4 @@
-"""How a job comes to be: its row, its units, its pending results and its first event, in the caller's transaction."""
+"""Submit and retry jobs: row, units, pending results and first event, in the caller's transaction."""
 
 import datetime as dt
 import uuid
@@ -24,7 +24,7 @@ RETRIABLE = (JobState.FAILED, JobState.PARTIALLY_SUCCEEDED, JobState.CANCELLED)
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a client asked for, checked."""
+    """A validated request."""
 
     tenant_id: str
     kind: JobKind
@@ -46,7 +46,7 @@ class NewJob:
 
 @dataclass(frozen=True)
 class NewResult:
-    """One scan of a prediction job: stored, or to be fetched from `source_url`. With an `error` it has failed already.
+    """One scan of a prediction job: stored, or fetched later from `source_url`. With an `error` it has failed already.
 
     `custom_id`, `patient` and `study` are the client's own keys.
     """
@@ -62,7 +62,7 @@ class NewResult:
 
 @dataclass(frozen=True)
 class Quota:
-    """What may be in the queue: scans and batches of one tenant, and scans of all together."""
+    """Limits of the queue: scans and batches of one tenant, and scans of all tenants (`ceiling`)."""
 
     scans: int = 2**31
     batches: int = 2**31
@@ -70,57 +70,57 @@ class Quota:
 
     @classmethod
     def of(cls, settings: Settings) -> "Quota":
-        """The quota of the settings."""
+        """The quota in the settings."""
         return cls(settings.quota_scans, settings.quota_batches, settings.queue_ceiling)
 
 
 UNLIMITED = Quota()
 
 
-def admit(session: Session, tenant_id: str, quota: Quota, scans: int = 1, batches: int = 0) -> None:
-    """Look whether so much more may be queued, before an upload is stored. `submit` decides.
+def check_quota(session: Session, tenant_id: str, quota: Quota, scans: int = 1, batches: int = 0) -> None:
+    """Fail early, before an upload is stored, if the queue has no room. `submit` decides.
 
     Raises:
         QuotaExceeded, QueueFull
     """
-    _refuse_beyond_ceiling(session, quota, scans)
+    _require_ceiling(session, quota, scans)
     load = session.get(TenantLoad, tenant_id)
     if load is not None:
-        _refuse_beyond(quota.scans, load.scans, scans, "scans")
-        _refuse_beyond(quota.batches, load.batches, batches, "batches")
+        _require_quota(quota.scans, load.scans, scans, "scans")
+        _require_quota(quota.batches, load.batches, batches, "batches")
 
 
 def submit(
     session: Session, new: NewJob, scans: Sequence[NewResult] = (), chunk: int = 128, quota: Quota = UNLIMITED
 ) -> Job:
-    """Insert a job, its units, its pending results and its first event; ring the dispatcher at commit.
+    """Insert a job, its units, its pending results and its first event; the commit notifies the dispatcher.
 
-    A prediction gets one unit for each `chunk` scans; any other job has one unit.
+    A prediction gets one unit per `chunk` scans; any other job has one unit.
 
     Raises:
-        QuotaExceeded: the tenant has as much in the queue as it may.
-        QueueFull: all tenants together have.
+        QuotaExceeded: the tenant would exceed its quota.
+        QueueFull: all tenants together would exceed the ceiling.
     """
     job = _new_job(new, total=len(scans) or 1)
     session.add(job)
     session.flush()
-    parts = _parts(scans, chunk) if scans else [[]]
+    parts = _split_into_units(scans, chunk) if scans else [[]]
     units = [_unit(job, ordinal, len(part)) for ordinal, part in enumerate(parts)]
     if units:
         session.execute(insert(Unit), units)
     _insert_results(session, job, scans, {o: u["id"] for u, part in zip(units, parts, strict=True) for o in part})
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
-    _load(session, job, quota)
-    end_if_done(session, job.id)  # a batch of broken scans alone has nothing to wait for
+    _add_load(session, job, quota)
+    end_if_done(session, job.id)  # a batch in which every scan failed already is finished
     wake_dispatcher(session)
     session.refresh(job)
     return job
 
 
 def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128, quota: Quota = UNLIMITED) -> Job:
-    """Submit anew what a job did not bring to a good end. Its own end stays: the retry is a new job, made once.
+    """Submit the unsuccessful part of a job as a new job. The old job keeps its state and has one retry at most.
 
-    A training goes on from its last checkpoint; of a prediction only the scans without a result are taken.
+    A training resumes from its last checkpoint; a prediction repeats only the scans without a result.
 
     Raises:
         JobNotFound: no such job of this tenant.
@@ -137,24 +137,24 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
         return made
     if not retention.are_kept(session, job_id):
         raise WrongState("This job's results have expired, and with them which scans failed: submit those anew.")
-    scans = _left_over(session, old)
+    scans = _unsuccessful_scans(session, old)
     if old.kind in PREDICTIONS and not scans:
         detail = "None of this job's failed scans is stored: upload them again with a new job."
         raise WrongState(detail)
-    job = submit(session, _again(old), scans, chunk, quota)
+    job = submit(session, _retry_of(old), scans, chunk, quota)
     if old.kind == JobKind.INGEST:
-        _check_again(session, old, job)
+        _move_dataset_check(session, old, job)
     return job
 
 
-def _check_again(session: Session, old: Job, new: Job) -> None:
-    """The dataset whose check died is checked by the new job; one that was checked to its end stays as it is."""
+def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
+    """Let the new job check the dataset, unless its check was completed."""
     unchecked = update(Dataset).where(Dataset.job_id == old.id, Dataset.state == DatasetState.CHECKING)
     if session.execute(unchecked.values(job_id=new.id)).rowcount == 0:  # type: ignore[attr-defined]
         raise WrongState("This dataset was checked to the end. GET /datasets/ID says what to mend; upload it anew.")
 
 
-def _again(old: Job) -> NewJob:
+def _retry_of(old: Job) -> NewJob:
     return NewJob(
         tenant_id=old.tenant_id,
         kind=JobKind(old.kind),
@@ -174,17 +174,17 @@ def _again(old: Job) -> NewJob:
     )
 
 
-def _left_over(session: Session, old: Job) -> list[NewResult]:
+def _unsuccessful_scans(session: Session, old: Job) -> list[NewResult]:
     rows = session.scalars(
         select(ScanResult)
         .where(ScanResult.job_id == old.id, ScanResult.state.in_((ResultState.FAILED, ResultState.CANCELLED)))
         .where(or_(ScanResult.scan_id.is_not(None), ScanResult.source_url.is_not(None)))
         .order_by(ScanResult.ordinal)
     )
-    return [_again_result(row) for row in rows]
+    return [_retry_of_result(row) for row in rows]
 
 
-def _again_result(row: ScanResult) -> NewResult:
+def _retry_of_result(row: ScanResult) -> NewResult:
     return NewResult(
         row.scan_id, row.name, row.custom_id, patient=row.patient, study=row.study, source_url=row.source_url
     )
@@ -193,10 +193,10 @@ def _again_result(row: ScanResult) -> NewResult:
 # --- the tenant's load ---
 
 
-def _load(session: Session, job: Job, quota: Quota) -> None:
-    """Add the job to its tenant's load, in the one statement that also says whether that is too much."""
+def _add_load(session: Session, job: Job, quota: Quota) -> None:
+    """Add the job to its tenant's load in one statement, whose result decides whether the quota is exceeded."""
     batches = int(job.kind == JobKind.PREDICT_BATCH)
-    _refuse_beyond_ceiling(session, quota, job.total)
+    _require_ceiling(session, quota, job.total)
     new = upsert(TenantLoad).values(tenant_id=job.tenant_id, scans=job.total, batches=batches)
     grown = {"scans": TenantLoad.scans + new.excluded.scans, "batches": TenantLoad.batches + new.excluded.batches}
     row = session.execute(
@@ -204,16 +204,16 @@ def _load(session: Session, job: Job, quota: Quota) -> None:
             TenantLoad.scans, TenantLoad.batches
         )
     ).one()
-    _refuse_beyond(quota.scans, row.scans - job.total, job.total, "scans")
-    _refuse_beyond(quota.batches, row.batches - batches, batches, "batches")
+    _require_quota(quota.scans, row.scans - job.total, job.total, "scans")
+    _require_quota(quota.batches, row.batches - batches, batches, "batches")
 
 
-def _refuse_beyond(limit: int, queued: int, more: int, what: str) -> None:
+def _require_quota(limit: int, queued: int, more: int, what: str) -> None:
     if more and queued + more > limit:
         raise QuotaExceeded(queued=queued, what=what, limit=limit)
 
 
-def _refuse_beyond_ceiling(session: Session, quota: Quota, scans: int) -> None:
+def _require_ceiling(session: Session, quota: Quota, scans: int) -> None:
     queued = session.scalar(select(func.coalesce(func.sum(TenantLoad.scans), 0)))
     if queued is not None and queued + scans > quota.ceiling:
         raise QueueFull
@@ -256,16 +256,16 @@ def _unit(job: Job, ordinal: int, scans: int) -> Json:
     }
 
 
-def _parts(scans: Sequence[NewResult], chunk: int) -> list[list[int]]:
-    """The ordinals of each unit: `chunk` scans, less those that failed before they began.
+def _split_into_units(scans: Sequence[NewResult], chunk: int) -> list[list[int]]:
+    """The ordinals of each unit: `chunk` distinct scans, without those that have failed already.
 
-    The same scan is in one unit however often it comes: it is computed once.
+    All occurrences of a scan are in one unit, so that it is computed once.
     """
-    alike: dict[object, list[int]] = {}
+    by_source: dict[object, list[int]] = {}
     for ordinal, scan in enumerate(scans):
         if scan.error is None:
-            alike.setdefault(scan.scan_id or scan.source_url, []).append(ordinal)
-    distinct = list(alike.values())
+            by_source.setdefault(scan.scan_id or scan.source_url, []).append(ordinal)
+    distinct = list(by_source.values())
     return [
         [ordinal for same in distinct[start : start + chunk] for ordinal in same]
         for start in range(0, len(distinct), chunk)

@@ -8,7 +8,15 @@ from jobs.tables.columns import Json, new_id
 from jobs.tables.dataset import Dataset
 from jobs.tables.job import TERMINAL_EVENTS, Artifact, Checkpoint, Job, JobEvent, TenantLoad
 from jobs.tables.key import ApiKey, IdempotencyKey
-from jobs.tables.model import How, ModelEvaluation, ModelVersion, PredictionCount, Promotion, RegistryMirror, Truth
+from jobs.tables.model import (
+    ModelEvaluation,
+    ModelVersion,
+    PredictionCount,
+    Promotion,
+    PromotionMethod,
+    RegistryMirror,
+    Truth,
+)
 from jobs.tables.process import Process
 from jobs.tables.result import NOT_SUCCEEDED, ScanResult
 from jobs.tables.scan import Scan, Upload
@@ -24,7 +32,6 @@ __all__ = [
     "Dataset",
     "Delivery",
     "DeliveryState",
-    "How",
     "IdempotencyKey",
     "Job",
     "JobEvent",
@@ -34,6 +41,7 @@ __all__ = [
     "PredictionCount",
     "Process",
     "Promotion",
+    "PromotionMethod",
     "RegistryMirror",
     "Scan",
     "ScanResult",

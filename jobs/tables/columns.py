@@ -15,6 +15,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+
 Json = dict[str, Any]
 
 
@@ -41,6 +43,16 @@ def time_of_insert() -> Mapped[dt.datetime]:
 
 def optional_time() -> Mapped[dt.datetime | None]:
     return mapped_column(DateTime(timezone=True))
+
+
+def pipeline_column() -> Mapped[str]:
+    """Which pipeline the row is of."""
+    return mapped_column(String(40), default=IMAGE, server_default=IMAGE)
+
+
+def task_column() -> Mapped[str]:
+    """What a model is for, within its pipeline: a tenant has one champion for each task."""
+    return mapped_column(String(40), default=DEFAULT_TASK, server_default=DEFAULT_TASK)
 
 
 def counter() -> Mapped[int]:

@@ -1,4 +1,4 @@
-"""Datasets."""
+"""The table of datasets."""
 
 import datetime as dt
 import uuid
@@ -16,7 +16,7 @@ from jobs.db import Base
 from jobs.states import (
     DatasetState,
 )
-from jobs.tables.columns import Json, id_column, one_of, tenant_column, time_of_insert
+from jobs.tables.columns import Json, id_column, one_of, pipeline_column, tenant_column, time_of_insert
 
 
 class Dataset(Base):
@@ -30,11 +30,12 @@ class Dataset(Base):
 
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = tenant_column()
+    pipeline: Mapped[str] = pipeline_column()
     name: Mapped[str] = mapped_column(String(200))
     state: Mapped[str] = mapped_column(String(20), default=DatasetState.CHECKING)
     archive_sha256: Mapped[str] = mapped_column(String(64))
     archive_bytes: Mapped[int] = mapped_column(BigInteger)
-    digest: Mapped[str | None] = mapped_column(String(64))  # of what is in it, whatever the zip's packing
+    digest: Mapped[str | None] = mapped_column(String(64))  # of the contents; independent of how the zip was packed
     classes: Mapped[dict[str, int] | None] = mapped_column(JSONB)
     problems: Mapped[list[str]] = mapped_column(JSONB, default=list, server_default="[]")
     report: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # {"inspection": {...}, "warnings": [...]}

@@ -1,8 +1,4 @@
-"""The tables. "Tables", because a model here is a network.
-
-What a CHECK, an index or a trigger can forbid is forbidden there; the triggers are in the migrations. Every row that
-belongs to somebody carries `tenant_id`.
-"""
+"""Tables of a job: its row, events, artifacts, checkpoints and the load of its tenant."""
 
 import datetime as dt
 import uuid
@@ -30,11 +26,20 @@ from jobs.states import (
     JobState,
     Lane,
 )
-from jobs.tables.columns import Json, counter, id_column, one_of, optional_time, time_of_insert
+from jobs.tables.columns import (
+    Json,
+    counter,
+    id_column,
+    one_of,
+    optional_time,
+    pipeline_column,
+    task_column,
+    time_of_insert,
+)
 
 
 class Job(Base):
-    """One request for work. `revision` grows with every change (a trigger), and is the ETag."""
+    """One request for work. A trigger increments `revision` on every change; it is the ETag."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -45,9 +50,9 @@ class Job(Base):
         CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
         CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
-        # The dispatcher's way to work, and the way to a place in the queue: history costs them nothing.
+        # For the dispatcher and the queue position: finished jobs cost them nothing.
         Index("ix_jobs_unfinished", "lane", "tenant_id", "id", postgresql_where=text("finished_at IS NULL")),
-        # One key of a client makes one job, and one job is retried as one: whatever the API's processes do.
+        # One idempotency key makes one job, and a job has one retry, however many API processes race.
         Index(
             "uq_jobs_tenant_id_idempotency_key",
             "tenant_id",
@@ -56,7 +61,7 @@ class Job(Base):
             postgresql_where=text("idempotency_key IS NOT NULL"),
         ),
         Index("uq_jobs_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # A job that is deleted looks for its reproductions by this.
+        # For the foreign key's check when a job is deleted.
         Index("ix_jobs_reproduction_of", "reproduction_of", postgresql_where=text("reproduction_of IS NOT NULL")),
         Index(
             "ix_jobs_unexpired",
@@ -75,17 +80,21 @@ class Job(Base):
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = mapped_column(String(63))
     kind: Mapped[str] = mapped_column(String(20))
+    pipeline: Mapped[str] = pipeline_column()
+    task: Mapped[str] = task_column()
     lane: Mapped[str] = mapped_column(String(20))
     state: Mapped[str] = mapped_column(String(20), default=JobState.QUEUED)
     revision: Mapped[int] = mapped_column(BigInteger, default=1, server_default="1")
     name: Mapped[str | None] = mapped_column(String(200))
     params: Mapped[Json] = mapped_column(JSONB, default=dict)
-    labels: Mapped[Json] = mapped_column("metadata", JSONB, default=dict)  # `metadata` is SQLAlchemy's own word
+    labels: Mapped[Json] = mapped_column(
+        "metadata", JSONB, default=dict
+    )  # SQLAlchemy reserves the attribute `metadata`
     source_url: Mapped[str | None] = mapped_column(Text)
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
     model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
     model_version: Mapped[int | None] = mapped_column(Integer)
-    base_model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what a training begins from: weights: version:N
+    base_model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what a training starts from: `weights: version:N`
     promote: Mapped[str] = mapped_column(String(10), default="auto", server_default="auto")
     cancel_requested_at: Mapped[dt.datetime | None] = optional_time()
     stage: Mapped[str | None] = mapped_column(String(40))
@@ -99,9 +108,11 @@ class Job(Base):
     metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
-    engines: Mapped[list[str]] = mapped_column(ARRAY(String(40)), default=list, server_default="{}")  # of its results
+    engines: Mapped[list[str]] = mapped_column(
+        ARRAY(String(40)), default=list, server_default="{}"
+    )  # that computed its results
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
-    tracked_at: Mapped[dt.datetime | None] = optional_time()  # when MLflow had all of an ended training
+    tracked_at: Mapped[dt.datetime | None] = optional_time()  # when MLflow had received all of an ended training
     idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
     retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
     reproduction_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
@@ -114,11 +125,11 @@ class Job(Base):
 
 
 TERMINAL_EVENTS = frozenset(str(state) for state in TERMINAL)
-"""A job's last event bears its last state's name."""
+"""A job's last event has the name of its final state."""
 
 
 class JobEvent(Base):
-    """What happened, append-only. A job has exactly one terminal event: the partial index refuses a second."""
+    """Append-only log of a job. A partial index allows one terminal event per job."""
 
     __tablename__ = "job_events"
     __table_args__ = (
@@ -154,7 +165,7 @@ class Artifact(Base):
 
 
 class Checkpoint(Base):
-    """A training's state after an epoch, in the store of artifacts. Path and row carry the fence of its writer."""
+    """A training's state after an epoch, in the blob store. Path and row hold the fence of their writer."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (Index("ix_checkpoints_job_id", "job_id"),)
@@ -171,7 +182,7 @@ class Checkpoint(Base):
 
 
 class TenantLoad(Base):
-    """What a tenant has in the queue: kept by the verbs that submit and end jobs, so that a quota costs one row."""
+    """A tenant's share of the queue. Submitting and finishing jobs update it, so that a quota check reads one row."""
 
     __tablename__ = "tenant_loads"
     __table_args__ = (CheckConstraint("scans >= 0 AND batches >= 0", name="counts"),)

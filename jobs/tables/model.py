@@ -1,4 +1,4 @@
-"""Model versions, their scores and promotions, and what is known of their predictions."""
+"""Tables of model versions: their scores, promotions, prediction counts (for drift) and feedback."""
 
 import datetime as dt
 import uuid
@@ -24,21 +24,39 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
-from jobs.tables.columns import Json, id_column, one_of, optional_time, tenant_column, time_of_insert
+from jobs.tables.columns import (
+    Json,
+    id_column,
+    one_of,
+    optional_time,
+    pipeline_column,
+    task_column,
+    tenant_column,
+    time_of_insert,
+)
 
 
 class ModelVersion(Base):
-    """What a successful training made. At most one a tenant is champion: the partial index says so."""
+    """The result of a successful training. A partial index allows one champion per tenant."""
 
     __tablename__ = "model_versions"
     __table_args__ = (
         Index("uq_model_versions_tenant_id_version", "tenant_id", "version", unique=True),
-        Index("uq_model_versions_champion", "tenant_id", unique=True, postgresql_where=text("champion")),
+        Index(
+            "uq_model_versions_champion",
+            "tenant_id",
+            "pipeline",
+            "task",
+            unique=True,
+            postgresql_where=text("champion"),
+        ),
     )
 
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = mapped_column(String(63))
     version: Mapped[int] = mapped_column(Integer)
+    pipeline: Mapped[str] = pipeline_column()
+    task: Mapped[str] = task_column()
     champion: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"))
@@ -51,14 +69,16 @@ class ModelVersion(Base):
     code_revision: Mapped[str | None] = mapped_column(String(64))
     environment: Mapped[Json] = mapped_column(JSONB, default=dict)
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
-    mlflow_version: Mapped[str | None] = mapped_column(String(20))  # its number in MLflow's registry, once it is there
-    reference: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # its test scans; see jobs/models/drift.py
+    mlflow_version: Mapped[str | None] = mapped_column(String(20))  # its number in MLflow's registry, once synced
+    reference: Mapped[Json | None] = mapped_column(
+        JSONB(none_as_null=True)
+    )  # histograms of its test scans; see jobs/models/drift.py
     created_at: Mapped[dt.datetime] = time_of_insert()
     promoted_at: Mapped[dt.datetime | None] = optional_time()
 
 
 class ModelEvaluation(Base):
-    """A version's scores on one set of test scans: its own, and those of later trainings that it was compared on."""
+    """A version's scores on one set of test scans: its own set, or that of a later training it was compared on."""
 
     __tablename__ = "model_evaluations"
 
@@ -71,31 +91,33 @@ class ModelEvaluation(Base):
     created_at: Mapped[dt.datetime] = time_of_insert()
 
 
-class How(StrEnum):
-    """What made a version the champion."""
+class PromotionMethod(StrEnum):
+    """How a version became champion."""
 
-    GATE = "gate"  # the gate at its training's end
-    REQUEST = "request"  # somebody asked, and the gate agreed
-    FORCE = "force"  # somebody decided against the gate, and said why
+    GATE = "gate"  # by the gate, when its training ended
+    REQUEST = "request"  # by request, and the gate passed
+    FORCE = "force"  # by request against the gate, with a reason
     ROLLBACK = "rollback"
 
 
 class Promotion(Base):
-    """A change of the champion: who, when, why. Append-only (a trigger); the latest one is in force.
+    """A change of the champion: who, when, why. Append-only (a trigger); the latest row names the champion.
 
-    `back_id` is the promotion that a rollback returns to; a rollback takes over that of the one it returned to, so
-    that the next rollback goes one further back.
+    `back_id` is the promotion that a rollback returns to. A rollback copies the `back_id` of the promotion it returned
+    to, so that the next rollback goes one step further.
     """
 
     __tablename__ = "promotions"
     __table_args__ = (
-        CheckConstraint(one_of("how", How), name="how"),
+        CheckConstraint(one_of("how", PromotionMethod), name="how"),
         CheckConstraint("(how <> 'force') OR (reason IS NOT NULL)", name="force_has_reason"),
         Index("ix_promotions_tenant_id_id", "tenant_id", "id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(63))
+    pipeline: Mapped[str] = pipeline_column()
+    task: Mapped[str] = task_column()
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
     version: Mapped[int] = mapped_column(Integer)
     replaced: Mapped[int | None] = mapped_column(Integer)  # the version that was champion before
@@ -108,7 +130,7 @@ class Promotion(Base):
 
 
 class RegistryMirror(Base):
-    """How far MLflow's registry has followed a tenant's promotions."""
+    """The last promotion of a tenant that was synced to MLflow's registry."""
 
     __tablename__ = "registry_mirrors"
 
@@ -117,10 +139,10 @@ class RegistryMirror(Base):
 
 
 class PredictionCount(Base):
-    """How many scans a version predicted on a day (UTC) in one bin of one figure: what drift is reckoned from.
+    """How many scans a version predicted on a day (UTC) in one bin of one figure. Drift is computed from these counts.
 
-    `what`: an input statistic, `confidence`, `class` or `disposition`; `bin`: a number of the version's reference, or a
-    word. Results that were taken over from equal ones are not counted again.
+    `what`: an input statistic, `confidence`, `class` or `disposition`. `bin`: the index of a bin of the version's
+    reference, or a word. Results from the cache are not counted again.
     """
 
     __tablename__ = "prediction_counts"
@@ -134,9 +156,9 @@ class PredictionCount(Base):
 
 
 class Truth(Base):
-    """What a scan turned out to show, told of one of its predictions. Append-only: of one model's, the latest counts.
+    """Feedback: the true label of a scan that was predicted. Append-only; the latest row of a scan and model counts.
 
-    It holds what was predicted, so that it outlives the results.
+    It copies the prediction, since results expire.
     """
 
     __tablename__ = "truths"
@@ -151,7 +173,7 @@ class Truth(Base):
     predicted: Mapped[str] = mapped_column(String(100))
     confidence: Mapped[float] = mapped_column(Double)
     disposition: Mapped[str | None] = mapped_column(String(100))
-    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own key, as its results have it
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own key, copied from the result
     predicted_at: Mapped[dt.datetime] = mapped_column(DateTime(timezone=True))
     by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     at: Mapped[dt.datetime] = time_of_insert()

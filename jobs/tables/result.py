@@ -33,7 +33,9 @@ class ScanResult(Base):
     __table_args__ = (
         CheckConstraint(one_of("state", ResultState), name="state"),
         CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_is_ended"),
-        CheckConstraint("(state = 'succeeded') = (label IS NOT NULL)", name="succeeded_has_label"),
+        CheckConstraint(
+            "(state = 'succeeded') = (label IS NOT NULL OR output IS NOT NULL)", name="succeeded_has_output"
+        ),
         Index("ix_scan_results_unit_id", "unit_id"),
         # Where a running job's results end for now, and the few that failed, among millions of others.
         Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
@@ -61,6 +63,7 @@ class ScanResult(Base):
     label: Mapped[str | None] = mapped_column(String(100))
     confidence: Mapped[float | None] = mapped_column(Double)
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
+    output: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # what else the pipeline answers
     engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
     cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
     disposition: Mapped[str | None] = mapped_column(

@@ -29,8 +29,8 @@ class Scan(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     size: Mapped[int] = mapped_column(BigInteger)
     media_type: Mapped[str] = mapped_column(String(40))
-    width: Mapped[int] = mapped_column(Integer)
-    height: Mapped[int] = mapped_column(Integer)
+    width: Mapped[int | None] = mapped_column(Integer)  # pixels, where the pipeline's items have any
+    height: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[dt.datetime] = time_of_insert()
 
 

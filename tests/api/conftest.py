@@ -23,8 +23,8 @@ from api.http.context import EXTENSION
 from cli.stack.server_plan import free_port
 from jobs import keys
 from jobs.db import Sessions
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.settings import Settings
@@ -85,7 +85,7 @@ def champion(sessions: Sessions) -> ModelVersion:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel("a" * 64, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
-        made = registry.add(session, held, new, Policy())
+        made = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held, metrics={"accuracy": 0.97, "f1": 0.97})
     return made
 

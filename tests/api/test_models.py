@@ -11,8 +11,8 @@ from api.http.context import EXTENSION
 from api.views.model_card_markdown import escaped
 from jobs.db import Sessions, listening
 from jobs.models import promotion
-from jobs.models.cards import MIRROR
-from jobs.models.gate import Policy
+from jobs.models.cards import REGISTRY_SYNC
+from jobs.models.gate import GatePolicy
 from jobs.tables import Dataset, ModelVersion
 from tests import builders
 from tests.api.conftest import Door
@@ -204,7 +204,7 @@ def test_a_change_of_the_champion_rings_for_the_mirror(
     make_model(sessions, {"f1": 0.5})
     with listening(sessions.kw["bind"], "renalq_units") as bell:
         client.post("/models/2/promote", json={"force": True, "reason": "To hear."})
-        assert MIRROR in bell.wait(5)
+        assert REGISTRY_SYNC in bell.wait(5)
 
 
 # --- two versions ---
@@ -346,7 +346,7 @@ def test_a_card_tells_the_newest_of_a_long_history(client: FlaskClient, sessions
         for number in range(30):
             for version in ("2", "1"):
                 reason = f"Turn {number}."
-                promotion.promote(session, builders.TENANT, version, Policy(), force=True, reason=reason)
+                promotion.promote(session, builders.TENANT, version, GatePolicy(), force=True, reason=reason)
     card = client.get("/models/1/card", headers={"Accept": "application/json"}).get_json()
     assert [each["reason"] for each in card["promotions"]] == [f"Turn {number}." for number in range(10, 30)]
 

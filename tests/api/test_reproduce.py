@@ -7,8 +7,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from jobs.db import Sessions
-from jobs.models import registry, reproduction
-from jobs.models.gate import Policy
+from jobs.models import promotion, reproduction
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.states import JobKind, JobState
@@ -25,7 +25,7 @@ def finish_training(sessions: Sessions, job_id: str, f1: float = 0.97, params: d
     with sessions.begin() as session:
         held = builders.claim(session, builders.units_of(session, session.get_one(Job, uuid.UUID(job_id)))[0])
         new = NewModel("a" * 64, ["Normal", "Tumor"], params, {"f1": f1}, "d" * 64, "abc")
-        registry.add(session, held, new, Policy())
+        promotion.register(session, held, new, GatePolicy())
         reproduction.write(session, held)
         lifecycle.succeed(session, held, metrics={"f1": f1})
 

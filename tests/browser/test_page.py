@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from jobs.db import Sessions
 from jobs.models import promotion
-from jobs.models.gate import Policy
+from jobs.models.gate import GatePolicy
 from jobs.queue.outcomes import ScanOutcome
 from jobs.states import JobKind, JobState
 from jobs.tables import ModelVersion, ScanResult
@@ -159,7 +159,7 @@ def test_a_champion_by_force_is_not_said_to_be_the_gates(
 ) -> None:
     with sessions.begin() as session:
         worse = str(builders.make_model(session, {"f1": 0.5}).version)
-        promotion.promote(session, builders.TENANT, worse, Policy(), force=True, reason="The ward asked for it.")
+        promotion.promote(session, builders.TENANT, worse, GatePolicy(), force=True, reason="The ward asked for it.")
     visit.enter()
     expect(visit.page.locator("#champion-version")).to_have_text(f"version {worse}")
     visit.page.get_by_text("Why the gate did not promote it").click()

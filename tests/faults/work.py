@@ -8,8 +8,8 @@ from io import BytesIO
 
 from sqlalchemy import insert, select, text
 
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.queue.submission import NewJob, NewResult, submit
@@ -62,7 +62,7 @@ def champion(processes: Stack, tenant_id: str = TENANT) -> ModelVersion:
         job = builders.make_job(session, tenant_id=tenant_id)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel(blob.sha256, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
-        made = registry.add(session, held, new, Policy())
+        made = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held, metrics={"accuracy": 0.97, "f1": 0.97})
         return made
 

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from jobs.db import Sessions, listening
 from jobs.errors import Invalid, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
 from jobs.models import comparison, promotion, registry
-from jobs.models.cards import MIRROR
-from jobs.models.comparison import Measured
-from jobs.models.gate import Policy
+from jobs.models.cards import REGISTRY_SYNC
+from jobs.models.comparison import PairedScores
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.queue.job_events import UNITS_CHANNEL
@@ -25,7 +25,7 @@ from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion, new_id
 from tests import builders
 from tests.builders import TENANT
 
-POLICY = Policy()
+POLICY = GatePolicy()
 ONE_SET, OTHER_SET = "1" * 64, "2" * 64
 WHY = "The radiologists want it back."
 
@@ -35,16 +35,16 @@ def scores(f1: float, test_digest: str = ONE_SET, **more: Any) -> dict[str, Any]
     return {**builders.SCORES, "f1": f1, "test_digest": test_digest, "held_out": 93, **more}
 
 
-def measured(champion: ModelVersion, ours: float, theirs: float, test_digest: str = OTHER_SET) -> Measured:
+def measured(champion: ModelVersion, ours: float, theirs: float, test_digest: str = OTHER_SET) -> PairedScores:
     """What a training found that scored this champion beside its network."""
     scans = 93 if test_digest == ONE_SET else 40
-    return Measured(champion.id, "", test_digest, scans, scores(ours, test_digest), scores(theirs, test_digest))
+    return PairedScores(champion.id, "", test_digest, scans, scores(ours, test_digest), scores(theirs, test_digest))
 
 
 def trained(
     session: Session,
     metrics: dict[str, Any],
-    beside: Measured | None = None,
+    beside: PairedScores | None = None,
     tenant_id: str = TENANT,
     promote: str = "auto",
     **new: Any,
@@ -53,7 +53,7 @@ def trained(
     job = builders.make_job(session, tenant_id=tenant_id, promote=promote)
     held = builders.claim(session, builders.units_of(session, job)[0])
     fields: dict[str, Any] = {"params": {}, "dataset_digest": "d" * 64, "code_revision": "abc", **new}
-    made = registry.add(
+    made = promotion.register(
         session, held, NewModel("a" * 64, ["Normal", "Tumor"], metrics=metrics, **fields), POLICY, beside
     )
     lifecycle.succeed(session, held)
@@ -126,7 +126,7 @@ def test_on_one_test_set_the_latest_scores_of_both_stand_beside_each_other(sessi
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.951, 0.952, ONE_SET))
     assert not second.champion, "on this machine, now, the champion has 0.952"
-    found = promotion.compare(session, TENANT, "1", "2")
+    found = comparison.compare(session, TENANT, "1", "2")
     assert (found.scans, found.metrics["f1"]) == (93, [0.952, 0.951])
     assert first.metrics["f1"] == 0.95, "what its own training found stays as it was"
 
@@ -135,21 +135,21 @@ def test_on_its_own_test_scans_too_a_version_is_compared_as_it_predicts(session:
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.949, 0.95, ONE_SET))
     assert not second.champion, "rounded as predictions are, it has 0.949"
-    assert promotion.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
+    assert comparison.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
 
 
 def test_scores_on_what_a_version_has_learnt_from_compare_with_nobodys(session: Session) -> None:
     trained(session, scores(0.99, leaks={"patients": 0, "duplicates": 33}))
     promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
-    leaky = promotion.registry.resolve(session, TENANT, "1")
+    leaky = registry.resolve(session, TENANT, "1")
     honest = trained(session, scores(0.93), measured(leaky, 0.92, 0.90))
     assert honest.gate["reasons"][0] == "F1 0.9200 ≥ the champion's 0.9000 (version 1) on the same 40 test scans."
-    assert promotion.compare(session, TENANT, "1", "2").scans == 40
+    assert comparison.compare(session, TENANT, "1", "2").scans == 40
 
 
 def test_without_a_comparison_the_reasons_say_why(session: Session) -> None:
     first = trained(session, scores(0.9))
-    version = trained(session, scores(0.99, OTHER_SET), Measured(first.id, "its file cannot be read"))
+    version = trained(session, scores(0.99, OTHER_SET), PairedScores(first.id, "its file cannot be read"))
     assert not version.champion
     assert "cannot be compared with the champion (version 1): its file cannot be read." in version.gate["reasons"][0]
 
@@ -213,7 +213,7 @@ def test_a_worse_version_is_refused_with_all_reasons(session: Session, three: li
 
 def test_versions_without_common_test_scans_say_train_anew_or_force(session: Session) -> None:
     first = trained(session, scores(0.9))
-    trained(session, scores(0.99, OTHER_SET), Measured(first.id, "it could not be scored"))
+    trained(session, scores(0.99, OTHER_SET), PairedScores(first.id, "it could not be scored"))
     with pytest.raises(PromotionRefused) as raised:
         promotion.promote(session, TENANT, "2", POLICY)
     assert raised.value.reasons[0] == (
@@ -261,7 +261,7 @@ def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
         with sessions.begin() as session:
             promotion.rollback(session, TENANT)
             assert notifications.wait(0) == []
-        assert set(notifications.wait(5)) == {"", MIRROR}
+        assert set(notifications.wait(5)) == {"", REGISTRY_SYNC}
 
 
 # --- rollback ---
@@ -353,7 +353,7 @@ def test_two_tenants_have_a_champion_and_a_history_each(session: Session, three:
     assert history(session, "elsewhere") == [(1, None, "gate")]
     for what in (
         lambda: promotion.promote(session, "elsewhere", "3", POLICY, force=True, reason=WHY),
-        lambda: promotion.compare(session, "elsewhere", "1", "2"),
+        lambda: comparison.compare(session, "elsewhere", "1", "2"),
     ):
         with pytest.raises(ModelNotFound):
             what()
@@ -432,7 +432,7 @@ def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(sessio
         session, scores(0.95), measured(first, 0.7, 0.6),
         params={"epochs": 9, "seed": 7}, environment={"torch": "2.9"}, dataset_digest="e" * 64,
     )  # fmt: skip
-    found = promotion.compare(session, TENANT, "1", "champion")
+    found = comparison.compare(session, TENANT, "1", "champion")
     assert (found.a.id, found.b.id) == (first.id, second.id)
     assert (found.scans, found.test_digest) == (93, ONE_SET)
     assert (found.metrics["f1"], found.metrics["recall"]) == ([0.9, 0.95], [0.88, 0.96])
@@ -446,7 +446,7 @@ def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(sessio
 def test_two_versions_without_common_test_scans_have_no_figures(session: Session) -> None:
     trained(session, scores(0.9))
     trained(session, scores(0.95, OTHER_SET), code_revision="def")
-    found = promotion.compare(session, TENANT, "1", "2")
+    found = comparison.compare(session, TENANT, "1", "2")
     assert (found.scans, found.metrics, found.test_digest) == (None, {}, None)
     assert found.differences["code_revision"] == ["abc", "def"]
     assert found.note.startswith("No test scans were scored with both")
@@ -455,18 +455,22 @@ def test_two_versions_without_common_test_scans_have_no_figures(session: Session
 def test_versions_that_tell_no_test_set_have_no_common_one(session: Session) -> None:
     for _ in range(2):
         trained(session, builders.SCORES)
-    assert promotion.compare(session, TENANT, "1", "2").metrics == {}
+    assert comparison.compare(session, TENANT, "1", "2").metrics == {}
     assert session.scalars(select(ModelEvaluation)).all() == []
 
 
 def test_a_comparison_of_what_there_is_not_says_so(session: Session) -> None:
     trained(session, scores(0.9))
     with pytest.raises(ModelNotFound):
-        promotion.compare(session, TENANT, "1", "2")
+        comparison.compare(session, TENANT, "1", "2")
 
 
 def test_a_measurement_of_another_champion_is_not_taken_for_this_ones(session: Session) -> None:
     first, unknown = trained(session, scores(0.9)), uuid.uuid4()
-    assert comparison.why_not(first, Measured(unknown, "its file cannot be read")) != "its file cannot be read"
-    assert comparison.why_not(first, Measured(first.id, "its file cannot be read")) == "its file cannot be read"
-    assert comparison.why_not(None, None) is None
+    assert (
+        comparison.missing_reason(first, PairedScores(unknown, "its file cannot be read")) != "its file cannot be read"
+    )
+    assert (
+        comparison.missing_reason(first, PairedScores(first.id, "its file cannot be read")) == "its file cannot be read"
+    )
+    assert comparison.missing_reason(None, None) is None

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
 from jobs.models import drift, feedback
-from jobs.models.drift import Policy, chance, limit, psi
+from jobs.models.drift import DriftPolicy, chance, limit, psi
 from jobs.models.feedback import Judged
 from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
@@ -30,7 +30,7 @@ from tests import builders
 from tests.builders import TENANT
 from worker.dispatcher.loop import Dispatcher
 
-POLICY = Policy(bound=0.25, least_scans=50)
+POLICY = DriftPolicy(bound=0.25, least_scans=50)
 SCANS = 93
 """Of the reference: a test set of a usual size."""
 FIGURES = ("brightness", "contrast", "black", "sharpness", "colour", "confidence")
@@ -96,7 +96,7 @@ def day_of(session: Session, version: ModelVersion, days_ago: int, scans: int, s
     session.execute(text(moved), {"ago": days_ago})
 
 
-def seen(session: Session, version: ModelVersion, days: int = 30, policy: Policy = POLICY) -> drift.Drift:
+def seen(session: Session, version: ModelVersion, days: int = 30, policy: DriftPolicy = POLICY) -> drift.Drift:
     """The version's drift."""
     return drift.drift(session, version, policy, days)
 
@@ -258,7 +258,7 @@ def test_brighter_pictures_are_alarmed_and_usual_ones_are_not(sessions: Sessions
         assert bright.figures["brightness"].psi > 0.5 > usual.figures["brightness"].psi
         assert set(bright.figures) == {*FIGURES, "class", "rejected"}
         assert seen(session, version).drifted
-        assert not seen(session, version, policy=Policy(bound=50, least_scans=50)).drifted
+        assert not seen(session, version, policy=DriftPolicy(bound=50, least_scans=50)).drifted
 
 
 def test_one_class_alone_is_alarmed(sessions: Sessions, champion: ModelVersion) -> None:
@@ -341,7 +341,7 @@ def listener(session: Session, tenant_id: str = TENANT) -> uuid.UUID:
 
 
 def looked(session: Session, version: ModelVersion) -> None:
-    drift.look(session, version.id, POLICY)
+    drift.check_drift(session, version.id, POLICY)
 
 
 def told(session: Session) -> list[Delivery]:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.models.gate import Against, Policy, Verdict, gate
+from jobs.models.gate import ChampionComparison, GatePolicy, Verdict, gate
 from jobs.settings import Settings
 
-POLICY = Policy(min_f1=0.85, min_sensitivity=0.80, max_calibration_error=0.10)
+POLICY = GatePolicy(min_f1=0.85, min_sensitivity=0.80, max_calibration_error=0.10)
 NO_LEAKS = {"patients": 0, "duplicates": 0, "near_duplicates": 0}
 SENSITIVE = "Sensitivity 0.9100 ≥ the required 0.8000."
 CALIBRATED = "Calibration error beyond chance 0.0200 ≤ the allowed 0.1000."
@@ -22,12 +22,12 @@ def metrics(**more: Any) -> dict[str, Any]:
     return {**figures, "leaks": NO_LEAKS, "patients_known": True, **more}
 
 
-def against(ours: float | None, theirs: float | None) -> Against:
+def against(ours: float | None, theirs: float | None) -> ChampionComparison:
     """Both networks' F1 on the same 93 test scans, of which the champion is version 3."""
-    return Against(3, 93, metrics(f1=ours), metrics(f1=theirs))
+    return ChampionComparison(3, 93, metrics(f1=ours), metrics(f1=theirs))
 
 
-def judged(candidate: dict[str, Any], champion: Against | None = None, wanted: str = "auto") -> Verdict:
+def judged(candidate: dict[str, Any], champion: ChampionComparison | None = None, wanted: str = "auto") -> Verdict:
     """The gate's word by the policy above."""
     return gate(candidate, champion, wanted, POLICY)
 
@@ -71,7 +71,7 @@ def test_two_figures_that_differ_are_never_shown_as_equal() -> None:
 
 
 def test_without_test_scans_of_both_it_is_refused_with_the_reason_and_the_remedy() -> None:
-    verdict = judged(metrics(), Against(3, why="its classes are Cyst, Stone, not Normal, Tumor"))
+    verdict = judged(metrics(), ChampionComparison(3, why="its classes are Cyst, Stone, not Normal, Tumor"))
     assert not verdict.promoted
     assert verdict.reasons[0] == (
         "It cannot be compared with the champion (version 3): its classes are Cyst, Stone, not Normal, Tumor. "
@@ -90,7 +90,7 @@ def test_an_f1_that_is_not_known_is_not_good_enough(ours: float | None, theirs: 
 
 
 @pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
-def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: Against | None) -> None:
+def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: ChampionComparison | None) -> None:
     assert judged(metrics(recall=0.80), champion).promoted
     verdict = judged(metrics(recall=0.79), champion)
     assert not verdict.promoted
@@ -98,7 +98,7 @@ def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: Aga
 
 
 @pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
-def test_a_network_whose_probabilities_are_wrong_is_refused(champion: Against | None) -> None:
+def test_a_network_whose_probabilities_are_wrong_is_refused(champion: ChampionComparison | None) -> None:
     verdict = judged(metrics(ece=0.16, ece_chance=0.05), champion)
     assert not verdict.promoted
     assert verdict.reasons[2] == "Calibration error beyond chance 0.1100 > the allowed 0.1000."
@@ -128,10 +128,10 @@ def test_all_that_speaks_against_it_is_listed() -> None:
 
 
 def test_the_policy_is_that_of_the_settings() -> None:
-    assert Policy.of(Settings()) == Policy() == POLICY
+    assert GatePolicy.of(Settings()) == GatePolicy() == POLICY
     strict = Settings(promote_min_f1=0.9, promote_min_sensitivity=0.95, promote_max_calibration_error=0.02)
-    assert Policy.of(strict) == Policy(0.9, 0.95, 0.02)
-    assert not gate(metrics(), None, "auto", Policy.of(strict)).promoted
+    assert GatePolicy.of(strict) == GatePolicy(0.9, 0.95, 0.02)
+    assert not gate(metrics(), None, "auto", GatePolicy.of(strict)).promoted
 
 
 # --- never ---
@@ -164,7 +164,7 @@ def test_who_asks_for_no_promotion_hears_what_the_gate_would_have_said() -> None
 )
 @pytest.mark.parametrize("champion", [None, against(1.0, 0.5)])
 def test_a_network_tested_on_what_it_has_learnt_is_refused_whatever_its_f1(
-    leaks: dict[str, int], words: str, champion: Against | None
+    leaks: dict[str, int], words: str, champion: ChampionComparison | None
 ) -> None:
     verdict = judged(metrics(f1=1.0, leaks={**NO_LEAKS, **leaks}), champion)
     assert not verdict.promoted
@@ -195,7 +195,7 @@ any_metrics = st.fixed_dictionaries(
     },
 )
 wishes = st.sampled_from(["auto", "never"])
-policies = st.builds(Policy, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+policies = st.builds(GatePolicy, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 
 
 @given(any_metrics, any_metrics, any_metrics, st.floats(0, 1), st.floats(0, 1), wishes, policies)
@@ -206,16 +206,20 @@ def test_what_is_worse_than_the_champion_on_the_same_scans_is_never_promoted(
     one: float,
     other: float,
     wanted: str,
-    policy: Policy,
+    policy: GatePolicy,
 ) -> None:
     low, high = sorted((one, other))
-    verdict = gate(candidate, Against(1, 50, {**ours, "f1": low}, {**theirs, "f1": high}), wanted, policy)
+    verdict = gate(candidate, ChampionComparison(1, 50, {**ours, "f1": low}, {**theirs, "f1": high}), wanted, policy)
     assert not verdict.promoted or low == high
 
 
-@given(any_metrics, st.none() | st.builds(Against, st.integers(1, 9), st.just(50), any_metrics, any_metrics), policies)
+@given(
+    any_metrics,
+    st.none() | st.builds(ChampionComparison, st.integers(1, 9), st.just(50), any_metrics, any_metrics),
+    policies,
+)
 def test_who_is_promoted_has_shown_all_that_is_asked_for(
-    candidate: dict[str, Any], champion: Against | None, policy: Policy
+    candidate: dict[str, Any], champion: ChampionComparison | None, policy: GatePolicy
 ) -> None:
     verdict = gate(candidate, champion, "auto", policy)
     assert len(verdict.reasons) >= 3, "each rule has its sentence"
@@ -231,6 +235,12 @@ def test_who_is_promoted_has_shown_all_that_is_asked_for(
             assert champion.candidate["f1"] >= champion.champion["f1"]
 
 
-@given(any_metrics, st.none() | st.builds(Against, st.integers(1, 9), st.just(50), any_metrics, any_metrics), policies)
-def test_never_promotes_nothing(candidate: dict[str, Any], champion: Against | None, policy: Policy) -> None:
+@given(
+    any_metrics,
+    st.none() | st.builds(ChampionComparison, st.integers(1, 9), st.just(50), any_metrics, any_metrics),
+    policies,
+)
+def test_never_promotes_nothing(
+    candidate: dict[str, Any], champion: ChampionComparison | None, policy: GatePolicy
+) -> None:
     assert not gate(candidate, champion, "never", policy).promoted

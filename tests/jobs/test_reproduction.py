@@ -8,8 +8,8 @@ from sqlalchemy import select
 
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
-from jobs.models import registry, reproduction
-from jobs.models.gate import Policy
+from jobs.models import promotion, reproduction
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.models.reproduction import compared, numbers
 from jobs.queue import lifecycle
@@ -103,7 +103,7 @@ def training(sessions: Sessions, metrics: dict[str, Any], **new: Any) -> uuid.UU
 def end(sessions: Sessions, held: Claim, metrics: dict[str, Any]) -> None:
     """The one transaction of a training's end."""
     with sessions.begin() as session:
-        registry.add(session, held, NewModel("a" * 64, ["A", "B"], {}, metrics, "d" * 64, "abc"), Policy())
+        promotion.register(session, held, NewModel("a" * 64, ["A", "B"], {}, metrics, "d" * 64, "abc"), GatePolicy())
         reproduction.write(session, held)
         lifecycle.succeed(session, held, metrics=metrics)
 

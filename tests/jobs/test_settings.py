@@ -23,5 +23,5 @@ def test_between_negative_and_positive_there_is_room_for_doubt(above: float, bel
 def test_deliveries_are_kept_for_longer_than_drift_is_looked_for() -> None:
     """An event is known by its delivery: once that is forgotten, it would be told again."""
     with pytest.raises(ValueError, match="delivery_days"):
-        Settings(delivery_days=drift.WATCHED_DAYS)
-    assert Settings(delivery_days=drift.WATCHED_DAYS + 1).delivery_days == 3
+        Settings(delivery_days=drift.MONITORED_DAYS)
+    assert Settings(delivery_days=drift.MONITORED_DAYS + 1).delivery_days == 3

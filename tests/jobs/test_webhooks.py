@@ -14,8 +14,8 @@ from jobs.errors import TooManyWebhooks
 from jobs.events import deliveries, webhooks
 from jobs.events.deliveries import Attempt, Due
 from jobs.events.webhooks import EventType
-from jobs.models import promotion, registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.states import TERMINAL, JobKind, JobState
@@ -136,7 +136,7 @@ def make_version(sessions: Sessions) -> Job:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel("a" * 64, ["Normal", "Tumor"], {}, builders.SCORES, "d" * 64, "abc123")
-        registry.add(session, held, new, Policy())
+        promotion.register(session, held, new, GatePolicy())
     return job
 
 
@@ -145,7 +145,7 @@ def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(ses
         make_webhook(session, *(event for event in EventType if event.startswith("model.")))
     one, two = make_version(sessions), make_version(sessions)
     with sessions.begin() as session:
-        promotion.promote(session, TENANT, "2", Policy(), force=True, reason="Erika's scan")
+        promotion.promote(session, TENANT, "2", GatePolicy(), force=True, reason="Erika's scan")
         promotion.rollback(session, TENANT, reason="Erika's scan")
         found = told(session)
     ids = [event_id for _, event_id, _ in found]

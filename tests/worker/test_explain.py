@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
 from jobs.db import NOW, Sessions
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.queue.explanations import Pictures, pictures, words_of
@@ -28,7 +28,7 @@ from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, JobState
 from jobs.storage.blobs import Artifacts
 from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
-from ml.image.engines.engines import engine_name
+from ml.image.engines.backends import engine_name
 from ml.image.networks import network
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
@@ -39,9 +39,8 @@ from ml.runtime.errors import DeviceOutOfMemory
 from tests import builders
 from tests.builders import TENANT
 from tests.ml.builders import encode, make_pixels
-from worker.execution.interrupts import CancelRequested, Draining
 from worker.execution.resources import Resources
-from worker.execution.unit import Held, WorkFailed
+from worker.execution.unit import CancelRequested, Draining, UnitLease, WorkFailed
 from worker.handlers import explain
 from worker.handlers.explain import explain_results
 from worker.handlers.predict import predict_chunk
@@ -68,7 +67,7 @@ def model_id(resources: Resources, sessions: Sessions, weights: Path) -> uuid.UU
     with sessions.begin() as session:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
-        return registry.add(session, held, NewModel(blob.sha256, CLASSES, {}, {}, None, None), Policy()).id
+        return promotion.register(session, held, NewModel(blob.sha256, CLASSES, {}, {}, None, None), GatePolicy()).id
 
 
 Ask = Callable[..., Job]
@@ -91,14 +90,14 @@ def ask(resources: Resources, sessions: Sessions, model_id: uuid.UUID) -> Ask:
     return asked
 
 
-def next_unit(resources: Resources, job: Job) -> Held | None:
+def next_unit(resources: Resources, job: Job) -> UnitLease | None:
     """The job's first unit that waits, held."""
     with resources.sessions.begin() as session:
         waits = [unit for unit in builders.units_of(session, job) if unit.finished_at is None]
-        return Held(builders.claim(session, waits[0]), resources) if waits else None
+        return UnitLease(builders.claim(session, waits[0]), resources) if waits else None
 
 
-def held(resources: Resources, job: Job) -> Held:
+def held(resources: Resources, job: Job) -> UnitLease:
     """The same where there must be one."""
     found = next_unit(resources, job)
     assert found is not None

@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from cli.stack.server_plan import free_port
 from jobs.db import Sessions
 from jobs.models import promotion
-from jobs.models.cards import mirror_soon
-from jobs.models.gate import Policy
+from jobs.models.cards import notify_registry_sync
+from jobs.models.gate import GatePolicy
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, RegistryMirror
 from tests import builders
@@ -40,7 +40,7 @@ def test_the_registry_is_behind_until_each_version_with_a_run_and_each_promotion
         assert not is_behind(session)
         builders.make_model(session, {"f1": 0.5}, mlflow_run_id="r2").mlflow_version = "2"
         assert not is_behind(session)
-        promotion.promote(session, builders.TENANT, "2", Policy(), force=True, reason="To see.")
+        promotion.promote(session, builders.TENANT, "2", GatePolicy(), force=True, reason="To see.")
         assert is_behind(session)
 
 
@@ -94,7 +94,7 @@ def test_a_training_whose_run_was_opened_late_is_mirrored_too(sessions: Sessions
     with sessions.begin() as session:
         version = builders.make_model(session)
         assert not is_behind(session)
-        backfill.mark(session, version.job_id, "r1")
+        backfill.mark_tracked(session, version.job_id, "r1")
         session.flush()
         assert is_behind(session)
 
@@ -113,7 +113,7 @@ def test_a_promotion_does_not_wait_for_the_next_look(
     try:
         eventually(lambda: len(rung) == 1, 10)
         with sessions.begin() as session:
-            mirror_soon(session)
+            notify_registry_sync(session)
         eventually(lambda: len(rung) == 2, 10)
     finally:
         dispatcher.stop()
@@ -145,7 +145,7 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
     assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
 
     with sessions.begin() as session:
-        promotion.promote(session, tenant, "2", Policy(), force=True, reason="To see.")
+        promotion.promote(session, tenant, "2", GatePolicy(), force=True, reason="To see.")
         assert is_behind(session)
     mirror(client, sessions)
     assert _aliases(client, tenant) == {"champion": "2"}

@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from jobs.db import Sessions
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.settings import Settings
 from tests import builders
 from tests.worker.conftest import Hold
 from worker.execution.resources import Resources
-from worker.execution.unit import Held, WorkFailed
+from worker.execution.unit import UnitLease, WorkFailed
 from worker.handlers import training_request
 
 
@@ -29,11 +29,11 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
     return settings.model_copy(update={"weights_dir": folder, "feature_cache_bytes": 1000})
 
 
-def told(held: Held, folder: Path) -> list[str]:
+def told(unit: UnitLease, folder: Path) -> list[str]:
     """The child's command line."""
     folder.mkdir(exist_ok=True)
     return training_request.arguments(
-        held, held.in_transaction(lambda session: training_request.read(session, held)), folder
+        unit, unit.in_transaction(lambda session: training_request.read(session, unit)), folder
     )
 
 
@@ -42,10 +42,10 @@ def after(flag: str, arguments: list[str]) -> str:
     return arguments[arguments.index(flag) + 1]
 
 
-def refused(held: Held, folder: Path) -> dict[str, Any]:
+def refused(unit: UnitLease, folder: Path) -> dict[str, Any]:
     """The error of an order that cannot be carried out."""
     with pytest.raises(WorkFailed) as raised:
-        told(held, folder)
+        told(unit, folder)
     return raised.value.error
 
 
@@ -118,11 +118,11 @@ def test_no_name_leads_out_of_the_folder(hold: Hold, tmp_path: Path, name: str) 
 
 def made(hold: Hold, sessions: Sessions, weights_sha256: str, f1: float = 0.0) -> uuid.UUID:
     """A version with these weights; it is champion with an F1 that is good enough."""
-    held = hold()
+    unit = hold()
     with sessions.begin() as session:
         new = NewModel(weights_sha256, ["A", "B"], {}, {**builders.SCORES, "f1": f1}, None, None)
-        version = registry.add(session, held.claim, new, Policy())
-        lifecycle.succeed(session, held.claim)
+        version = promotion.register(session, unit.claim, new, GatePolicy())
+        lifecycle.succeed(session, unit.claim)
         return version.id
 
 
@@ -131,8 +131,8 @@ def test_a_version_is_the_one_that_the_job_was_pinned_to(
 ) -> None:
     blob = resources.artifacts.put(io.BytesIO(b"weights"))
     version = made(hold, sessions, blob.sha256)
-    for held in (hold(version, weights="version:1"), hold(weights="version:1")):
-        path = Path(after("--base-weights", told(held, tmp_path / str(held.claim.unit_id))))
+    for unit in (hold(version, weights="version:1"), hold(weights="version:1")):
+        path = Path(after("--base-weights", told(unit, tmp_path / str(unit.claim.unit_id))))
         assert path.read_bytes() == b"weights"
 
 
@@ -154,9 +154,9 @@ def test_the_champion_of_the_trainings_start_is_named(
 ) -> None:
     blob = resources.artifacts.put(io.BytesIO(b"champion"))
     version = made(hold, sessions, blob.sha256, f1=0.9)
-    held = hold()
-    assert Path(after("--champion", told(held, tmp_path / "own"))).read_bytes() == b"champion"
-    order = held.in_transaction(lambda session: training_request.read(session, held))
+    unit = hold()
+    assert Path(after("--champion", told(unit, tmp_path / "own"))).read_bytes() == b"champion"
+    order = unit.in_transaction(lambda session: training_request.read(session, unit))
     assert order.champion == training_request.Champion(version, blob.sha256)
 
 

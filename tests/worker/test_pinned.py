@@ -10,12 +10,12 @@ import pytest
 import torch
 from sqlalchemy import select
 
-from jobs.models import registry
-from jobs.models.gate import Policy
+from jobs.models import promotion, registry
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind
-from jobs.tables import How, Job, ModelVersion, ScanResult
+from jobs.tables import Job, ModelVersion, PromotionMethod, ScanResult
 from ml.image.networks import network
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
@@ -24,7 +24,7 @@ from tests import builders
 from tests.builders import TENANT
 from tests.ml.builders import CLASSES, encode, make_pixels
 from worker.execution.resources import Resources
-from worker.execution.unit import Held
+from worker.execution.unit import UnitLease
 from worker.handlers.predict import predict_chunk
 
 SCAN = encode(make_pixels(1, 40, 60, bright=True))
@@ -47,7 +47,7 @@ def version_of(resources: Resources, weights: Path) -> ModelVersion:
     blob = resources.artifacts.put_file(weights)
     with resources.sessions.begin() as session:
         held = builders.claim(session, builders.units_of(session, builders.make_job(session))[0])
-        return registry.add(session, held, NewModel(blob.sha256, list(CLASSES), {}, {}, None, None), Policy())
+        return promotion.register(session, held, NewModel(blob.sha256, list(CLASSES), {}, {}, None, None), GatePolicy())
 
 
 def submitted(resources: Resources, kind: JobKind, model: ModelVersion) -> Job:
@@ -62,7 +62,7 @@ def promote(resources: Resources, model: ModelVersion) -> None:
     """Make it the champion."""
     with resources.sessions.begin() as session:
         registry.lock(session, TENANT)
-        registry.crown(session, session.get_one(ModelVersion, model.id), How.REQUEST, None)
+        promotion.set_champion(session, session.get_one(ModelVersion, model.id), PromotionMethod.REQUEST, None)
 
 
 def stored(resources: Resources, job_id: uuid.UUID) -> dict[str, float]:
@@ -84,7 +84,7 @@ def test_a_later_champion_does_not_predict_in_place_of_the_pinned_version(
         champion = registry.find_champion(session, TENANT)
         assert champion is not None
         assert champion.version == second.version
-        held = Held(builders.claim(session, builders.units_of(session, job)[0]), resources)
+        held = UnitLease(builders.claim(session, builders.units_of(session, job)[0]), resources)
     predict_chunk(held)
     ours, theirs = (next(Predictor.load(path).predict([ScanInput("a", SCAN)])).probabilities for path in networks)
     assert ours["Tumor"] < 0.2 < 0.8 < theirs["Tumor"]

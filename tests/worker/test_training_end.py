@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import select
 
 from jobs.db import Sessions
-from jobs.models import promotion, registry, reproduction
-from jobs.models.gate import Policy
+from jobs.models import promotion, reproduction
+from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.results import queries
@@ -74,7 +74,7 @@ def champion_with(processes: Stack, word: bytes) -> int:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel(blob.sha256, ["Normal", "Tumor"], {}, {**builders.SCORES, "test_digest": "1" * 64}, None, None)
-        version = registry.add(session, held, new, Policy())
+        version = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held)
         assert version.champion
         return version.version
@@ -115,9 +115,9 @@ def test_a_champion_that_changed_while_it_trained_is_not_taken_for_the_one_compa
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel("c" * 64, ["Normal", "Tumor"], {}, builders.SCORES, None, None)
-        second = registry.add(session, held, new, Policy())
+        second = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held)
-        promotion.promote(session, TENANT, str(second.version), Policy(), force=True, reason="It is needed now.")
+        promotion.promote(session, TENANT, str(second.version), GatePolicy(), force=True, reason="It is needed now.")
     assert processes.wait_for(job_id).state == "succeeded"
     with processes.sessions() as session:
         late = session.scalars(select(ModelVersion).where(ModelVersion.job_id == job_id)).one()

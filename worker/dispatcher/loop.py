@@ -25,7 +25,7 @@ from jobs import idempotency, logs
 from jobs.db import Sessions, forgetful_sessions, listening, session_factory
 from jobs.events import deliveries
 from jobs.models import drift
-from jobs.models.cards import MIRROR
+from jobs.models.cards import REGISTRY_SYNC
 from jobs.queue import checkpoints, dispatch, job_events, lifecycle, processes, retention
 from jobs.settings import Settings
 from jobs.states import Lane
@@ -121,7 +121,7 @@ class Dispatcher:
                 self.step()
                 if self._turns.is_busy:
                     self._stop.wait(GATHERING)
-                if MIRROR in bell.wait(self._settings.sweep_seconds):
+                if REGISTRY_SYNC in bell.wait(self._settings.sweep_seconds):
                     self._tracking.sooner(0)
 
     def _ring_waiting(self) -> None:
@@ -207,14 +207,14 @@ class Dispatcher:
 
     def _look_for_drift(self) -> None:
         with self._sessions.begin() as session:
-            watched = drift.watched(session)
+            watched = drift.monitored_models(session)
         for model_id in watched:
             self._look_at(model_id)
 
     def _look_at(self, model_id: uuid.UUID) -> None:
         try:
             with self._sessions.begin() as session:
-                drift.look(session, model_id, drift.Policy.of(self._settings))
+                drift.check_drift(session, model_id, drift.DriftPolicy.of(self._settings))
         except LOST_DATABASE:
             raise
         except Exception as error:  # its reference cannot be read: all others are looked at, and ringing goes on

@@ -1,4 +1,4 @@
-"""A training job: the dataset comes out of storage, `python -m ml train` does the work, its words become rows."""
+"""A training job: fetch the dataset, run `python -m ml train` in a child process, write its events as rows."""
 
 import datetime as dt
 import json
@@ -13,38 +13,37 @@ import structlog
 from sqlalchemy.orm import Session
 
 from jobs.errors import LeaseLost
-from jobs.models import registry, reproduction
-from jobs.models.comparison import Measured
-from jobs.models.gate import Policy
+from jobs.models import promotion, registry, reproduction
+from jobs.models.comparison import PairedScores
+from jobs.models.gate import GatePolicy
 from jobs.queue import lifecycle
 from jobs.states import Stage
 from jobs.tables import Artifact, Json
 from ml.runtime import events
 from ml.runtime.errors import BadCheckpoint, PipelineError
 from worker.execution.child import Child, child
-from worker.execution.interrupts import CancelRequested
-from worker.execution.unit import Held, WorkFailed
+from worker.execution.unit import CancelRequested, UnitLease, WorkFailed
 from worker.handlers import checkpoints, training_request
 from worker.handlers.checkpoints import CheckpointRefused
-from worker.handlers.training_request import Order
+from worker.handlers.training_request import TrainingRequest
 from worker.tracking import backfill, live
-from worker.tracking.provenance import BASE_WEIGHTS, code_revision, environment, of_model
+from worker.tracking.provenance import BASE_WEIGHTS, code_revision, environment, model_file_metadata
 from worker.tracking.runs import WEIGHTS, describe
 
 log = structlog.get_logger()
 
-# How much of a training's time each stage takes, seen on CPU; only the progress bar uses it.
-WEIGHT = {
+STAGE_WEIGHTS = {
     Stage.DATA_INGESTION: 0.05,
     Stage.PREPARE_BASE_MODEL: 0.05,
     Stage.TRAINING: 0.80,
     Stage.EVALUATION: 0.10,  # intervals, plots and the report
 }
+"""Share of a training's time that each stage takes, measured on CPU. Only the progress uses it."""
 
 
 @dataclass
-class Told:
-    """What the child has said so far."""
+class RunState:
+    """What the child has reported so far."""
 
     stages: list[Json] = field(default_factory=lambda: [_queued(stage) for stage in Stage])
     evaluated: events.Evaluated | None = None
@@ -56,42 +55,42 @@ def _queued(stage: Stage) -> Json:
     return {"name": stage.value, "state": "queued", "started_at": None, "finished_at": None}
 
 
-def run_training(held: Held) -> None:
-    """Train, and end the unit well.
+def run_training(unit: UnitLease) -> None:
+    """Train, and finish the unit.
 
     Raises:
-        WorkFailed: the child said why it could not, or died.
+        WorkFailed: the child reported an error, or died.
     """
-    order = held.in_transaction(lambda session: training_request.read(session, held))
-    what = describe(held.claim.job_id, order.params, order.dataset_digest)
-    run = live.Run(held.resources.settings, what, lambda run_id: _tell_run(held, run_id), order.mlflow_run_id)
+    request = unit.in_transaction(lambda session: training_request.read(session, unit))
+    what = describe(unit.claim.job_id, request.params, request.dataset_digest)
+    run = live.Run(unit.resources.settings, what, lambda run_id: _save_run_id(unit, run_id), request.mlflow_run_id)
     try:
-        with held.workspace() as folder:
-            told = _follow_child(held, order, run, folder)
-            _finish(held, order, run, told)
-            run.end("FINISHED", live.PATIENCE)  # while the files still stand
+        with unit.workspace() as folder:
+            state = _follow_child(unit, request, run, folder)
+            _finish(unit, request, run, state)
+            run.end("FINISHED", live.END_TIMEOUT_SECONDS)  # while the files still stand
     except Exception:
-        run.end("KILLED" if held.interrupted else "FAILED")  # waits for nobody: the job's end is still to be written
+        run.end("KILLED" if unit.interrupted else "FAILED")  # no waiting: the job's end is not written yet
         raise
     if run.is_complete:
-        job_id = held.claim.job_id
-        held.in_transaction(lambda session: backfill.mark(session, job_id, run.run_id), to_the_end=True)
+        job_id = unit.claim.job_id
+        unit.in_transaction(lambda session: backfill.mark_tracked(session, job_id, run.run_id), to_the_end=True)
 
 
-def _tell_run(held: Held, run_id: str) -> None:
-    with suppress(LeaseLost):  # the watch says so to the one who works
-        held.report(mlflow_run_id=run_id)
+def _save_run_id(unit: UnitLease, run_id: str) -> None:
+    with suppress(LeaseLost):  # the heartbeat interrupts the unit
+        unit.report(mlflow_run_id=run_id)
 
 
 # --- the child ---
 
 
-def _follow_child(held: Held, order: Order, run: live.Run, folder: Path) -> Told:
-    """Run the child from the furthest checkpoint that it takes; each try has a folder of its own."""
-    for number, checkpoint in enumerate(checkpoints.candidates(held, order.checkpoints, folder)):
+def _follow_child(unit: UnitLease, request: TrainingRequest, run: live.Run, folder: Path) -> RunState:
+    """Run the child from the latest checkpoint that it accepts; each try has its own folder."""
+    for number, checkpoint in enumerate(checkpoints.candidates(unit, request.checkpoints, folder)):
         with suppress(CheckpointRefused), _subfolder(folder, number) as own:
-            return _run_child(held, order, run, own, checkpoint)
-    raise AssertionError("from the beginning there is nothing to refuse")
+            return _run_child(unit, request, run, own, checkpoint)
+    raise AssertionError("a start without a checkpoint cannot be refused")
 
 
 @contextmanager
@@ -105,142 +104,153 @@ def _subfolder(folder: Path, number: int) -> Iterator[Path]:
         raise
 
 
-def _run_child(held: Held, order: Order, run: live.Run, folder: Path, checkpoint: Path | None) -> Told:
-    arguments = training_request.arguments(held, order, folder)
+def _run_child(
+    unit: UnitLease, request: TrainingRequest, run: live.Run, folder: Path, checkpoint: Path | None
+) -> RunState:
+    arguments = training_request.arguments(unit, request, folder)
     arguments += [] if checkpoint is None else ["--resume", str(checkpoint)]
     log_file = folder / "training.log"
-    told = Told()
-    with child(arguments, held.resources.settings.cancel_grace_seconds, log_file) as process:
-        held.when_interrupted(process.stop)
-        run.watch(process.pid)
+    state = RunState()
+    with child(arguments, unit.resources.settings.cancel_grace_seconds, log_file) as process:
+        unit.when_interrupted(process.stop)
+        run.measure(process.pid)
         try:
             for event in process.events():
-                _hear(held, run, told, event)
-            held.check()
-            _judge_end(held, told, process, log_file)
+                _handle_event(unit, run, state, event)
+            unit.check()
+            _raise_if_failed(unit, state, process, log_file)
         except (WorkFailed, CancelRequested) as why:
-            _close_stage(held, told, "cancelled" if isinstance(why, CancelRequested) else "failed")
+            _close_stage(unit, state, "cancelled" if isinstance(why, CancelRequested) else "failed")
             raise
         finally:
-            run.watch(None)
-    return told
+            run.measure(None)
+    return state
 
 
-def _close_stage(held: Held, told: Told, state: str) -> None:
-    """The stage in which it ended says so."""
-    for stage in told.stages:
+def _close_stage(unit: UnitLease, state: RunState, new_state: str) -> None:
+    """Set the stage in which the child ended to this state."""
+    for stage in state.stages:
         if stage["state"] == "running":
-            _stage(held, told, stage["name"], state, "finished_at")
+            _set_stage(unit, state, stage["name"], new_state, "finished_at")
 
 
-def _judge_end(held: Held, told: Told, process: Child, log_file: Path) -> None:
-    if told.failed is not None:
-        said = told.failed
-        if said.code == BadCheckpoint.code:
+def _raise_if_failed(unit: UnitLease, state: RunState, process: Child, log_file: Path) -> None:
+    if state.failed is not None:
+        failed = state.failed
+        if failed.code == BadCheckpoint.code:
             raise CheckpointRefused
-        if said.code == PipelineError.code:
-            _keep_log(held, log_file)  # its detail says that the log has more
-        raise WorkFailed(said.code, said.detail, said.retryable)
+        if failed.code == PipelineError.code:
+            _keep_log(unit, log_file)  # its detail refers to the log
+        raise WorkFailed(failed.code, failed.detail, failed.retryable)
     code = process.exit_code()
-    if told.finished is None:
-        _keep_log(held, log_file)
+    if state.finished is None:
+        _keep_log(unit, log_file)
         detail = f"The training process ended with code {code} before it was done; it may lack memory."
         raise WorkFailed("TRAINING_DIED", detail, retryable=True)
 
 
-def _keep_log(held: Held, log_file: Path) -> None:
-    """The child's last words go to the worker's folder, for the operator; they are not the client's to read."""
-    kept = held.resources.settings.work / f"{held.claim.job_id}-attempt-{held.claim.attempt}.log"
+def _keep_log(unit: UnitLease, log_file: Path) -> None:
+    """Copy the child's stderr to the worker's folder, for the operator; clients cannot read it."""
+    kept = unit.resources.settings.work / f"{unit.claim.job_id}-attempt-{unit.claim.attempt}.log"
     shutil.copyfile(log_file, kept)
     log.error("training_died", log=str(kept))
 
 
-# --- what the child says becomes rows ---
+# --- events of the child become rows ---
 
 
-def _hear(held: Held, run: live.Run, told: Told, event: events.Event) -> None:
+def _handle_event(unit: UnitLease, run: live.Run, state: RunState, event: events.Event) -> None:
     match event:
         case events.StageStarted():
-            _stage(held, told, event.stage, "running", "started_at", progress=_progress(event.stage, 0.0))
+            _set_stage(unit, state, event.stage, "running", "started_at", progress=_progress(event.stage, 0.0))
         case events.StageFinished():
-            _stage(held, told, event.stage, "succeeded", "finished_at", progress=_progress(event.stage, 1.0))
+            _set_stage(unit, state, event.stage, "succeeded", "finished_at", progress=_progress(event.stage, 1.0))
         case events.Progress():
-            held.report(progress=_progress(event.stage, event.fraction))
+            unit.report(progress=_progress(event.stage, event.fraction))
         case events.Evaluated():
-            told.evaluated = event
-            run.final(event.metrics)
+            state.evaluated = event
+            run.log_scores(event.metrics)
         case events.Finished():
-            told.finished = event
+            state.finished = event
         case events.Failed():
-            told.failed = event
+            state.failed = event
         case _:
-            _hear_of_epochs(held, run, event)
+            _handle_epoch_event(unit, run, event)
 
 
-def _hear_of_epochs(held: Held, run: live.Run, event: events.Event) -> None:
+def _handle_epoch_event(unit: UnitLease, run: live.Run, event: events.Event) -> None:
     match event:
         case events.Steps():
-            run.steps(event)  # for MLflow alone: as rows they would be most of the database
+            run.log_steps(event)  # MLflow only: as rows they would be most of the database
         case events.Epoch():
-            held.report(event=("epoch", asdict(event)))
-            run.epoch(event)
+            unit.report(event=("epoch", asdict(event)))
+            run.log_epoch(event)
         case events.Checkpointed():
-            checkpoints.keep(held, event)
+            checkpoints.store(unit, event)
         case events.Resumed():
-            checkpoints.go_on(held, event.epoch)
+            checkpoints.record_resume(unit, event.epoch)
 
 
-def _stage(held: Held, told: Told, name: str, state: str, moment: str, progress: float | None = None) -> None:
-    for stage in told.stages:
+def _set_stage(
+    unit: UnitLease, state: RunState, name: str, new_state: str, moment: str, progress: float | None = None
+) -> None:
+    for stage in state.stages:
         if stage["name"] == name:
-            stage |= {"state": state, moment: dt.datetime.now(dt.UTC).isoformat().replace("+00:00", "Z")}
-    held.report(stage=name, stages=told.stages, progress=progress, event=("stage", {"stage": name, "state": state}))
+            stage |= {"state": new_state, moment: dt.datetime.now(dt.UTC).isoformat().replace("+00:00", "Z")}
+    unit.report(
+        stage=name, stages=state.stages, progress=progress, event=("stage", {"stage": name, "state": new_state})
+    )
 
 
 def _progress(stage: str, fraction: float) -> float:
     """The job's progress, 0–1, at a fraction of a stage."""
     stages = list(Stage)
-    before = sum(WEIGHT[earlier] for earlier in stages[: stages.index(Stage(stage))])
-    return min(before + WEIGHT[Stage(stage)] * fraction, 0.999)  # 1 is for the end alone
+    before = sum(STAGE_WEIGHTS[earlier] for earlier in stages[: stages.index(Stage(stage))])
+    return min(before + STAGE_WEIGHTS[Stage(stage)] * fraction, 0.999)  # only the finished job has 1
 
 
 # --- the end ---
 
 
-def _finish(held: Held, order: Order, run: live.Run, told: Told) -> None:
-    """Store the files, then write version, artifacts and the job's end in ONE transaction."""
-    assert told.finished is not None
-    assert told.evaluated is not None
-    finished, evaluated = told.finished, told.evaluated
+def _finish(unit: UnitLease, request: TrainingRequest, run: live.Run, state: RunState) -> None:
+    """Store the files, then write the version, the artifacts and the job's end in ONE transaction."""
+    assert state.finished is not None
+    assert state.evaluated is not None
+    finished, evaluated = state.finished, state.evaluated
     weights = Path(finished.model_path)
     files = {name: Path(path) for name, path in finished.artifacts.items()}
-    run.artifacts(files, weights)
-    store = held.resources.artifacts
+    run.log_artifacts(files, weights)
+    store = unit.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
     blob = stored[WEIGHTS] = store.put_file(weights)
-    environment = _trained_on(order, weights)
+    environment = _trained_on(request, weights)
     digest = json.loads(files["manifest.json"].read_text())["digest"]
-    new = _new_model(order, evaluated, blob.sha256, digest, environment, run.run_id)
-    run.made(str(new.dataset_digest), new.weights_sha256, new.environment.get(BASE_WEIGHTS))
+    new = _new_model(request, evaluated, blob.sha256, digest, environment, run.run_id)
+    run.log_weights(str(new.dataset_digest), new.weights_sha256, new.environment.get(BASE_WEIGHTS))
 
     def end(session: Session) -> None:
-        policy = Policy.of(held.resources.settings)
-        registry.add(session, held.claim, new, policy, _measured(order, evaluated.champion))
-        reproduction.write(session, held.claim)
+        policy = GatePolicy.of(unit.resources.settings)
+        promotion.register(session, unit.claim, new, policy, _shared_scores(request, evaluated.champion))
+        reproduction.write(session, unit.claim)
         for name, kept in stored.items():
-            session.add(_artifact(held, name, kept.sha256, kept.size))
-        lifecycle.succeed(session, held.claim, metrics=evaluated.metrics, device_seconds=finished.device_seconds)
+            session.add(_artifact(unit, name, kept.sha256, kept.size))
+        lifecycle.succeed(session, unit.claim, metrics=evaluated.metrics, device_seconds=finished.device_seconds)
 
-    held.finish(end, and_follow=False)  # MLflow is still to be told: another unit would wait without a beat
+    unit.finish(end, and_follow=False)  # MLflow comes next: a claimed unit would wait without a heartbeat
 
 
 def _new_model(
-    order: Order, evaluated: events.Evaluated, weights_sha256: str, digest: str, environment: Json, run_id: str | None
+    request: TrainingRequest,
+    evaluated: events.Evaluated,
+    weights_sha256: str,
+    digest: str,
+    environment: Json,
+    run_id: str | None,
 ) -> registry.NewModel:
     return registry.NewModel(
         weights_sha256=weights_sha256,
         classes=list(evaluated.metrics["classes"]),
-        params=order.params,
+        params=request.params,
         metrics=evaluated.metrics,
         dataset_digest=digest,
         code_revision=code_revision(),
@@ -250,23 +260,23 @@ def _new_model(
     )
 
 
-def _measured(order: Order, told: Json | None) -> Measured | None:
-    """How the champion of the training's start did beside the new network."""
-    if order.champion is None:
+def _shared_scores(request: TrainingRequest, comparison: Json | None) -> PairedScores | None:
+    """Scores of the new network and of the champion of the training's start, on the same scans."""
+    if request.champion is None:
         return None
-    if told is None:
-        return Measured(order.champion.id, "its weights are not stored any more")
-    scores = {name: told[name] for name in ("test_digest", "scans", "candidate", "champion")}
-    return Measured(order.champion.id, told["why"], **scores)
+    if comparison is None:
+        return PairedScores(request.champion.id, "its weights are not stored any more")
+    scores = {name: comparison[name] for name in ("test_digest", "scans", "candidate", "champion")}
+    return PairedScores(request.champion.id, comparison["why"], **scores)
 
 
-def _trained_on(order: Order, weights: Path) -> Json:
-    """What decides the network's numbers beside code, data and parameters."""
-    begun_with = {BASE_WEIGHTS: order.base_sha256} if order.base_sha256 else {}
-    return {**environment(), **of_model(weights), **begun_with}
+def _trained_on(request: TrainingRequest, weights: Path) -> Json:
+    """What determines the network's weights besides code, data and parameters."""
+    base = {BASE_WEIGHTS: request.base_sha256} if request.base_sha256 else {}
+    return {**environment(), **model_file_metadata(weights), **base}
 
 
-def _artifact(held: Held, name: str, sha256: str, size: int) -> Artifact:
+def _artifact(unit: UnitLease, name: str, sha256: str, size: int) -> Artifact:
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    job_id, tenant_id = held.claim.job_id, held.claim.tenant_id
+    job_id, tenant_id = unit.claim.job_id, unit.claim.tenant_id
     return Artifact(job_id=job_id, name=name, tenant_id=tenant_id, sha256=sha256, size=size, media_type=kind)

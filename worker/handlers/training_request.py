@@ -1,4 +1,4 @@
-"""What a training job asks for, read from its rows; and how its child is told: by flags, two files, and weights."""
+"""A training job's request, read from its rows, and the command line of the child process that runs it."""
 
 import uuid
 from collections.abc import Sequence
@@ -16,44 +16,44 @@ from jobs.tables import Checkpoint, Dataset, Job, Json
 from ml.runtime.config import PipelineConfig
 from ml.runtime.errors import BadParams, WeightsMissing
 from ml.spec.image import parse_params
-from worker.execution.unit import Held, WorkFailed
+from worker.execution.unit import UnitLease, WorkFailed
 from worker.tracking.provenance import code_revision
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The tenant's champion as the training began: the new network is compared with it."""
+    """The tenant's champion when the training began: the new network is compared with it."""
 
     id: uuid.UUID
     weights_sha256: str
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be trained, read from the rows once; and where an attempt before this one had come to."""
+class TrainingRequest:
+    """What to train, read once from the rows, and how far earlier attempts got."""
 
     params: Json
     archive_sha256: str | None
     dataset_digest: str | None
     source_url: str | None
-    base_sha256: str | None  # of the version to begin from
+    base_sha256: str | None  # weights of the version to start from
     champion: Champion | None
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
 
 
-def read(session: Session, held: Held) -> Order:
-    """The held job's order.
+def read(session: Session, unit: UnitLease) -> TrainingRequest:
+    """The request of the unit's job.
 
     Raises:
-        WorkFailed: its dataset or base version is gone, or its parameters are not those of this code.
+        WorkFailed: its dataset or base version is gone, or this code does not accept its parameters.
     """
-    job = session.get_one(Job, held.claim.job_id)
+    job = session.get_one(Job, unit.claim.job_id)
     dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
     if dataset is None and job.source_url is None:
         raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
-    return Order(
-        params=_complete(job.params),
+    return TrainingRequest(
+        params=_with_defaults(job.params),
         archive_sha256=dataset.archive_sha256 if dataset else None,
         dataset_digest=dataset.digest if dataset else None,
         source_url=job.source_url,
@@ -64,8 +64,8 @@ def read(session: Session, held: Held) -> Order:
     )
 
 
-def _complete(params: Json) -> Json:
-    """The job's parameters with the defaults of `ml/spec/image.py` beside them: what is recorded is what was used."""
+def _with_defaults(params: Json) -> Json:
+    """The job's parameters completed with the defaults of `ml/spec/image.py`: what is recorded is what was used."""
     try:
         return parse_params(training_params.current(params)).model_dump(mode="json")
     except BadParams as error:
@@ -77,7 +77,7 @@ def _base(session: Session, job: Job) -> str | None:
     try:
         if job.base_model_id is not None:
             return registry.by_id(session, job.base_model_id).weights_sha256
-        base = registry.base_of(session, job.tenant_id, job.params)
+        base = registry.base_model(session, job.tenant_id, job.params)
     except (ModelNotFound, Invalid) as error:
         raise WorkFailed("WEIGHTS_MISSING", "The version that the training was to begin from is gone.") from error
     return base.weights_sha256 if base else None
@@ -88,53 +88,53 @@ def _champion(session: Session, tenant_id: str) -> Champion | None:
     return Champion(found.id, found.weights_sha256) if found else None
 
 
-# --- the child's ---
+# --- the child's command line ---
 
 
-def arguments(held: Held, order: Order, folder: Path) -> list[str]:
+def arguments(unit: UnitLease, request: TrainingRequest, folder: Path) -> list[str]:
     """The child's command line; the files that it names are written into the attempt's folder.
 
     Raises:
-        WorkFailed: the weights to begin from are not there.
+        WorkFailed: the weights to start from are missing.
     """
-    settings = held.resources.settings
-    config, params = _write_config(held, order, folder)
-    found = ["train", "--config", str(config), "--params", str(params), "--events"]
-    found += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(settings.checkpoint_seconds)]
+    settings = unit.resources.settings
+    config, params = _write_config(unit, request, folder)
+    command = ["train", "--config", str(config), "--params", str(params), "--events"]
+    command += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(settings.checkpoint_seconds)]
     if settings.feature_cache_bytes:
-        found += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]
-    if (base := _base_weights(held, order, folder)) is not None:
-        found += ["--base-weights", str(base)]
-    if order.champion and (weights := _fetched(held, order.champion.weights_sha256, folder)) is not None:
-        found += ["--champion", str(weights)]
+        command += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]
+    if (base := _base_weights(unit, request, folder)) is not None:
+        command += ["--base-weights", str(base)]
+    if request.champion and (weights := _fetch_weights(unit, request.champion.weights_sha256, folder)) is not None:
+        command += ["--champion", str(weights)]
     if (revision := code_revision()) is not None:
-        found += ["--revision", revision]
-    return found
+        command += ["--revision", revision]
+    return command
 
 
-def _base_weights(held: Held, order: Order, folder: Path) -> Path | None:
+def _base_weights(unit: UnitLease, request: TrainingRequest, folder: Path) -> Path | None:
     """The file that `weights: file:NAME` or `version:N` stands for; None for other weights."""
-    if order.base_sha256 is not None:
-        if (weights := _fetched(held, order.base_sha256, folder)) is not None:
+    if request.base_sha256 is not None:
+        if (weights := _fetch_weights(unit, request.base_sha256, folder)) is not None:
             return weights
         raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
-    name = training_params.base_file(order.params)
-    return None if name is None else _file(name, held.resources.settings.weights_dir)
+    name = training_params.base_weights_file(request.params)
+    return None if name is None else _weights_file(name, unit.resources.settings.weights_dir)
 
 
-def _fetched(held: Held, sha256: str, folder: Path) -> Path | None:
+def _fetch_weights(unit: UnitLease, sha256: str, folder: Path) -> Path | None:
     """A version's weights; None where they are not stored."""
     try:
-        path = held.resources.artifacts.fetch(sha256, folder)
+        path = unit.resources.artifacts.fetch(sha256, folder)
     except FileNotFoundError:
         return None
-    return path if path.is_file() else None
+    return path if path.is_weights_file() else None
 
 
-def _file(name: str, folder: Path | None) -> Path:
-    # A name with a path in it would let a client read what it has no business with. The API refuses it as well.
+def _weights_file(name: str, folder: Path | None) -> Path:
+    # A name with a path in it would let a client read other files. The API refuses it as well.
     plain = Path(name).name == name
-    if plain and folder is not None and (folder / name).is_file():
+    if plain and folder is not None and (folder / name).is_weights_file():
         return folder.absolute() / name
     where = "the folder that RENALQ_WEIGHTS_DIR names" if folder else "a folder, and its path into RENALQ_WEIGHTS_DIR"
     detail = (
@@ -143,16 +143,16 @@ def _file(name: str, folder: Path | None) -> Path:
     raise WorkFailed(WeightsMissing.code, detail)
 
 
-def _write_config(held: Held, order: Order, folder: Path) -> tuple[Path, Path]:
-    """The child's config and params files: those of `config/config.yaml`, with paths of this attempt's own."""
+def _write_config(unit: UnitLease, request: TrainingRequest, folder: Path) -> tuple[Path, Path]:
+    """The child's config and params files: as `config/config.yaml`, with this attempt's own paths."""
     root = folder / "artifacts"
     archive = folder / "data.zip"
-    if order.archive_sha256 is not None:
-        archive.symlink_to(held.resources.artifacts.fetch(order.archive_sha256, folder))
+    if request.archive_sha256 is not None:
+        archive.symlink_to(unit.resources.artifacts.fetch(request.archive_sha256, folder))
     config = PipelineConfig.below(root)
-    scans = {"source_url": order.source_url, "local_data_file": archive}
+    scans = {"source_url": request.source_url, "local_data_file": archive}
     config = config.model_copy(update={"data_ingestion": config.data_ingestion.model_copy(update=scans)})
     files = folder / "config.yaml", folder / "params.yaml"
-    for path, content in zip(files, (config.model_dump(mode="json", by_alias=True), order.params), strict=True):
+    for path, content in zip(files, (config.model_dump(mode="json", by_alias=True), request.params), strict=True):
         path.write_text(yaml.safe_dump(content))
     return files

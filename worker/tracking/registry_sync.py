@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, defer
 
 from jobs.db import Sessions
-from jobs.models.cards import mirrored_as
+from jobs.models.cards import mlflow_model_name
 from jobs.tables import ModelVersion, Promotion, RegistryMirror
 from worker.tracking.runs import WEIGHTS
 
@@ -103,7 +103,7 @@ def _alone(sessions: Sessions, tenant_id: str) -> Iterator[bool]:
 def _mirror(client: Any, sessions: Sessions, tenant_id: str) -> None:
     with sessions.begin() as session:
         rows = _read(session, tenant_id)
-    name = mirrored_as(tenant_id)
+    name = mlflow_model_name(tenant_id)
     aliases = _aliases(client, name)
     numbers = _numbers(client, name, rows.versions)
     for alias, version in ((CHAMPION, rows.champion), (CHALLENGER, rows.challenger)):

@@ -1,10 +1,15 @@
-"""From a checked request to a training job."""
+"""Training requests, and the jobs made of them."""
 
 import uuid
 from typing import Any
 
+import marshmallow as ma
+from marshmallow import fields, validate
+
 from api.http.context import principal, quota, tenant, transaction
+from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
+from api.resources.training_params import ParamsSchema
 from jobs.datasets import catalog
 from jobs.models import registry
 from jobs.queue.submission import NewJob, submit
@@ -12,6 +17,22 @@ from jobs.states import JobKind, Lane
 from jobs.tables import ModelVersion
 
 Body = dict[str, Any]
+
+
+class TrainRequest(ma.Schema):
+    """A training on a stored dataset, or on one to be fetched."""
+
+    dataset_id = fields.UUID()
+    source_url = HttpUrl()
+    params = fields.Nested(ParamsSchema, unknown=ma.RAISE)
+    name = fields.String(validate=validate.Length(1, 200))
+    promote = fields.String(validate=validate.OneOf(["auto", "never"]), load_default="auto")
+    lane = fields.String(validate=validate.OneOf([str(Lane.TRAIN)]), load_default=str(Lane.TRAIN))
+    metadata = Metadata(load_default=dict)
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        exactly_one(data, "dataset_id", "source_url")
 
 
 def train_one(body: Body) -> uuid.UUID:
@@ -23,7 +44,7 @@ def train_one(body: Body) -> uuid.UUID:
     with transaction() as session:
         if "dataset_id" in body:
             catalog.ready(session, tenant(), body["dataset_id"])
-        base = registry.base_of(session, tenant(), body.get("params", {}))
+        base = registry.base_model(session, tenant(), body.get("params", {}))
         return submit(session, _training(body, base), quota=quota()).id
 
 

@@ -1,0 +1,1 @@
+"""Model versions: routes, schemas and drift."""

@@ -1,0 +1,104 @@
+"""How far a version's predictions have drifted from its test scans, as JSON or as a picture."""
+
+from typing import Any
+
+import marshmallow as ma
+from flask import Response
+from marshmallow import fields, validate
+
+from api.http import streaming
+from api.http.auth import needs
+from api.http.bodies import Blueprint
+from api.http.context import services, transaction
+from api.resources.models.routes import named
+from api.views import drift_chart
+from api.views.charts import PNG
+from jobs.keys import Scope
+from jobs.models import drift
+from jobs.models.drift import Day, Drift
+
+blueprint = Blueprint("drift", __name__, url_prefix="/models", description="Predictions against the test scans.")
+
+
+class DriftQuery(ma.Schema):
+    """How many days to look back, today among them."""
+
+    days = fields.Integer(load_default=30, validate=validate.Range(1, 365))
+
+
+class JudgedSchema(ma.Schema):
+    """Predictions of which the truth is known, without those of rejected scans. A share is null where there is nothing
+    to take it of."""
+
+    known = fields.Integer()
+    right = fields.Integer()
+    accuracy = fields.Float(allow_none=True)
+    sensitivity = fields.Float(allow_none=True)
+    specificity = fields.Float(allow_none=True)
+
+
+def _figures(name: str, description: str) -> fields.Function:
+    """One number of each figure of a day."""
+
+    def read(day: Day) -> dict[str, float]:
+        return {figure: round(getattr(found, name), 4) for figure, found in day.figures.items()}
+
+    numbers = {"type": "object", "additionalProperties": {"type": "number"}}
+    return fields.Function(read, metadata={**numbers, "description": description})
+
+
+class DaySchema(ma.Schema):
+    """One day (UTC) with predictions, or with truths of some. What was taken over from equal results is not counted
+    again; its truth is."""
+
+    day = fields.Date()
+    scans = fields.Integer()
+    classes = fields.Dict(keys=fields.String(), values=fields.Integer())
+    dispositions = fields.Dict(keys=fields.String(), values=fields.Integer())
+    rejected_share = fields.Float(allow_none=True)
+    since = fields.Date(
+        allow_none=True,
+        metadata={
+            "description": "The first of the days that the verdict is of: with few scans it takes earlier ones "
+            "along. Null: too few scans, or no reference."
+        },
+    )
+    psi = _figures("psi", "Population stability index of each figure against the test scans.")
+    limits = _figures("limit", "What each index must pass to have drifted: the bound, and what chance may add.")
+    drifted = fields.List(fields.String(), metadata={"description": "Figures beyond their limits."})
+    truths = fields.Nested(JudgedSchema)
+
+
+class DriftSchema(ma.Schema):
+    """A version's days, oldest first."""
+
+    version = fields.String(attribute="model.version")
+    reference_scans = fields.Integer(
+        allow_none=True, metadata={"description": "Test scans; null: the version has no reference to compare with."}
+    )
+    bound = fields.Float()
+    drifted = fields.Boolean(metadata={"description": "Whether a figure of the latest day has drifted."})
+    latest = fields.Date(
+        attribute="latest.day",
+        dump_default=None,
+        allow_none=True,
+        metadata={"description": "The latest day with predictions."},
+    )
+    truths = fields.Nested(JudgedSchema, metadata={"description": "Of all these days together."})
+    days = fields.List(fields.Nested(DaySchema))
+
+
+@blueprint.route("/<version:version>/drift")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(DriftQuery, location="query")
+@blueprint.response(200, DriftSchema)
+@blueprint.alt_response(200, schema={"type": "string", "format": "binary"}, content_type=PNG, success=True)
+@blueprint.doc(operationId="getDrift")
+def get_drift(query: dict[str, Any], version: str) -> Drift | Response:
+    """Compare a version's predictions with its test scans, day by day; as image/png a picture of that."""
+    with transaction() as session:
+        policy = drift.DriftPolicy.of(services().settings)
+        found = drift.drift(session, named(session, version), policy, query["days"])
+    if streaming.wanted(PNG) != PNG:
+        return found
+    return Response(drift_chart.draw(found, query["days"]), mimetype=PNG)

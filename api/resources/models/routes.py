@@ -1,0 +1,146 @@
+"""Model versions: what trainings made, which one is champion, how it came to be, and their cards."""
+
+from typing import Any
+from uuid import UUID
+
+from flask import Response, jsonify, request
+from sqlalchemy.orm import Session
+
+from api.http.auth import needs
+from api.http.bodies import Blueprint, takes
+from api.http.context import principal, services, tenant, transaction
+from api.http.downloads import BYTES, download
+from api.http.idempotency import bear, idempotent
+from api.http.paging import NumberedQuery
+from api.resources.models.schemas import (
+    CompareQuery,
+    ComparisonSchema,
+    ModelSchema,
+    ModelsPage,
+    PromoteRequest,
+    PromotionsPage,
+    RollbackRequest,
+)
+from api.views import model_card, model_card_markdown
+from jobs.errors import ModelNotFound, NoChampion
+from jobs.keys import Scope
+from jobs.models import cards, comparison, promotion, registry
+from jobs.models.comparison import Comparison
+from jobs.models.gate import GatePolicy
+from jobs.paging import Page
+from jobs.tables import ModelVersion, Promotion
+
+MARKDOWN = "text/markdown"
+
+blueprint = Blueprint("models", __name__, url_prefix="/models", description="What trainings made.")
+
+
+@blueprint.route("")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(NumberedQuery, location="query")
+@blueprint.response(200, ModelsPage)
+@blueprint.doc(operationId="listModels")
+def list_models(query: dict[str, Any]) -> Page[ModelVersion]:
+    """List model versions, newest first."""
+    with transaction() as session:
+        return cards.list_versions(session, tenant(), **query)
+
+
+@blueprint.route("/compare")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(CompareQuery, location="query")
+@blueprint.response(200, ComparisonSchema)
+@blueprint.doc(operationId="compareModels")
+def compare_models(query: dict[str, Any]) -> Comparison:
+    """Compare two versions on the same test scans, and by what they were made of."""
+    with transaction() as session:
+        return comparison.compare(session, tenant(), **query)
+
+
+@blueprint.route("/promotions")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(NumberedQuery, location="query")
+@blueprint.response(200, PromotionsPage)
+@blueprint.doc(operationId="listPromotions")
+def list_promotions(query: dict[str, Any]) -> Page[Promotion]:
+    """List who was made champion, when, by whom and why, newest first."""
+    with transaction() as session:
+        return promotion.promotions(session, tenant(), **query)
+
+
+def _as_changed(model_id: UUID) -> ModelVersion:
+    """The version that an earlier try of the same request has made champion."""
+    with transaction() as session:
+        return registry.by_id(session, model_id)
+
+
+@blueprint.route("/rollback", methods=["POST"])
+@needs(Scope.MODELS_WRITE)
+@takes(json=RollbackRequest)
+@blueprint.response(200, ModelSchema)
+@blueprint.doc(operationId="rollback")
+@idempotent(_as_changed)
+def rollback(body: dict[str, Any]) -> ModelVersion:
+    """Make the champion before this one champion again. New predictions use it at once."""
+    with transaction() as session:
+        found = promotion.rollback(session, tenant(), reason=body["reason"], key_id=principal().key_id)
+        bear(session, found.id)
+        return found
+
+
+@blueprint.route("/<version:version>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, ModelSchema)
+@blueprint.doc(operationId="getModel")
+def get_model(version: str) -> ModelVersion:
+    """Show a model version; `champion` is the one that predicts unless another is named."""
+    with transaction() as session:
+        return named(session, version)
+
+
+@blueprint.route("/<version:version>/promote", methods=["POST"])
+@needs(Scope.MODELS_WRITE)
+@takes(json=PromoteRequest)
+@blueprint.response(200, ModelSchema)
+@blueprint.doc(operationId="promoteModel")
+@idempotent(_as_changed)
+def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
+    """Make a version the champion, if the gate agrees or by force. New predictions use it at once."""
+    policy = GatePolicy.of(services().settings)
+    with transaction() as session:
+        found = promotion.promote(session, tenant(), version, policy, **body, key_id=principal().key_id)
+        bear(session, found.id)
+        return found
+
+
+@blueprint.route("/<version:version>/weights")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, {"type": "string", "format": "binary"}, content_type=BYTES)
+@blueprint.alt_response(304, description="The client has these bytes.", success=True)
+@blueprint.doc(operationId="getWeights")
+def get_weights(version: str) -> Response:
+    """Download a version's network: a safetensors file that carries classes, transform and calibration."""
+    with transaction() as session:
+        found = named(session, version)
+    return download(found.weights_sha256, f"renalq-v{found.version}.safetensors")
+
+
+@blueprint.route("/<version:version>/card")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, {"type": "string"}, content_type=MARKDOWN)
+@blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json", success=True)
+@blueprint.doc(operationId="getCard")
+def get_card(version: str) -> Response:
+    """Show a version's model card: what it is, what it is for, how it was tested, where it ends."""
+    with transaction() as session:
+        card = model_card.card(cards.model_card_data(session, named(session, version)))
+    kind = request.accept_mimetypes.best_match([MARKDOWN, "application/json"], MARKDOWN)
+    return Response(model_card_markdown.markdown(card), mimetype=MARKDOWN) if kind == MARKDOWN else jsonify(card)
+
+
+def named(session: Session, wanted: str) -> ModelVersion:
+    """The version, or the champion; where there is none, that is no conflict here: nothing is found."""
+    try:
+        return registry.resolve(session, tenant(), wanted)
+    except NoChampion as error:
+        raise ModelNotFound(str(error)) from None
