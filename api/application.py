@@ -16,25 +16,25 @@ from api.http.context import EXTENSION, Services
 from api.http.fields import VERSION, parse_uuid
 from api.resources import (
     datasets,
-    drift,
     feedback,
     health,
     keys,
     legacy,
     metrics,
-    models,
     pages,
     scans,
     uploads,
     webhooks,
 )
-from api.resources.jobs import routes
+from api.resources.jobs import routes as jobs
+from api.resources.models import drift
+from api.resources.models import routes as models
 from jobs.db import session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import Artifacts
 
 BLUEPRINTS = (
-    routes, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, legacy, pages,
+    jobs, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, legacy, pages,
 )  # fmt: skip
 NOBODY = uuid.UUID(int=0)
 

@@ -18,7 +18,6 @@ from api.http.body_spool import JSON_BYTES, UploadRequest
 from api.http.fields import escaped, unstorable
 from api.http.problems import InvalidFields
 from api.http.streaming import CSV, NDJSON
-from api.resources.requests import MANIFEST
 from jobs.errors import UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -97,13 +96,17 @@ def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _document(view: Any, kinds: dict[str, type[ma.Schema]]) -> dict[str, Any]:
-    whole = {"type": "string", "description": MANIFEST}
-    content = {kind: {"schema": whole if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()}
+    content = {kind: {"schema": _whole(schema) if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()}
     document: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if CSV in kinds:
         before = getattr(view, "_apidoc", {}).get("manual_doc", {}).get("parameters", [])  # lists are not merged
         document["parameters"] = [*before, {"in": "query", "schema": kinds[CSV](exclude=["manifest"])}]
     return document
+
+
+def _whole(schema: type[ma.Schema]) -> dict[str, Any]:
+    """The field `manifest`, as the whole body."""
+    return {"type": "string", **schema._declared_fields["manifest"].metadata}
 
 
 def _body(kinds: dict[str, type[ma.Schema]]) -> Any:

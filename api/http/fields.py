@@ -12,7 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import marshmallow as ma
+from flask_smorest.fields import Upload
 from marshmallow import fields, validate
+from werkzeug.datastructures import FileStorage
 
 VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
 """What names a model version. Ask `fullmatch`: to `match`, a line break at the end is no difference."""
@@ -102,6 +104,28 @@ class ImageOrScanId(Base64):
         return scan_id or super()._deserialize(value, attr, data, **kwargs)
 
 
+class File(Upload):
+    """A file of a multipart body."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> FileStorage:
+        if not isinstance(value, FileStorage):
+            raise ma.ValidationError("Send it as a file, with a file name.")
+        return value
+
+
+class ModelChoice(fields.String):
+    """`champion`, or a version's number as text."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        metadata = {"example": "champion", "pattern": VERSION.pattern}
+        super().__init__(validate=_names_a_version, metadata=metadata, **kwargs)
+
+
+def _names_a_version(value: str) -> None:
+    if not VERSION.fullmatch(value):
+        raise ma.ValidationError("Must be `champion` or a version's number.")
+
+
 class Metadata(fields.Dict):
     """A client's own labels: names to text, numbers and booleans."""
 
@@ -139,6 +163,13 @@ def _is_http(value: str) -> None:
         good = False
     if not good:
         raise ma.ValidationError("Must be an http:// or https:// address.")
+
+
+def exactly_one(data: dict[str, Any], *names: str) -> None:
+    """Raise ValidationError unless exactly one of the fields is given."""
+    given = [name for name in names if name in data]
+    if len(given) != 1:
+        raise ma.ValidationError(f"Give exactly one of {', '.join(names)}.", given[-1] if given else names[0])
 
 
 def parse_uuid(text: str) -> uuid.UUID | None:

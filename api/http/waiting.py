@@ -3,7 +3,6 @@
 import re
 import time
 import uuid
-from typing import Any
 
 from flask import Response, request
 
@@ -86,8 +85,3 @@ def _watch(job_id: uuid.UUID, bell: Bell, deadline: float) -> JobView:
     while not view.terminal and not services().changes.closed and bell.wait(deadline - time.monotonic()):
         view = job(job_id)
     return view
-
-
-def one_page(rows: Any) -> dict[str, Any]:
-    """A list that is short enough to come whole, in the shape of a page."""
-    return {"data": rows, "has_more": False, "next": None}

@@ -16,12 +16,14 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 import marshmallow as ma
+from marshmallow import fields, validate
 
 from api.http.bodies import pointers
-from api.http.fields import unstorable
+from api.http.fields import HttpUrl, exactly_one, unstorable
 from api.http.problems import InvalidFields
-from api.resources.requests import SOURCES, ManifestRow
 
+SOURCES = ("file", "scan_id", "url")
+"""What says which scan a manifest's row means."""
 LINE_BYTES = 64 * 1024
 """Longest line: an address, a file and three keys take less, however they are escaped."""
 MOST_TOLD = 20
@@ -31,6 +33,21 @@ KNOWN = (*SOURCES, "custom_id", "patient", "study")
 COLUMNS = ", ".join(KNOWN)
 
 Cells = dict[str, Any]
+
+
+class ManifestRow(ma.Schema):
+    """One scan of a manifest: a file that came with it, a stored scan, or an address to fetch it from."""
+
+    file = fields.String(validate=validate.Length(1, 1000))
+    scan_id = fields.UUID()
+    url = HttpUrl()
+    custom_id = fields.String(validate=validate.Length(1, 200))
+    patient = fields.String(validate=validate.Length(1, 200))
+    study = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        exactly_one(data, *SOURCES)
 
 
 @dataclass(frozen=True, slots=True)

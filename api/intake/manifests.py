@@ -13,7 +13,7 @@ from api.http.context import services, tenant, transaction
 from api.http.problems import InvalidFields
 from api.intake import scan_store
 from api.intake.manifest_parser import Complaints, Row, path, read
-from api.resources.requests import MAX_SCANS
+from api.intake.scan_store import MAX_SCANS
 from jobs.addresses import complaint
 from jobs.queue.submission import NewResult
 from jobs.results.queries import known_scans

@@ -13,16 +13,17 @@ from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import Services, services, tenant, transaction
-from api.intake import sniffing
-from api.intake.sniffing import Media
-from jobs.errors import Invalid, NotAnImage, RenalQError, ScanNotFound, TooLarge
+from jobs.errors import BadInput, Invalid, RenalQError, ScanNotFound, TooLarge
 from jobs.queue.submission import NewResult
 from jobs.results.queries import known_scans, scans_by_hash
 from jobs.settings import Settings
 from jobs.storage.archives import Member
 from jobs.storage.blobs import Blob
 from jobs.tables import Scan, new_id
+from ml.spec.pipeline import Inputs, Media, RefusedInput
 
+MAX_SCANS = 10_000
+"""Most scans in one request."""
 AT_ONCE = 200
 """Scans registered in one transaction."""
 WRITERS = 8
@@ -49,15 +50,15 @@ class Seen:
     error: RenalQError | None = None
 
 
-def check(stream: IO[bytes], pointer: str | None = None) -> Media:
+def check(stream: IO[bytes], inputs: Inputs, pointer: str | None = None) -> Media:
     """Look at a single scan. `pointer` names the field that it came in.
 
     Raises:
-        NotAnImage, TooLarge
+        BadInput, TooLarge
     """
     try:
-        return _look(services().settings, stream)
-    except NotAnImage as error:
+        return _look(services().settings, inputs, stream)
+    except BadInput as error:
         error.pointer = pointer
         raise
 
@@ -72,10 +73,10 @@ def keep(stream: IO[bytes], looked: Media) -> tuple[Scan, bool]:
         return session.get_one(Scan, found), found == wanted
 
 
-def keep_all(scans: Iterable[Incoming]) -> list[NewResult]:
-    """Store many scans. One that is no image becomes a result that has failed, and the others go on."""
+def keep_all(scans: Iterable[Incoming], inputs: Inputs) -> list[NewResult]:
+    """Store many scans. One that the pipeline cannot read becomes a result that has failed, and the others go on."""
     results: list[NewResult] = []
-    see = partial(_see, services())
+    see = partial(_see, services(), inputs)
     with ThreadPoolExecutor(WRITERS) as pool:
         for some in _batched(scans, AT_ONCE):
             seen = list(pool.map(see, some))
@@ -127,25 +128,28 @@ def shown_name(name: str) -> str | None:
     return printable[-NAME_LENGTH:] or None
 
 
-def _see(held: Services, incoming: Incoming) -> Seen:
+def _see(held: Services, inputs: Inputs, incoming: Incoming) -> Seen:
     try:
         stream = incoming.open()
-        looked = _look(held.settings, stream)
+        looked = _look(held.settings, inputs, stream)
     except (Invalid, TooLarge) as error:
         return Seen(incoming, error=error)
     return Seen(incoming, held.artifacts.put(stream), looked)
 
 
-def _look(settings: Settings, stream: IO[bytes]) -> Media:
+def _look(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:
     if _size(stream) > settings.max_scan_bytes:
         raise TooLarge(limit=settings.max_scan_bytes, setting="RENALQ_MAX_SCAN_BYTES")
-    return sniffing.look(stream, settings.max_pixels)
+    try:
+        return inputs.look(stream, settings.max_pixels)
+    except RefusedInput as refusal:
+        raise BadInput(str(refusal) or inputs.refusal, inputs.refusal_code) from None
 
 
 def _result(one: Seen, ids: dict[str, uuid.UUID]) -> NewResult:
     name, own = one.incoming.name, one.incoming.custom_id
     if one.blob is None:
-        return NewResult(None, name, own, error=_failure(one.error or NotAnImage()))
+        return NewResult(None, name, own, error=_failure(one.error or BadInput()))
     return NewResult(ids[one.blob.sha256], name, own)
 
 
@@ -154,7 +158,7 @@ def _failure(error: RenalQError) -> dict[str, object]:
 
 
 def _row(blob: Blob, looked: Media, scan_id: uuid.UUID) -> dict[str, object]:
-    return {"id": scan_id, "tenant_id": tenant(), "sha256": blob.sha256, "size": blob.size, **vars(looked)}
+    return {"id": scan_id, "tenant_id": tenant(), "sha256": blob.sha256, "size": blob.size, **looked._asdict()}
 
 
 def _register(session: Session, rows: Sequence[dict[str, object]]) -> None:

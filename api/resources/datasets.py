@@ -4,26 +4,83 @@ import uuid
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+import marshmallow as ma
+from marshmallow import fields, validate
+
 from api.http.auth import needs
 from api.http.bodies import Blueprint, takes
 from api.http.context import admit, principal, quota, services, tenant, transaction
+from api.http.fields import File, ModelChoice, Time, exactly_one, words
 from api.http.idempotency import idempotent, key
+from api.http.paging import PageQuery, PageSchema
 from api.intake import scan_store
 from api.intake.feedback_zip import truths_zip
 from api.intake.upload_store import from_upload
-from api.resources.requests import DatasetJson, DatasetUpload, PageQuery
-from api.resources.schemas import CheckedDatasetSchema, DatasetSchema, DatasetsPage
 from jobs.datasets import catalog
 from jobs.datasets.catalog import DatasetView
 from jobs.keys import Scope
 from jobs.paging import Page
 from jobs.results import queries
+from jobs.states import DatasetState
 from jobs.storage import archives
 from jobs.storage.archives import Limits
 
 blueprint = Blueprint(
     "datasets", __name__, url_prefix="/datasets", description="Zips with one folder a class, checked before use."
 )
+
+
+class DatasetUpload(ma.Schema):
+    """A zip with one folder a class."""
+
+    file = File(required=True)
+    name = fields.String(validate=validate.Length(1, 200))
+
+
+class TruthsChoice(ma.Schema):
+    """Which truths: all, or those told since a time, or of one version's predictions."""
+
+    since = Time()
+    model = ModelChoice()
+
+
+class DatasetJson(ma.Schema):
+    """A whole upload of such a zip; or scans whose truth is known, each in the folder of its class."""
+
+    upload_id = fields.UUID()
+    truths = fields.Nested(TruthsChoice, unknown=ma.RAISE)
+    name = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        exactly_one(data, "upload_id", "truths")
+
+
+class DatasetSchema(ma.Schema):
+    """A dataset: `problems` says why it is invalid, `warnings` what is doubtful about it."""
+
+    id = fields.UUID(attribute="dataset.id")
+    name = fields.String(attribute="dataset.name")
+    state = fields.String(validate=words(DatasetState))
+    digest = fields.String(attribute="dataset.digest", allow_none=True)
+    classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
+    problems = fields.List(fields.String())
+    warnings = fields.List(fields.String(), metadata={"description": "What makes scores on it doubtful."})
+    size = fields.Integer(attribute="dataset.archive_bytes")
+    job_id = fields.UUID(attribute="dataset.job_id", allow_none=True)
+    created_at = Time(attribute="dataset.created_at")
+
+
+class CheckedDatasetSchema(DatasetSchema):
+    """A dataset with all that its check found."""
+
+    report = fields.Dict(attribute="dataset.report", allow_none=True)
+
+
+class DatasetsPage(PageSchema):
+    """Datasets, newest first."""
+
+    data = fields.List(fields.Nested(DatasetSchema), required=True)
 
 
 Accepted = tuple[DatasetView, int, dict[str, str]]

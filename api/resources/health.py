@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import marshmallow as ma
 from flask import Response
+from marshmallow import fields
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.http.auth import public
 from api.http.bodies import Blueprint
 from api.http.context import services, transaction
 from api.http.problems import RETRY_SECONDS, ProblemSchema, problem
-from api.resources.schemas import HealthSchema
 from jobs.queue import processes
 from jobs.states import Lane
 from jobs.tables import Process
@@ -19,6 +20,13 @@ blueprint = Blueprint("health", __name__, url_prefix="/health", description="For
 NO_DATABASE = "database: Postgres does not answer."
 LEAST_SECONDS = 15.0
 """A process that was seen within this time lives, however short the clocks are."""
+
+
+class HealthSchema(ma.Schema):
+    """Whether the stack works."""
+
+    status = fields.String()
+    reasons = fields.List(fields.String())
 
 
 @blueprint.route("/live")

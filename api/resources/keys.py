@@ -3,17 +3,49 @@
 import uuid
 from typing import Any
 
+import marshmallow as ma
+from marshmallow import fields, validate
+
 from api.http.auth import needs
 from api.http.bodies import Blueprint, takes
 from api.http.context import tenant, transaction
+from api.http.fields import Time, words
 from api.http.idempotency import idempotent
-from api.http.waiting import one_page
-from api.resources.requests import KeyRequest
-from api.resources.schemas import KeySchema, KeysPage, NewKeySchema
+from api.http.paging import PageSchema, one_page
 from jobs import keys
 from jobs.keys import Scope
 
 blueprint = Blueprint("keys", __name__, url_prefix="/keys", description="Who may ask what.")
+
+
+class KeyRequest(ma.Schema):
+    """A new key."""
+
+    name = fields.String(required=True, validate=validate.Length(1, 200))
+    scopes = fields.List(fields.String(validate=words(Scope)), required=True, validate=validate.Length(1, 4))
+
+
+class KeySchema(ma.Schema):
+    """A key, without its secret."""
+
+    id = fields.UUID()
+    name = fields.String()
+    scopes = fields.List(fields.String(validate=words(Scope)))
+    hint = fields.String(metadata={"description": "How the secret begins."})
+    created_at = Time()
+    revoked_at = Time(allow_none=True)
+
+
+class NewKeySchema(KeySchema):
+    """A key with its secret, which is shown this once: null where an answer comes again by its Idempotency-Key."""
+
+    secret = fields.String(allow_none=True)
+
+
+class KeysPage(PageSchema):
+    """Keys, oldest first."""
+
+    data = fields.List(fields.Nested(KeySchema), required=True)
 
 
 @blueprint.route("", methods=["POST"])

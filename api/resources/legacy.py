@@ -28,11 +28,11 @@ from api.intake import scan_store
 from api.resources.health import NO_DATABASE, why_not
 from api.resources.jobs.explanations import NONE
 from api.resources.jobs.predict import predict_many, predict_one
-from api.resources.jobs.train import train_on_newest
-from api.resources.requests import ScanJson, ScanUpload, TrainRequest
-from api.resources.schemas import JobSchema
+from api.resources.jobs.schemas import JobSchema
+from api.resources.jobs.train import TrainRequest, train_on_newest
+from api.resources.scans import ScanJson, ScanUpload
 from api.views.charts import PNG
-from jobs.errors import ArtifactNotFound, Conflict, ModelNotFound, NoChampion, NotAnImage, TooLarge
+from jobs.errors import ArtifactNotFound, BadInput, Conflict, ModelNotFound, NoChampion, TooLarge
 from jobs.keys import Scope
 from jobs.models import registry
 from jobs.queue import explanations
@@ -44,7 +44,7 @@ from jobs.tables import Json, ModelVersion, ScanResult
 blueprint = Blueprint("older", __name__, description="Names of older documents. They wait for their job, 60 s at most.")
 
 MAX_IMAGES = 100
-UNREADABLE = ("BAD_IMAGE", NotAnImage.code, TooLarge.code)
+UNREADABLE = ("BAD_IMAGE", BadInput.code, TooLarge.code)
 """Codes of results that failed because of what was sent."""
 TRAIN_FIRST = "No model is champion yet. Train one first: POST /train."
 LATE = "The job is not done yet, and goes on: its Location says how far it is. Or send the same again later."
@@ -245,7 +245,7 @@ def _refuse_unreadable(images: list[bytes]) -> None:
     for number, image in enumerate(images):
         try:
             scan_store.check(io.BytesIO(image))
-        except (NotAnImage, TooLarge) as error:
+        except (BadInput, TooLarge) as error:
             wrong.append((f"/images/{number}", str(error)))
     if wrong:
         raise InvalidFields(wrong)

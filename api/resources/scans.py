@@ -4,18 +4,61 @@ import io
 import uuid
 from typing import Any
 
+import marshmallow as ma
+from marshmallow import fields, validate
+
 from api.http.auth import needs
 from api.http.bodies import Blueprint, takes
 from api.http.context import tenant, transaction
+from api.http.fields import Base64, File, Time
 from api.http.idempotency import idempotent
 from api.intake import scan_store
-from api.resources.requests import KnownRequest, ScanJson, ScanUpload
-from api.resources.schemas import KnownScansSchema, ScanSchema
+from api.intake.scan_store import MAX_SCANS
 from jobs.keys import Scope
 from jobs.results import queries
 from jobs.tables import Scan
 
 blueprint = Blueprint("scans", __name__, url_prefix="/scans", description="Single images and DICOM files.")
+
+
+class ScanUpload(ma.Schema):
+    """One image or DICOM file."""
+
+    file = File(required=True)
+
+
+class ScanJson(ma.Schema):
+    """One image or DICOM file in base64."""
+
+    image = Base64(required=True)
+
+
+class KnownRequest(ma.Schema):
+    """SHA-256 of files, in hex."""
+
+    sha256 = fields.List(
+        fields.String(validate=validate.Regexp(r"\A[0-9a-f]{64}\Z", error="Must be 64 lower-case hex digits.")),
+        required=True,
+        validate=validate.Length(max=MAX_SCANS),
+    )
+
+
+class ScanSchema(ma.Schema):
+    """A stored scan: nothing of the file's name or its patient is kept with it."""
+
+    id = fields.UUID()
+    sha256 = fields.String()
+    size = fields.Integer()
+    media_type = fields.String()
+    width = fields.Integer()
+    height = fields.Integer()
+    created_at = Time()
+
+
+class KnownScansSchema(ma.Schema):
+    """Ids of stored scans by the SHA-256 of their bytes."""
+
+    data = fields.Dict(keys=fields.String(), values=fields.UUID(), required=True)
 
 
 @blueprint.route("", methods=["POST"])

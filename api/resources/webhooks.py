@@ -14,9 +14,7 @@ from api.http.bodies import Blueprint, takes
 from api.http.context import services, tenant, transaction
 from api.http.fields import HttpUrl, Time, words
 from api.http.idempotency import idempotent
-from api.http.waiting import one_page
-from api.resources.requests import PageQuery
-from api.resources.schemas import PageSchema
+from api.http.paging import PageQuery, PageSchema, one_page
 from jobs import addresses
 from jobs.errors import Invalid
 from jobs.events import deliveries, webhooks

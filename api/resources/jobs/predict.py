@@ -1,4 +1,4 @@
-"""From a checked request to a prediction job: its scans stored, its model pinned, its rows written."""
+"""Prediction requests, and the jobs made of them: scans stored, model pinned, rows written."""
 
 import io
 import uuid
@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import marshmallow as ma
+from marshmallow import fields, validate
 from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import admit, principal, quota, services, tenant, transaction
+from api.http.fields import File, ImageOrScanId, Metadata, ModelChoice, exactly_one
 from api.http.idempotency import key
 from api.intake import manifests, scan_store
+from api.intake.scan_store import MAX_SCANS
 from api.intake.upload_store import from_upload
+from api.resources.jobs.explanations import Explain
 from jobs.datasets import catalog
 from jobs.errors import BadArchive
 from jobs.models import registry
@@ -24,6 +29,83 @@ from jobs.storage.archives import Limits, Member
 from jobs.tables import ModelVersion
 
 Body = dict[str, Any]
+MANIFEST = (
+    "CSV with a header row (comma, semicolon or tab), or NDJSON; UTF-8. Each row has exactly one of `file` (a file in "
+    "the same body or zip), `scan_id` and `url`, and may have `custom_id`, `patient` and `study`."
+)
+
+
+class _Prediction(ma.Schema):
+    model = ModelChoice()
+    precision = fields.String(
+        validate=validate.OneOf(["auto", "fp32", "bf16", "int8"]),
+        metadata={"description": "auto: the fastest that this network was admitted for, and that the worker has."},
+    )
+    explain = Explain(load_default=False)
+    metadata = Metadata(load_default=dict)
+    lane = fields.String(validate=validate.OneOf([str(Lane.URGENT), str(Lane.BATCH)]))
+
+
+class PredictJson(_Prediction):
+    """One scan: its bytes in base64, or the id of a stored one."""
+
+    image = ImageOrScanId()
+    scan_id = fields.UUID()
+    custom_id = fields.String(validate=validate.Length(1, 200))
+
+    @ma.validates_schema
+    def _one_scan(self, data: dict[str, Any], **kwargs: Any) -> None:
+        exactly_one(data, "image", "scan_id")
+
+
+class PredictUpload(_Prediction):
+    """One scan as a file."""
+
+    file = File(required=True)
+    custom_id = fields.String(validate=validate.Length(1, 200))
+
+
+class _CustomIds(_Prediction):
+    custom_ids = fields.List(fields.String(validate=validate.Length(1, 200)))
+
+
+class BatchJson(_CustomIds):
+    """Scans that are stored already, all of a dataset, or a whole upload: one scan, or one zip of them.
+
+    `custom_ids` follow the order of `scan_ids`.
+    """
+
+    scan_ids = fields.List(fields.UUID(), validate=validate.Length(1, MAX_SCANS))
+    dataset_id = fields.UUID()
+    upload_id = fields.UUID()
+
+    @ma.validates_schema
+    def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
+        exactly_one(data, "scan_ids", "dataset_id", "upload_id")
+        if "custom_ids" in data and len(data["custom_ids"]) != len(data.get("scan_ids", ())):
+            raise ma.ValidationError("Must be as many as scan_ids.", "custom_ids")
+
+
+class BatchUpload(_CustomIds):
+    """Many files, or one zip of them. `custom_ids` follow the order of the files, unless a manifest says all."""
+
+    files: Any = fields.List(File(), validate=validate.Length(1, MAX_SCANS))
+    manifest: Any = File(metadata={"description": MANIFEST})
+
+    @ma.validates_schema
+    def _as_many_ids(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "manifest" not in data and "files" not in data:
+            raise ma.ValidationError("Missing data for required field.", "files")
+        if "manifest" in data and "custom_ids" in data:
+            raise ma.ValidationError("Write them into the manifest.", "custom_ids")
+        if "custom_ids" in data and len(data["custom_ids"]) != len(data["files"]):
+            raise ma.ValidationError("Must be as many as files.", "custom_ids")
+
+
+class BatchManifest(_Prediction):
+    """A manifest alone as the body; the rest stands in the query."""
+
+    manifest = File(required=True, metadata={"description": MANIFEST})
 
 
 def predict_one(body: Body) -> uuid.UUID:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from flask import Response
-from marshmallow import fields
+from marshmallow import fields, validate
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -18,9 +18,10 @@ from api.http import streaming
 from api.http.change_listener import Bell, Changes
 from api.http.context import services, tenant
 from api.http.fields import words
+from api.http.paging import NumberedQuery, PageSchema
 from api.http.streaming import CSV
 from api.resources.jobs.explanations import ExplainedSchema, explained
-from api.resources.schemas import ErrorSchema, PageSchema
+from api.resources.jobs.schemas import ErrorSchema
 from jobs.errors import RenalQError
 from jobs.models import feedback
 from jobs.paging import Page
@@ -32,6 +33,13 @@ from jobs.tables import Json, ScanResult
 ROWS = 500
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a cell begins that a spreadsheet would run."""
+
+
+class ResultsQuery(NumberedQuery):
+    """Which results to list: without `state`, those that have ended."""
+
+    after = fields.Integer(load_default=None, validate=validate.Range(0, 2**31 - 1))
+    state = fields.String(load_default=None, validate=words(ResultState))
 
 
 class ResultSchema(ExplainedSchema):

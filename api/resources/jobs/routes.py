@@ -11,22 +11,21 @@ from api.http.bodies import Blueprint, takes
 from api.http.context import principal, quota, services, tenant, transaction
 from api.http.downloads import download
 from api.http.idempotency import idempotent, key
-from api.resources.jobs import results, summaries
-from api.resources.jobs.predict import predict_many, predict_one
-from api.resources.jobs.train import train_one
-from api.resources.requests import (
+from api.http.paging import NamedQuery, NumberedQuery
+from api.resources.jobs import events, results, summaries
+from api.resources.jobs.events import EventsPage
+from api.resources.jobs.predict import (
     BatchJson,
     BatchManifest,
     BatchUpload,
-    JobsQuery,
-    NamedQuery,
-    NumberedQuery,
     PredictJson,
     PredictUpload,
-    ResultsQuery,
-    TrainRequest,
+    predict_many,
+    predict_one,
 )
-from api.resources.schemas import ArtifactsPage, EventsPage, JobSchema, JobsPage, MetricsSchema
+from api.resources.jobs.results import ResultsQuery
+from api.resources.jobs.schemas import ArtifactsPage, JobSchema, JobsPage, JobsQuery, MetricsSchema
+from api.resources.jobs.train import TrainRequest, train_one
 from api.views import charts
 from jobs.keys import Scope
 from jobs.models import reproduction
@@ -156,7 +155,7 @@ def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Respons
     """List what happened to a job; as text/event-stream, follow it to its end."""
     waiting.job(job_id)
     if streaming.wanted(streaming.SSE) == streaming.SSE:
-        return streaming.events(job_id)
+        return events.events(job_id)
     with transaction() as session:
         return queries.events(session, job_id, query["limit"], query["after"] or 0)
 

@@ -1,18 +1,26 @@
-"""What comes out as JSON: these schemas write the answers and describe them in the OpenAPI document."""
+"""Schemas of jobs and of the files that they make."""
 
 import marshmallow as ma
 from marshmallow import fields
 
 from api.http.context import services
 from api.http.fields import Time, words
-from jobs.keys import Scope
-from jobs.states import DatasetState, JobKind, JobState
+from api.http.paging import PageQuery, PageSchema
+from jobs.states import JobKind, JobState
 from jobs.tables import Job
 
 
-class PageSchema(ma.Schema):
-    has_more = fields.Boolean(required=True)
-    next = fields.String(required=True, allow_none=True, metadata={"description": "`after` of the next page."})
+class JobsQuery(PageQuery):
+    """Which jobs to list."""
+
+    state = fields.String(validate=words(JobState))
+    kind = fields.String(validate=words(JobKind))
+    created_after = Time()
+    metadata = fields.Dict(
+        keys=fields.String(),
+        values=fields.String(),
+        metadata={"description": "Labels that the job must carry: `metadata[study]=7`."},
+    )
 
 
 class StageSchema(ma.Schema):
@@ -134,21 +142,6 @@ class MetricsSchema(ma.Schema):
     final = fields.Dict(required=True, allow_none=True)
 
 
-class EventSchema(ma.Schema):
-    """Something that happened to a job."""
-
-    id = fields.Integer()
-    type = fields.String()
-    at = Time()
-    data = fields.Dict()
-
-
-class EventsPage(PageSchema):
-    """Events, oldest first."""
-
-    data = fields.List(fields.Nested(EventSchema), required=True)
-
-
 class ArtifactSchema(ma.Schema):
     """A file that a job made."""
 
@@ -166,78 +159,3 @@ class ArtifactsPage(PageSchema):
     """A job's artifacts by name."""
 
     data = fields.List(fields.Nested(ArtifactSchema), required=True)
-
-
-class DatasetSchema(ma.Schema):
-    """A dataset: `problems` says why it is invalid, `warnings` what is doubtful about it."""
-
-    id = fields.UUID(attribute="dataset.id")
-    name = fields.String(attribute="dataset.name")
-    state = fields.String(validate=words(DatasetState))
-    digest = fields.String(attribute="dataset.digest", allow_none=True)
-    classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
-    problems = fields.List(fields.String())
-    warnings = fields.List(fields.String(), metadata={"description": "What makes scores on it doubtful."})
-    size = fields.Integer(attribute="dataset.archive_bytes")
-    job_id = fields.UUID(attribute="dataset.job_id", allow_none=True)
-    created_at = Time(attribute="dataset.created_at")
-
-
-class CheckedDatasetSchema(DatasetSchema):
-    """A dataset with all that its check found."""
-
-    report = fields.Dict(attribute="dataset.report", allow_none=True)
-
-
-class DatasetsPage(PageSchema):
-    """Datasets, newest first."""
-
-    data = fields.List(fields.Nested(DatasetSchema), required=True)
-
-
-class ScanSchema(ma.Schema):
-    """A stored scan: nothing of the file's name or its patient is kept with it."""
-
-    id = fields.UUID()
-    sha256 = fields.String()
-    size = fields.Integer()
-    media_type = fields.String()
-    width = fields.Integer()
-    height = fields.Integer()
-    created_at = Time()
-
-
-class KnownScansSchema(ma.Schema):
-    """Ids of stored scans by the SHA-256 of their bytes."""
-
-    data = fields.Dict(keys=fields.String(), values=fields.UUID(), required=True)
-
-
-class KeySchema(ma.Schema):
-    """A key, without its secret."""
-
-    id = fields.UUID()
-    name = fields.String()
-    scopes = fields.List(fields.String(validate=words(Scope)))
-    hint = fields.String(metadata={"description": "How the secret begins."})
-    created_at = Time()
-    revoked_at = Time(allow_none=True)
-
-
-class NewKeySchema(KeySchema):
-    """A key with its secret, which is shown this once: null where an answer comes again by its Idempotency-Key."""
-
-    secret = fields.String(allow_none=True)
-
-
-class KeysPage(PageSchema):
-    """Keys, oldest first."""
-
-    data = fields.List(fields.Nested(KeySchema), required=True)
-
-
-class HealthSchema(ma.Schema):
-    """Whether the stack works."""
-
-    status = fields.String()
-    reasons = fields.List(fields.String())

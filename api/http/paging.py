@@ -1,0 +1,39 @@
+"""Lists in pages: queries, the shape of a page, and lists that are short enough to come whole."""
+
+from typing import Any
+
+import marshmallow as ma
+from marshmallow import fields, validate
+
+BIGINT = 2**63 - 1
+
+
+class PageSchema(ma.Schema):
+    has_more = fields.Boolean(required=True)
+    next = fields.String(required=True, allow_none=True, metadata={"description": "`after` of the next page."})
+
+
+class PageQuery(ma.Schema):
+    """A page of a list in the order of its ids."""
+
+    limit = fields.Integer(load_default=50, validate=validate.Range(1, 100))
+    after = fields.UUID(load_default=None, metadata={"description": "`next` of the page before."})
+
+
+class NumberedQuery(ma.Schema):
+    """A page of a list in the order of its numbers."""
+
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
+    after = fields.Integer(load_default=None, validate=validate.Range(0, BIGINT))
+
+
+class NamedQuery(ma.Schema):
+    """A page of a list in the order of its names."""
+
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
+    after = fields.String(load_default="", metadata={"description": "`next` of the page before."})
+
+
+def one_page(rows: Any) -> dict[str, Any]:
+    """A list that is short enough to come whole, in the shape of a page."""
+    return {"data": rows, "has_more": False, "next": None}
