@@ -61,6 +61,16 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One finished pass over the data of a pipeline that has other figures than `Epoch`'s; they go by their names."""
+
+    event: ClassVar[str] = "round"
+    epoch: int
+    epochs: int
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Steps:
     """Consecutive steps of the optimizer: the loss of each, counted from `first_step` (1 is the training's first)."""
 
@@ -114,6 +124,7 @@ class Finished:
     model_path: str
     artifacts: dict[str, str] = field(default_factory=dict)
     device_seconds: float = 0.0
+    dataset_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class Failed:
     retryable: bool = False
 
 
-Event = StageStarted | StageFinished | Progress | Steps | Epoch | Resumed | Checkpointed | Evaluated | Finished | Failed
+Event = StageStarted | StageFinished | Progress | Steps | Epoch | Round | Resumed | Checkpointed | Evaluated | Finished | Failed
 Emit = Callable[[Event], None]
 _KINDS: dict[str, type[Any]] = {kind.event: kind for kind in get_args(Event)}
 

@@ -1,16 +1,12 @@
-"""The parameters of a training: one frozen schema for params.yaml, for a job's `params` and for the library."""
+"""The image pipeline's parameters, declared once: params.yaml, `python -m ml train`, the API's schema and OpenAPI, the
+worker's check and the table in docs/api.md are made from `Params`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from ml.runtime.errors import BadParams
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 NetworkName = Literal["vgg16", "resnet18", "resnet50", "inception_v3", "efficientnet_b0", "vit_b_16"]
 NETWORKS: tuple[str, ...] = get_args(NetworkName)
@@ -134,80 +130,3 @@ class Params(BaseModel):
     def total_epochs(self) -> int:
         """Of both phases."""
         return self.epochs + self.fine_tune_epochs
-
-
-def parse_params(fields: dict[str, Any]) -> Params:
-    """Params of a mapping, keys in either case (params.yaml writes capitals); BadParams names the field."""
-    if not isinstance(fields, dict):
-        raise BadParams("The parameters must be a mapping of names to values.")
-    try:
-        params = Params(**{str(key).lower(): value for key, value in fields.items()})
-    except ValidationError as error:
-        raise BadParams(first_complaint(error)) from error
-    for complaint in _contradictions(params):
-        raise BadParams(complaint)
-    return params
-
-
-def _contradictions(params: Params) -> Iterator[str]:
-    """What is wrong with fields that are each right: `field: why, and the remedy`."""
-    if params.include_top and params.weights != "imagenet":
-        yield "include_top: only ImageNet's network has a classifier to keep; set weights: imagenet."
-    if params.include_top and (params.network, params.head_kind) != ("vgg16", "vgg"):
-        yield "include_top: only vgg16 with head: vgg has hidden layers to keep; leave it false."
-    if (params.window_center is None) != (params.window_width is None):
-        missing = "window_width" if params.window_width is None else "window_center"
-        yield f"{missing}: a CT window has a centre and a width; give both or neither."
-    if params.fine_tune_blocks > (most := BLOCKS.get(params.network, 5)):
-        yield f"fine_tune_blocks: {params.network} has {most} blocks."
-    if params.folds == 1:
-        yield "folds: cross-validation needs 2 or more; 0 turns it off."
-    if params.test_size + params.validation_size > 0.7:
-        yield "validation_size: with test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
-    yield from _wrong_size(params)
-
-
-def _wrong_size(params: Params) -> Iterator[str]:
-    height, width = params.image_size[:2]
-    fixed, least = FIXED_SIDE.get(params.network), LEAST_SIDE.get(params.network, 32)
-    if fixed and (height, width) != (fixed, fixed):
-        yield f"image_size: {params.network} takes [{fixed}, {fixed}, 3] only."
-    if min(height, width) < least:
-        yield f"image_size: {params.network} needs at least {least} pixels a side."
-
-
-def load_params(path: Path) -> Params:
-    """Params of a YAML file."""
-    return parse_params(read_yaml(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; BadParams when the file is missing or holds something else."""
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadParams(f"{path.name}: cannot be read as YAML.") from error
-    if not isinstance(content, dict):
-        raise BadParams(f"{path.name}: a mapping of names to values is expected.")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for a word: it wants 1.0e-3. Everybody else, YAML 1.2 included, takes it for a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """What a YAML text says; yaml.YAMLError where it says nothing."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-
-
-def first_complaint(error: ValidationError) -> str:
-    """`field: what is wrong`, for the first wrong field."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("literal[", "bool"))]
-    return f"{'.'.join(names) or 'params'}: {first['msg']}."

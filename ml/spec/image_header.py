@@ -1,16 +1,15 @@
 """Is it an image? A look at the header only: nothing is decoded, so a file that lies about its size costs nothing.
 
-The worker decodes, and has the last word.
+The worker decodes, and has the last word. Loaded where scans come in (`Inputs.inspect`), as it imports Pillow.
 """
 
 import warnings
-from dataclasses import dataclass
 from typing import IO
 
 from PIL import Image
 
-from api.intake import dicom_header
-from jobs.errors import NotAnImage
+from ml.spec import dicom_header
+from ml.spec.pipeline import Media, RefusedInput
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DICOM = "application/dicom"
@@ -18,32 +17,20 @@ MAX_SIDE = 65_535
 """Pixels of a side: what JPEG and DICOM can say. The worker takes no more either (ml.image.pixels.decoding)."""
 
 
-@dataclass(frozen=True)
-class Media:
-    """What a scan's header declares: pixels wide and high."""
-
-    media_type: str
-    width: int
-    height: int
-
-
 def look(stream: IO[bytes], max_pixels: int) -> Media:
-    """What the stream holds, by its header. It is rewound.
+    """What the stream holds, by its header.
 
     Raises:
-        NotAnImage: no PNG, JPEG, BMP, TIFF, WebP or DICOM picture of a sane size.
+        RefusedInput: no PNG, JPEG, BMP, TIFF, WebP or DICOM picture of a sane size.
     """
-    stream.seek(0)
     found = _dicom(stream) if dicom_header.is_dicom(stream) else _picture(stream)
-    stream.seek(0)
-    if found.width <= 0 or found.height <= 0:
-        raise NotAnImage
-    if found.width * found.height > max_pixels:
-        raise NotAnImage(f"The image declares {found.width} × {found.height} pixels; at most {max_pixels} are taken.")
-    if max(found.width, found.height) > MAX_SIDE:
-        raise NotAnImage(
-            f"The image declares {found.width} × {found.height} pixels; sides of at most {MAX_SIDE} are taken."
-        )
+    width, height = found.width or 0, found.height or 0
+    if width <= 0 or height <= 0:
+        raise RefusedInput
+    if width * height > max_pixels:
+        raise RefusedInput(f"The image declares {width} × {height} pixels; at most {max_pixels} are taken.")
+    if max(width, height) > MAX_SIDE:
+        raise RefusedInput(f"The image declares {width} × {height} pixels; sides of at most {MAX_SIDE} are taken.")
     return found
 
 
@@ -51,7 +38,7 @@ def _dicom(stream: IO[bytes]) -> Media:
     try:
         rows, columns = dicom_header.size(stream)
     except ValueError:
-        raise NotAnImage("This DICOM file holds no picture that can be read.") from None
+        raise RefusedInput("This DICOM file holds no picture that can be read.") from None
     return Media(DICOM, columns, rows)
 
 
@@ -61,7 +48,7 @@ def _picture(stream: IO[bytes]) -> Media:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise NotAnImage("The image declares far more pixels than are taken.") from None
+        raise RefusedInput("The image declares far more pixels than are taken.") from None
     except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-        raise NotAnImage from None
+        raise RefusedInput from None
     return Media(Image.MIME[picture.format or ""], picture.width, picture.height)

@@ -1,0 +1,207 @@
+"""Pipelines as plug-ins: what workers and their children ask of one, whatever it learns from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from ml.runtime.events import Emit, Finished
+from ml.spec import registry
+from ml.spec.pipeline import load as imported
+
+Report = Callable[[float], None]
+"""Is told the fraction done, 0 to 1; it may raise to stop the work."""
+Source = bytes | Path | Callable[[], bytes | Path]
+"""An item's bytes, its file, or a function that brings either when it is asked."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training, as the worker hands it to its child: all of it is read from one JSON file (`python -m ml run`).
+
+    `params` are complete and checked. The dataset is `archive` (a zip), or is to be fetched from `source_url`; what is
+    written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
+    goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
+    score on the same test items. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
+    """
+
+    pipeline: str
+    params: Mapping[str, Any]
+    folder: Path
+    archive: Path | None = None
+    source_url: str | None = None
+    checkpoints: Path | None = None
+    checkpoint_seconds: float = 60.0
+    resume: Path | None = None
+    base_model: Path | None = None
+    champion: Path | None = None
+    cache: Path | None = None
+    cache_bytes: int = 0
+    weights_dir: Path | None = None
+    revision: str | None = None
+
+    _PATHS = ("folder", "archive", "checkpoints", "resume", "base_model", "champion", "cache", "weights_dir")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; paths are absolute."""
+        plain = asdict(self)
+        return plain | {name: str(plain[name].absolute()) for name in self._PATHS if plain[name] is not None}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> TrainingJob:
+        """The training of `as_json`'s values."""
+        return cls(**{name: Path(value) if name in cls._PATHS and value else value for name, value in plain.items()})
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """What a dataset holds: `classes` with their number of items, and a digest of contents and labels.
+
+    `problems` forbid training; `warnings` say what spoils it or its scores; `inspection` has all that was seen.
+    """
+
+    classes: dict[str, int]
+    digest: str
+    problems: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    inspection: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def items(self) -> int:
+        """How many there are in all classes."""
+        return sum(self.classes.values())
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to predict: an id of the caller's choosing, and where its bytes come from."""
+
+    id: str
+    source: Source
+
+    def content(self) -> bytes | Path:
+        """The bytes, or the file."""
+        return self.source() if callable(self.source) else self.source
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an item, or (`error_code` set) why it could not look at it.
+
+    Probabilities sum to 1; `confidence` is that of `label`. `ood_score`: above 1 the item is unlike what was learnt
+    from, and `ood_reason` says in what. `statistics`: figures of the item that drift is measured by. `output`: whatever
+    else the pipeline answers, as plain JSON.
+    """
+
+    id: str
+    label: str | None = None
+    confidence: float | None = None
+    probabilities: dict[str, float] = field(default_factory=dict)
+    error_code: str | None = None
+    error_detail: str | None = None
+    retryable: bool = False
+    ood_score: float | None = None
+    ood_reason: str | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+    output: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Disposition:
+    """What may be done with a prediction, in one word; `reason`: why it is none of the classes."""
+
+    word: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an item got `label`: files by their suffix (`.png`, `.heatmap.png`); none where it cannot be read."""
+
+    label: str | None
+    files: Mapping[str, bytes]
+
+
+class Engine(Protocol):
+    """What a model is computed by."""
+
+    @property
+    def name(self) -> str:
+        """A short name that results carry, such as openvino-bf16."""
+        ...
+
+
+class Predictor(Protocol):
+    """A model that stays loaded. Not for two threads at once."""
+
+    @property
+    def engine(self) -> Engine:
+        """What computes it."""
+        ...
+
+    def predict(self, items: Iterable[Any]) -> Iterator[Prediction]:
+        """Predictions in the order of the items, which `Pipeline.item` has made. A broken item gets an error of its
+        own; `ml.runtime.errors.DeviceOutOfMemory` where the device has too little memory."""
+        ...
+
+
+class Explainer(Protocol):
+    """A model that stays loaded to explain what it predicts."""
+
+    classes: Sequence[str]
+
+    def explanations(self, item: Any, label: str, every_class: bool) -> Iterator[Explanation]:
+        """Of the class `label`; with `every_class` then those of all others, each made when it is asked for."""
+        ...
+
+
+class Pipeline(ABC):
+    """What a pipeline does. Modules that are expensive to import are imported inside its methods."""
+
+    @abstractmethod
+    def check(self, archive: Path, folder: Path, report: Report) -> DatasetCheck:
+        """Look through a dataset's zip; `folder` is scratch space. What is wrong with it is no exception, but told."""
+
+    @abstractmethod
+    def train(self, job: TrainingJob, emit: Emit) -> Finished:
+        """Run all stages, telling each event of `ml.runtime.events`; the last one is returned, and not told yet.
+
+        Raises:
+            PipelineError: whatever goes wrong by name.
+        """
+
+    @abstractmethod
+    def open(self, model: Path, options: Mapping[str, Any]) -> Predictor:
+        """Load a model file. `options`: the prediction job's parameters.
+
+        Raises:
+            ModelFileError, DeviceOutOfMemory, EngineNotAdmitted
+        """
+
+    def item(self, id_: str, source: Source, keep: bool = False) -> Any:
+        """What `Predictor.predict` takes. `keep`: it will be looked at more than once."""
+        return Item(id_, source)
+
+    def explainer(self, model: Path, options: Mapping[str, Any]) -> Explainer:
+        """Load a model file to explain with; raises as `open`."""
+        raise NotImplementedError
+
+    def dispose(self, prediction: Prediction, low: float, high: float) -> Disposition | None:
+        """What may be done with a prediction, by the policy of now: `low` and `high` are the limits of what is called
+        indeterminate. None where the pipeline does not say; the default."""
+        return None
+
+
+@cache
+def pipeline_of(name: str) -> Pipeline:
+    """An installed pipeline, its code imported.
+
+    Raises:
+        UnknownPipeline
+    """
+    found: Pipeline = imported(registry.spec_of(name).runtime)()
+    return found

@@ -1,0 +1,152 @@
+"""What a pipeline takes and gives, declared once: a `PipelineSpec`.
+
+The API's schemas and OpenAPI, the command line's help, the docs and the workers' checks are made from it. A spec is
+plain data: importing one loads pydantic and nothing heavier. The code that does the work is named by `runtime`, and
+only workers and their children import it (see `ml.pipelines`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import IO, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+IMAGE, DEFAULT_TASK = "image", "default"
+"""The pipeline and the task of whoever names none: every client before there was a choice."""
+
+OVERLAY, HEATMAP, BLANK = ".png", ".heatmap.png", ".blank.txt"
+"""The files of an explanation, by suffix: a picture for people, the bare heatmap, a note that the heatmap is empty."""
+
+
+class _Declaration(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Stage(_Declaration):
+    """One stage of a training. `weight` is its share of the job's progress; the weights of all stages sum to 1."""
+
+    name: str
+    weight: float = Field(gt=0, le=1)
+
+
+class Media(NamedTuple):
+    """What an item's header declares; width and height in pixels, where the item has any."""
+
+    media_type: str
+    width: int | None = None
+    height: int | None = None
+
+
+class RefusedInput(Exception):
+    """An item that the pipeline does not read. The message says what to send instead."""
+
+
+Inspect = Callable[[IO[bytes], int], Media]
+"""A look at an item's header: the stream and the largest number of pixels that may be declared → Media.
+
+Raises RefusedInput. The stream's position is the caller's to restore."""
+
+
+class Inputs(_Declaration):
+    """What items the pipeline reads. `inspect`: "module:function", an `Inspect`; without it any bytes are of
+    `media_types[0]`."""
+
+    item: str = "item"
+    media_types: tuple[str, ...] = ("application/octet-stream",)
+    inspect: str | None = None
+    refusal_code: str = "BAD_INPUT"
+    refusal: str = "This is no input that the pipeline can read."
+
+    def look(self, stream: IO[bytes], max_pixels: int) -> Media:
+        """What the stream holds, by its header; the stream is rewound.
+
+        Raises:
+            RefusedInput
+        """
+        stream.seek(0)
+        try:
+            return self._inspect(stream, max_pixels) if self._inspect else Media(self.media_types[0])
+        finally:
+            stream.seek(0)
+
+    @cached_property
+    def _inspect(self) -> Inspect | None:
+        return load(self.inspect) if self.inspect else None
+
+
+class Bound(_Declaration):
+    """A figure of the evaluation that a new version must keep: at least `least`, or at most `most`.
+
+    `minus` names a figure that is subtracted first. `setting` names the setting whose value takes the bound's place.
+    """
+
+    figure: str
+    title: str
+    least: float | None = None
+    most: float | None = None
+    minus: str | None = None
+    setting: str | None = None
+
+
+class Gate(_Declaration):
+    """What the promotion gate goes by: `leads` decides against the champion, and has a bound for the first champion.
+
+    `always` are bounds for every version.
+    """
+
+    leads: Bound
+    always: tuple[Bound, ...] = ()
+
+
+class Card(_Declaration):
+    """What a model card says of every version: sentences, and two functions of a version's parameters and classes."""
+
+    title: str
+    use: str = "Telling {classes} apart."
+    factors: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()
+    ethics: tuple[str, ...] = ()
+    details: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda params: {}
+
+
+class PipelineSpec(_Declaration):
+    """A pipeline, declared.
+
+    `runtime`: "module:attribute" of its `ml.pipelines.Pipeline`. `tasks`: which of train, predict and explain it does.
+    `public_artifacts`: files that hold neither items nor names of files, so that MLflow may show them. `phases`: values
+    of an epoch's `phase`, in order. `packages`: distributions whose versions decide a model's numbers.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    title: str
+    runtime: str
+    params: type[BaseModel]
+    stages: tuple[Stage, ...]
+    tasks: frozenset[str] = frozenset({"train", "predict"})
+    inputs: Inputs = Inputs()
+    gate: Gate
+    figures: tuple[str, ...] = ()
+    card: Card
+    model_file: str = "model.safetensors"
+    public_artifacts: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    renamed_params: Mapping[str, str] = {}
+
+    def progress(self, stage: str, fraction: float) -> float:
+        """The job's progress, 0 to just below 1, at a fraction of a stage."""
+        done = 0.0
+        for each in self.stages:
+            if each.name == stage:
+                return min(done + each.weight * fraction, 0.999)  # 1 is for the job's end alone
+            done += each.weight
+        raise ValueError(f"The pipeline {self.name} has no stage {stage}.")
+
+
+def load(path: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
