@@ -11,9 +11,9 @@ from jobs.queue.leases import Claim, claim_next
 from jobs.states import JobKind, Lane
 from worker.app import TASK_OF, TRACK, app, worker_name
 from worker.execution.resources import resources
-from worker.execution.running import Verb, holding, running
+from worker.execution.running import holding, running
 from worker.execution.signals import draining
-from worker.execution.unit import Held
+from worker.execution.unit import Claiming, UnitLease
 
 GOES_ON_SECONDS = 0.5
 """A task goes on with units that were promised to its worker for so long; then Flower sees another task."""
@@ -51,15 +51,15 @@ def _work_on(task: "Task[Any, Any]", unit_id: str) -> None:
     if draining():
         return
     follow = _follow(task)
-    with running(uuid.UUID(unit_id), worker_name(task), resources(), follow) as held:
-        if held is not None:
-            _do(held)
-    while held is not None and held.following is not None:
-        with holding(held.following, resources(), follow) as held:
-            _do(held)
+    with running(uuid.UUID(unit_id), worker_name(task), resources(), follow) as unit:
+        if unit is not None:
+            _do(unit)
+    while unit is not None and unit.following is not None:
+        with holding(unit.following, resources(), follow) as unit:
+            _do(unit)
 
 
-def _follow(task: "Task[Any, Any]") -> Verb:
+def _follow(task: "Task[Any, Any]") -> Claiming:
     """How to claim what was promised to the lane that this task was rung on, for as long as the task may go on."""
     deadline = time.monotonic() + GOES_ON_SECONDS
     delivered: Any = task.request.delivery_info
@@ -73,23 +73,23 @@ def _follow(task: "Task[Any, Any]") -> Verb:
     return claim
 
 
-def _do(held: Held) -> None:
+def _do(unit: UnitLease) -> None:
     """Hand the unit to the room that does it. Rooms are imported when first needed: a child that only looks after
     trainings never loads torch."""
-    match held.claim.kind:
+    match unit.claim.kind:
         case JobKind.TRAIN:
             from worker.handlers.train import run_training
 
-            run_training(held)
+            run_training(unit)
         case JobKind.INGEST:
             from worker.handlers.ingest import check_upload
 
-            check_upload(held)
-        case _ if held.claim.explains:
+            check_upload(unit)
+        case _ if unit.claim.explains:
             from worker.handlers.explain import explain_results
 
-            explain_results(held)
+            explain_results(unit)
         case _:
             from worker.handlers.predict import predict_chunk
 
-            predict_chunk(held)
+            predict_chunk(unit)

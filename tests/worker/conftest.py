@@ -19,9 +19,9 @@ from jobs.tables import Dataset
 from tests import builders
 from tests.processes import eventually
 from worker.execution.resources import Resources, open_resources
-from worker.execution.unit import Held
+from worker.execution.unit import UnitLease
 
-Hold = Callable[..., Held]
+Hold = Callable[..., UnitLease]
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def resources(settings: Settings) -> Iterator[Resources]:
 def hold(resources: Resources, sessions: Sessions) -> Hold:
     """Claims a training with these parameters, on a dataset of its own."""
 
-    def claimed(base_model_id: uuid.UUID | None = None, **params: Any) -> Held:
+    def claimed(base_model_id: uuid.UUID | None = None, **params: Any) -> UnitLease:
         blob = resources.artifacts.put(io.BytesIO(b"a zip"))
         with sessions.begin() as session:
             dataset = builders.make_dataset(session)
             session.get_one(Dataset, dataset.id).archive_sha256 = blob.sha256
             job = builders.make_job(session, params=params, dataset_id=dataset.id, base_model_id=base_model_id)
-            return Held(builders.claim(session, builders.units_of(session, job)[0]), resources)
+            return UnitLease(builders.claim(session, builders.units_of(session, job)[0]), resources)
 
     return claimed
 

@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from jobs.addresses import USUAL_PORTS
+from jobs.addresses import DEFAULT_PORTS
 from jobs.db import Sessions
 from jobs.events import deliveries, webhooks
 from jobs.events.webhooks import EventType
@@ -280,7 +280,7 @@ def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
         pytest.skip("this machine has no ::1")
     with listener:
         port = listener.getsockname()[1]
-        monkeypatch.setitem(USUAL_PORTS, "http", port)  # that of the test: 80 is not for everybody to listen at
+        monkeypatch.setitem(DEFAULT_PORTS, "http", port)  # that of the test: 80 is not for everybody to listen at
         for host in (f"[::1]:{port}", "[::1]"):
             quick = settings.model_copy(update={"webhook_hosts": host})
             with heard(listener) as asked:
@@ -342,7 +342,7 @@ def test_no_log_and_no_row_names_an_address(
     url = f"https://ris.example/hook/{TOKEN}"
     lost = OperationalError(url, {"url": url}, Exception(url))
     monkeypatch.setattr(deliveries, "claim", failing_at_first(deliveries.claim, OSError(url)))
-    monkeypatch.setattr(deliveries, "ended", failing_at_first(deliveries.ended, lost))
+    monkeypatch.setattr(deliveries, "ended", failing_at_first(deliveries.record_attempt, lost))
     monkeypatch.setattr(sending, "post", failing_at_first(post, *[RuntimeError(url)] * 10))
     subscribe(sessions, url)
     quick = settings.model_copy(update={**SHORT, "lease_seconds": 0.1})

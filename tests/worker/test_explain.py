@@ -21,12 +21,12 @@ from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
-from jobs.queue.explanations import Pictures, pictures, words_of
+from jobs.queue.explanations import ExplanationFiles, class_slugs, find_files
 from jobs.queue.leases import Claim
 from jobs.queue.outcomes import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, JobState
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
 from ml.image.engines.backends import engine_name
 from ml.image.networks import network
@@ -104,10 +104,10 @@ def held(resources: Resources, job: Job) -> UnitLease:
     return found
 
 
-def explained(resources: Resources, job: Job) -> dict[int, dict[str | None, Pictures]]:
+def explained(resources: Resources, job: Job) -> dict[int, dict[str | None, ExplanationFiles]]:
     """What is there of the job, for each class."""
     with resources.sessions.begin() as session:
-        return pictures(session, job.id, range(10), words_of(CLASSES))
+        return find_files(session, job.id, range(10), class_slugs(CLASSES))
 
 
 def opened(resources: Resources, job: Job, name: str | None) -> np.ndarray:
@@ -250,7 +250,7 @@ def full(*_: object) -> None:
         (Explainer, "load", out_of_memory),
         (Explainer, "explain", out_of_memory),
         (Explainer, "_features", full),
-        (Artifacts, "put", full),
+        (BlobStore, "put", full),
     ],
 )
 def test_a_result_stands_whatever_happens_to_its_explanation(
@@ -320,7 +320,7 @@ def test_a_scan_that_cannot_be_explained_costs_no_other_its_explanation(
         with capture_logs() as logs:
             fail_to_explain(resources, job)
         assert set(explained(resources, job)) == {0, 2}
-        (told,) = [entry for entry in logs if entry["event"] == "not_explained"]
+        (told,) = [entry for entry in logs if entry["event"] == "explanation_failed"]
         assert (told["ordinal"], told["error"]) == (1, "ArithmeticError")
         assert "Miller" not in str(logs)
     assert next_unit(resources, job) is None
@@ -344,8 +344,8 @@ def test_of_all_classes_each_is_stored_before_the_next_is_made(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a worker's memory does not grow with the number of classes."""
-    happened, put, of_class = list[str](), Artifacts.put, Explainer._of_class
-    monkeypatch.setattr(Artifacts, "put", lambda *of: happened.append("stored") or put(*of))
+    happened, put, of_class = list[str](), BlobStore.put, Explainer._of_class
+    monkeypatch.setattr(BlobStore, "put", lambda *of: happened.append("stored") or put(*of))
     monkeypatch.setattr(Explainer, "_of_class", lambda *of: happened.append("made") or of_class(*of))
     job = ask(GOOD, explain="all")
     happened.clear()
@@ -370,7 +370,7 @@ def test_after_an_attempt_that_died_the_explanation_waits_for_the_result(ask: As
 def test_what_is_written_when_a_unit_is_interrupted_stays(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explain, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(explain, "WRITE_SECONDS", 0.0)
     scans = [encode(make_pixels(seed, 30, 30)) for seed in range(3)]
     job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain="all")
     predict_chunk(held(resources, job))
@@ -397,7 +397,7 @@ def test_what_is_written_when_a_unit_is_interrupted_stays(
 def test_a_cancelled_batch_keeps_what_is_explained(
     ask: Ask, resources: Resources, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explain, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(explain, "WRITE_SECONDS", 0.0)
     scans = [encode(make_pixels(seed, 30, 30)) for seed in range(3)]
     job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain=True)
     predict_chunk(held(resources, job))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.settings import Settings
-from worker.handlers.fetch import FetchFailed, fetch
+from worker.handlers.remote_fetch import FetchFailed, fetch
 
 SCAN = bytes(range(256)) * 1000
 PATIENT = "erika-mustermann"

@@ -11,8 +11,8 @@ from jobs.tables import Job, JobEvent
 from ml.runtime import events
 from tests.worker.conftest import Hold
 from worker.execution.child import Child
-from worker.execution.unit import Held, WorkFailed
-from worker.handlers.train import Told, _hear, _judge_end
+from worker.execution.unit import UnitLease, WorkFailed
+from worker.handlers.train import RunState, _handle_event, _raise_if_failed
 from worker.tracking.live import Run
 
 
@@ -22,32 +22,32 @@ class Listener:
 
     heard: list[Any] = field(default_factory=list)
 
-    def steps(self, steps: events.Steps) -> None:
+    def log_steps(self, steps: events.Steps) -> None:
         self.heard.append(steps)
 
-    def epoch(self, epoch: events.Epoch) -> None:
+    def log_epoch(self, epoch: events.Epoch) -> None:
         self.heard.append(epoch)
 
-    def final(self, metrics: dict[str, Any]) -> None:
+    def log_scores(self, metrics: dict[str, Any]) -> None:
         self.heard.append(metrics)
 
 
-def hear(held: Held, *said: events.Event) -> tuple[Told, list[Any], list[JobEvent], int]:
+def hear(unit: UnitLease, *said: events.Event) -> tuple[RunState, list[Any], list[JobEvent], int]:
     """What is known, what MLflow was told, the rows that came of it, and by how much the job's revision grew."""
-    told, listener = Told(), Listener()
-    before = _revision(held)
+    told, listener = RunState(), Listener()
+    before = _revision(unit)
     for event in said:
-        _hear(held, cast(Run, listener), told, event)
-    with held.resources.sessions() as session:
+        _handle_event(unit, cast(Run, listener), told, event)
+    with unit.resources.sessions() as session:
         mine = select(JobEvent).where(
-            JobEvent.job_id == held.claim.job_id, JobEvent.type.not_in(["submitted", "claimed"])
+            JobEvent.job_id == unit.claim.job_id, JobEvent.type.not_in(["submitted", "claimed"])
         )
-        return told, listener.heard, list(session.scalars(mine.order_by(JobEvent.id))), _revision(held) - before
+        return told, listener.heard, list(session.scalars(mine.order_by(JobEvent.id))), _revision(unit) - before
 
 
-def _revision(held: Held) -> int:
-    with held.resources.sessions() as session:
-        return session.get_one(Job, held.claim.job_id).revision
+def _revision(unit: UnitLease) -> int:
+    with unit.resources.sessions() as session:
+        return session.get_one(Job, unit.claim.job_id).revision
 
 
 def test_steps_are_for_mlflow_alone(hold: Hold) -> None:
@@ -74,10 +74,10 @@ def test_scores_and_the_end_are_kept_for_the_one_transaction_that_ends_the_job(h
 def test_the_log_of_a_defect_outlives_its_workspace_and_a_clients_mistake_leaves_none(
     hold: Hold, tmp_path: Path
 ) -> None:
-    held, log_file = hold(), tmp_path / "training.log"
+    unit, log_file = hold(), tmp_path / "training.log"
     log_file.write_text("Traceback …")
-    held.resources.settings.work.mkdir(parents=True)
+    unit.resources.settings.work.mkdir(parents=True)
     for code, kept in (("BAD_DATASET", 0), ("INTERNAL", 1)):
         with pytest.raises(WorkFailed):
-            _judge_end(held, Told(failed=events.Failed(code, "why")), cast(Child, None), log_file)
-        assert len(list(held.resources.settings.work.glob("*.log"))) == kept
+            _raise_if_failed(unit, RunState(failed=events.Failed(code, "why")), cast(Child, None), log_file)
+        assert len(list(unit.resources.settings.work.glob("*.log"))) == kept

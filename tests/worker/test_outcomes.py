@@ -1,72 +1,72 @@
 """A prediction, or what is known from before, becomes an outcome by the policy of now."""
 
-from jobs.results.cache import Known
+from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from ml.image.serving.predictor import Prediction
-from worker.handlers.outcomes import NOWHERE, Judge
+from worker.handlers.outcomes import UNPLACED, DispositionPolicy
 
 KIDNEYS = ("Normal", "Tumor")
 
 
-def judge(classes: tuple[str, ...] = KIDNEYS, **policy: float) -> Judge:
-    return Judge.of(Settings(**policy), classes, "torch-fp32")  # type: ignore[arg-type]
+def judge(classes: tuple[str, ...] = KIDNEYS, **policy: float) -> DispositionPolicy:
+    return DispositionPolicy.of(Settings(**policy), classes, "torch-fp32")  # type: ignore[arg-type]
 
 
-def predicted(tumor: float, ood_score: float | None = 0.5, oddity: str | None = None) -> Prediction:
+def predicted(tumor: float, ood_score: float | None = 0.5, ood_reason: str | None = None) -> Prediction:
     label, confidence = ("Tumor", tumor) if tumor >= 0.5 else ("Normal", 1 - tumor)
     probabilities, statistics = {"Normal": 1 - tumor, "Tumor": tumor}, {"brightness": 90.0}
-    seen = {"ood_score": ood_score, "oddity": oddity, "statistics": statistics}
+    seen = {"ood_score": ood_score, "oddity": ood_reason, "statistics": statistics}
     return Prediction("7", label, confidence, probabilities, **seen)  # type: ignore[arg-type]
 
 
 def test_a_prediction_says_what_may_be_done_with_it() -> None:
-    words = [judge().of_prediction(predicted(tumor)).disposition for tumor in (0.0, 0.3, 0.31, 0.69, 0.7, 1.0)]
+    words = [judge().from_prediction(predicted(tumor)).disposition for tumor in (0.0, 0.3, 0.31, 0.69, 0.7, 1.0)]
     assert words == ["normal", "normal", "indeterminate", "indeterminate", "tumor", "tumor"]
-    outcome = judge().of_prediction(predicted(0.5))
+    outcome = judge().from_prediction(predicted(0.5))
     assert outcome.reason is not None
     assert "0.30" in outcome.reason
-    assert (outcome.ordinal, outcome.engine, outcome.cached) == (NOWHERE, "torch-fp32", False)
+    assert (outcome.ordinal, outcome.engine, outcome.cached) == (UNPLACED, "torch-fp32", False)
     assert (outcome.ood_score, outcome.statistics) == (0.5, {"brightness": 90.0})
 
 
 def test_the_policy_of_the_settings_decides() -> None:
     strict = judge(indeterminate_above=0.1, indeterminate_below=0.9)
-    assert strict.of_prediction(predicted(0.8)).disposition == "indeterminate"
-    assert judge().of_prediction(predicted(0.8)).disposition == "tumor"
+    assert strict.from_prediction(predicted(0.8)).disposition == "indeterminate"
+    assert judge().from_prediction(predicted(0.8)).disposition == "tumor"
 
 
 def test_what_is_unlike_all_that_was_learnt_from_is_rejected_and_the_reason_says_why() -> None:
-    outcome = judge().of_prediction(predicted(0.99, 2.3, "it is brighter than they are"))
+    outcome = judge().from_prediction(predicted(0.99, 2.3, "it is brighter than they are"))
     assert (outcome.disposition, outcome.label) == ("rejected", "Tumor")
     assert "2.3 times" in str(outcome.reason)
     assert "brighter" in str(outcome.reason)
-    assert judge().of_prediction(predicted(0.99, None)).disposition == "tumor", "an older file cannot tell"
+    assert judge().from_prediction(predicted(0.99, None)).disposition == "tumor", "an older file cannot tell"
 
 
 def test_a_scan_that_could_not_be_read_is_no_prediction() -> None:
     broken = Prediction("7", error_code="BAD_IMAGE", error_detail="This is no image.")
-    outcome = judge().of_prediction(broken)
+    outcome = judge().from_prediction(broken)
     assert outcome.error == {"code": "BAD_IMAGE", "detail": "This is no image.", "retryable": False}
     assert (outcome.disposition, outcome.statistics) == (None, None)
 
 
 def test_what_is_known_is_disposed_of_by_the_policy_of_now() -> None:
-    known = Known("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 0.4)
-    assert judge().of_known(known).disposition == "tumor"
-    outcome = judge(indeterminate_below=0.9).of_known(known)
+    known = CachedResult("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 0.4)
+    assert judge().from_cached(known).disposition == "tumor"
+    outcome = judge(indeterminate_below=0.9).from_cached(known)
     assert (outcome.disposition, outcome.cached, outcome.ood_score) == ("indeterminate", True, 0.4)
     assert outcome.statistics is None, "it was counted when it was computed"
 
 
 def test_what_set_a_known_scan_apart_is_still_told() -> None:
-    known = Known("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 2.3, "It is brighter than they are.")
-    outcome = judge().of_known(known)
+    known = CachedResult("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 2.3, "It is brighter than they are.")
+    outcome = judge().from_cached(known)
     assert (outcome.disposition, outcome.reason) == ("rejected", "It is brighter than they are.")
 
 
 def test_the_positive_class_does_not_depend_on_how_postgres_sorts_the_classes() -> None:
     """Neither is called Tumor, so the second one is positive; Postgres gives the shorter name first."""
     stone = judge(("Healthy", "Stone"))
-    known = Known("Stone", 0.9, {"Stone": 0.9, "Healthy": 0.1})
-    assert stone.of_known(known).disposition == "stone"
-    assert list(stone.of_known(known).probabilities or ()) == ["Healthy", "Stone"]
+    known = CachedResult("Stone", 0.9, {"Stone": 0.9, "Healthy": 0.1})
+    assert stone.from_cached(known).disposition == "stone"
+    assert list(stone.from_cached(known).probabilities or ()) == ["Healthy", "Stone"]

@@ -15,7 +15,7 @@ from jobs.queue import lifecycle
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, PredictionCount, Scan, ScanResult
 from ml.synthetic import phantom_files
 from tests.builders import TENANT, units_of
@@ -209,7 +209,7 @@ def ready_dataset(processes: Stack, archive: Path) -> object:
 
 def upload(processes: Stack, archive: Path) -> tuple:  # type: ignore[type-arg]
     """A dataset with its ingest job."""
-    blob = Artifacts(processes.settings.artifacts).put_file(archive)
+    blob = BlobStore(processes.settings.artifacts).put_file(archive)
     with processes.sessions.begin() as session:
         dataset = Dataset(tenant_id=TENANT, name="kidneys", archive_sha256=blob.sha256, archive_bytes=blob.size)
         session.add(dataset)
@@ -231,7 +231,7 @@ def predict(processes: Stack, version: ModelVersion, folder: Path):  # type: ign
     phantom_files.write_dataset(folder / "new", patients=2, slices=2, seed=99)
     files = sorted((folder / "new").rglob("*.png"))
     (folder / "new" / "broken.png").write_bytes(b"this is no image")
-    store = Artifacts(processes.settings.artifacts)
+    store = BlobStore(processes.settings.artifacts)
     with processes.sessions.begin() as session:
         scans = []
         for path in [*files[:4], folder / "new" / "broken.png"]:

@@ -32,11 +32,11 @@ def test_a_run_carries_all_that_a_training_told(mlflow_url: str, tmp_path: Path)
         path.write_text("{}")
     told: list[str] = []
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
-    run.epoch(EPOCH)
-    run.epoch(replace(EPOCH, epoch=2, phase="fine_tune"))
-    run.final({"f1": 0.95, "classes": ["Normal", "Tumor"], "per_class": {"Tumor": {"f1": 0.9}}})
-    run.artifacts(files, weights)
-    run.made(DIGEST, "c" * 64, "e" * 64)
+    run.log_epoch(EPOCH)
+    run.log_epoch(replace(EPOCH, epoch=2, phase="fine_tune"))
+    run.log_scores({"f1": 0.95, "classes": ["Normal", "Tumor"], "per_class": {"Tumor": {"f1": 0.9}}})
+    run.log_artifacts(files, weights)
+    run.log_weights(DIGEST, "c" * 64, "e" * 64)
     run.end("FINISHED", patience=60)
 
     client = _client(mlflow_url)
@@ -81,7 +81,7 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
     told: list[str] = []
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     for first in range(1, 2401, 30):
-        run.steps(Steps(1, first, [1 / (first + number) for number in range(30)], 0.01))
+        run.log_steps(Steps(1, first, [1 / (first + number) for number in range(30)], 0.01))
     run.end("FINISHED", patience=60)
 
     losses = _client(mlflow_url).get_metric_history(told[0], "train_loss_step")
@@ -97,13 +97,13 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
 def test_the_machine_is_measured_from_the_beginning_to_the_end(
     mlflow_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.tracking.live.LOOK_EVERY", 0.3)
+    monkeypatch.setattr("worker.tracking.live.SAMPLE_SECONDS", 0.3)
     told: list[str] = []
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     eventually(lambda: told, 30)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        run.watch(busy.pid)
+        run.measure(busy.pid)
         time.sleep(2)
         run.end("FINISHED", patience=60)
     finally:
@@ -119,7 +119,7 @@ def test_the_machine_is_measured_from_the_beginning_to_the_end(
 
 def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
     run = Run(Settings(mlflow_url=""), WHAT, lambda _: pytest.fail("no run was to begin"))
-    run.epoch(EPOCH)
+    run.log_epoch(EPOCH)
     started = time.monotonic()
     run.end("FINISHED")
     assert time.monotonic() - started < 1
@@ -128,15 +128,15 @@ def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
 @pytest.mark.slow
 def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
     run = Run(Settings(mlflow_url=f"http://127.0.0.1:{free_port()}"), WHAT, lambda _: None)
-    run.epoch(EPOCH)
-    run.artifacts({"scores.json": tmp_path / "scores.json"}, tmp_path / "weights")
+    run.log_epoch(EPOCH)
+    run.log_artifacts({"scores.json": tmp_path / "scores.json"}, tmp_path / "weights")
     started = time.monotonic()
     run.end("FAILED")
     assert time.monotonic() - started < 1, "a job's end waits for nobody"
     run.end("FAILED", patience=60)
     assert run.run_id is None
     assert not run.is_complete
-    run.steps(Steps(1, 1, [0.5] * 1000, 0.01))
+    run.log_steps(Steps(1, 1, [0.5] * 1000, 0.01))
     assert run._steps.qsize() < 10, "what nobody will take is not kept"
 
 
@@ -146,7 +146,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(mlflow_url: str) -> None:
     for run_id, epochs in ((None, [EPOCH]), ("told", [replace(EPOCH, epoch=2)])):
         run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append, run_id and told[0])
         for epoch in epochs:
-            run.epoch(epoch)
+            run.log_epoch(epoch)
         run.end("FINISHED" if run_id else "KILLED", patience=60)
 
     assert told[0] == told[1]

@@ -15,7 +15,7 @@ from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.results import queries
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
 from tests import builders
 from tests.builders import TENANT
@@ -69,7 +69,7 @@ def test_weights_that_are_not_there_end_the_job_with_the_remedy(processes: Stack
 
 def champion_with(processes: Stack, word: bytes) -> int:
     """A champion, whose first word tells the stub how good it is."""
-    blob = Artifacts(processes.settings.artifacts).put(BytesIO(word + b" weights"))
+    blob = BlobStore(processes.settings.artifacts).put(BytesIO(word + b" weights"))
     with processes.sessions.begin() as session:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])

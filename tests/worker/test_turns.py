@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from jobs.queue.dispatch import Running, View, Waiting, Worker
+from jobs.queue.dispatch import QueueSnapshot, RunningUnit, WaitingUnit, Worker
 from jobs.states import JobKind, Lane
 from jobs.tables import new_id
 from worker.dispatcher.scheduler import Turns
@@ -23,21 +23,23 @@ def turns(clock: Clock | None = None) -> Turns:
     return Turns(quantum=128, ahead=0.25, newcomer=5, clock=clock or Clock())
 
 
-def waiting(tenant: str, count: int, scans: int = 128, lane: Lane = Lane.BATCH, again: bool = False) -> list[Waiting]:
-    return [Waiting(new_id(), lane, tenant, JobKind.PREDICT_BATCH, scans, again) for _ in range(count)]
+def waiting(
+    tenant: str, count: int, scans: int = 128, lane: Lane = Lane.BATCH, again: bool = False
+) -> list[WaitingUnit]:
+    return [WaitingUnit(new_id(), lane, tenant, JobKind.PREDICT_BATCH, scans, again) for _ in range(count)]
 
 
-def running(tenant: str, worker: str = "predict@a", yields: bool = True, asked: bool = False) -> Running:
-    return Running(new_id(), Lane.BATCH, tenant, worker, yields, asked)
+def running(tenant: str, worker: str = "predict@a", yields: bool = True, asked: bool = False) -> RunningUnit:
+    return RunningUnit(new_id(), Lane.BATCH, tenant, worker, yields, asked)
 
 
 def view(
-    units: list[Waiting],
-    held: tuple[Running, ...] = (),
+    units: list[WaitingUnit],
+    held: tuple[RunningUnit, ...] = (),
     rung: dict[Lane, int] | None = None,
     workers: tuple[Worker, ...] = (PREDICTOR,),
-) -> View:
-    return View(units, rung or {}, held, workers)
+) -> QueueSnapshot:
+    return QueueSnapshot(units, rung or {}, held, workers)
 
 
 def test_an_idle_worker_gets_one_unit_and_no_more_is_rung() -> None:
@@ -161,7 +163,7 @@ def test_an_urgent_scan_that_was_rung_asks_too_when_its_worker_heard_a_batch_fir
 
 
 def test_nobody_asks_a_training_or_an_ingest_for_its_place() -> None:
-    held = Running(new_id(), Lane.BATCH, "a", "predict@a", yields=False, asked=False)
+    held = RunningUnit(new_id(), Lane.BATCH, "a", "predict@a", yields=False, asked=False)
     urgent = waiting("b", 1, scans=1, lane=Lane.URGENT)
     training = waiting("b", 1, scans=1, lane=Lane.TRAIN)
     assert turns().plan(view(urgent + training, (held,)), pace={}).yields == []

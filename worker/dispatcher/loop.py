@@ -22,14 +22,14 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from jobs import idempotency, logs
-from jobs.db import Sessions, forgetful_sessions, listening, session_factory
-from jobs.events import deliveries
+from jobs.db import Sessions, async_commit_sessions, listening, session_factory
+from jobs.events import deliveries, job_events
 from jobs.models import drift
 from jobs.models.cards import REGISTRY_SYNC
-from jobs.queue import checkpoints, dispatch, job_events, lifecycle, processes, retention
+from jobs.queue import checkpoints, dispatch, lifecycle, processes, retention
 from jobs.settings import Settings
 from jobs.states import Lane
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from worker.app import TASK_OF, ring, ring_tracking
 from worker.dispatcher.scheduler import Plan, Turns
 from worker.dispatcher.webhook_sender import delivering
@@ -69,8 +69,8 @@ class Dispatcher:
     def __init__(self, settings: Settings, sessions: Sessions, ring: Ring = ring) -> None:
         self._settings, self._sessions, self._ring = settings, sessions, ring
         # A mark that a crash of Postgres forgets costs one ring more.
-        self._marks = forgetful_sessions(settings.database_url, "renalq-bells")
-        self._artifacts = Artifacts(settings.artifacts)
+        self._marks = async_commit_sessions(settings.database_url, "renalq-bells")
+        self._artifacts = BlobStore(settings.artifacts)
         self._stop = threading.Event()
         self._reaping = Every(min(5.0, settings.lease_seconds / 4))
         self._living = Every(settings.process_seconds)
@@ -93,7 +93,7 @@ class Dispatcher:
                     log.warning("database_lost", error=type(error).__name__)
                     self._stop.wait(1)
         with suppress(*LOST_DATABASE), self._sessions.begin() as session:  # else the row grows old by itself
-            processes.gone(session, self._name)
+            processes.deregister(session, self._name)
 
     def stop(self) -> None:
         """End `run()` after its step."""
@@ -130,9 +130,9 @@ class Dispatcher:
         with self._marks.begin() as session:
             plan = self._plan(session)
             if plan.yields:
-                dispatch.ask_to_yield(session, [unit.unit_id for unit in plan.yields])
+                dispatch.request_yield(session, [unit.unit_id for unit in plan.yields])
             if plan.promises:
-                dispatch.promise(session, [unit.unit_id for unit in plan.promises])
+                dispatch.reserve(session, [unit.unit_id for unit in plan.promises])
             if plan.rings:
                 ring_again = self._settings.ring_again_seconds
                 marked = dispatch.dispatch(session, [unit.unit_id for unit in plan.rings], ring_again)
@@ -141,17 +141,17 @@ class Dispatcher:
             left.pop(0)
         if left:
             with self._sessions.begin() as session:
-                dispatch.unring(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
+                dispatch.release(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
 
     def _plan(self, session: Session) -> Plan:
         settings = self._settings
         if self._pacing.due():
             self._pace = dispatch.pace(session)
         alive, ahead = 3 * settings.process_seconds, self._turns.look_ahead(self._pace)
-        view = dispatch.look(session, settings.ring_again_seconds, settings.chunks_rung_per_job, alive, ahead)
+        view = dispatch.snapshot(session, settings.ring_again_seconds, settings.chunks_rung_per_job, alive, ahead)
         return self._turns.plan(view, self._pace)
 
-    def _published(self, bell: dispatch.Waiting) -> bool:
+    def _published(self, bell: dispatch.WaitingUnit) -> bool:
         try:
             self._ring(TASK_OF[bell.kind], bell.lane, str(bell.unit_id))
         except BROKER_AWAY as error:
@@ -188,7 +188,7 @@ class Dispatcher:
     def _forget(self) -> None:
         with self._sessions.begin() as session:
             idempotency.prune(session, self._settings.idempotency_hours)
-            processes.forget(session)
+            processes.prune(session)
             deliveries.prune(session, self._settings.delivery_days)
         try:
             with self._sessions.begin() as session:
@@ -221,9 +221,9 @@ class Dispatcher:
             log.error("drift_not_looked_for", model=str(model_id), error=type(error).__name__)
 
     def _show_life(self) -> None:
-        sign = processes.SignOfLife(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())
+        sign = processes.Heartbeat(self._name, processes.DISPATCHER, broker_reachable=self._broker_answers())
         with self._sessions.begin() as session:
-            processes.alive(session, sign)
+            processes.upsert(session, sign)
 
     def _broker_answers(self) -> bool:
         try:

@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from threading import Thread, Timer
 from urllib.parse import SplitResult, urlsplit
 
-from jobs.addresses import NOT_PUBLIC, USUAL_PORTS, ill_formed, is_named, is_public
+from jobs.addresses import DEFAULT_PORTS, NOT_PUBLIC, is_allowed, is_public, malformed_url_error
 from jobs.settings import Settings
 
 LEAST_WAIT = 0.001
@@ -31,7 +31,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], settings: Settings) 
     Raises:
         Undelivered: the address is refused, or there was no answer in time.
     """
-    if why := ill_formed(url):
+    if why := malformed_url_error(url):
         raise Undelivered(why)
     deadline, parts = time.monotonic() + settings.webhook_seconds, urlsplit(url)
     try:
@@ -62,7 +62,7 @@ def _connected(url: str, parts: SplitResult, deadline: float, settings: Settings
     """A socket to the first address of the host that takes a connection; with TLS where the URL says so."""
     name, port = parts.hostname or "", _port(parts)
     addresses = _addresses(name, port, deadline)
-    if not is_named(url, settings.receiver_hosts):
+    if not is_allowed(url, settings.receiver_hosts):
         addresses = [address for address in addresses if is_public(address)]
     if not addresses:
         raise Undelivered(NOT_PUBLIC)
@@ -73,7 +73,7 @@ def _connected(url: str, parts: SplitResult, deadline: float, settings: Settings
 
 
 def _port(parts: SplitResult) -> int:
-    return parts.port or USUAL_PORTS[parts.scheme]
+    return parts.port or DEFAULT_PORTS[parts.scheme]
 
 
 def _addresses(name: str, port: int, deadline: float) -> list[str]:

@@ -19,7 +19,7 @@ from standardwebhooks import Webhook
 
 from jobs.db import listening, session_factory
 from jobs.events import deliveries
-from jobs.events.deliveries import Attempt, Due
+from jobs.events.deliveries import Attempt, DueDelivery
 from jobs.events.webhooks import DELIVERIES_CHANNEL
 from jobs.settings import Settings
 from worker.dispatcher.webhook_client import Undelivered, post
@@ -84,22 +84,22 @@ class Deliverer:
                     threading.Thread(target=self._send, args=[due], daemon=True).start()
                 bell.wait(self._settings.sweep_seconds)
 
-    def _claimed(self) -> Due | None:
+    def _claimed(self) -> DueDelivery | None:
         busy = self._busy.copy()  # senders take themselves out of it
         full = [tenant for tenant, number in Counter(busy.values()).items() if number >= SENDERS_OF_ONE]
         with self._sessions.begin() as session:
             return deliveries.claim(session, self._hold, list(busy), full)
 
-    def _send(self, due: Due) -> None:
+    def _send(self, due: DueDelivery) -> None:
         attempt = self._attempted(due)
         del self._busy[due.webhook_id]  # before the bell rings for the next one
         try:
             with self._sessions.begin() as session:
-                deliveries.ended(session, due, attempt, self._settings.webhook_retries)
+                deliveries.record_attempt(session, due, attempt, self._settings.webhook_retries)
         except LOST_DATABASE as error:  # it is sent again when the claim is over
             log.warning("database_lost", error=type(error).__name__)
 
-    def _attempted(self, due: Due) -> Attempt:
+    def _attempted(self, due: DueDelivery) -> Attempt:
         """Send it. Nobody else learns of the address, which may hold a password, or of the answer."""
         try:
             body, headers = signed(due)
@@ -112,7 +112,7 @@ class Deliverer:
         return Attempt(status, None if 200 <= status < 300 else complaint(status))
 
 
-def signed(due: Due) -> tuple[bytes, dict[str, str]]:
+def signed(due: DueDelivery) -> tuple[bytes, dict[str, str]]:
     """The body, and the headers of Standard Webhooks."""
     time_of_event = due.created_at.isoformat().replace("+00:00", "Z")
     body = json.dumps({"type": due.type, "timestamp": time_of_event, "data": due.data})

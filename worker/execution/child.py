@@ -1,7 +1,7 @@
-"""A training's child process: started, read line by line, and ended for certain.
+"""A training's child process: start it, read its events, and make sure that it ends.
 
-The memory of a training goes back with its process, and a device that hangs can be killed with it. The protocol is
-`ml/runtime/events.py`: one JSON object a line.
+The memory of a training is freed with its process, and a hung device can be killed with it. The protocol is
+`ml/runtime/events.py`: one JSON object per line.
 """
 
 import os
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 
 class Child:
-    """A running `python -m ml …` in a process group of its own."""
+    """A running `python -m ml …` in its own process group."""
 
     def __init__(self, arguments: Sequence[str], grace: float, log_file: Path) -> None:
         self._grace = grace
@@ -39,26 +39,26 @@ class Child:
         )
 
     def events(self) -> Iterator[events.Event]:
-        """What the child says, until it ends. A line that is no event is logged by its length and passed over."""
+        """The child's events until it ends. A line that is not an event is skipped; only its length is logged."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
                 yield events.from_json(line.decode())
             except ValueError:
-                log.warning("child_said_nonsense", characters=len(line))
+                log.warning("child_line_invalid", characters=len(line))
 
     @property
     def pid(self) -> int:
-        """Its number, and its process group's."""
+        """The id of the process and of its group."""
         return self._process.pid
 
     def exit_code(self) -> int:
-        """Wait for the end; negative: the signal that ended it."""
+        """Wait for the end. A negative code is the signal that ended it."""
         return self._process.wait()
 
     def stop(self) -> None:
-        """End the whole process group: SIGTERM, then SIGKILL after the grace. Once closed, nothing: the number of a
-        group that has ended may be somebody else's by now."""
+        """End the whole process group: SIGTERM, then SIGKILL after the grace period. After `close()` this does nothing:
+        the operating system may have given the group's id to another process."""
         with self._stopping:
             if self._closed:
                 return
@@ -70,7 +70,7 @@ class Child:
             self._signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """End what is left of it."""
+        """End the process group and release its pipes and log file."""
         self.stop()
         with self._stopping:
             self._closed = True
@@ -80,7 +80,7 @@ class Child:
         self._errors.close()
 
     def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # all of the group has ended
+        with suppress(ProcessLookupError):  # the whole group has ended
             os.killpg(self._process.pid, number)
 
 

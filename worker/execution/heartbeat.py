@@ -9,18 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.errors import LeaseLost
 from jobs.queue import leases
-from worker.execution.interrupts import CancelRequested, Draining, Yielding
 from worker.execution.signals import draining
-
-if TYPE_CHECKING:
-    from worker.execution.unit import Held
+from worker.execution.unit import CancelRequested, Draining, UnitLease, Yielding
 
 log = structlog.get_logger()
 
@@ -29,37 +25,37 @@ class Watch:
     """One thread, and the unit that it watches over, if any."""
 
     def __init__(self) -> None:
-        self._held: Held | None = None
+        self._unit: UnitLease | None = None
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def over(self, held: "Held | None") -> None:
+    def over(self, unit: UnitLease | None) -> None:
         """Watch over this unit from now on, or over none."""
         with self._changed:
-            self._held = held
+            self._unit = unit
             self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._held is not None)
-                held = self._held
-            if held is not None:
-                _watch(held, lambda seconds, held=held: self._has_ended(held, seconds))  # type: ignore[misc]
+                self._changed.wait_for(lambda: self._unit is not None)
+                unit = self._unit
+            if unit is not None:
+                _watch(unit, lambda seconds, unit=unit: self._has_ended(unit, seconds))  # type: ignore[misc]
 
-    def _has_ended(self, held: "Held", seconds: float) -> bool:
+    def _has_ended(self, unit: UnitLease, seconds: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self._held is not held, seconds)
+            return self._changed.wait_for(lambda: self._unit is not unit, seconds)
 
 
 _idle: list[Watch] = []
 
 
 @contextmanager
-def watched(held: "Held") -> Iterator[None]:
+def watched(unit: UnitLease) -> Iterator[None]:
     """Watch over the unit while the body runs."""
     watch = _idle.pop() if _idle else Watch()
-    watch.over(held)
+    watch.over(unit)
     try:
         yield
     finally:
@@ -67,48 +63,48 @@ def watched(held: "Held") -> Iterator[None]:
         _idle.append(watch)
 
 
-def _watch(held: "Held", has_ended: Callable[[float], bool]) -> None:
+def _watch(unit: UnitLease, has_ended: Callable[[float], bool]) -> None:
     """Beat in time, look in between whether the work is still wanted, and end a body that does not listen."""
-    settings = held.resources.settings
+    settings = unit.resources.settings
     heard = next_beat = time.monotonic()
     while not has_ended(min(settings.watch_seconds, settings.beat_seconds)):
-        if held.is_over:  # MLflow may still be told of it
+        if unit.is_over:  # MLflow may still be told of it
             continue
         now = time.monotonic()
         if draining():
-            held.interrupt(Draining())
-        if _ask(held, beat=now >= next_beat):
+            unit.interrupt(Draining())
+        if _ask(unit, beat=now >= next_beat):
             heard = now
             next_beat = now + settings.beat_seconds if now >= next_beat else next_beat
         if now - heard > settings.give_up_seconds:
-            held.interrupt(LeaseLost("No beat could be written for too long."))
-        if held.is_overdue() and not has_ended(0):
-            _end_by_force(held)
+            unit.interrupt(LeaseLost("No beat could be written for too long."))
+        if unit.is_overdue() and not has_ended(0):
+            _end_by_force(unit)
 
 
-def _ask(held: "Held", beat: bool) -> bool:
+def _ask(unit: UnitLease, beat: bool) -> bool:
     """Beat, or only look. False: Postgres did not answer."""
     try:
-        with held.resources.beats.begin() as session:
-            if beat and not leases.beat(session, held.claim, held.resources.settings.lease_seconds):
-                standing = leases.Standing(held=False)
+        with unit.resources.beats.begin() as session:
+            if beat and not leases.beat(session, unit.claim, unit.resources.settings.lease_seconds):
+                standing = leases.UnitStatus(held=False)
             else:
-                standing = leases.standing(session, held.claim)
+                standing = leases.poll_status(session, unit.claim)
     except SQLAlchemyError as error:
         log.warning("beat_failed", error=type(error).__name__)
         return False
     if not standing.held:
-        held.interrupt(LeaseLost())
+        unit.interrupt(LeaseLost())
     elif standing.cancel_requested:
-        held.interrupt(CancelRequested())
+        unit.interrupt(CancelRequested())
     elif standing.yield_requested:
-        held.interrupt(Yielding())
+        unit.interrupt(Yielding())
     return True
 
 
-def _end_by_force(held: "Held") -> None:
+def _end_by_force(unit: UnitLease) -> None:
     """The body hangs in a call that hears nothing. Its end is written for it, and this process goes, the device's
     memory with it; Celery's pool starts another."""
-    log.error("killed_itself", why=type(held.interrupted).__name__)
-    held.end(LeaseLost())
+    log.error("killed_itself", why=type(unit.interrupted).__name__)
+    unit.end(LeaseLost())
     os.kill(os.getpid(), signal.SIGKILL)

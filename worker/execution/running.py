@@ -1,27 +1,25 @@
 """`with running(unit_id)`: claim, heartbeat, cancel and drain watch, exception → state. The only place that does so."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from jobs.queue import leases
 from jobs.queue.leases import Claim
 from worker.execution.heartbeat import watched
 from worker.execution.resources import Resources
-from worker.execution.unit import Held, is_away, log
+from worker.execution.unit import Claiming, UnitLease, is_away
 
-Verb = Callable[[Session], Claim | None]
-"""A way to claim: a verb of `jobs.queue.lifecycle` with all but the session given."""
+log = structlog.get_logger()
 
 
 @contextmanager
 def running(
-    unit_id: uuid.UUID, worker: str, resources: Resources, claim_next: Verb | None = None
-) -> Iterator[Held | None]:
+    unit_id: uuid.UUID, worker: str, resources: Resources, claim_next: Claiming | None = None
+) -> Iterator[UnitLease | None]:
     """Hold the unit while the body runs; None where the claim is refused.
 
     The body ends the unit well by itself, in one transaction with its results (`lifecycle.succeed`).
@@ -32,28 +30,28 @@ def running(
         log.info("claim_refused", unit_id=str(unit_id))
         yield None
         return
-    with holding(claim, resources, claim_next) as held:
-        yield held
+    with holding(claim, resources, claim_next) as unit:
+        yield unit
 
 
 @contextmanager
-def holding(claim: Claim, resources: Resources, claim_next: Verb | None = None) -> Iterator[Held]:
+def holding(claim: Claim, resources: Resources, claim_next: Claiming | None = None) -> Iterator[UnitLease]:
     """Hold a unit that is claimed. Whatever ends the body becomes a state here."""
-    held = Held(claim, resources, claim_next)
+    unit = UnitLease(claim, resources, claim_next)
     structlog.contextvars.bind_contextvars(job_id=str(claim.job_id), unit_id=str(claim.unit_id), attempt=claim.attempt)
     log.info("claimed", kind=claim.kind)
     try:
-        with watched(held):
+        with watched(unit):
             try:
-                yield held
+                yield unit
                 log.info("unit_done")
             except Exception as error:
-                held.end(error)
+                unit.end(error)
     finally:
         structlog.contextvars.unbind_contextvars("job_id", "unit_id", "attempt")
 
 
-def claimed(resources: Resources, verb: Verb) -> Claim | None:
+def claimed(resources: Resources, verb: Claiming) -> Claim | None:
     """Claim by the verb. None also where Postgres is away: the unit will be rung again."""
     for last in (False, True):
         try:

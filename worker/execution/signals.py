@@ -55,11 +55,11 @@ def _prepare(**_: Any) -> None:
 @signals.worker_ready.connect
 def _show_life(sender: Any, **_: Any) -> None:
     lanes = [queue.name for queue in sender.task_consumer.queues]
-    sign = processes.SignOfLife(f"{sender.hostname}/{os.getpid()}", processes.WORKER, lanes)
+    sign = processes.Heartbeat(f"{sender.hostname}/{os.getpid()}", processes.WORKER, lanes)
     threading.Thread(target=_keep_alive, args=(sign,), name="life", daemon=True).start()
 
 
-def _keep_alive(sign: processes.SignOfLife) -> None:
+def _keep_alive(sign: processes.Heartbeat) -> None:
     from worker.execution.resources import resources
 
     held = resources()
@@ -67,7 +67,7 @@ def _keep_alive(sign: processes.SignOfLife) -> None:
     while True:
         try:
             with held.beats.begin() as session:
-                processes.alive(session, sign)
+                processes.upsert(session, sign)
         except SQLAlchemyError as error:
             structlog.get_logger().warning("sign_of_life_failed", error=type(error).__name__)
         if _stopping.wait(held.settings.process_seconds):
@@ -97,7 +97,7 @@ def _end(sender: Any, **_: Any) -> None:
     Path(os.environ[DRAIN_FILE]).unlink(missing_ok=True)
     try:
         with resources().beats.begin() as session:
-            processes.gone(session, f"{sender.hostname}/{os.getpid()}")
+            processes.deregister(session, f"{sender.hostname}/{os.getpid()}")
     except SQLAlchemyError:
         pass  # the row grows old by itself
 

@@ -19,13 +19,25 @@ from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.outcomes import ScanOutcome
 from jobs.tables import Json
 from ml.runtime.errors import PipelineError
-from worker.execution.interrupts import CancelRequested, Draining, Yielding
 from worker.execution.resources import Resources
-from worker.execution.running import Verb
 from worker.execution.workspaces import workspace
 
 log = structlog.get_logger()
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Claiming = Callable[[Session], Claim | None]
+"""A way to claim: a function of `jobs.queue.leases` with all arguments but the session given."""
+
+
+class CancelRequested(Exception):
+    """A client asked for the job's end."""
+
+
+class Draining(Exception):
+    """This worker is shutting down: the unit goes back to the queue."""
+
+
+class Yielding(Exception):
+    """A tenant with a higher claim waits for this worker: the rest of the unit goes back to the queue."""
 
 
 class WorkFailed(Exception):
@@ -36,14 +48,14 @@ class WorkFailed(Exception):
         self.error: Json = {"code": code, "detail": detail, "retryable": retryable}
 
 
-class Held:
+class UnitLease:
     """A unit under lease. A thread beats for it; `check()` raises as soon as the work is to stop.
 
     `outcomes` are the scans that are done: whatever ends the unit, they are written with its end. `following` is the
     unit that was claimed in the transaction that ended this one, if `claim_next` found any.
     """
 
-    def __init__(self, claim: Claim, resources: Resources, claim_next: Verb | None = None) -> None:
+    def __init__(self, claim: Claim, resources: Resources, claim_next: Claiming | None = None) -> None:
         self.claim = claim
         self.resources = resources
         self.following: Claim | None = None
@@ -94,7 +106,7 @@ class Held:
         """`lifecycle.report` in a transaction of its own. Raises LeaseLost."""
         self.in_transaction(lambda session: lifecycle.report(session, self.claim, **said))
 
-    def in_transaction(self, verb: Callable[[Session], Answer], to_the_end: bool = False) -> Answer:
+    def in_transaction(self, verb: Callable[[Session], Result], to_the_end: bool = False) -> Result:
         """Do it in a transaction, and anew as long as Postgres is away: its restart costs no work.
 
         Once the lease is given up, the watch interrupts. `to_the_end`: go on although the work is interrupted.
@@ -155,18 +167,18 @@ def is_away(error: SQLAlchemyError) -> bool:
     )
 
 
-def _write_end(session: Session, held: Held, why: Exception) -> None:
-    done = list(held.outcomes)
+def _write_end(session: Session, unit: UnitLease, why: Exception) -> None:
+    done = list(unit.outcomes)
     if isinstance(why, LeaseLost):
         raise why
     if isinstance(why, CancelRequested):
-        lifecycle.cancelled(session, held.claim, done)
+        lifecycle.confirm_cancel(session, unit.claim, done)
     elif isinstance(why, Draining | Yielding):
-        lifecycle.requeue(session, held.claim, "DRAINED" if isinstance(why, Draining) else "YIELDED", done)
+        lifecycle.requeue(session, unit.claim, "DRAINED" if isinstance(why, Draining) else "YIELDED", done)
     else:
         error = _error_of(why)
         log.error("unit_failed", code=error["code"], exc_info=why if error["code"] == "INTERNAL" else None)
-        lifecycle.fail(session, held.claim, error, RetryPolicy.of(held.resources.settings), done)
+        lifecycle.fail(session, unit.claim, error, RetryPolicy.of(unit.resources.settings), done)
 
 
 def _error_of(why: Exception) -> Json:

@@ -1,23 +1,27 @@
-"""From what a network says of a scan, or has said before, to the scan's outcome: by the policy of now."""
+"""A prediction, new or cached, becomes the scan's outcome by the disposition policy that is in force now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.queue.outcomes import ScanOutcome
-from jobs.results.cache import Known
+from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from jobs.tables import Json
-from ml.image.serving.disposition import REJECTED, dispose
+from ml.image.serving.disposition import REJECTED, disposition_of
 from ml.image.serving.predictor import Prediction
 
-NOWHERE = -1
-"""The ordinal of an outcome that has no place yet: it may be wanted at several."""
+UNPLACED = -1
+"""The ordinal of an outcome that has no place in the job yet: the same scan may stand at several."""
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Says what may be done with the predictions of a model (its classes in their order) on an engine. `low`, `high`:
-    see ml.image.serving.disposition."""
+class DispositionPolicy:
+    """Decides the disposition of a model's predictions on an engine.
+
+    Args:
+        classes: in the model's order.
+        low: and `high`: see ml.image.serving.disposition.
+    """
 
     classes: Sequence[str]
     engine: str
@@ -25,20 +29,20 @@ class Judge:
     high: float
 
     @classmethod
-    def of(cls, settings: Settings, classes: Sequence[str], engine: str) -> "Judge":
-        """By the policy of the settings."""
+    def of(cls, settings: Settings, classes: Sequence[str], engine: str) -> "DispositionPolicy":
+        """The policy of the settings."""
         return cls(classes, engine, settings.indeterminate_above, settings.indeterminate_below)
 
-    def of_prediction(self, prediction: Prediction) -> ScanOutcome:
-        """The outcome of what was computed now."""
+    def from_prediction(self, prediction: Prediction) -> ScanOutcome:
+        """The outcome of a new prediction."""
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
-            return ScanOutcome(NOWHERE, error={**error, "retryable": prediction.retryable})
-        found = dispose(
-            prediction.probabilities, prediction.ood_score, self.low, self.high, prediction.oddity, prediction.label
+            return ScanOutcome(UNPLACED, error={**error, "retryable": prediction.retryable})
+        found = disposition_of(
+            prediction.probabilities, prediction.ood_score, self.low, self.high, prediction.ood_reason, prediction.label
         )
         return ScanOutcome(
-            NOWHERE,
+            UNPLACED,
             prediction.label,
             prediction.confidence,
             prediction.probabilities,
@@ -49,19 +53,19 @@ class Judge:
             statistics=prediction.statistics,
         )
 
-    def of_known(self, known: Known) -> ScanOutcome:
-        """The outcome of what was computed before. Postgres keeps no order of the classes, and the order says which of
+    def from_cached(self, known: CachedResult) -> ScanOutcome:
+        """The outcome of a cached result. Postgres does not keep the order of the classes, and the order says which of
         two is the positive one."""
         probabilities = {name: known.probabilities[name] for name in self.classes}
-        found = dispose(probabilities, known.ood_score, self.low, self.high, label=known.label)
+        found = disposition_of(probabilities, known.ood_score, self.low, self.high, label=known.label)
         return ScanOutcome(
-            NOWHERE,
+            UNPLACED,
             known.label,
             known.confidence,
             probabilities,
             self.engine,
             cached=True,
             disposition=found.word,
-            reason=known.reason if found.word == REJECTED else found.reason,  # it names what sets the scan apart
+            reason=known.reason if found.word == REJECTED else found.reason,  # it says why the scan is unusual
             ood_score=known.ood_score,
         )

@@ -1,4 +1,4 @@
-"""A chunk of scans: blobs out of storage, predictions into rows. The network stays loaded between chunks."""
+"""Predict a chunk of scans: read them, predict, write the results. Networks stay loaded between chunks."""
 
 import time
 import uuid
@@ -13,57 +13,55 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs.queue import explanations, lifecycle
-from jobs.queue.explanations import ALL, Made
+from jobs.queue.explanations import ALL_CLASSES, NamedBlob
 from jobs.queue.outcomes import ScanOutcome
-from jobs.results.cache import Known, known_results
+from jobs.results.cache import CachedResult, cached_results
 from jobs.states import JobKind, ResultState
 from jobs.tables import Job, Scan, ScanResult
-from ml.image.engines.base import Precision
-from ml.image.serving.predictor import KeptScan, Predictor, ScanInput
-from worker.execution.unit import Held
-from worker.handlers.explain import Asked, explained_at_once
-from worker.handlers.outcomes import Judge
-from worker.handlers.sources import Wanted, bring
-from worker.handlers.weights import pinned, reading_weights
+from ml.image.engines.engine import Precision
+from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
+from worker.execution.unit import UnitLease
+from worker.handlers.explain import ExplanationRequest, explain_now
+from worker.handlers.outcomes import DispositionPolicy
+from worker.handlers.prediction_inputs import ScanSource, load_scan, pinned_version, weights_errors
 
 log = structlog.get_logger()
 
-LOADED_AT_ONCE = 2
-"""Networks kept in memory: a champion and the one before it. A VGG16 takes about 0.6 GB; and as much again where
-explanations are asked for, whose network (see worker.handlers.explain) is another one beside these."""
-REPORT_EVERY = 2.0
-"""Seconds between two signs of progress within a chunk."""
+MAX_LOADED_NETWORKS = 2
+"""Networks kept in memory: the champion and its predecessor. A VGG16 takes about 0.6 GB, and the same again where
+explanations are made: their network (see worker.handlers.explain) is loaded separately."""
+REPORT_SECONDS = 2.0
+"""Seconds between two progress reports within a chunk."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit's work: which model in which precision, and which scans. `explain`: they are explained too, and where it
-    is "all", for every class."""
+    """The unit's work: the model, its precision and the scans. `explain`: explain them too; "all": for every class."""
 
     model_id: uuid.UUID
     weights_sha256: str
     classes: Sequence[str]
     precision: Precision
     explain: bool | str
-    scans: Sequence[Wanted]
+    scans: Sequence[ScanSource]
 
     @property
     def results(self) -> int:
-        """How many results there will be: a scan may be wanted several times."""
-        return sum(len(wanted.ordinals) for wanted in self.scans)
+        """Number of results: a scan may stand in the job several times."""
+        return sum(len(source.ordinals) for source in self.scans)
 
 
 class Networks:
-    """The loaded networks, by the hash of their weights and the precision; the one unused for longest goes first."""
+    """LRU cache of loaded networks, by the hash of their weights and the precision."""
 
     def __init__(self) -> None:
         self._loaded: OrderedDict[tuple[str, Precision], Predictor] = OrderedDict()
 
     def get(self, sha256: str, precision: Precision, fetch: Callable[[str], Path]) -> Predictor:
-        """The network; where it is not loaded yet, `fetch` brings the file with its weights."""
+        """The network; if it is not loaded yet, `fetch` returns the file with its weights."""
         key = sha256, precision
         if key not in self._loaded:
-            while len(self._loaded) >= LOADED_AT_ONCE:
+            while len(self._loaded) >= MAX_LOADED_NETWORKS:
                 self._loaded.popitem(last=False)
             started = time.monotonic()
             loaded = self._loaded[key] = Predictor.load(fetch(sha256), precision)
@@ -79,52 +77,52 @@ def networks() -> Networks:
     return Networks()
 
 
-def predict_chunk(held: Held) -> None:
-    """Predict the unit's scans, and end it with all its results in one transaction."""
-    chunk = held.in_transaction(lambda session: _read_chunk(session, held))
+def predict_chunk(unit: UnitLease) -> None:
+    """Predict the unit's scans, and finish it with all its results in one transaction."""
+    chunk = unit.in_transaction(lambda session: _read_chunk(session, unit))
     started = time.monotonic()
-    with held.workspace() as folder:
-        predictor = _predictor(held, chunk, folder)
-        at_once = bool(chunk.explain) and _explains_at_once(held)
-        scans = _scans(held, chunk, folder, KeptScan if at_once else ScanInput)
-        for outcome in _outcomes(held, chunk, predictor, scans):
-            held.outcomes.append(outcome)
-            if len(held.outcomes) < chunk.results:  # what is complete has nothing to hand back
-                held.check()
-        made = _explained(held, chunk, scans, folder) if at_once else []
+    with unit.workspace() as folder:
+        predictor = _predictor(unit, chunk, folder)
+        explains_now = bool(chunk.explain) and _explains_now(unit)
+        scans = _scans(unit, chunk, folder, CachedScan if explains_now else ScanInput)
+        for outcome in _outcomes(unit, chunk, predictor, scans):
+            unit.outcomes.append(outcome)
+            if len(unit.outcomes) < chunk.results:  # a complete chunk is not handed back
+                unit.check()
+        made = _explained(unit, chunk, scans, folder) if explains_now else []
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
-        later = bool(chunk.explain) and not at_once
-        lifecycle.succeed(session, held.claim, outcomes=held.outcomes, device_seconds=seconds, then_explain=later)
-        explanations.write(session, held.claim, made)
+        later = bool(chunk.explain) and not explains_now
+        lifecycle.succeed(session, unit.claim, outcomes=unit.outcomes, device_seconds=seconds, then_explain=later)
+        explanations.insert_artifacts(session, unit.claim, made)
 
-    held.finish(end)
-
-
-def _explains_at_once(held: Held) -> bool:
-    """A single scan's explanation comes with its prediction: one doorbell, one claim, one end. But at first only: an
-    attempt that died of it took the prediction with it, and the next must not. A batch's explanations wait."""
-    return held.claim.kind == JobKind.PREDICT and held.claim.attempt == 1
+    unit.finish(end)
 
 
-def _explained(held: Held, chunk: Chunk, scans: Sequence[ScanInput], folder: Path) -> list[Made]:
-    asked = Asked(chunk.weights_sha256, chunk.precision, chunk.explain == ALL)
-    labels = {outcome.ordinal: outcome.label for outcome in held.outcomes if outcome.label is not None}
-    places = [(ordinal, scan) for wanted, scan in zip(chunk.scans, scans, strict=True) for ordinal in wanted.ordinals]
-    found = [(ordinal, scan, labels[ordinal]) for ordinal, scan in places if ordinal in labels]
-    return explained_at_once(held, asked, found, folder)
+def _explains_now(unit: UnitLease) -> bool:
+    """Whether the unit explains what it predicts: a single scan, for one dispatch and one claim. Only in the first
+    attempt: if the explanation killed the worker, the prediction was lost with it. A batch is explained later."""
+    return unit.claim.kind == JobKind.PREDICT and unit.claim.attempt == 1
 
 
-def _read_chunk(session: Session, held: Held) -> Chunk:
-    job = session.get_one(Job, held.claim.job_id)
-    version = pinned(session, job)
+def _explained(unit: UnitLease, chunk: Chunk, scans: Sequence[ScanInput], folder: Path) -> list[NamedBlob]:
+    request = ExplanationRequest(chunk.weights_sha256, chunk.precision, chunk.explain == ALL_CLASSES)
+    labels = {outcome.ordinal: outcome.label for outcome in unit.outcomes if outcome.label is not None}
+    inputs = [(ordinal, scan) for source, scan in zip(chunk.scans, scans, strict=True) for ordinal in source.ordinals]
+    findings = [(ordinal, scan, labels[ordinal]) for ordinal, scan in inputs if ordinal in labels]
+    return explain_now(unit, request, findings, folder)
+
+
+def _read_chunk(session: Session, unit: UnitLease) -> Chunk:
+    job = session.get_one(Job, unit.claim.job_id)
+    version = pinned_version(session, job)
     precision, explain = job.params.get("precision", "auto"), job.params.get("explain", False)
     network = version.id, version.weights_sha256, version.classes
-    return Chunk(*network, precision, explain, _wanted(session, held.claim.unit_id))
+    return Chunk(*network, precision, explain, _sources(session, unit.claim.unit_id))
 
 
-def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
+def _sources(session: Session, unit_id: uuid.UUID) -> list[ScanSource]:
     """The unit's scans, each once."""
     rows = session.execute(
         select(ScanResult.ordinal, ScanResult.scan_id, ScanResult.source_url, Scan.sha256)
@@ -132,50 +130,52 @@ def _wanted(session: Session, unit_id: uuid.UUID) -> list[Wanted]:
         .where(ScanResult.unit_id == unit_id, ScanResult.state == ResultState.PENDING)
         .order_by(ScanResult.ordinal)
     )
-    wanted: dict[object, Wanted] = {}
+    sources: dict[object, ScanSource] = {}
     for row in rows:
-        same = wanted.setdefault(row.scan_id or row.source_url, Wanted([], row.sha256, row.source_url, row.scan_id))
-        same.ordinals.append(row.ordinal)
-    return list(wanted.values())
+        source = sources.setdefault(
+            row.scan_id or row.source_url, ScanSource([], row.sha256, row.source_url, row.scan_id)
+        )
+        source.ordinals.append(row.ordinal)
+    return list(sources.values())
 
 
-def _predictor(held: Held, chunk: Chunk, folder: Path) -> Predictor:
-    fetch = partial(held.resources.artifacts.fetch, folder=folder)
-    with reading_weights():
+def _predictor(unit: UnitLease, chunk: Chunk, folder: Path) -> Predictor:
+    fetch = partial(unit.resources.artifacts.fetch, folder=folder)
+    with weights_errors():
         return networks().get(chunk.weights_sha256, chunk.precision, fetch)
 
 
-def _scans(held: Held, chunk: Chunk, folder: Path, kind: type[ScanInput]) -> list[ScanInput]:
-    """The chunk's scans, each brought when it is looked at; its id is its first ordinal in the job."""
-    return [kind(str(wanted.ordinals[0]), partial(bring, held.resources, wanted, folder)) for wanted in chunk.scans]
+def _scans(unit: UnitLease, chunk: Chunk, folder: Path, kind: type[ScanInput]) -> list[ScanInput]:
+    """The chunk's scans, each loaded when it is needed; its id is its first ordinal in the job."""
+    return [kind(str(source.ordinals[0]), partial(load_scan, unit.resources, source, folder)) for source in chunk.scans]
 
 
-def _outcomes(held: Held, chunk: Chunk, predictor: Predictor, scans: Sequence[ScanInput]) -> Iterator[ScanOutcome]:
-    judge = Judge.of(held.resources.settings, chunk.classes, predictor.engine.name)
-    known = _known(held, chunk, judge.engine)
-    left: dict[str, tuple[ScanInput, Wanted]] = {}
-    for wanted, scan in zip(chunk.scans, scans, strict=True):
-        found = known.get(wanted.scan_id) if wanted.scan_id else None
+def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequence[ScanInput]) -> Iterator[ScanOutcome]:
+    policy = DispositionPolicy.of(unit.resources.settings, chunk.classes, predictor.engine.name)
+    known = _known(unit, chunk, policy.engine)
+    left: dict[str, tuple[ScanInput, ScanSource]] = {}
+    for source, scan in zip(chunk.scans, scans, strict=True):
+        found = known.get(source.scan_id) if source.scan_id else None
         if found is None:
-            left[scan.id] = scan, wanted
+            left[scan.id] = scan, source
         else:
-            yield from _alike(wanted, judge.of_known(found))
+            yield from _repeat(source, policy.from_cached(found))
     reported = time.monotonic()
     for prediction in predictor.predict([scan for scan, _ in left.values()]):
-        if time.monotonic() - reported > REPORT_EVERY:
+        if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            held.report()
-        yield from _alike(left[prediction.id][1], judge.of_prediction(prediction))
+            unit.report()
+        yield from _repeat(left[prediction.id][1], policy.from_prediction(prediction))
 
 
-def _known(held: Held, chunk: Chunk, engine: str) -> dict[uuid.UUID, Known]:
-    ids = [wanted.scan_id for wanted in chunk.scans if wanted.scan_id is not None]
-    if not held.resources.settings.reuse_results or not ids:
+def _known(unit: UnitLease, chunk: Chunk, engine: str) -> dict[uuid.UUID, CachedResult]:
+    ids = [source.scan_id for source in chunk.scans if source.scan_id is not None]
+    if not unit.resources.settings.reuse_results or not ids:
         return {}
-    return held.in_transaction(lambda session: known_results(session, chunk.model_id, engine, ids))
+    return unit.in_transaction(lambda session: cached_results(session, chunk.model_id, engine, ids))
 
 
-def _alike(wanted: Wanted, outcome: ScanOutcome) -> Iterator[ScanOutcome]:
-    """The outcome at each place of the scan; it was computed for the first at most."""
-    for number, ordinal in enumerate(wanted.ordinals):
+def _repeat(source: ScanSource, outcome: ScanOutcome) -> Iterator[ScanOutcome]:
+    """The outcome for each of the scan's ordinals; all after the first count as cached."""
+    for number, ordinal in enumerate(source.ordinals):
         yield replace(outcome, ordinal=ordinal, cached=outcome.error is None and (outcome.cached or number > 0))

@@ -231,7 +231,7 @@ def _finish(unit: UnitLease, request: TrainingRequest, run: live.Run, state: Run
     def end(session: Session) -> None:
         policy = GatePolicy.of(unit.resources.settings)
         promotion.register(session, unit.claim, new, policy, _shared_scores(request, evaluated.champion))
-        reproduction.write(session, unit.claim)
+        reproduction.save_comparison(session, unit.claim)
         for name, kept in stored.items():
             session.add(_artifact(unit, name, kept.sha256, kept.size))
         lifecycle.succeed(session, unit.claim, metrics=evaluated.metrics, device_seconds=finished.device_seconds)

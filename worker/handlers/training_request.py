@@ -8,14 +8,13 @@ from pathlib import Path
 import yaml
 from sqlalchemy.orm import Session
 
-from jobs import training_params
 from jobs.errors import Invalid, ModelNotFound
 from jobs.models import registry
 from jobs.queue import checkpoints
 from jobs.tables import Checkpoint, Dataset, Job, Json
-from ml.runtime.config import PipelineConfig
+from ml.runtime.config import PipelineConfig, parse_params
 from ml.runtime.errors import BadParams, WeightsMissing
-from ml.spec.image import parse_params
+from ml.spec import image_compat
 from worker.execution.unit import UnitLease, WorkFailed
 from worker.tracking.provenance import code_revision
 
@@ -67,7 +66,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
 def _with_defaults(params: Json) -> Json:
     """The job's parameters completed with the defaults of `ml/spec/image.py`: what is recorded is what was used."""
     try:
-        return parse_params(training_params.current(params)).model_dump(mode="json")
+        return parse_params(image_compat.current(params)).model_dump(mode="json")
     except BadParams as error:
         raise WorkFailed("BAD_PARAMS", str(error)) from error
 
@@ -118,7 +117,7 @@ def _base_weights(unit: UnitLease, request: TrainingRequest, folder: Path) -> Pa
         if (weights := _fetch_weights(unit, request.base_sha256, folder)) is not None:
             return weights
         raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
-    name = training_params.base_weights_file(request.params)
+    name = image_compat.base_file(request.params)
     return None if name is None else _weights_file(name, unit.resources.settings.weights_dir)
 
 
@@ -128,13 +127,13 @@ def _fetch_weights(unit: UnitLease, sha256: str, folder: Path) -> Path | None:
         path = unit.resources.artifacts.fetch(sha256, folder)
     except FileNotFoundError:
         return None
-    return path if path.is_weights_file() else None
+    return path if path.is_file() else None
 
 
 def _weights_file(name: str, folder: Path | None) -> Path:
     # A name with a path in it would let a client read other files. The API refuses it as well.
     plain = Path(name).name == name
-    if plain and folder is not None and (folder / name).is_weights_file():
+    if plain and folder is not None and (folder / name).is_file():
         return folder.absolute() / name
     where = "the folder that RENALQ_WEIGHTS_DIR names" if folder else "a folder, and its path into RENALQ_WEIGHTS_DIR"
     detail = (

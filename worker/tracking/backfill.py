@@ -38,7 +38,7 @@ def is_behind(session: Session) -> bool:
     return session.scalar(_untracked().limit(1)) is not None or registry_sync.is_behind(session)
 
 
-def mark(session: Session, job_id: uuid.UUID, run_id: str | None) -> None:
+def mark_tracked(session: Session, job_id: uuid.UUID, run_id: str | None) -> None:
     """Say that MLflow has all of the training, in this run: a slow one may have opened it when the version was made."""
     session.execute(update(Job).where(Job.id == job_id).values(tracked_at=NOW, mlflow_run_id=run_id))
     session.execute(update(ModelVersion).where(ModelVersion.job_id == job_id).values(mlflow_run_id=run_id))
@@ -123,7 +123,7 @@ def _record(client: Any, resources: Resources, job_id: uuid.UUID) -> None:
     _log_files(client, run, resources, rows.files)
     client.set_terminated(run, STATUS.get(rows.state, "FAILED"))
     with resources.sessions.begin() as session:
-        mark(session, job_id, run)
+        mark_tracked(session, job_id, run)
     log.info("mlflow_caught_up", job_id=str(job_id))
 
 

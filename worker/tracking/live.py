@@ -23,9 +23,9 @@ from worker.tracking.system_metrics import Machine
 
 log = structlog.get_logger()
 
-PATIENCE = 120.0
+END_TIMEOUT_SECONDS = 120.0
 """Seconds that a worker whose job has succeeded waits for MLflow to take what is left (the weights are 537 MB)."""
-LOOK_EVERY = 10.0
+SAMPLE_SECONDS = 10.0
 """Seconds between two looks at the machine; with each, the steps since the last are logged."""
 PUBLIC = (
     *("scores.json", "history.json", "dataset_report.json", "learning_curves.png", "confusion_matrix.png"),
@@ -50,7 +50,7 @@ class Run:
     ) -> None:
         self._steps: queue.Queue[Step | None] = queue.Queue()
         self._points: list[Point] = []  # the thread's own, like the times below: what the next call will log
-        self._machine = Machine()
+        self._system_metrics = Machine()
         self._began = self._next_look = 0.0
         self._weights = settings.mlflow_log_weights
         self._url = settings.mlflow_url
@@ -62,32 +62,32 @@ class Run:
         if self._url:
             self._thread.start()
 
-    def watch(self, pid: int | None) -> None:
+    def measure(self, pid: int | None) -> None:
         """Measure what this process uses, from now on."""
-        self._machine.watch(pid)
+        self._system_metrics.watch(pid)
 
-    def steps(self, steps: Steps) -> None:
+    def log_steps(self, steps: Steps) -> None:
         """Log the losses of single steps, many in one call."""
         points = runs.points_of_steps(steps)
         self._say(lambda client, run: self._points.extend(points))
 
-    def epoch(self, epoch: Epoch) -> None:
+    def log_epoch(self, epoch: Epoch) -> None:
         """Log an epoch's figures at its number."""
         points = runs.points_of_epoch(vars(epoch))
         self._say(lambda client, run: runs.log_points(client, run, points))
 
-    def final(self, metrics: Json) -> None:
+    def log_scores(self, metrics: Json) -> None:
         """Log the figures of the evaluation."""
         points = runs.points_of_scores(metrics)
         self._say(lambda client, run: runs.log_points(client, run, points))
 
-    def artifacts(self, files: dict[str, Path], weights: Path) -> None:
+    def log_artifacts(self, files: dict[str, Path], weights: Path) -> None:
         """Log those of the files that are public; the weights where the settings want them."""
         public = [files[name] for name in PUBLIC if name in files]
         for path in [*public, *([weights] if self._weights else [])]:
             self._say(lambda client, run, path=path: client.log_artifact(run, str(path)))  # type: ignore[misc]
 
-    def made(self, dataset_digest: str, weights_sha256: str, base_sha256: str | None) -> None:
+    def log_weights(self, dataset_digest: str, weights_sha256: str, base_sha256: str | None) -> None:
         """Say by hash what was trained on, what came of it, and what it began with."""
         self._say(lambda client, run: runs.log_weights(client, run, weights_sha256, base_sha256))
         if self._what.dataset_digest is None:
@@ -130,10 +130,10 @@ class Run:
             return self._look
 
     def _look(self, client: Any, run: str) -> None:
-        self._next_look = time.monotonic() + LOOK_EVERY
+        self._next_look = time.monotonic() + SAMPLE_SECONDS
         # Seconds since the run began: an attempt that continues it goes on with the numbers of the one before.
         at, second = runs.now(), max(0, int(time.time() - self._began))
-        self._points += [Point(name, value, second, at) for name, value in self._machine.sample().items()]
+        self._points += [Point(name, value, second, at) for name, value in self._system_metrics.sample().items()]
         self._log_points(client, run)
 
     def _log_points(self, client: Any, run: str) -> None:

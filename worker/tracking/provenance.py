@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
     return machine | installed(PACKAGES)
 
 
-def of_model(path: Path) -> dict[str, str]:
+def model_file_metadata(path: Path) -> dict[str, str]:
     """What a model file says of the device that trained it, and of the weights that it began with: what two equal
     environments may still differ in. Reads the header alone; nothing for a file that says nothing."""
     from safetensors import SafetensorError, safe_open

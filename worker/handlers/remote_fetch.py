@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from jobs.addresses import complaint
+from jobs.addresses import fetch_url_error
 from jobs.settings import Settings
 
 BLOCK = 64 * 1024
@@ -59,7 +59,7 @@ def fetch(url: str, folder: Path, settings: Settings) -> Path:
 
 
 def _refuse_other_hosts(url: str, settings: Settings) -> None:
-    if why := complaint(url, settings.allowed_hosts):
+    if why := fetch_url_error(url, settings.allowed_hosts):
         raise FetchFailed(REFUSED, why)
 
 

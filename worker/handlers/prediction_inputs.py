@@ -1,0 +1,77 @@
+"""What a prediction reads: the pinned model version, and the bytes of scans from the blob store or from a URL."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from jobs.models import registry
+from jobs.tables import Job, ModelVersion
+from ml.runtime.errors import ImageError, ModelFileError
+from worker.execution.resources import Resources
+from worker.execution.unit import WorkFailed
+from worker.handlers.remote_fetch import FetchFailed, fetch
+
+
+@dataclass(frozen=True)
+class ScanSource:
+    """One scan of a job and the ordinals of the results that need it. It is stored (`sha256`) or remote (`url`)."""
+
+    ordinals: list[int]
+    sha256: str | None
+    url: str | None
+    scan_id: uuid.UUID | None = None
+
+
+class ScanUnavailable(ImageError):
+    """The scan's bytes cannot be read: the reason, and whether a retry may help."""
+
+    def __init__(self, code: str, detail: str, retryable: bool = False) -> None:
+        super().__init__(detail)
+        self.code, self.retryable = code, retryable
+
+
+def load_scan(resources: Resources, source: ScanSource, folder: Path) -> bytes | Path:
+    """The scan's content, or the path of the store's own file. A copy made in `folder` is read and removed.
+
+    Raises:
+        ScanUnavailable: it is no longer stored, or could not be fetched.
+    """
+    try:
+        if source.sha256 is None:
+            path = fetch(source.url or "", folder, resources.settings)
+        else:
+            path = resources.artifacts.fetch(source.sha256, folder)
+    except FetchFailed as error:
+        raise ScanUnavailable(error.code, str(error), error.retryable) from error
+    except FileNotFoundError as error:
+        detail = "The scan is no longer stored. Store it again with POST /scans."
+        raise ScanUnavailable("SCAN_MISSING", detail) from error
+    if not path.is_relative_to(folder):
+        return path
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+def pinned_version(session: Session, job: Job) -> ModelVersion:
+    """The model version that the job was pinned to when it was submitted.
+
+    Raises:
+        WorkFailed: the job names none.
+    """
+    if job.model_id is None:
+        raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
+    return registry.by_id(session, job.model_id)
+
+
+@contextmanager
+def weights_errors() -> Iterator[None]:
+    """Turn errors of reading a version's weights into WorkFailed: they are not stored, or not valid."""
+    try:
+        yield
+    except (FileNotFoundError, ModelFileError) as error:
+        raise WorkFailed("MODEL_MISSING", "The model's weights cannot be read. Train it again.") from error
