@@ -1,4 +1,4 @@
-"""How the pieces become one application."""
+"""The Flask application: blueprints, URL converters, error handlers, services."""
 
 import uuid
 from functools import partial
@@ -10,8 +10,8 @@ from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
 from api.http import auth, problems, request_log
-from api.http.body_spool import INCOMING, MAX_PARTS, UploadRequest
-from api.http.change_listener import Changes
+from api.http.body_spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
+from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
 from api.http.fields import VERSION, parse_uuid
 from api.resources import (
@@ -31,31 +31,31 @@ from api.resources.models import drift
 from api.resources.models import routes as models
 from jobs.db import session_factory
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
     jobs, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, legacy, pages,
 )  # fmt: skip
-NOBODY = uuid.UUID(int=0)
+UNKNOWN_ID = uuid.UUID(int=0)
 
 
 class Renalq(Flask):
-    """Flask with uploads in one temporary file."""
+    """Flask with `UploadRequest`."""
 
     request_class = UploadRequest
 
 
 class IdConverter(BaseConverter):
-    """An id in a path. An ill-formed one becomes an id that nobody has: the same 404 as an unknown one."""
+    """An id in a path. An ill-formed one becomes an id that nothing has: the same 404 as for an unknown one."""
 
-    regex = r"(?!train\Z|predict\Z|known\Z)[^/]+"  # the names of POST routes are no ids: another method there is 405
+    regex = r"(?!train\Z|predict\Z|known\Z)[^/]+"  # names of POST routes, where another method must be a 405
 
     def to_python(self, value: str) -> uuid.UUID:
-        return parse_uuid(value) or NOBODY
+        return parse_uuid(value) or UNKNOWN_ID
 
 
 class VersionConverter(BaseConverter):
-    """`champion` or a version's number in a path. Anything else becomes a number that no version has."""
+    """`champion` or a version number in a path. Anything else becomes 0, which no version has."""
 
     regex = r"(?!compare\Z|promotions\Z|rollback\Z)[^/]+"
 
@@ -69,7 +69,7 @@ def build(settings: Settings) -> Flask:
     app.config.update(
         MAX_CONTENT_LENGTH=settings.max_upload_bytes,
         MAX_FORM_PARTS=MAX_PARTS,
-        SPOOL_FOLDER=settings.home / INCOMING,
+        SPOOL_FOLDER=settings.home / SPOOL_FOLDER,
         OPENAPI_URL_PREFIX="/",
         API_TITLE="RenalQ",
         API_VERSION=version("renalq"),
@@ -83,13 +83,13 @@ def build(settings: Settings) -> Flask:
     request_log.register(app)
     auth.register(app)
     problems.register(app)
-    app.after_request(_bare)
+    app.after_request(_drop_content_type)
     _register_blueprints(app)
     return app
 
 
-def _bare(response: Response) -> Response:
-    """What has no body has no kind of body either."""
+def _drop_content_type(response: Response) -> Response:
+    """Without a body there is no `Content-Type`."""
     if response.status_code in (204, 304):
         response.headers.pop("Content-Type", None)
     return response
@@ -97,8 +97,8 @@ def _bare(response: Response) -> Response:
 
 def _services(settings: Settings) -> Services:
     sessions = session_factory(settings.database_url, settings.db_pool, "renalq-api")
-    changes = Changes(sessions.kw["bind"], settings.wait_slots)
-    return Services(settings, sessions, Artifacts(settings.artifacts), changes)
+    listener = ChangeListener(sessions.kw["bind"], settings.wait_slots)
+    return Services(settings, sessions, BlobStore(settings.artifacts), listener)
 
 
 def _register_blueprints(app: Flask) -> None:

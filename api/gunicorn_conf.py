@@ -30,7 +30,7 @@ def post_worker_init(worker: Any) -> None:
     logs.configure("api", services.settings.log_level)
 
     def wake_and_end(number: int, frame: FrameType | None) -> None:
-        services.changes.close()
+        services.listener.close()
         worker.handle_exit(number, frame)
 
     signal.signal(signal.SIGTERM, wake_and_end)

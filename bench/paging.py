@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plans = {question: _plans(many, question) for question in many.questions}
             for side in (few, many):
                 services = side.client.application.extensions[EXTENSION]
-                services.changes.close()
+                services.listener.close()
                 services.sessions.kw["bind"].dispose()
     rows, _ = compared(OUT, (few.rows, few.taken), (many.rows, many.taken), plans, "results", ("scan_results",))
     return 1 if any(row["many_ms"] > 20 or row["ratio"] > 1.2 for row in rows.values()) else 0

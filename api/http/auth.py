@@ -1,8 +1,8 @@
-"""Keys, deny by default: a view that declares neither a scope nor that it is public is refused to everybody.
+"""API keys, deny by default: a view that declares neither a scope nor that it is public refuses every request.
 
-A key comes as a bearer's token, or by HTTP Basic (RFC 7617), so that a client which knows nothing of keys can have one
-in its address: http://:rq_…@host:8080. We never ask for Basic, though: a browser would show its own dialogue, keep what
-was typed, and send it along with requests of other sites.
+A key comes as a bearer token, or by HTTP Basic (RFC 7617), so that a client without support for keys can have one in
+its URL: http://:rq_…@host:8080. The API never asks for Basic, though: a browser would show its own dialogue, store what
+was typed, and send it along with requests from other sites.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def public(view: View) -> View:
 
 
 def access_of(app: Flask, endpoint: str) -> str | None:
-    """What an endpoint declares: a scope, `public`, or nothing."""
+    """The scope that an endpoint declares, or `public`, or None."""
     view: Any = app.view_functions[endpoint]
     return getattr(view, "access", None)
 
 
 def register(app: Flask) -> None:
-    """Ask for a key before every request."""
+    """Check the key before every request."""
     app.before_request(_check)
 
 
@@ -62,7 +62,7 @@ def _check() -> None:
 
 
 def authenticated() -> Principal:
-    """Who asks.
+    """The principal of the request's key.
 
     Raises:
         Unauthorized
@@ -78,7 +78,7 @@ def authenticated() -> Principal:
 
 
 def _secret() -> str:
-    """The key that came with the request; empty without one."""
+    """The request's key; empty without one."""
     scheme, _, rest = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()

@@ -1,4 +1,4 @@
-"""Requests into checked values: one parser for queries, one decorator for bodies. Nothing unknown passes."""
+"""Requests into validated values: a parser for queries, a decorator for bodies. Unknown fields are refused."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,23 +15,22 @@ from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import FileStorage, MultiDict
 
 from api.http.body_spool import JSON_BYTES, UploadRequest
-from api.http.fields import escaped, unstorable
+from api.http.fields import find_unstorable, pointer_step
 from api.http.problems import InvalidFields
-from api.http.streaming import CSV, NDJSON
+from api.http.responses import CSV, JSON, NDJSON
 from jobs.errors import UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
 MULTIPART = "multipart/form-data"
-JSON = "application/json"
 
 
 class Parser(FlaskParser):
-    """webargs with our errors: unknown parameters are refused, and every complaint has its pointer."""
+    """webargs with problem details as errors; unknown parameters are refused."""
 
     DEFAULT_UNKNOWN_BY_LOCATION = {"query": ma.RAISE, "path": ma.RAISE}  # noqa: RUF012  (webargs' way)
 
     def load_querystring(self, req: flask.Request, schema: ma.Schema) -> Any:
-        """The query as a dictionary; `metadata[study]=7` becomes `{"metadata": {"study": "7"}}`."""
+        """The query as a dictionary: `metadata[study]=7` becomes `{"metadata": {"study": "7"}}`."""
         found: dict[str, Any] = {}
         for name, value in req.args.items():
             outer, bracket, inner = name.partition("[")
@@ -43,28 +42,30 @@ class Parser(FlaskParser):
         return found
 
     def handle_error(self, error: ma.ValidationError, req: Any, schema: Any, **kwargs: Any) -> NoReturn:
-        """Answer 422 with pointers."""
+        """Respond with 422 and a JSON pointer for each error."""
         raise InvalidFields(list(pointers(error.messages)))
 
 
 class Blueprint(flask_smorest.Blueprint):
-    """A blueprint whose arguments go through our parser."""
+    """A blueprint whose arguments go through `Parser`."""
 
     ARGUMENTS_PARSER = Parser()
 
 
-def takes(
+def accepts_body(
     json: type[ma.Schema] | None = None,
     multipart: type[ma.Schema] | None = None,
     manifest: type[ma.Schema] | None = None,
 ) -> Callable[[View], View]:
-    """Declare a view's body: it gets the checked values as its first argument.
+    """Declare which bodies a view accepts. The view gets the validated values as its first argument.
 
     Args:
-        manifest: the body may be a file, which becomes the field `manifest`; the other fields come from the query.
+        json: schema of a JSON body.
+        multipart: schema of a multipart body.
+        manifest: schema whose field `manifest` is the whole body (CSV or NDJSON); the other fields come from the query.
 
     Raises:
-        UnsupportedMedia: the body is of another kind.
+        UnsupportedMedia: the body has another media type.
         InvalidFields
     """
     declared = ((MULTIPART, multipart), (JSON, json), (CSV, manifest), (NDJSON, manifest))
@@ -82,11 +83,11 @@ def takes(
 
 
 def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
-    """marshmallow's tree of messages as pairs of JSON pointer and complaint."""
+    """marshmallow's tree of messages as pairs of JSON pointer and message."""
     if isinstance(messages, Mapping):
         for key, below in messages.items():
-            # "_schema" is the whole; "key" and "value" are marshmallow's words for the two halves of a map's entry.
-            inside = "" if key in ("_schema", "key", "value") else f"/{escaped(key)}"
+            # "_schema" stands for the whole object, "key" and "value" for the two halves of a dictionary's entry.
+            inside = "" if key in ("_schema", "key", "value") else f"/{pointer_step(key)}"
             yield from pointers(below, pointer + inside)
     elif isinstance(messages, list | tuple):
         for message in messages:
@@ -96,7 +97,9 @@ def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _document(view: Any, kinds: dict[str, type[ma.Schema]]) -> dict[str, Any]:
-    content = {kind: {"schema": _whole(schema) if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()}
+    content = {
+        kind: {"schema": _whole_body(schema) if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()
+    }
     document: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if CSV in kinds:
         before = getattr(view, "_apidoc", {}).get("manual_doc", {}).get("parameters", [])  # lists are not merged
@@ -104,8 +107,8 @@ def _document(view: Any, kinds: dict[str, type[ma.Schema]]) -> dict[str, Any]:
     return document
 
 
-def _whole(schema: type[ma.Schema]) -> dict[str, Any]:
-    """The field `manifest`, as the whole body."""
+def _whole_body(schema: type[ma.Schema]) -> dict[str, Any]:
+    """OpenAPI of the field `manifest` as the whole body."""
     return {"type": "string", **schema._declared_fields["manifest"].metadata}
 
 
@@ -132,15 +135,15 @@ def _json() -> Any:
     request.max_content_length = min(JSON_BYTES, limit) if limit is not None else JSON_BYTES
     text = request.get_data(cache=False)
     try:
-        value = json.loads(text, parse_constant=_no_constant) if text else {}
+        value = json.loads(text, parse_constant=_refuse_constant) if text else {}
         _refuse_unstorable(value)
     except (ValueError, RecursionError):
         raise InvalidFields([("", "Not valid JSON.")]) from None
     return value
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _multipart(schema: ma.Schema) -> dict[str, Any]:
@@ -165,22 +168,22 @@ def _part(field: Any, name: str, values: list[Any]) -> Any:
     if isinstance(field, fields.List):
         return values
     if len(values) > 1:
-        raise InvalidFields([(f"/{escaped(name)}", "Given more than once.")])
+        raise InvalidFields([(f"/{pointer_step(name)}", "Given more than once.")])
     if isinstance(field, fields.Dict) and texts:
         return _value_of(name, values[0])
     return _typed(field, name, values[0]) if texts else values[0]
 
 
 def _value_of(name: str, text: str) -> Any:
-    """A part that stands for something other than text is written as JSON."""
+    """The value of a part that is no text: it is written as JSON."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
         _refuse_unstorable({name: value})
     except (ValueError, RecursionError):
-        raise InvalidFields([(f"/{escaped(name)}", "Not valid JSON.")]) from None
+        raise InvalidFields([(f"/{pointer_step(name)}", "Not valid JSON.")]) from None
     return value
 
 
 def _refuse_unstorable(value: Any) -> None:
-    if wrong := unstorable(value):
+    if wrong := find_unstorable(value):
         raise InvalidFields(wrong[:20])

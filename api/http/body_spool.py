@@ -1,4 +1,4 @@
-"""Uploads in one temporary file a request, however many parts they have: memory stays flat, and one descriptor is open.
+"""All files of a request in one temporary file: memory stays flat, and one descriptor is open.
 
 werkzeug would keep up to 500 kB of every part in memory: 5 GB for ten thousand scans.
 """
@@ -16,12 +16,12 @@ from flask import Request, current_app
 MAX_PARTS = 20_000
 """Parts of one multipart body: ten thousand scans with a custom id each."""
 JSON_BYTES = 32 * 1024 * 1024
-"""Largest JSON body (bytes): it is held in memory, so larger scans come as multipart."""
-INCOMING = "incoming"
+"""Largest JSON body (bytes). It is held in memory, so larger scans must come as multipart."""
+SPOOL_FOLDER = "incoming"
 
 
 class Section(io.RawIOBase):
-    """One part: a stretch of the request's spool, written once from its start, then read."""
+    """One part: a range of the request's spool, written once from its start, then read."""
 
     def __init__(self, descriptor: int, start: int) -> None:
         self._descriptor = descriptor
@@ -40,7 +40,7 @@ class Section(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Bytes in it."""
+        """Number of bytes written."""
         return self._size
 
     def write(self, data: Any) -> int:
@@ -68,7 +68,7 @@ class Section(io.RawIOBase):
 
 
 class Spool:
-    """The one file of a request, unnamed: it is gone with its last descriptor, whatever happens to us."""
+    """The temporary file of a request. It has no name, so it goes with its last descriptor, even if the process dies."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,18 +76,18 @@ class Spool:
         self._sections: list[Section] = []
 
     def section(self) -> Section:
-        """Room for the next part. The one before has been written whole: parts do not interleave."""
+        """A section for the next part. Parts do not interleave: the previous one has been written completely."""
         start = self._sections[-1]._start + self._sections[-1].size if self._sections else 0
         self._sections.append(Section(self._file.fileno(), start))
         return self._sections[-1]
 
     def close(self) -> None:
-        """Give the room back."""
+        """Free the disk space."""
         self._file.close()
 
 
 class UploadRequest(Request):
-    """A request whose files go to one spool."""
+    """A request whose files go into one spool."""
 
     max_form_parts = MAX_PARTS
     _spool: Spool | None = None

@@ -1,7 +1,7 @@
 """Waiting for jobs to change without holding a database connection: one listener thread wakes all waiters.
 
-The thread hears Postgres' NOTIFY on one connection of its own. While it has none, waiters look for themselves every
-`POLL_SECONDS`: a lost listener makes them slower, never deaf.
+The thread receives Postgres' NOTIFY on one connection of its own. While it has none, each waiter polls every
+`POLL_SECONDS`: without a listener waiters are slower, but miss nothing.
 """
 
 import threading
@@ -16,42 +16,42 @@ from sqlalchemy.engine import Engine
 
 from jobs.db import listening
 from jobs.errors import TooManyWatchers
-from jobs.queue.job_events import JOBS_CHANNEL
+from jobs.events.job_events import JOBS_CHANNEL
 
 POLL_SECONDS = 2.0
-"""How often a waiter looks for itself while no listener is connected."""
+"""How often a waiter polls while no listener is connected."""
 LISTEN_SECONDS = 5.0
-"""How long the listener waits for a notification before it looks whether it is still wanted."""
+"""How long the listener waits for a notification before it checks whether it was closed."""
 
 log = structlog.get_logger()
 
 
-class Bell:
-    """Rings when one job may have changed. Made by `Changes.watch`."""
+class Subscription:
+    """Notices when one job may have changed. Made by `ChangeListener.subscribe`."""
 
-    def __init__(self, changes: "Changes") -> None:
-        self._changes = changes
+    def __init__(self, listener: "ChangeListener") -> None:
+        self._listener = listener
         self.event = threading.Event()
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a ring, `seconds` at most. False: nothing rang in that time. Returns at once when we shut down.
+        """Wait for a change, `seconds` at most. False: there was none. Returns at once when the listener closes.
 
-        Without a listener it says True every `POLL_SECONDS`: look for yourself.
+        Without a connected listener it returns True every `POLL_SECONDS`, so that the caller reads the job itself.
         """
         deadline = time.monotonic() + seconds
-        while not self._changes.closed:
+        while not self._listener.closed:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             if self.event.wait(min(left, POLL_SECONDS)):
                 self.event.clear()
                 return True
-            if not self._changes.listening:
+            if not self._listener.listening:
                 return True
         return True
 
 
-class Changes:
+class ChangeListener:
     """The waiters of one process, and the thread that wakes them.
 
     Args:
@@ -63,77 +63,77 @@ class Changes:
         self._engine = engine
         self._slots = slots
         self._lock = threading.Lock()
-        self._bells: dict[uuid.UUID, set[Bell]] = defaultdict(set)
+        self._subscriptions: dict[uuid.UUID, set[Subscription]] = defaultdict(set)
         self._thread: threading.Thread | None = None
         self.listening = False
         self.closed = False
 
     @contextmanager
-    def watch(self, job_id: uuid.UUID) -> Iterator[Bell]:
-        """Watch a job for the length of the block. Look at the job only after this, or a change may slip by.
+    def subscribe(self, job_id: uuid.UUID) -> Iterator[Subscription]:
+        """Subscribe to a job for the length of the block. Read the job only inside it, or a change may be missed.
 
         Raises:
             TooManyWatchers: all slots are taken.
         """
-        bell = Bell(self)
+        subscription = Subscription(self)
         with self._lock:
             if self.waiting >= self._slots or self.closed:
                 raise TooManyWatchers
-            self._bells[job_id].add(bell)
+            self._subscriptions[job_id].add(subscription)
             self._start()
         try:
-            yield bell
+            yield subscription
         finally:
             with self._lock:
-                self._bells[job_id].discard(bell)
-                if not self._bells[job_id]:
-                    del self._bells[job_id]
+                self._subscriptions[job_id].discard(subscription)
+                if not self._subscriptions[job_id]:
+                    del self._subscriptions[job_id]
 
     @property
     def waiting(self) -> int:
-        """How many wait now."""
-        return sum(map(len, self._bells.values()))
+        """Number of subscriptions."""
+        return sum(map(len, self._subscriptions.values()))
 
     def close(self) -> None:
-        """Wake everybody for good: the process ends."""
+        """Wake all waiters and refuse new ones: the process ends."""
         self.closed = True
-        self._ring_all()
+        self._wake_all()
 
     def _start(self) -> None:
-        """Start the listener with the first waiter, so that a process that nobody waits on has no thread."""
+        """Start the thread with the first waiter, so that a process without waiters has none."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._listen, name="changes", daemon=True)
+            self._thread = threading.Thread(target=self._listen, name="change-listener", daemon=True)
             self._thread.start()
 
     def _listen(self) -> None:
         while not self.closed:
             try:
                 self._listen_once()
-            except Exception as error:  # whatever it was: a dead listener would leave everybody polling for ever
+            except Exception as error:  # any error: with a dead listener every waiter would poll for ever
                 log.warning("listener_lost", error=type(error).__name__)
             self.listening = False
             time.sleep(1)
 
     def _listen_once(self) -> None:
-        with listening(self._engine, JOBS_CHANNEL) as doorbell:
+        with listening(self._engine, JOBS_CHANNEL) as notifications:
             self.listening = True
-            self._ring_all()  # what changed while nobody listened
+            self._wake_all()  # for changes while nothing listened
             while not self.closed:
-                for payload in doorbell.wait(LISTEN_SECONDS):
-                    self._ring(payload)
+                for payload in notifications.wait(LISTEN_SECONDS):
+                    self._wake(payload)
 
-    def _ring(self, payload: str) -> None:
+    def _wake(self, payload: str) -> None:
         try:
             job_id = uuid.UUID(payload)
         except ValueError:
             return
         with self._lock:
-            bells = tuple(self._bells.get(job_id, ()))
-        for bell in bells:
-            bell.event.set()
+            subscriptions = tuple(self._subscriptions.get(job_id, ()))
+        for subscription in subscriptions:
+            subscription.event.set()
 
-    def _ring_all(self) -> None:
+    def _wake_all(self) -> None:
         with self._lock:
-            bells = [bell for watching in self._bells.values() for bell in watching]
-        for bell in bells:
-            bell.event.set()
+            subscriptions = [one for of_job in self._subscriptions.values() for one in of_job]
+        for subscription in subscriptions:
+            subscription.event.set()

@@ -1,4 +1,4 @@
-"""What a view reaches for: the settings, the database, the store, and the bell of changes; and who asks."""
+"""What every view may use: settings, database, blob store, change listener; and the principal of the request."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -6,45 +6,45 @@ from dataclasses import dataclass
 from flask import current_app, g
 from sqlalchemy.orm import Session
 
-from api.http.change_listener import Changes
+from api.http.change_listener import ChangeListener
 from jobs.db import Sessions
 from jobs.keys import Principal
 from jobs.queue import submission
 from jobs.queue.submission import Quota
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 
 EXTENSION = "renalq"
 
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that one API process holds on to."""
+    """The long-lived objects of one API process."""
 
     settings: Settings
     sessions: Sessions
-    artifacts: Artifacts
-    changes: Changes
+    blobs: BlobStore
+    listener: ChangeListener
 
 
 def services() -> Services:
-    """The services of the application that answers now."""
+    """The services of the current application."""
     found: Services = current_app.extensions[EXTENSION]
     return found
 
 
 def transaction() -> AbstractContextManager[Session]:
-    """A session with one transaction, committed at the end of the block; nothing is held after it."""
+    """A session with one transaction, committed at the end of the block; then its connection is free again."""
     return services().sessions.begin()
 
 
 def quota() -> Quota:
-    """What a tenant, and all together, may have in the queue."""
+    """How much one tenant, and all tenants together, may have in the queue."""
     return Quota.of(services().settings)
 
 
 def admit(scans: int = 1, batches: int = 0) -> None:
-    """Refuse early what the queue has no room for: before an upload is stored.
+    """Check the quota before an upload is stored; `submit` checks it again.
 
     Raises:
         QuotaExceeded, QueueFull
@@ -54,11 +54,11 @@ def admit(scans: int = 1, batches: int = 0) -> None:
 
 
 def principal() -> Principal:
-    """Who asks. Only views that are not public may ask this."""
+    """Whose key the request has. Public views have none."""
     found: Principal = g.principal
     return found
 
 
 def tenant() -> str:
-    """The tenant of whoever asks."""
+    """The tenant of the request's key."""
     return principal().tenant_id

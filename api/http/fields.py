@@ -1,4 +1,4 @@
-"""Fields that take no guesses: the text "2" is no number, and 1 is no boolean."""
+"""Strict fields: the string "2" is no number, and 1 is no boolean."""
 
 import base64
 import binascii
@@ -17,16 +17,16 @@ from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
 VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
-"""What names a model version. Ask `fullmatch`: to `match`, a line break at the end is no difference."""
+"""A model version in a request. Use `fullmatch`: `match` would allow a line break at the end."""
 
 
-def words(of: type[StrEnum]) -> validate.OneOf:
-    """One of an enumeration's words."""
+def one_of(of: type[StrEnum]) -> validate.OneOf:
+    """Validate that a value is one of an enumeration."""
     return validate.OneOf([str(word) for word in of])
 
 
 class Boolean(fields.Boolean):
-    """True or false of JSON."""
+    """A JSON boolean."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
@@ -34,29 +34,8 @@ class Boolean(fields.Boolean):
         return value
 
 
-class WordOrBoolean(fields.Field[Any]):
-    """One word, true or false."""
-
-    def __init__(self, word: str, **kwargs: Any) -> None:
-        self.word = word
-        kwargs["metadata"] = {"enum": [word, True, False], **kwargs.get("metadata", {})}
-        super().__init__(**kwargs)
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if value == self.word or isinstance(value, bool):
-            return value
-        raise ma.ValidationError(f"Must be `{self.word}`, true or false.")
-
-
-class Integer(fields.Integer):
-    """A whole number of JSON."""
-
-    def __init__(self, low: int, high: int, **kwargs: Any) -> None:
-        super().__init__(strict=True, validate=validate.Range(low, high), **kwargs)
-
-
 class Float(fields.Float):
-    """A finite number of JSON."""
+    """A finite JSON number."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> float:
         if isinstance(value, (str, bool)):
@@ -65,7 +44,7 @@ class Float(fields.Float):
 
 
 class Time(fields.AwareDateTime):
-    """A time in RFC 3339, UTC; read without a zone it is taken as UTC."""
+    """A time in RFC 3339; without a time zone it is UTC."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(format="iso", default_timezone=dt.UTC, **kwargs)
@@ -82,7 +61,7 @@ class Time(fields.AwareDateTime):
 
 
 class Base64(fields.String):
-    """Bytes in base64; a data URL and line breaks are taken too."""
+    """Bytes in base64; data URLs and line breaks are accepted."""
 
     default_error_messages = {"base64": "Not valid base64."}  # noqa: RUF012  (marshmallow's way)
 
@@ -97,7 +76,7 @@ class Base64(fields.String):
 
 
 class ImageOrScanId(Base64):
-    """An image in base64, or the id of a stored scan: no UUID with its dashes is valid base64."""
+    """An image in base64, or the id of a stored scan: a UUID has dashes, so it is no valid base64."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         scan_id = parse_uuid(value) if isinstance(value, str) else None
@@ -114,7 +93,7 @@ class File(Upload):
 
 
 class ModelChoice(fields.String):
-    """`champion`, or a version's number as text."""
+    """`champion`, or a version number as a string."""
 
     def __init__(self, **kwargs: Any) -> None:
         metadata = {"example": "champion", "pattern": VERSION.pattern}
@@ -127,7 +106,7 @@ def _names_a_version(value: str) -> None:
 
 
 class Metadata(fields.Dict):
-    """A client's own labels: names to text, numbers and booleans."""
+    """A client's labels: strings, numbers and booleans by name."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(keys=fields.String(validate=validate.Length(1, 64)), **kwargs)
@@ -136,20 +115,20 @@ class Metadata(fields.Dict):
         labels: dict[str, Any] = super()._deserialize(value, attr, data, **kwargs)
         if len(labels) > 50:
             raise ma.ValidationError("At most 50 labels.")
-        wrong = {key: [why] for key, label in labels.items() if (why := _complaint(label))}
+        wrong = {key: [why] for key, label in labels.items() if (why := _label_error(label))}
         if wrong:
             raise ma.ValidationError(wrong)  # type: ignore[arg-type]
         return labels
 
 
-def _complaint(label: Any) -> str | None:
+def _label_error(label: Any) -> str | None:
     if not isinstance(label, str | int | float):
         return "Must be a text, a number or a boolean."
     return "Longer than 500 characters." if isinstance(label, str) and len(label) > 500 else None
 
 
 class HttpUrl(fields.String):
-    """An address that begins with http:// or https:// and names a host."""
+    """A URL with http:// or https:// and a host."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(validate=[validate.Length(max=2000), _is_http], **kwargs)
@@ -181,8 +160,8 @@ def parse_uuid(text: str) -> uuid.UUID | None:
     return found if str(found) == text.lower() else None
 
 
-def unstorable(value: Any, pointer: str = "") -> list[tuple[str, str]]:
-    """Pointers to what Postgres cannot keep: NUL, lone surrogates, infinite numbers. At most a few are named."""
+def find_unstorable(value: Any, pointer: str = "") -> list[tuple[str, str]]:
+    """JSON pointer and message for each value that Postgres cannot store: NUL, lone surrogates, infinite numbers."""
     if isinstance(value, str):
         return [(pointer, "Holds a character that cannot be stored.")] if not _is_storable(value) else []
     if isinstance(value, float):
@@ -192,7 +171,7 @@ def unstorable(value: Any, pointer: str = "") -> list[tuple[str, str]]:
         children = [*((key, key) for key in value if not _is_storable(str(key))), *value.items()]
     elif isinstance(value, list):
         children = enumerate(value)
-    return [wrong for key, child in children for wrong in unstorable(child, f"{pointer}/{escaped(key)}")]
+    return [wrong for key, child in children for wrong in find_unstorable(child, f"{pointer}/{pointer_step(key)}")]
 
 
 def _is_storable(text: str) -> bool:
@@ -203,6 +182,6 @@ def _is_storable(text: str) -> bool:
     return "\0" not in text
 
 
-def escaped(key: Any) -> str:
-    """One step of a JSON pointer (RFC 6901). What cannot be encoded is replaced."""
+def pointer_step(key: Any) -> str:
+    """A key as one step of a JSON pointer (RFC 6901). Characters that cannot be encoded are replaced."""
     return str(key).replace("~", "~0").replace("/", "~1").encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""Lists in pages: queries, the shape of a page, and lists that are short enough to come whole."""
+"""Lists in pages: their queries and schemas."""
 
 from typing import Any
 
@@ -14,26 +14,26 @@ class PageSchema(ma.Schema):
 
 
 class PageQuery(ma.Schema):
-    """A page of a list in the order of its ids."""
+    """A page of a list, by id."""
 
     limit = fields.Integer(load_default=50, validate=validate.Range(1, 100))
     after = fields.UUID(load_default=None, metadata={"description": "`next` of the page before."})
 
 
 class NumberedQuery(ma.Schema):
-    """A page of a list in the order of its numbers."""
+    """A page of a list, by number."""
 
     limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
     after = fields.Integer(load_default=None, validate=validate.Range(0, BIGINT))
 
 
 class NamedQuery(ma.Schema):
-    """A page of a list in the order of its names."""
+    """A page of a list, by name."""
 
     limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
     after = fields.String(load_default="", metadata={"description": "`next` of the page before."})
 
 
 def one_page(rows: Any) -> dict[str, Any]:
-    """A list that is short enough to come whole, in the shape of a page."""
+    """A complete list as its only page."""
     return {"data": rows, "has_more": False, "next": None}

@@ -1,4 +1,4 @@
-"""Every error of every route in one shape: RFC 9457, with `code`, `request_id`, and `errors` for fields."""
+"""Errors of all routes as problem details (RFC 9457), with `code`, `request_id`, and `errors` for fields."""
 
 import errno
 import traceback
@@ -29,8 +29,8 @@ from jobs.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
-COME_BACK = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
-"""Errors that time mends."""
+RETRYABLE = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
+"""Errors that a later try may not meet: they carry `Retry-After`."""
 
 log = structlog.get_logger()
 
@@ -71,43 +71,43 @@ class ProblemSchema(Schema):
 
 
 class ProblemApi(Api):
-    """flask-smorest with RFC 9457 errors: its own handler drops headers such as `Allow`, and has another shape."""
+    """flask-smorest with RFC 9457 errors. Its own handler drops headers such as `Allow`."""
 
     ERROR_SCHEMA = ProblemSchema
 
     def _register_responses(self) -> None:
-        """Describe errors by their own media type in the OpenAPI document."""
+        """Give errors their own media type in the OpenAPI document."""
         self.DEFAULT_RESPONSE_CONTENT_TYPE = MEDIA_TYPE
         super()._register_responses()
         del self.DEFAULT_RESPONSE_CONTENT_TYPE
 
     def handle_http_exception(self, error: HTTPException) -> Response:
-        """Answer what Flask and werkzeug raise."""
-        if error.response is not None:  # a redirect, or an answer that somebody prepared
+        """Respond to what Flask and werkzeug raise."""
+        if error.response is not None:  # a redirect, or a response given to `abort`
             return current_app.make_response(error.response)
         if isinstance(error, RequestEntityTooLarge):
-            return answer_error(_too_large())
+            return error_response(_too_large())
         status = HTTPStatus(error.code or 500)
         headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
         return problem(status, status.name, error.description or status.description, headers)
 
 
 def register(app: Flask) -> None:
-    """Register the handlers of everything that is not werkzeug's."""
-    app.register_error_handler(RenalQError, answer_error)
+    """Register handlers for all exceptions but werkzeug's."""
+    app.register_error_handler(RenalQError, error_response)
     for kind in (OperationalError, InterfaceError, PoolTimeout):
-        app.register_error_handler(kind, _database_away)
+        app.register_error_handler(kind, _database_unavailable)
     app.register_error_handler(DBAPIError, _database_error)
     app.register_error_handler(OSError, _storage_error)
     app.register_error_handler(Exception, _unexpected)
 
 
-def answer_error(error: RenalQError) -> Response:
-    """Answer an error of ours by its own status and code."""
+def error_response(error: RenalQError) -> Response:
+    """Respond with the status and code of a RenalQError."""
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
-    if isinstance(error, COME_BACK):
+    if isinstance(error, RETRYABLE):
         headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
     reasons = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
     return problem(error.status, error.code, str(error), headers, errors=_field_errors(error), **reasons)
@@ -121,7 +121,7 @@ def problem(
     errors: Sequence[tuple[str, str]] = (),
     **more: Any,
 ) -> Response:
-    """A response in the one shape."""
+    """A problem details response."""
     body: dict[str, Any] = {
         "type": f"urn:renalq:problem:{code}",
         "title": HTTPStatus(status).phrase,
@@ -149,31 +149,31 @@ def _field_errors(error: RenalQError) -> Sequence[tuple[str, str]]:
 
 def _too_large() -> TooLarge:
     limit = request.max_content_length
-    if limit == JSON_BYTES:  # no setting raises it
+    if limit == JSON_BYTES:  # this limit has no setting
         return TooLarge(f"JSON is taken up to {limit} bytes. Send scans as multipart files, or fewer at once.")
     return TooLarge(limit=limit, setting="RENALQ_MAX_UPLOAD_BYTES")
 
 
-def _database_away(error: Exception) -> Response:
-    log.warning("database_away", error=type(error).__name__)
-    return answer_error(Unavailable("The database does not answer. Try again shortly."))
+def _database_unavailable(error: Exception) -> Response:
+    log.warning("database_unavailable", error=type(error).__name__)
+    return error_response(Unavailable("The database does not answer. Try again shortly."))
 
 
 def _database_error(error: DBAPIError) -> Response:
-    return _database_away(error) if error.connection_invalidated else _unexpected(error)
+    return _database_unavailable(error) if error.connection_invalidated else _unexpected(error)
 
 
 def _storage_error(error: OSError) -> Response:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         log.error("storage_full")
-        return answer_error(StorageFull())
+        return error_response(StorageFull())
     return _unexpected(error)
 
 
 def _unexpected(error: Exception) -> Response:
-    """A defect of ours. The log gets the place and the kind; the message may hold a patient's data, so nobody does."""
+    """A bug. Only its type and stack are logged: the message may contain a patient's data."""
     frames = traceback.extract_tb(error.__traceback__)[-12:]
-    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-    log.error("unexpected", error=type(error).__name__, places=places)
+    stack = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    log.error("unexpected", error=type(error).__name__, stack=stack)
     detail = "Something went wrong here. Give the request_id to your administrator."
     return problem(500, RenalQError.code, detail)

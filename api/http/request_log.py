@@ -1,4 +1,4 @@
-"""One log line a request, and an id to find it by. Nothing that a client wrote is in it: no path, query, body."""
+"""A log line for each request, with an id. It contains nothing that a client wrote: no path, query or body."""
 
 import re
 import time
@@ -12,13 +12,13 @@ _OWN_ID = re.compile(r"\A[A-Za-z0-9._-]{8,64}\Z")
 
 
 def register(app: Flask) -> None:
-    """Number every request, and log it when it is answered."""
-    app.before_request(_begin)
+    """Give every request an id, and log its response."""
+    app.before_request(_start)
     app.after_request(_end)
 
 
-def _begin() -> None:
-    g.began = time.monotonic()
+def _start() -> None:
+    g.started = time.monotonic()
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if _OWN_ID.match(given) else uuid.uuid4().hex
 
@@ -28,7 +28,7 @@ def _end(response: Response) -> Response:
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")
     principal = getattr(g, "principal", None)
-    # The rule, not the path: a path or a query may hold anything.
+    # The rule, not the path: a path may contain anything.
     rule = request.url_rule.rule if request.url_rule else None
     level = log.debug if rule and rule.startswith("/health") else log.info
     level(
@@ -36,7 +36,7 @@ def _end(response: Response) -> Response:
         method=request.method if request.method in KNOWN_METHODS else "OTHER",
         route=rule,
         status=response.status_code,
-        ms=round((time.monotonic() - g.began) * 1000, 1),
+        ms=round((time.monotonic() - g.started) * 1000, 1),
         request_id=g.request_id,
         key_id=str(principal.key_id) if principal else None,
         tenant=principal.tenant_id if principal else None,

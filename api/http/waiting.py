@@ -1,4 +1,4 @@
-"""Answers that wait: `Prefer: wait=N`, and the ETag that makes polling cheap. Who waits holds no connection."""
+"""Waiting for a job (`Prefer: wait=N`), and ETags that make polling cheap. A waiter holds no database connection."""
 
 import re
 import time
@@ -6,7 +6,7 @@ import uuid
 
 from flask import Response, request
 
-from api.http.change_listener import Bell
+from api.http.change_listener import Subscription
 from api.http.context import services, tenant, transaction
 from jobs.errors import TooManyWatchers
 from jobs.results import queries
@@ -14,36 +14,43 @@ from jobs.results.queries import JobView
 from jobs.states import Lane
 
 MAX_WAIT = 60
+"""Longest wait that a request may ask for (s)."""
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
 
 Answer = tuple[JobView, int, dict[str, str]]
 
 
 def job(job_id: uuid.UUID) -> JobView:
-    """The job, as it stands now. Raises JobNotFound."""
+    """The job as it is now. Raises JobNotFound."""
     with transaction() as session:
         return queries.job(session, tenant(), job_id)
 
 
 def accepted(job_id: uuid.UUID) -> Answer:
-    """202 with the new job; 200 with the finished one where the client prefers to wait, and it ends in time."""
+    """202 with the new job; 200 with the finished one if the client prefers to wait and the job ends in time."""
     wait = preferred_wait()
-    view, waited = _when_done(job_id, wait) if wait else (job(job_id), False)
+    view, waited = _wait(job_id, wait) if wait else (job(job_id), False)
     headers = {"Location": f"/jobs/{job_id}", **retry_after(view)}
     if waited:
         headers["Preference-Applied"] = f"wait={wait}"
     return view, 200 if waited and view.terminal else 202, headers
 
 
-def ended(job_id: uuid.UUID, seconds: float) -> JobView:
-    """The job at its end, or as it stands after `seconds`; with no slot left as it stands now: who waited without one
-    would take the threads that the slots leave for others."""
-    view, _ = _when_done(job_id, seconds)
+def wait_for_end(job_id: uuid.UUID, seconds: float) -> JobView:
+    """The job when it has ended, or after `seconds`.
+
+    With all waiting slots taken it returns at once: a waiter without a slot would hold one of the threads that the
+    slots leave for other requests.
+    """
+    view, _ = _wait(job_id, seconds)
     return view
 
 
-def unless_known(view: JobView) -> Answer | Response:
-    """200 with the job, or 304 where the client has it. The place in the queue changes no row, so the tag names it."""
+def conditional_job(view: JobView) -> Answer | Response:
+    """200 with the job, or 304 if the client has it.
+
+    The ETag names the queue position as well as the revision: a job moves up in the queue without a change of its row.
+    """
     tag = f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}"
     headers = {"ETag": f'W/"{tag}"', "Cache-Control": "private, no-cache", **retry_after(view)}
     if request.if_none_match.contains_weak(tag):
@@ -51,8 +58,8 @@ def unless_known(view: JobView) -> Answer | Response:
     return view, 200, headers
 
 
-def unless_same(response: Response) -> Response:
-    """304 where the client has this very answer. For `after_this_request`."""
+def make_conditional(response: Response) -> Response:
+    """Tag a response by its content: 304 if the client has it. For `after_this_request`."""
     if response.status_code == 200:
         response.add_etag(weak=True)
         response.headers["Cache-Control"] = "private, no-cache"
@@ -61,27 +68,27 @@ def unless_same(response: Response) -> Response:
 
 
 def retry_after(view: JobView) -> dict[str, str]:
-    """When to ask again (s)."""
+    """`Retry-After` (s) of a job that has not ended."""
     return {} if view.terminal else {"Retry-After": "1" if view.job.lane == Lane.URGENT else "2"}
 
 
 def preferred_wait() -> int:
-    """N of `Prefer: wait=N` (RFC 7240), 60 at most; 0 without one."""
+    """N of `Prefer: wait=N` (RFC 7240), `MAX_WAIT` at most; 0 without one."""
     found = _WAIT.search(request.headers.get("Prefer", ""))
     return min(int(found[1]), MAX_WAIT) if found else 0
 
 
-def _when_done(job_id: uuid.UUID, seconds: float) -> tuple[JobView, bool]:
-    """The job at its end or after `seconds`; and whether we waited: with no slot left we answer at once."""
+def _wait(job_id: uuid.UUID, seconds: float) -> tuple[JobView, bool]:
+    """The job at its end or after `seconds`; and whether there was a slot to wait in."""
     try:
-        with services().changes.watch(job_id) as bell:
-            return _watch(job_id, bell, time.monotonic() + seconds), True
+        with services().listener.subscribe(job_id) as subscription:
+            return _wait_until(job_id, subscription, time.monotonic() + seconds), True
     except TooManyWatchers:
         return job(job_id), False
 
 
-def _watch(job_id: uuid.UUID, bell: Bell, deadline: float) -> JobView:
+def _wait_until(job_id: uuid.UUID, subscription: Subscription, deadline: float) -> JobView:
     view = job(job_id)
-    while not view.terminal and not services().changes.closed and bell.wait(deadline - time.monotonic()):
+    while not view.terminal and not services().listener.closed and subscription.wait(deadline - time.monotonic()):
         view = job(job_id)
     return view

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
-from api.http.body_spool import INCOMING
+from api.http.body_spool import SPOOL_FOLDER
 from api.http.context import admit, services, tenant, transaction
 from jobs.datasets import from_feedback
-from jobs.datasets.from_feedback import Labelled
+from jobs.datasets.from_feedback import LabelledScan
 from jobs.errors import Invalid, TooLarge
 from jobs.models import registry
 
 
 @contextmanager
-def truths_zip(wanted: dict[str, Any]) -> Iterator[IO[bytes]]:
+def feedback_zip(wanted: dict[str, Any]) -> Iterator[IO[bytes]]:
     """The zip of the wanted truths.
 
     Raises:
@@ -24,17 +24,17 @@ def truths_zip(wanted: dict[str, Any]) -> Iterator[IO[bytes]]:
     """
     with transaction() as session:
         model = registry.resolve(session, tenant(), wanted["model"]) if "model" in wanted else None
-        scans = from_feedback.labelled(session, tenant(), wanted.get("since"), model.id if model else None)
+        scans = from_feedback.labelled_scans(session, tenant(), wanted.get("since"), model.id if model else None)
     _refuse_beyond_limits(scans)
     admit()
-    folder = services().settings.home / INCOMING
+    folder = services().settings.home / SPOOL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        from_feedback.write_zip(file, tenant(), scans, services().artifacts)
+        from_feedback.write_zip(file, tenant(), scans, services().blobs)
         yield file
 
 
-def _refuse_beyond_limits(scans: Sequence[Labelled]) -> None:
+def _refuse_beyond_limits(scans: Sequence[LabelledScan]) -> None:
     settings = services().settings
     if len(scans) > settings.max_archive_members:
         most = settings.max_archive_members

@@ -19,14 +19,14 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.bodies import pointers
-from api.http.fields import HttpUrl, exactly_one, unstorable
+from api.http.fields import HttpUrl, exactly_one, find_unstorable
 from api.http.problems import InvalidFields
 
 SOURCES = ("file", "scan_id", "url")
 """What says which scan a manifest's row means."""
-LINE_BYTES = 64 * 1024
+MAX_LINE_BYTES = 64 * 1024
 """Longest line: an address, a file and three keys take less, however they are escaped."""
-MOST_TOLD = 20
+MAX_ERRORS = 20
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t"
 KNOWN = (*SOURCES, "custom_id", "patient", "study")
@@ -63,7 +63,7 @@ class Row:
     study: str | None = None
 
 
-class Complaints:
+class ErrorCollector:
     """What is wrong with a manifest: the first are told, the rest is counted."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Complaints:
 
     def add(self, pointer: str, why: str) -> None:
         """Another."""
-        if len(self._told) < MOST_TOLD:
+        if len(self._told) < MAX_ERRORS:
             self._told.append((pointer, why))
         else:
             self._more += 1
@@ -92,7 +92,7 @@ class Complaints:
             raise InvalidFields([*self._told, *([("/manifest", f"And {self._more} more.")] if self._more else [])])
 
 
-def read(stream: IO[bytes], most: int, complaints: Complaints) -> list[Row]:
+def parse_manifest(stream: IO[bytes], most: int, complaints: ErrorCollector) -> list[Row]:
     """The rows of a manifest that has at most so many.
 
     Raises:
@@ -117,25 +117,25 @@ def read(stream: IO[bytes], most: int, complaints: Complaints) -> list[Row]:
     return rows
 
 
-def path(name: str) -> str:
+def normalize_path(name: str) -> str:
     """A file's name as rows and uploads are compared: forward slashes, no `./`."""
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Each line; of one that is too long its beginning, longer than `LINE_BYTES`. The stream is read once."""
+    """Each line; of one that is too long its beginning, longer than `MAX_LINE_BYTES`. The stream is read once."""
     stream.seek(0)
     buffered = io.BufferedReader(stream)  # type: ignore[type-var]  # a Section's own readline reads byte by byte
-    while line := buffered.readline(LINE_BYTES + 1):
+    while line := buffered.readline(MAX_LINE_BYTES + 1):
         piece = line
-        while len(piece) > LINE_BYTES and not piece.endswith(b"\n"):
-            piece = buffered.readline(LINE_BYTES + 1)
+        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+            piece = buffered.readline(MAX_LINE_BYTES + 1)
         yield line
 
 
 def _text(raw: bytes) -> str:
-    if len(raw) > LINE_BYTES:
-        raise ma.ValidationError(f"The line is longer than {LINE_BYTES} bytes.")
+    if len(raw) > MAX_LINE_BYTES:
+        raise ma.ValidationError(f"The line is longer than {MAX_LINE_BYTES} bytes.")
     try:
         text = raw.removeprefix(BOM).decode().rstrip("\r\n")
     except UnicodeDecodeError:
@@ -146,9 +146,9 @@ def _text(raw: bytes) -> str:
 
 
 def _row(line: int, cells: Cells) -> Row:
-    for pointer, why in unstorable(cells):
+    for pointer, why in find_unstorable(cells):
         raise ma.ValidationError({pointer.removeprefix("/"): [why]})
-    return Row(line, **{**cells, "file": path(cells["file"]) if "file" in cells else None})
+    return Row(line, **{**cells, "file": normalize_path(cells["file"]) if "file" in cells else None})
 
 
 def _json_cells(text: str) -> Cells:
@@ -162,7 +162,7 @@ def _json_cells(text: str) -> Cells:
     return {name: cell for name, cell in value.items() if cell is not None}
 
 
-def _csv_cells(header: bytes, complaints: Complaints) -> Callable[[str], Cells]:
+def _csv_cells(header: bytes, complaints: ErrorCollector) -> Callable[[str], Cells]:
     """What reads the lines below this header.
 
     Raises:

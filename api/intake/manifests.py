@@ -12,9 +12,9 @@ from werkzeug.datastructures import FileStorage
 from api.http.context import services, tenant, transaction
 from api.http.problems import InvalidFields
 from api.intake import scan_store
-from api.intake.manifest_parser import Complaints, Row, path, read
+from api.intake.manifest_parser import ErrorCollector, Row, normalize_path, parse_manifest
 from api.intake.scan_store import MAX_SCANS
-from jobs.addresses import complaint
+from jobs.addresses import fetch_url_error
 from jobs.queue.submission import NewResult
 from jobs.results.queries import known_scans
 from jobs.storage.archives import Limits, Member
@@ -62,8 +62,8 @@ def of(given: FileStorage | None, files: Sequence[FileStorage], members: Sequenc
     if len(own) + (given is not None) > 1:
         raise InvalidFields([("/manifest", "Given more than once: as a part, or as manifest.csv or .ndjson in a zip.")])
     most = MAX_SCANS if members is None else Limits.of(services().settings).members
-    complaints = Complaints()
-    rows = read(own[0].open() if given is None else given.stream, most, complaints)
+    complaints = ErrorCollector()
+    rows = parse_manifest(own[0].open() if given is None else given.stream, most, complaints)
     complaints.raise_any()  # a line that cannot be read may name a file: whether it is missing is not known yet
     sent = _uploaded(files, complaints) if members is None else {m.name: m.open for m in members if m not in own}
     found = Manifest(rows, sent)
@@ -77,17 +77,17 @@ def of(given: FileStorage | None, files: Sequence[FileStorage], members: Sequenc
 # --- rows against what they name ---
 
 
-def _uploaded(files: Sequence[FileStorage], complaints: Complaints) -> dict[str, Open]:
+def _uploaded(files: Sequence[FileStorage], complaints: ErrorCollector) -> dict[str, Open]:
     found: dict[str, Open] = {}
     for file in files:
-        name = path(file.filename or "")
+        name = normalize_path(file.filename or "")
         if name in found:
             complaints.add("/files", f"Two files are named {name!r}. Give each a name of its own.")
         found[name] = partial(getattr, file, "stream")
     return found
 
 
-def _check_files(manifest: Manifest, complaints: Complaints) -> None:
+def _check_files(manifest: Manifest, complaints: ErrorCollector) -> None:
     lines: dict[str, int] = {}
     for row in manifest.rows:
         if row.file is None:
@@ -102,7 +102,7 @@ def _check_files(manifest: Manifest, complaints: Complaints) -> None:
             complaints.add("/files", f"{name!r} is not in the manifest. List it there, or leave it out.")
 
 
-def _check_scans(rows: Sequence[Row], complaints: Complaints) -> None:
+def _check_scans(rows: Sequence[Row], complaints: ErrorCollector) -> None:
     named = {row.scan_id for row in rows if row.scan_id}
     if not named:
         return
@@ -113,10 +113,10 @@ def _check_scans(rows: Sequence[Row], complaints: Complaints) -> None:
             complaints.add(f"/manifest/{row.line}/scan_id", "No scan has this id. Store it with POST /scans.")
 
 
-def _check_addresses(rows: Sequence[Row], complaints: Complaints) -> None:
+def _check_addresses(rows: Sequence[Row], complaints: ErrorCollector) -> None:
     hosts = services().settings.allowed_hosts
     for row in rows:
-        if row.url and (why := complaint(row.url, hosts) if hosts else NO_HOSTS):
+        if row.url and (why := fetch_url_error(row.url, hosts) if hosts else NO_HOSTS):
             complaints.add(f"/manifest/{row.line}/url", why)
 
 

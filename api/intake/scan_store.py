@@ -65,7 +65,7 @@ def check(stream: IO[bytes], inputs: Inputs, pointer: str | None = None) -> Medi
 
 def keep(stream: IO[bytes], looked: Media) -> tuple[Scan, bool]:
     """Store a scan that was looked at. Returns it, and whether it is new."""
-    blob = services().artifacts.put(stream)
+    blob = services().blobs.put(stream)
     with transaction() as session:
         wanted = new_id()
         _register(session, [_row(blob, looked, wanted)])
@@ -134,7 +134,7 @@ def _see(held: Services, inputs: Inputs, incoming: Incoming) -> Seen:
         looked = _look(held.settings, inputs, stream)
     except (Invalid, TooLarge) as error:
         return Seen(incoming, error=error)
-    return Seen(incoming, held.artifacts.put(stream), looked)
+    return Seen(incoming, held.blobs.put(stream), looked)
 
 
 def _look(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:

@@ -28,11 +28,11 @@ Made = TypeVar("Made")
 UPLOADS = "uploads"
 BLOCK = 64 * 1024
 """Bytes read at a time: of a connection that is reset, at most so many are lost that had arrived."""
-FORGOTTEN_AT_ONCE = 100
+PRUNE_BATCH = 100
 
 
 @dataclass(frozen=True)
-class Held:
+class LockedUpload:
     """An upload that nobody else touches."""
 
     upload: Upload
@@ -79,7 +79,7 @@ def create(size: int, name: str | None) -> Upload:
     settings = services().settings
     if size > settings.max_upload_bytes:
         raise TooLarge(limit=settings.max_upload_bytes, setting="RENALQ_MAX_UPLOAD_BYTES")
-    forget_old()
+    prune_expired()
     with transaction() as session:
         upload = Upload(tenant_id=tenant(), size=size, name=name)
         session.add(upload)
@@ -106,7 +106,7 @@ def find(upload_id: uuid.UUID) -> tuple[Upload, int]:
 
 
 @contextmanager
-def held(upload_id: uuid.UUID) -> Iterator[Held]:
+def lock_upload(upload_id: uuid.UUID) -> Iterator[LockedUpload]:
     """An upload, for this block alone.
 
     Raises:
@@ -114,7 +114,7 @@ def held(upload_id: uuid.UUID) -> Iterator[Held]:
     """
     upload = _mine(upload_id)
     with _locked(upload_id) as file:
-        yield Held(upload, file)
+        yield LockedUpload(upload, file)
 
 
 def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Made]], Callable[[Any], Made]]:
@@ -129,7 +129,7 @@ def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Mad
         def wrapper(body: dict[str, Any]) -> Made:
             if "upload_id" not in body:
                 return make(body)
-            with held(body["upload_id"]) as upload:
+            with lock_upload(body["upload_id"]) as upload:
                 file = upload.whole()
                 made = make({**body, field: [file] if many else file})
                 upload.remove()
@@ -145,12 +145,12 @@ def expires_at(upload: Upload) -> dt.datetime:
     return upload.created_at + dt.timedelta(hours=services().settings.upload_hours)
 
 
-def forget_old() -> None:
+def prune_expired() -> None:
     """Forget the oldest of those that have expired, some at a time. One that is being sent stays for now."""
     lifetime = seconds(services().settings.upload_hours * 3600)
     old = select(Upload.id).where(Upload.created_at < NOW - lifetime).order_by(Upload.created_at)
     with transaction() as session:
-        ids = session.scalars(old.limit(FORGOTTEN_AT_ONCE)).all()
+        ids = session.scalars(old.limit(PRUNE_BATCH)).all()
     _forget([upload_id for upload_id in ids if _freed(upload_id)])
 
 

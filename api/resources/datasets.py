@@ -8,13 +8,13 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import admit, principal, quota, services, tenant, transaction
-from api.http.fields import File, ModelChoice, Time, exactly_one, words
+from api.http.fields import File, ModelChoice, Time, exactly_one, one_of
 from api.http.idempotency import idempotent, key
 from api.http.paging import PageQuery, PageSchema
 from api.intake import scan_store
-from api.intake.feedback_zip import truths_zip
+from api.intake.feedback_zip import feedback_zip
 from api.intake.upload_store import from_upload
 from jobs.datasets import catalog
 from jobs.datasets.catalog import DatasetView
@@ -61,7 +61,7 @@ class DatasetSchema(ma.Schema):
 
     id = fields.UUID(attribute="dataset.id")
     name = fields.String(attribute="dataset.name")
-    state = fields.String(validate=words(DatasetState))
+    state = fields.String(validate=one_of(DatasetState))
     digest = fields.String(attribute="dataset.digest", allow_none=True)
     classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
     problems = fields.List(fields.String())
@@ -98,7 +98,7 @@ def _checked_by(job_id: uuid.UUID) -> Accepted:
 
 @blueprint.route("", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=DatasetJson, multipart=DatasetUpload)
+@accepts_body(json=DatasetJson, multipart=DatasetUpload)
 @blueprint.response(202, DatasetSchema)
 @blueprint.doc(operationId="createDataset")
 @idempotent(_checked_by)
@@ -106,21 +106,21 @@ def _checked_by(job_id: uuid.UUID) -> Accepted:
 def create_dataset(body: dict[str, Any]) -> Accepted:
     """Upload a dataset, take a whole upload for one, or make one of known truths; a job checks it."""
     if "truths" in body:
-        with truths_zip(body["truths"]) as stream:
+        with feedback_zip(body["truths"]) as stream:
             return _created(body.get("name", "truths"), stream)
     file = body["file"]
     # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
-    archives.check(file.stream, Limits.of(services().settings), may_be_empty=True)
+    archives.count_members(file.stream, Limits.of(services().settings), may_be_empty=True)
     admit()
     return _created(body.get("name") or PurePosixPath(scan_store.file_name(file) or "dataset").stem[:200], file.stream)
 
 
 def _created(name: str, stream: IO[bytes]) -> Accepted:
-    store = services().artifacts
+    store = services().blobs
     stream.seek(0)
     blob = store.put(stream)
     with transaction() as session:
-        catalog.keep_blob(session, store, blob, stream)
+        catalog.ensure_blob(session, store, blob, stream)
         view, _ = catalog.create(session, tenant(), name, blob, principal().key_id, key(), quota())
     return _accepted(view)
 
@@ -133,7 +133,7 @@ def _created(name: str, stream: IO[bytes]) -> Accepted:
 def list_datasets(query: dict[str, Any]) -> Page[DatasetView]:
     """List datasets, newest first."""
     with transaction() as session:
-        return catalog.listed(session, tenant(), **query)
+        return catalog.list_datasets(session, tenant(), **query)
 
 
 @blueprint.route("/<id:dataset_id>")
@@ -155,4 +155,4 @@ def delete_dataset(dataset_id: uuid.UUID) -> None:
     with transaction() as session:
         sha256 = catalog.delete(session, tenant(), dataset_id)
     with transaction() as session:  # only now: a row never names bytes that are gone
-        catalog.free_blob(session, services().artifacts, sha256)
+        catalog.release_blob(session, services().blobs, sha256)

@@ -7,7 +7,7 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import principal, tenant, transaction
 from api.http.fields import Time
 from api.http.idempotency import idempotent
@@ -41,7 +41,7 @@ class TruthSchema(ma.Schema):
 
 @blueprint.route("/<id:job_id>/results/<id:scan_id>/truth", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=TruthRequest)
+@accepts_body(json=TruthRequest)
 @blueprint.response(201, TruthSchema)
 @blueprint.doc(operationId="tellTruth")
 @idempotent()
@@ -49,7 +49,7 @@ def tell_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> T
     """Tell what a scan turned out to show. Told again, it is corrected."""
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
-        return feedback.tell(session, view, scan_id, body["label"], principal().key_id)
+        return feedback.record(session, view, scan_id, body["label"], principal().key_id)
 
 
 @blueprint.route("/<id:job_id>/results/<id:scan_id>/truth")

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from api.http.context import services, tenant, transaction
 from jobs.models import drift, registry
-from jobs.models.drift import Drift
-from jobs.queue import depth
+from jobs.models.drift import DriftReport
+from jobs.queue import position
 
 DAYS = 30
 """The champion's truths of so many days make its accuracy."""
@@ -41,7 +41,10 @@ def exposition(accept: str) -> tuple[bytes, str]:
 def _queue(session: Session) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("renalq_jobs", "Jobs that have not ended.", labels=["state"])
     units = GaugeMetricFamily("renalq_units", "Units of work that have not ended.", labels=["state"])
-    for gauge, counted in ((jobs, depth.jobs(session, tenant())), (units, depth.units(session, tenant()))):
+    for gauge, counted in (
+        (jobs, position.unfinished_jobs(session, tenant())),
+        (units, position.unfinished_units(session, tenant())),
+    ):
         for state, number in counted.items():
             gauge.add_metric([state], number)
     yield from (jobs, units)
@@ -56,7 +59,7 @@ def _champion(session: Session) -> Iterator[Metric]:
     yield from _drift(found, str(champion.version))
 
 
-def _drift(found: Drift, model: str) -> Iterator[Metric]:
+def _drift(found: DriftReport, model: str) -> Iterator[Metric]:
     day, accuracy = found.latest, found.truths.accuracy
     psi = GaugeMetricFamily("renalq_drift_psi", "Population stability index, latest day.", labels=["model", "figure"])
     limit = GaugeMetricFamily("renalq_drift_limit", "Beyond it a figure has drifted.", labels=["model", "figure"])

@@ -45,18 +45,18 @@ def live() -> dict[str, Any]:
 @blueprint.doc(operationId="ready", security=[])
 def ready() -> dict[str, Any] | Response:
     """Whether jobs can be taken and done; if not, why."""
-    reasons = why_not()
+    reasons = not_ready_reasons()
     if not reasons:
         return {"status": "ready", "reasons": []}
     headers = {"Retry-After": str(RETRY_SECONDS)}
     return problem(503, "NOT_READY", "Jobs cannot be done now. " + " ".join(reasons), headers, reasons=reasons)
 
 
-def why_not() -> list[str]:
+def not_ready_reasons() -> list[str]:
     """What keeps jobs from being done: database, broker, workers."""
     try:
         with transaction() as session:
-            seen = processes.seen(session, max(LEAST_SECONDS, 3 * services().settings.process_seconds))
+            seen = processes.list_alive(session, max(LEAST_SECONDS, 3 * services().settings.process_seconds))
     except SQLAlchemyError:
         return [NO_DATABASE]
     return [*_broker(seen), *_workers(seen)]

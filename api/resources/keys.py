@@ -7,9 +7,9 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Time, words
+from api.http.fields import Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageSchema, one_page
 from jobs import keys
@@ -22,7 +22,7 @@ class KeyRequest(ma.Schema):
     """A new key."""
 
     name = fields.String(required=True, validate=validate.Length(1, 200))
-    scopes = fields.List(fields.String(validate=words(Scope)), required=True, validate=validate.Length(1, 4))
+    scopes = fields.List(fields.String(validate=one_of(Scope)), required=True, validate=validate.Length(1, 4))
 
 
 class KeySchema(ma.Schema):
@@ -30,7 +30,7 @@ class KeySchema(ma.Schema):
 
     id = fields.UUID()
     name = fields.String()
-    scopes = fields.List(fields.String(validate=words(Scope)))
+    scopes = fields.List(fields.String(validate=one_of(Scope)))
     hint = fields.String(metadata={"description": "How the secret begins."})
     created_at = Time()
     revoked_at = Time(allow_none=True)
@@ -50,7 +50,7 @@ class KeysPage(PageSchema):
 
 @blueprint.route("", methods=["POST"])
 @needs(Scope.ADMIN)
-@takes(json=KeyRequest)
+@accepts_body(json=KeyRequest)
 @blueprint.response(201, NewKeySchema)
 @blueprint.doc(operationId="createKey")
 @idempotent(secrets=["secret"])
@@ -70,7 +70,7 @@ def create_key(body: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str
 def list_keys() -> dict[str, Any]:
     """List keys, oldest first."""
     with transaction() as session:
-        return one_page(keys.listed(session, tenant()))
+        return one_page(keys.list_keys(session, tenant()))
 
 
 @blueprint.route("/<id:key_id>", methods=["DELETE"])

@@ -18,20 +18,19 @@ from werkzeug.datastructures import FileStorage
 
 from api.http import waiting
 from api.http.auth import authenticated, needs, public
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.downloads import download
 from api.http.fields import Base64, Time
 from api.http.idempotency import idempotent
 from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
+from api.http.responses import BINARY, JSON, PNG, download
 from api.intake import scan_store
-from api.resources.health import NO_DATABASE, why_not
-from api.resources.jobs.explanations import NONE
+from api.resources.health import NO_DATABASE, not_ready_reasons
+from api.resources.jobs.explanations import MISSING_NOTE
 from api.resources.jobs.predict import predict_many, predict_one
 from api.resources.jobs.schemas import JobSchema
 from api.resources.jobs.train import TrainRequest, train_on_newest
 from api.resources.scans import ScanJson, ScanUpload
-from api.views.charts import PNG
 from jobs.errors import ArtifactNotFound, BadInput, Conflict, ModelNotFound, NoChampion, TooLarge
 from jobs.keys import Scope
 from jobs.models import registry
@@ -141,7 +140,7 @@ def _results(job_id: uuid.UUID) -> list[ScanResult]:
         InvalidFields: images cannot be read.
         Conflict: the job was cancelled.
     """
-    view = waiting.ended(job_id, waiting.MAX_WAIT)
+    view = waiting.wait_for_end(job_id, waiting.MAX_WAIT)
     if not view.terminal:
         abort(problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), **_address(job_id)}))
     with transaction() as session:
@@ -185,9 +184,9 @@ def _overlay(job_id: uuid.UUID) -> Response:
     _results(job_id)
     try:
         with transaction() as session:
-            overlay = queries.artifact(session, job_id, explanations.name_of(0))
+            overlay = queries.artifact(session, job_id, explanations.artifact_name(0))
     except ArtifactNotFound:
-        return problem(500, "NOT_EXPLAINED", NONE, _address(job_id))
+        return problem(500, "NOT_EXPLAINED", MISSING_NOTE, _address(job_id))
     return download(overlay.sha256, "explanation.png", overlay.media_type)
 
 
@@ -197,7 +196,7 @@ def _overlay(job_id: uuid.UUID) -> Response:
 @blueprint.route("/train", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
 @blueprint.doc(requestBody={"required": False})
-@takes(json=NewestTrainRequest)
+@accepts_body(json=NewestTrainRequest)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="olderTrain")
@@ -209,7 +208,7 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 
 @blueprint.route("/predict", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=ScanJson, multipart=ScanUpload)
+@accepts_body(json=ScanJson, multipart=ScanUpload)
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderPredict")
@@ -223,7 +222,7 @@ def predict(body: dict[str, Any]) -> Found:
 
 @blueprint.route("/batch_predict", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=ImagesJson)
+@accepts_body(json=ImagesJson)
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderBatchPredict")
@@ -253,8 +252,8 @@ def _refuse_unreadable(images: list[bytes]) -> None:
 
 @blueprint.route("/explain", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=ScanJson, multipart=ScanUpload)
-@blueprint.response(200, {"type": "string", "format": "binary"}, content_type=PNG)
+@accepts_body(json=ScanJson, multipart=ScanUpload)
+@blueprint.response(200, BINARY, content_type=PNG)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderExplain")
 @idempotent(_overlay)
@@ -268,7 +267,7 @@ def explain(body: dict[str, Any]) -> Response:
 @blueprint.route("/model-status")
 @needs(Scope.JOBS_READ)
 @blueprint.response(200, ModelReadySchema)
-@blueprint.alt_response(404, schema=NoModelSchema, content_type="application/json")
+@blueprint.alt_response(404, schema=NoModelSchema, content_type=JSON)
 @blueprint.doc(operationId="olderModelStatus")
 def model_status() -> dict[str, str] | Response:
     """Say whether there is a model that predicts."""
@@ -288,7 +287,7 @@ def model_status() -> dict[str, str] | Response:
 @blueprint.doc(operationId="olderHealth", security=[{}, {"key": []}])
 def health() -> dict[str, Any]:
     """Say whether jobs are done now; with a key that may read, by which model too."""
-    reasons = why_not()
+    reasons = not_ready_reasons()
     if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without it no key is known, and none wrong
         g.principal = authenticated()
     may_read = "principal" in g and g.principal.may(Scope.JOBS_READ)

@@ -7,10 +7,10 @@ from marshmallow import Schema, fields
 
 from api.http.auth import public
 from api.http.bodies import Blueprint
+from api.http.responses import HTML, JSON, TEXT
 
 blueprint = Blueprint("pages", __name__, description="What this is.")
 
-HTML, JSON = "text/html", "application/json"
 POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -34,7 +34,7 @@ class AboutSchema(Schema):
 @blueprint.route("/")
 @public
 @blueprint.response(200, AboutSchema)
-@blueprint.alt_response(200, schema={"type": "string"}, content_type=HTML, success=True)
+@blueprint.alt_response(200, schema=TEXT, content_type=HTML, success=True)
 @blueprint.alt_response(304, description="The client has this page.", success=True)
 @blueprint.doc(operationId="firstPage", security=[])
 def first_page() -> Response | tuple[dict[str, object], int, dict[str, str]]:

@@ -8,7 +8,7 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, File, Time
 from api.http.idempotency import idempotent
@@ -63,7 +63,7 @@ class KnownScansSchema(ma.Schema):
 
 @blueprint.route("", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=ScanJson, multipart=ScanUpload)
+@accepts_body(json=ScanJson, multipart=ScanUpload)
 @blueprint.response(201, ScanSchema)
 @blueprint.alt_response(200, schema=ScanSchema, description="These bytes are stored already.", success=True)
 @blueprint.doc(operationId="createScan")
@@ -77,7 +77,7 @@ def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
 
 @blueprint.route("/known", methods=["POST"])
 @needs(Scope.JOBS_READ)
-@takes(json=KnownRequest)
+@accepts_body(json=KnownRequest)
 @blueprint.response(200, KnownScansSchema)
 @blueprint.doc(operationId="findKnownScans")
 def find_known(body: dict[str, Any]) -> dict[str, Any]:

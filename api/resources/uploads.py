@@ -137,7 +137,7 @@ def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, di
     """Send the next piece. Of one that is cut off, what came is kept."""
     if request.mimetype != PIECE:
         raise UnsupportedMedia(f"Send the piece as {PIECE}.")
-    with upload_store.held(upload_id) as held:
+    with upload_store.lock_upload(upload_id) as held:
         if headers["offset"] != held.offset:
             raise WrongOffset(given=headers["offset"], offset=held.offset, size=held.upload.size)
         if (request.content_length or 0) > held.upload.size - held.offset:
@@ -154,7 +154,7 @@ def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, di
 @blueprint.doc(operationId="deleteUpload")
 def delete_upload(headers: dict[str, Any], upload_id: uuid.UUID) -> None:
     """Give an upload up."""
-    with upload_store.held(upload_id) as held:
+    with upload_store.lock_upload(upload_id) as held:
         held.remove()
 
 

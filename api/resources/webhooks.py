@@ -10,9 +10,9 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import services, tenant, transaction
-from api.http.fields import HttpUrl, Time, words
+from api.http.fields import HttpUrl, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageQuery, PageSchema, one_page
 from jobs import addresses
@@ -31,7 +31,7 @@ class WebhookRequest(ma.Schema):
 
     url = HttpUrl(required=True)
     events = fields.List(
-        fields.String(validate=words(EventType)),
+        fields.String(validate=one_of(EventType)),
         load_default=lambda: list(map(str, EventType)),
         validate=validate.Length(1, len(EventType)),
     )
@@ -42,7 +42,7 @@ class WebhookSchema(ma.Schema):
 
     id = fields.UUID()
     url = fields.String()
-    events = fields.List(fields.String(validate=words(EventType)))
+    events = fields.List(fields.String(validate=one_of(EventType)))
     created_at = Time()
 
 
@@ -63,9 +63,9 @@ class DeliverySchema(ma.Schema):
     """One event on its way to a webhook."""
 
     id = fields.UUID()
-    type = fields.String(validate=words(EventType))
+    type = fields.String(validate=one_of(EventType))
     event_id = fields.String(metadata={"description": "The header webhook-id: the same each time that it is sent."})
-    state = fields.String(validate=words(DeliveryState))
+    state = fields.String(validate=one_of(DeliveryState))
     attempts = fields.Integer()
     status = fields.Integer(allow_none=True, metadata={"description": "Of the latest answer."})
     error = fields.String(allow_none=True)
@@ -82,13 +82,13 @@ class DeliveriesPage(PageSchema):
 
 @blueprint.route("", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=WebhookRequest)
+@accepts_body(json=WebhookRequest)
 @blueprint.response(201, NewWebhookSchema)
 @blueprint.doc(operationId="createWebhook")
 @idempotent(secrets=["secret"])
 def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[str, str]]:
     """Make a webhook. Its secret is shown this once."""
-    if why := addresses.webhook_complaint(body["url"], services().settings.receiver_hosts):
+    if why := addresses.webhook_url_error(body["url"], services().settings.receiver_hosts):
         raise Invalid(why, "/url")
     with transaction() as session:
         new = webhooks.create(session, tenant(), body["url"], body["events"])
@@ -102,7 +102,7 @@ def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[st
 def list_webhooks() -> dict[str, Any]:
     """List webhooks, oldest first."""
     with transaction() as session:
-        return one_page(webhooks.listed(session, tenant()))
+        return one_page(webhooks.list_webhooks(session, tenant()))
 
 
 @blueprint.route("/<id:webhook_id>", methods=["DELETE"])
@@ -123,7 +123,7 @@ def delete_webhook(webhook_id: uuid.UUID) -> None:
 def list_deliveries(query: dict[str, Any], webhook_id: uuid.UUID) -> Page[Delivery]:
     """List what was sent to a webhook or waits to be, newest first."""
     with transaction() as session:
-        return deliveries.listed(session, tenant(), webhook_id, **query)
+        return deliveries.list_deliveries(session, tenant(), webhook_id, **query)
 
 
 @blueprint.route("/<id:webhook_id>/deliveries/<id:delivery_id>/redeliver", methods=["POST"])

@@ -14,7 +14,6 @@ from typing import Any
 from jobs.results.queries import JobView
 from jobs.results.summary import Summary
 
-PNG = "image/png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 """Okabe and Ito's, but for yellow, which is pale on white."""
 INK, FAINT, GRID, OTHERS = "#1a1a1a", "#595959", "#d9d9d9", "#8C8C8C"
@@ -37,7 +36,7 @@ class Panel:
     bins: list[int]
 
 
-def summary(view: JobView, found: Summary) -> bytes:
+def draw_summary(view: JobView, found: Summary) -> bytes:
     """The picture, as PNG."""
     panels = _panels(found.confidence.counts)
     top = HEAD + math.ceil(len(panels) / COLUMNS) * LEGEND
@@ -123,17 +122,17 @@ class Canvas:
 def _head(canvas: Canvas, view: JobView, found: Summary) -> None:
     job = view.job
     name = job.name or ""
-    title = plain(name)
+    title = printable(name)
     if not title or title.count(UNSHOWN) > name.count(UNSHOWN):
         title = f"Job {job.id}"
-    canvas.text(LEFT, 38, fitting(canvas, title, 22, WIDTH - LEFT - RIGHT), 22)
+    canvas.text(LEFT, 38, truncate(canvas, title, 22, WIDTH - LEFT - RIGHT), 22)
     numbers = {**found.counts, "cached": found.cached}
     facts = [f"{number:,} {word}" for word, number in numbers.items() if number and word != "total"]
     version = [] if job.model_version is None else [f"model version {job.model_version}"]
     facts = [*version, f"{numbers['total']:,} scans", *facts, job.state.replace("_", " ")]
     canvas.text(LEFT, 62, " · ".join(facts), 14, FAINT)
-    disposed = " · ".join(f"{number:,} {plain(word)}" for word, number in found.dispositions.items())
-    canvas.text(LEFT, 82, fitting(canvas, disposed, 14, WIDTH - LEFT - RIGHT), 14, FAINT)
+    disposed = " · ".join(f"{number:,} {printable(word)}" for word, number in found.dispositions.items())
+    canvas.text(LEFT, 82, truncate(canvas, disposed, 14, WIDTH - LEFT - RIGHT), 14, FAINT)
 
 
 def _legend(canvas: Canvas, panels: list[Panel]) -> None:
@@ -143,7 +142,7 @@ def _legend(canvas: Canvas, panels: list[Panel]) -> None:
         x, y, scans = LEFT + number % COLUMNS * room, HEAD + number // COLUMNS * LEGEND, sum(panel.bins)
         canvas.box(x, y, x + 14, y + 14, panel.colour)
         share = f"  {scans:,} ({scans / all_scans:.1%})" if all_scans else ""
-        label = fitting(canvas, plain(panel.label), 15, room - 40 - canvas.width(share, 15))
+        label = truncate(canvas, printable(panel.label), 15, room - 40 - canvas.width(share, 15))
         canvas.text(x + 21, y + 12, label + share, 15)
 
 
@@ -158,7 +157,7 @@ def _panel(canvas: Canvas, panel: Panel, top: float) -> None:
             canvas.box(x + 1.5, edge, x + wide - 1.5, bottom, panel.colour)
             canvas.text(x + wide / 2, edge - 3, f"{scans:,}", 11, anchor="ms")
     canvas.box(LEFT, bottom, WIDTH - RIGHT, bottom + 1, INK)
-    canvas.text(LEFT, top - 8, fitting(canvas, plain(panel.label), 15, WIDTH - LEFT - RIGHT), 15)
+    canvas.text(LEFT, top - 8, truncate(canvas, printable(panel.label), 15, WIDTH - LEFT - RIGHT), 15)
     if not any(panel.bins):
         canvas.text((LEFT + WIDTH - RIGHT) / 2, top + PANEL / 2, "no scans so far", 14, FAINT, "mm")
 
@@ -195,13 +194,13 @@ def _confidence_axis(canvas: Canvas, top: float, edges: tuple[float, ...]) -> No
     canvas.text((LEFT + WIDTH - RIGHT) / 2, top + 32, "confidence in the predicted class", 13, FAINT, "mt")
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """What the built-in font can show of it: letters without their accents, but no other scripts."""
     letters = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
     return "".join(mark if mark.isascii() and mark.isprintable() else UNSHOWN for mark in letters)
 
 
-def fitting(canvas: Canvas, text: str, size: int, room: float) -> str:
+def truncate(canvas: Canvas, text: str, size: int, room: float) -> str:
     """The text, cut where there is no room for all of it."""
     if canvas.width(text, size) <= room:
         return text

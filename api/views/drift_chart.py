@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from api.views.charts import COLOURS, FAINT, GRID, INK, LEFT, RIGHT, WIDTH, Canvas, fitting, plain
-from jobs.models.drift import Day, Drift
+from api.views.charts import COLOURS, FAINT, GRID, INK, LEFT, RIGHT, WIDTH, Canvas, printable, truncate
+from jobs.models.drift import Day, DriftReport
 
 HEAD, LEGEND, PANEL, GAP, FOOT = 84, 26, 220, 58, 44
 """Points, as in `api.views.charts`."""
@@ -55,7 +55,7 @@ class Frame:
         return self.bottom - min(value, self.highest) / self.highest * PANEL
 
 
-def draw(found: Drift, days: int) -> bytes:
+def draw_drift(found: DriftReport, days: int) -> bytes:
     """The picture of so many days up to the latest, as PNG."""
     canvas = Canvas(WIDTH, HEAD + 2 * (LEGEND + PANEL + GAP) + FOOT - GAP)
     last = found.days[-1].day if found.days else dt.datetime.now(dt.UTC).date()
@@ -71,17 +71,17 @@ def draw(found: Drift, days: int) -> bytes:
     return canvas.png()
 
 
-def _head(canvas: Canvas, found: Drift) -> None:
+def _head(canvas: Canvas, found: DriftReport) -> None:
     canvas.text(LEFT, 38, f"Version {found.model.version}: its predictions against its test scans", 22)
     scans = sum(day.scans for day in found.days)
     facts = [f"{scans:,} predictions", f"{found.truths.known:,} with a known truth"]
     facts.append("no reference" if found.reference_scans is None else f"{found.reference_scans:,} test scans")
     latest = found.latest
     if latest and latest.drifted:
-        facts.append(f"drifted on {latest.day}: {', '.join(map(plain, latest.drifted))}")
+        facts.append(f"drifted on {latest.day}: {', '.join(map(printable, latest.drifted))}")
     elif latest and latest.figures:
         facts.append("no drift")
-    canvas.text(LEFT, 62, fitting(canvas, " · ".join(facts), 14, WIDTH - LEFT - RIGHT), 14, FAINT)
+    canvas.text(LEFT, 62, truncate(canvas, " · ".join(facts), 14, WIDTH - LEFT - RIGHT), 14, FAINT)
 
 
 def _indices(days: Sequence[Day]) -> list[Line]:
@@ -130,7 +130,7 @@ def _legend(canvas: Canvas, lines: Sequence[Line], top: float) -> None:
     for number, line in enumerate(lines):
         x = LEFT + number * room
         canvas.box(x, top, x + 14, top + 14, line.colour)
-        canvas.text(x + 20, top + 12, fitting(canvas, plain(line.label), 13, room - 28), 13)
+        canvas.text(x + 20, top + 12, truncate(canvas, printable(line.label), 13, room - 28), 13)
 
 
 def _values(canvas: Canvas, frame: Frame, axis: str) -> None:

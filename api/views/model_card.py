@@ -7,9 +7,9 @@ Nothing here names a file, a dataset by its client's name, or a patient. What is
 import datetime as dt
 from typing import Any
 
-from jobs import training_params
 from jobs.models.cards import ModelCardData
 from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
+from ml.spec import image_compat
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
 ELSEWHERE = ("f1", "recall", "specificity", "roc_auc")
@@ -33,7 +33,7 @@ ETHICS = [
 ]
 
 
-def card(story: ModelCardData) -> Json:
+def build_card(story: ModelCardData) -> Json:
     """The model card."""
     version, metrics = story.version, story.version.metrics
     return {
@@ -59,10 +59,10 @@ def _details(version: ModelVersion, base: ModelVersion | None) -> Json:
         "champion": version.champion,
         "made_at": _time(version.created_at),
         "promoted_at": _time(version.promoted_at),
-        "network": training_params.network(version.params),
-        "head": training_params.head(version.params),
+        "network": image_compat.network(version.params),
+        "head": image_compat.head(version.params),
         "classes": version.classes,
-        "transform": training_params.transform(version.params),
+        "transform": image_compat.transform(version.params),
         "begun_with": f"version {base.version}" if base else version.params.get("weights"),
         "weights_sha256": version.weights_sha256,
         "code_revision": version.code_revision,

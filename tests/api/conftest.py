@@ -40,7 +40,7 @@ def app(settings: Settings, sessions: Sessions) -> Iterator[Flask]:
     """The application."""
     app = create_app(settings)
     yield app
-    app.extensions[EXTENSION].changes.close()
+    app.extensions[EXTENSION].listener.close()
     app.extensions[EXTENSION].sessions.kw["bind"].dispose()
 
 

@@ -23,7 +23,7 @@ from jobs.queue import explanations
 from jobs.queue.leases import Claim
 from jobs.queue.outcomes import ScanOutcome
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Door, Finish, file, png
@@ -127,7 +127,7 @@ def test_what_was_cancelled_meanwhile_is_409(
 def test_with_no_slot_free_nobody_waits_and_the_job_goes_on(
     app: Flask, client: FlaskClient, champion: ModelVersion, finish: Finish, path: str
 ) -> None:
-    app.extensions[EXTENSION].changes._slots = 0
+    app.extensions[EXTENSION].listener._slots = 0
     key, began = {"Idempotency-Key": "n-1"}, time.monotonic()
     answer = client.post(path, json=body_of(path, png()), headers=key)
     assert time.monotonic() - began < 5
@@ -149,7 +149,7 @@ def test_who_waits_holds_no_image(
     sent, held = json.dumps(body_of(path, image)).encode(), []
 
     def look(_: Claim) -> None:
-        eventually(lambda: app.extensions[EXTENSION].changes.waiting, 20)
+        eventually(lambda: app.extensions[EXTENSION].listener.waiting, 20)
         held.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
@@ -237,9 +237,9 @@ def overlay(sessions: Sessions, settings: Settings) -> Callable[[Claim], None]:
     """Keeps an overlay as the explaining worker does."""
 
     def keep(held: Claim) -> None:
-        blob = Artifacts(settings.artifacts).put(io.BytesIO(png(16)))
+        blob = BlobStore(settings.artifacts).put(io.BytesIO(png(16)))
         with sessions.begin() as session:
-            explanations.keep(session, held, [(explanations.name_of(0), blob)])
+            explanations.save(session, held, [(explanations.artifact_name(0), blob)])
 
     return keep
 

@@ -17,7 +17,7 @@ from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.storage import archives
 from jobs.storage.archives import Limits
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Job
 from tests import builders
 from tests.api.conftest import file, png, zipped
@@ -114,7 +114,7 @@ def test_bytes_are_freed_with_the_last_dataset_that_needs_them(
     mine, theirs = upload(client), upload(stranger)
     for dataset in (mine, theirs):
         check(sessions, dataset, [])
-    store = Artifacts(settings.artifacts)
+    store = BlobStore(settings.artifacts)
     with sessions.begin() as session:
         sha256 = catalog.get(session, builders.TENANT, uuid.UUID(mine["id"])).dataset.archive_sha256
     assert client.delete(f"/datasets/{mine['id']}").status_code == 204
@@ -200,18 +200,18 @@ def test_a_zip_that_means_harm_is_422_and_names_the_member(
 def test_limits_of_a_zip_hold() -> None:
     many = io.BytesIO(zipped({f"{number}.png": b"x" for number in range(5)}))
     with pytest.raises(BadArchive, match="5 members"):
-        archives.check(many, Limits(members=4))
+        archives.count_members(many, Limits(members=4))
     large = io.BytesIO(zipped({f"{number}.png": bytes(600) for number in range(5)}, compress=False))
     with pytest.raises(BadArchive, match="more than 2000 bytes"):
-        archives.check(large, Limits(total_bytes=2000))
+        archives.count_members(large, Limits(total_bytes=2000))
     with pytest.raises(BadArchive, match=r"'0\.png'"):
-        archives.check(large, Limits(member_bytes=500))
+        archives.count_members(large, Limits(member_bytes=500))
     with pytest.raises(BadArchive, match="no file"):
-        archives.check(io.BytesIO(zipped({"__MACOSX/a": b""})), Limits())
+        archives.count_members(io.BytesIO(zipped({"__MACOSX/a": b""})), Limits())
 
 
 def test_a_member_that_unpacks_to_more_than_it_declares_is_stopped() -> None:
-    with archives.opened(io.BytesIO(lying()), Limits()) as members, pytest.raises(BadArchive, match=r"Normal/1\.png"):
+    with archives.open_zip(io.BytesIO(lying()), Limits()) as members, pytest.raises(BadArchive, match=r"Normal/1\.png"):
         members[0].read()
 
 

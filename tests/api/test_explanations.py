@@ -11,10 +11,10 @@ from flask.testing import FlaskClient
 
 from jobs.db import Sessions
 from jobs.queue import explanations, lifecycle
-from jobs.queue.explanations import BLANK, HEATMAP, OVERLAY, name_of
+from jobs.queue.explanations import BLANK_NOTE, HEATMAP, OVERLAY, artifact_name
 from jobs.settings import Settings
 from jobs.states import JobKind
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.conftest import file, png
@@ -25,26 +25,26 @@ class Batch:
     """Two scans that were found to be tumours, in one unit that is held: whoever asks, sees what is written so far."""
 
     def __init__(self, sessions: Sessions, settings: Settings, champion: ModelVersion, explain: bool | str) -> None:
-        self.sessions, self.store = sessions, Artifacts(settings.artifacts)
+        self.sessions, self.store = sessions, BlobStore(settings.artifacts)
         with sessions.begin() as session:
             new: dict[str, Any] = {"model_id": champion.id, "model_version": 1, "params": {"explain": explain}}
             self.job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=2, **new)
             self.held = builders.claim(session, builders.units_of(session, self.job)[0])
             outcomes = builders.outcomes_of(session, self.held)
-            lifecycle.succeed(session, self.held, outcomes=outcomes, then_explain=True)
+            lifecycle.succeed(session, self.held, outcomes=outcomes, enqueue_explanations=True)
             self.held = builders.claim(session, builders.units_of(session, self.job)[1])
 
     def explained(self, *made: tuple[int, str, str | None]) -> None:
         """Write these down: ordinal, part, and the word of a class that was not found."""
         blob = self.store.put(io.BytesIO(png()))
         with self.sessions.begin() as session:
-            explanations.keep(session, self.held, [(name_of(*one), blob) for one in made])
+            explanations.save(session, self.held, [(artifact_name(*one), blob) for one in made])
 
     def cancel(self) -> None:
         """Somebody cancels the job, and the worker stops."""
         with self.sessions.begin() as session:
             lifecycle.cancel(session, self.job.tenant_id, self.job.id)
-            lifecycle.cancelled(session, self.held, [])
+            lifecycle.confirm_cancel(session, self.held, [])
 
     def end(self) -> None:
         """Nothing more will be explained."""
@@ -104,8 +104,8 @@ def test_where_nothing_speaks_for_a_class_the_result_says_so(
 ) -> None:
     batch = Batch(sessions, settings, champion, explain="all")
     batch.explained(
-        *((0, part, None) for part in (OVERLAY, HEATMAP, BLANK)), *((0, part, "Normal") for part in (OVERLAY, HEATMAP)),
-        *((1, part, "Normal") for part in (OVERLAY, HEATMAP, BLANK)), *((1, part, None) for part in (OVERLAY, HEATMAP)),
+        *((0, part, None) for part in (OVERLAY, HEATMAP, BLANK_NOTE)), *((0, part, "Normal") for part in (OVERLAY, HEATMAP)),
+        *((1, part, "Normal") for part in (OVERLAY, HEATMAP, BLANK_NOTE)), *((1, part, None) for part in (OVERLAY, HEATMAP)),
     )  # fmt: skip
     first, second = batch.results(client)
     assert first["explanation_note"] == first["explanations"]["Tumor"]["note"]

@@ -307,20 +307,20 @@ def test_who_was_taken_for_dead_and_was_only_slow_makes_no_second_job(
 
 
 def test_who_lost_the_lock_writes_nothing(sessions: Sessions) -> None:
-    keyed = idempotency.Keyed("default", "a" * 64, "b" * 64)
+    keyed = idempotency.KeyedRequest("default", "a" * 64, "b" * 64)
     with sessions.begin() as session:
-        old = idempotency.begin(session, keyed, hours=24)
+        old = idempotency.acquire(session, keyed, hours=24)
     age(sessions, 61)
     with sessions.begin() as session:
-        new = idempotency.begin(session, keyed, hours=24)
-    assert isinstance(old, idempotency.Fresh)
-    assert isinstance(new, idempotency.Fresh)
+        new = idempotency.acquire(session, keyed, hours=24)
+    assert isinstance(old, idempotency.Acquired)
+    assert isinstance(new, idempotency.Acquired)
     with sessions.begin() as session:
-        idempotency.finish(session, keyed, old, idempotency.Replay(202, {}, "old"))
+        idempotency.store_response(session, keyed, old, idempotency.StoredResponse(202, {}, "old"))
         idempotency.release(session, keyed, old)
-        idempotency.finish(session, keyed, new, idempotency.Replay(202, {}, "new"))
-        told = idempotency.begin(session, keyed, hours=24)
-    assert told == idempotency.Replay(202, {}, "new")
+        idempotency.store_response(session, keyed, new, idempotency.StoredResponse(202, {}, "new"))
+        told = idempotency.acquire(session, keyed, hours=24)
+    assert told == idempotency.StoredResponse(202, {}, "new")
 
 
 # --- for a day ---

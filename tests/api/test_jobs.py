@@ -12,7 +12,7 @@ from jobs.db import Sessions
 from jobs.queue import leases, lifecycle
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Artifact, Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Finish, file, png
@@ -179,7 +179,7 @@ def test_artifacts_come_as_attachments_that_no_browser_runs(
 ) -> None:
     import io
 
-    blob = Artifacts(settings.artifacts).put(io.BytesIO(b"<script>"))
+    blob = BlobStore(settings.artifacts).put(io.BytesIO(b"<script>"))
     with sessions.begin() as session:
         job = builders.make_job(session, state=JobState.SUCCEEDED)
         session.add(
@@ -224,7 +224,7 @@ def test_who_waits_in_vain_gets_202(client: FlaskClient, champion: ModelVersion)
 
 
 def test_with_no_slot_left_nobody_waits(app: Flask, client: FlaskClient, champion: ModelVersion) -> None:
-    app.extensions["renalq"].changes._slots = 0
+    app.extensions["renalq"].listener._slots = 0
     answer = client.post("/jobs/predict", data={"file": file(png())}, headers={"Prefer": "wait=20"})
     assert answer.status_code == 202
     assert "Preference-Applied" not in answer.headers
@@ -234,7 +234,7 @@ def test_with_no_slot_left_nobody_waits(app: Flask, client: FlaskClient, champio
 
 
 def test_shutting_down_wakes_who_waits(app: Flask, client: FlaskClient, champion: ModelVersion) -> None:
-    threading.Timer(0.5, app.extensions["renalq"].changes.close).start()
+    threading.Timer(0.5, app.extensions["renalq"].listener.close).start()
     began = time.monotonic()
     answer = client.post("/jobs/predict", data={"file": file(png())}, headers={"Prefer": "wait=30"})
     assert answer.status_code == 202
@@ -244,7 +244,7 @@ def test_shutting_down_wakes_who_waits(app: Flask, client: FlaskClient, champion
 def test_waiters_look_for_themselves_while_nobody_listens(
     app: Flask, client: FlaskClient, champion: ModelVersion, finish: Finish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.extensions["renalq"].changes, "_start", lambda: None)
+    monkeypatch.setattr(app.extensions["renalq"].listener, "_start", lambda: None)
     monkeypatch.setattr("api.http.change_listener.POLL_SECONDS", 0.2)
     job = client.post("/jobs/predict", data={"file": file(png())}).get_json()
     threading.Timer(0.5, finish, [job["id"]]).start()
@@ -309,7 +309,7 @@ def test_a_stream_tells_of_events_as_they_happen(client: FlaskClient, sessions: 
 def test_a_quiet_stream_says_that_it_is_still_there(
     client: FlaskClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.http.streaming.KEEP_ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr("api.http.responses.KEEP_ALIVE_SECONDS", 0.2)
     with sessions.begin() as session:
         job = builders.make_job(session)
     threading.Timer(1.0, client.post, [f"/jobs/{job.id}/cancel"]).start()
@@ -325,7 +325,7 @@ def test_who_waits_holds_no_database_connection(app: Flask, client: FlaskClient,
     pieces = iter(answer.response)
     next(pieces)
     next(pieces)
-    assert app.extensions["renalq"].changes.waiting == 1
+    assert app.extensions["renalq"].listener.waiting == 1
     assert app.extensions["renalq"].sessions.kw["bind"].pool.checkedout() == 0
     answer.close()
-    assert app.extensions["renalq"].changes.waiting == 0
+    assert app.extensions["renalq"].listener.waiting == 0

@@ -232,7 +232,7 @@ def test_a_comparison_names_two_versions(client: FlaskClient, champion: object, 
 def test_weights_are_downloaded_once_and_known_by_their_hash(
     app: Flask, client: FlaskClient, sessions: Sessions
 ) -> None:
-    blob = app.extensions[EXTENSION].artifacts.put(io.BytesIO(b"weights"))
+    blob = app.extensions[EXTENSION].blobs.put(io.BytesIO(b"weights"))
     make_model(sessions, weights_sha256=blob.sha256)
     answer = client.get("/models/champion/weights")
     assert (answer.data, answer.mimetype) == (b"weights", "application/octet-stream")

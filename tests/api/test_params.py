@@ -16,9 +16,10 @@ from jobs.tables import Job, ModelVersion
 from tests.api.test_errors import assert_problem
 
 pytest.importorskip("pydantic")
+from ml.runtime.config import parse_params
 from ml.runtime.errors import BadParams
 from ml.spec import image as theirs
-from ml.spec.image import NETWORKS, Params, parse_params
+from ml.spec.image import NETWORKS, Params
 
 SOURCE = {"source_url": "https://example.org/ct.zip"}
 TAKEN: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from jobs.queue import lifecycle
 from jobs.queue.leases import Claim
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Dataset, Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Finish, dicom, file, png, zipped
@@ -172,7 +172,7 @@ def test_a_zip_is_a_batch_of_its_files(client: FlaskClient) -> None:
 
 
 def test_a_dataset_can_be_predicted_whole(client: FlaskClient, sessions: Sessions, settings: Settings) -> None:
-    blob = Artifacts(settings.artifacts).put(io.BytesIO(zipped({"Normal/1.png": png(), "Tumor/2.png": png(shade=3)})))
+    blob = BlobStore(settings.artifacts).put(io.BytesIO(zipped({"Normal/1.png": png(), "Tumor/2.png": png(shade=3)})))
     with sessions.begin() as session:
         dataset_id = builders.make_dataset(session).id
         session.get_one(Dataset, dataset_id).archive_sha256 = blob.sha256
@@ -337,7 +337,7 @@ def test_every_dicom_sample_of_pydicom_has_the_size_that_pydicom_reads() -> None
     import pydicom
     import pydicom.data
 
-    from api.intake import dicom_header
+    from ml.spec import dicom_header
 
     folder = Path(pydicom.data.__file__).parent / "test_files"
     checked = 0

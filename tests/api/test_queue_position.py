@@ -8,8 +8,9 @@ from sqlalchemy import TextClause, event, func, select, text, update
 
 from jobs.db import Sessions
 from jobs.queue import lifecycle, processes
-from jobs.queue.position import FAR, PLACES, chunk, latest_units
-from jobs.queue.processes import SignOfLife
+from jobs.queue.pace import chunk_size, latest_units
+from jobs.queue.position import MAX_POSITION, POSITIONS
+from jobs.queue.processes import Heartbeat
 from jobs.results import queries
 from jobs.results.queries import JobFilter, JobView
 from jobs.settings import Settings
@@ -52,7 +53,7 @@ def queue(sessions: Sessions, *tenants: str, kind: JobKind = JobKind.TRAIN, scan
 def serve(sessions: Sessions, lane: str, workers: int = 1) -> None:
     with sessions.begin() as session:
         for number in range(workers):
-            processes.alive(session, SignOfLife(f"worker-{number}", processes.WORKER, [lane]))
+            processes.upsert(session, Heartbeat(f"worker-{number}", processes.WORKER, [lane]))
 
 
 def history(sessions: Sessions, kind: JobKind, scans: int, seconds: float) -> None:
@@ -118,9 +119,9 @@ def test_places_are_right_up_to_a_thousand_and_then_end(sessions: Sessions) -> N
     fill(sessions, "default", 1500)
     with sessions.begin() as session:
         ids = session.scalars(select(Job.id).order_by(Job.id)).all()
-    assert [view(sessions, ids[n]).queue_position for n in (0, 1, 998, 999, 1000, 1499)] == [0, 1, 998, 999, FAR, FAR]
+    assert [view(sessions, ids[n]).queue_position for n in (0, 1, 998, 999, 1000, 1499)] == [0, 1, 998, 999, MAX_POSITION, MAX_POSITION]
     fill(sessions, "elsewhere", 1500, first=10_000)
-    assert [view(sessions, ids[n]).queue_position for n in (0, 1, 400, 499, 500, 900)] == [0, 2, 800, 998, FAR, FAR]
+    assert [view(sessions, ids[n]).queue_position for n in (0, 1, 400, 499, 500, 900)] == [0, 2, 800, 998, MAX_POSITION, MAX_POSITION]
     assert view(sessions, ids[1499]).eta_seconds is None
 
 
@@ -134,11 +135,11 @@ def test_twenty_thousand_waiting_jobs_are_not_read(sessions: Sessions) -> None:
         middle = session.scalars(theirs.offset(2500)).first()
     assert position(sessions, last) == 4
     assert middle is not None
-    assert view(sessions, middle, "tenant-2").queue_position == FAR
+    assert view(sessions, middle, "tenant-2").queue_position == MAX_POSITION
     for job_id in (last.id, middle):
         read = rows_read(sessions, job_id)
         assert set(read) == {"jobs", "tenant_loads"}
-        assert read["jobs"] <= 2 * FAR + 10
+        assert read["jobs"] <= 2 * MAX_POSITION + 10
 
 
 def test_the_pace_of_a_lane_is_read_from_its_end_alone(sessions: Sessions) -> None:
@@ -157,8 +158,8 @@ def test_the_pace_of_a_lane_is_read_from_its_end_alone(sessions: Sessions) -> No
 
 
 def explained(job_id: uuid.UUID, how: str) -> TextClause:
-    given = {**PLACES.compile().params, "ids": [job_id]}
-    return text(f"EXPLAIN ({how}) {PLACES.text}").bindparams(**given)
+    given = {**POSITIONS.compile().params, "ids": [job_id]}
+    return text(f"EXPLAIN ({how}) {POSITIONS.text}").bindparams(**given)
 
 
 def rows_read(sessions: Sessions, job_id: uuid.UUID) -> dict[str, int]:
@@ -185,7 +186,7 @@ def test_nothing_is_guessed_without_history_or_without_a_worker(sessions: Sessio
     serve(sessions, "train")
     assert view(sessions, job.id).eta_seconds is None
     with sessions.begin() as session:
-        processes.gone(session, "worker-0")
+        processes.deregister(session, "worker-0")
     history(sessions, JobKind.TRAIN, 0, seconds=60)
     assert view(sessions, job.id).eta_seconds is None
     serve(sessions, "batch")
@@ -281,8 +282,8 @@ def test_a_chunk_is_ten_seconds_of_work_by_the_lanes_pace(
     sessions: Sessions, scans: int, seconds: float, expected: int
 ) -> None:
     with sessions.begin() as session:
-        assert chunk(session, "batch", Settings()) == Settings().chunk_scans
+        assert chunk_size(session, "batch", Settings()) == Settings().chunk_scans
     history(sessions, JobKind.PREDICT_BATCH, scans=scans, seconds=seconds)
     with sessions.begin() as session:
-        assert chunk(session, "batch", Settings()) == pytest.approx(expected, rel=0.05)
-        assert chunk(session, "urgent", Settings()) == Settings().chunk_scans
+        assert chunk_size(session, "batch", Settings()) == pytest.approx(expected, rel=0.05)
+        assert chunk_size(session, "urgent", Settings()) == Settings().chunk_scans

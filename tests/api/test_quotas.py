@@ -34,7 +34,7 @@ def app(settings: Settings, sessions: Sessions, champion: ModelVersion) -> Itera
     """The application with this queue, and a champion."""
     app = create_app(settings)
     yield app
-    app.extensions[EXTENSION].changes.close()
+    app.extensions[EXTENSION].listener.close()
     app.extensions[EXTENSION].sessions.kw["bind"].dispose()
 
 

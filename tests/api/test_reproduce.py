@@ -26,7 +26,7 @@ def finish_training(sessions: Sessions, job_id: str, f1: float = 0.97, params: d
         held = builders.claim(session, builders.units_of(session, session.get_one(Job, uuid.UUID(job_id)))[0])
         new = NewModel("a" * 64, ["Normal", "Tumor"], params, {"f1": f1}, "d" * 64, "abc")
         promotion.register(session, held, new, GatePolicy())
-        reproduction.write(session, held)
+        reproduction.save_comparison(session, held)
         lifecycle.succeed(session, held, metrics={"f1": f1})
 
 

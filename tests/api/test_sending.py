@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from cli.client import uploads
-from cli.client.errors import ApiError
-from cli.client.rest import Client
-from cli.client.uploads import Onlooker
+from cli.client import ApiError, Client, ProgressListener, uploads
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset, Job, Scan, ScanResult, Upload
@@ -25,12 +22,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _little_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "FEW_BYTES", 10)
-    monkeypatch.setattr(uploads, "PIECE_BYTES", 200_000)
-    monkeypatch.setattr(uploads, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "SINGLE_REQUEST_BYTES", 10)
+    monkeypatch.setattr(uploads, "CHUNK_BYTES", 200_000)
+    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.1)
 
 
-class Seen(Onlooker):
+class Seen(ProgressListener):
     """Notes what it sees, leaves refused files out, and does something once, when sending has come so far."""
 
     def __init__(self, share: float = 2.0, then: Callable[[], object] = bool) -> None:
@@ -38,13 +35,13 @@ class Seen(Onlooker):
         self.left_out: list[Path] = []
         self._share, self._then = share, then
 
-    def moved(self, stage: str, share: float) -> None:
+    def on_progress(self, stage: str, share: float) -> None:
         self.stages.append((stage, share))
         if stage == "sending" and share >= self._share:
             self._share = 2.0
             self._then()
 
-    def refused(self, file: Path, error: ApiError) -> None:
+    def on_refused(self, file: Path, error: ApiError) -> None:
         self.left_out.append(file)
 
 
@@ -85,7 +82,7 @@ def test_a_batch_outlives_the_server_and_sends_only_the_rest(
     assert {one.name for one in client.results(job.id)} == set()  # nothing has ended yet
 
     again = Seen()
-    client.predict_batch(files, onlooker=again)
+    client.predict_batch(files, listener=again)
     assert [share for stage, share in again.stages if stage == "sending"] == [1.0], "the broken one, which has no id"
     assert len(of) == 60
 
@@ -102,8 +99,8 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
     (archive := tmp_path / "kidneys.zip").write_bytes(content)
     cuts: list[int] = []
 
-    class Cut(uploads.Piece):
-        """A piece whose first tries break in the middle."""
+    class Cut(uploads.FileChunk):
+        """A chunk whose first tries break in the middle."""
 
         def __iter__(self) -> Iterator[bytes]:
             for number, chunk in enumerate(super().__iter__()):
@@ -112,10 +109,10 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
                     line.cut()
                 yield chunk
 
-    monkeypatch.setattr(uploads, "Piece", Cut)
+    monkeypatch.setattr(uploads, "FileChunk", Cut)
     with proxy("127.0.0.1", server.port) as line:
         client, seen = client_of(door, line.port), Seen()
-        dataset = client.add_dataset(archive, onlooker=seen)
+        dataset = client.add_dataset(archive, listener=seen)
         job = client.predict_batch([archive])
     shares = [share for _, share in seen.stages]
     assert (shares[0], shares[-1], len(cuts)) == (0.0, 1.0, 3)
@@ -130,14 +127,14 @@ def test_a_large_zip_goes_on_where_its_connection_broke(
 def test_a_server_that_stays_away_is_given_up(
     server: Server, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(uploads, "RECONNECT_SECONDS", 0.3)
     client = client_of(door, server.port)
     began = time.monotonic()
     with pytest.raises(ApiError, match="Nobody answers"):
-        client.predict_batch(scans(tmp_path, 20), onlooker=Seen(0.1, server.kill))
+        client.predict_batch(scans(tmp_path, 20), listener=Seen(0.1, server.kill))
     assert time.monotonic() - began < 10
     with pytest.raises(ApiError, match="Nobody answers"):
-        uploads.patiently(lambda: client.call("GET", "/jobs"))
+        uploads.retry_while_unreachable(lambda: client.call("GET", "/jobs"))
 
 
 def test_what_is_refused_is_said_at_once(
@@ -152,7 +149,7 @@ def test_what_is_refused_is_said_at_once(
     with pytest.raises(ApiError, match=r"00.\.png: 422"):
         client.predict_batch(files)
     with pytest.raises(ApiError, match="None of the files is a scan"):
-        client.predict_batch(files, onlooker=Seen())
+        client.predict_batch(files, listener=Seen())
     with pytest.raises(ApiError, match="too many for one batch"):
         client.predict_batch([files[0]] * 10_001)
     (archive := tmp_path / "no.zip").write_bytes(bytes(400_000))

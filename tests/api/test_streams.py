@@ -18,7 +18,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api.http.change_listener import Changes
+from api.http.change_listener import ChangeListener
 from cli.stack.server_plan import free_port
 from jobs.db import Sessions
 from jobs.queue import leases, lifecycle, retention
@@ -58,9 +58,9 @@ def batch(sessions: Sessions, champion: ModelVersion) -> Batch:
 
 
 @pytest.fixture
-def changes(app: Flask) -> Changes:
+def listener(app: Flask) -> ChangeListener:
     """The bell of the application."""
-    return app.extensions["renalq"].changes
+    return app.extensions["renalq"].listener
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def ordinals(lines: Iterator[str]) -> list[int]:
 
 
 def test_a_stream_follows_the_job_to_its_end_in_the_order_of_its_scans(
-    client: FlaskClient, batch: Batch, changes: Changes
+    client: FlaskClient, batch: Batch, listener: ChangeListener
 ) -> None:
     batch.end(1)  # not yet to be seen: the first chunk's results come before
     seen, half = [], threading.Event()
@@ -103,7 +103,7 @@ def test_a_stream_follows_the_job_to_its_end_in_the_order_of_its_scans(
             if seen[-1] == 5:
                 half.set()
     assert seen == list(range(9))
-    assert changes.waiting == 0
+    assert listener.waiting == 0
 
 
 def test_a_table_follows_the_job_too(client: FlaskClient, batch: Batch) -> None:
@@ -139,14 +139,14 @@ def test_a_stream_goes_on_after_what_the_client_has(
 
 
 def test_a_stream_that_was_cut_is_whole_with_its_continuation(
-    client: FlaskClient, batch: Batch, changes: Changes
+    client: FlaskClient, batch: Batch, listener: ChangeListener
 ) -> None:
     batch.end(0)
     seen: list[int] = []
-    with later(changes.close), pytest.raises(ConnectionResetError):
+    with later(listener.close), pytest.raises(ConnectionResetError):
         seen.extend(json.loads(line)["ordinal"] for line in stream(client, batch.path))
     assert seen == [0, 1, 2]
-    changes.closed = False  # the next process
+    listener.closed = False  # the next process
     with later(lambda: batch.end(1, 2)):
         seen += ordinals(stream(client, f"{batch.path}?after={seen[-1]}"))
     assert seen == list(range(9))
@@ -169,7 +169,7 @@ def test_a_stream_is_cut_where_results_are_deleted_under_it(
 def test_a_quiet_stream_sends_empty_lines(
     client: FlaskClient, batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str, sign: str
 ) -> None:
-    monkeypatch.setattr("api.http.streaming.KEEP_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("api.http.responses.KEEP_ALIVE_SECONDS", 0.1)
     with later(lambda: batch.end(0, 1, 2)):
         pieces = list(stream(client, batch.path, kind))
     assert 1 <= pieces.count(sign) <= 5
@@ -178,9 +178,9 @@ def test_a_quiet_stream_sends_empty_lines(
 
 
 def test_with_no_slot_left_a_job_that_runs_cannot_be_followed(
-    client: FlaskClient, batch: Batch, changes: Changes
+    client: FlaskClient, batch: Batch, listener: ChangeListener
 ) -> None:
-    changes._slots = 0
+    listener._slots = 0
     answer = client.get(batch.path, headers={"Accept": NDJSON})
     assert_problem(answer, 503, "TOO_MANY_WATCHERS")
     assert client.get(batch.path).status_code == 200
@@ -188,15 +188,15 @@ def test_with_no_slot_left_a_job_that_runs_cannot_be_followed(
     assert len(ordinals(stream(client, batch.path))) == 9  # nobody waits for a job that has ended
 
 
-def test_who_goes_away_leaves_its_slot(client: FlaskClient, batch: Batch, changes: Changes) -> None:
+def test_who_goes_away_leaves_its_slot(client: FlaskClient, batch: Batch, listener: ChangeListener) -> None:
     batch.end(0)
     answer = client.get(batch.path, headers={"Accept": NDJSON}, buffered=False)
     next(iter(answer.response))
-    assert changes.waiting == 1
+    assert listener.waiting == 1
     answer.close()
-    assert changes.waiting == 0
+    assert listener.waiting == 0
     assert client.head(batch.path, headers={"Accept": NDJSON}).status_code == 200
-    assert changes.waiting == 0
+    assert listener.waiting == 0
 
 
 def test_a_job_that_was_cancelled_ends_its_stream(client: FlaskClient, sessions: Sessions) -> None:

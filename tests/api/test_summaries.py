@@ -168,13 +168,13 @@ def test_the_title_is_the_name_or_else_the_id(sessions: Sessions, batch: leases.
     with sessions() as session:
         view = queries.job(session, builders.TENANT, batch.job_id)
         found = summary.summary(session, view)
-        named = charts.summary(view, found)
+        named = charts.draw_summary(view, found)
         view.job.name = None
-        unnamed = charts.summary(view, found)
+        unnamed = charts.draw_summary(view, found)
         view.job.name = "腎臓"  # the built-in font has no such letters
-        unreadable = charts.summary(view, found)
+        unreadable = charts.draw_summary(view, found)
         view.job.name = "Wàrd 3"
-        accented = charts.summary(view, found)
+        accented = charts.draw_summary(view, found)
     assert unnamed == unreadable != named == accented
 
 
@@ -187,7 +187,7 @@ def test_a_picture_has_a_panel_for_each_class_and_one_for_the_rest_of_many(
     with sessions() as session:
         view = queries.job(session, builders.TENANT, batch.job_id)
         found = replace(summary.summary(session, view), confidence=confidence)
-    colours = drawn(charts.summary(view, found))
+    colours = drawn(charts.draw_summary(view, found))
     assert (colours[charts.OTHERS] > SWATCH) == (number > len(charts.COLOURS))
     assert sum(colours[colour] >= SWATCH for colour in charts.COLOURS) == {0: 0, 1: 1, 7: 7, 8: 6, 40: 6}[number]
 

@@ -12,7 +12,7 @@ from jobs.db import Sessions
 from jobs.events import webhooks
 from jobs.events.webhooks import EventType
 from jobs.queue import processes
-from jobs.queue.processes import SignOfLife
+from jobs.queue.processes import Heartbeat
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Delivery, ModelVersion, Scan
 from tests import builders
@@ -112,15 +112,15 @@ def test_readiness_names_what_is_missing(client: FlaskClient, sessions: Sessions
 
     assert "no dispatcher" in reasons()
     with sessions.begin() as session:
-        processes.alive(session, SignOfLife("d", processes.DISPATCHER, broker_reachable=False))
+        processes.upsert(session, Heartbeat("d", processes.DISPATCHER, broker_reachable=False))
     assert "cannot reach Redis" in reasons()
     with sessions.begin() as session:
-        processes.alive(session, SignOfLife("d", processes.DISPATCHER, broker_reachable=True))
-        processes.alive(session, SignOfLife("p", processes.WORKER, ["urgent", "batch"]))
+        processes.upsert(session, Heartbeat("d", processes.DISPATCHER, broker_reachable=True))
+        processes.upsert(session, Heartbeat("p", processes.WORKER, ["urgent", "batch"]))
     assert reasons() == "worker: no live worker serves the lane train."
     assert_problem(client.get("/health/ready"), 503, "NOT_READY")
     with sessions.begin() as session:
-        processes.alive(session, SignOfLife("t", processes.WORKER, ["train"]))
+        processes.upsert(session, Heartbeat("t", processes.WORKER, ["train"]))
     answer = client.get("/health/ready")
     assert (answer.status_code, answer.get_json()) == (200, {"status": "ready", "reasons": []})
 

@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import func, select, text
 
-from jobs.datasets.from_feedback import Labelled, write_zip
+from jobs.datasets.from_feedback import LabelledScan, write_zip
 from jobs.db import Sessions
 from jobs.errors import Invalid
 from jobs.models import feedback
@@ -21,7 +21,7 @@ from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.results import queries
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Dataset, ModelVersion, Scan, Truth
 from tests import builders
 from tests.api.conftest import Door, png
@@ -35,7 +35,7 @@ Told = tuple[str, list[str]]
 @pytest.fixture
 def batch(sessions: Sessions, settings: Settings, champion: ModelVersion) -> Told:
     """Five stored scans, predicted as Tumor but for the last, which failed; the first two are of one patient."""
-    store, keys = Artifacts(settings.artifacts), ("Ann/1", "Ann/1", "Bob", None, None)
+    store, keys = BlobStore(settings.artifacts), ("Ann/1", "Ann/1", "Bob", None, None)
     blobs = [store.put(io.BytesIO(png(shade=10 + number))) for number in range(5)]
     with sessions.begin() as session:
         kind = {"tenant_id": TENANT, "media_type": "image/png", "width": 8, "height": 8}
@@ -122,7 +122,7 @@ def test_to_find_the_result_a_job_of_many_is_not_read_through(sessions: Sessions
         session.execute(text("ANALYZE"))
         view = queries.job(session, TENANT, job.id)
         before = session.scalars(text(read)).one()
-        feedback.tell(session, view, scan_id, "Tumor")
+        feedback.record(session, view, scan_id, "Tumor")
         assert session.scalars(text(read)).one() - before < 10
 
 
@@ -153,7 +153,7 @@ def made(client: FlaskClient, sessions: Sessions, settings: Settings, **wanted: 
     assert client.get(f"/jobs/{found['job_id']}").get_json()["kind"] == "ingest"
     with sessions() as session:
         sha256 = session.get_one(Dataset, uuid.UUID(found["id"])).archive_sha256
-    with zipfile.ZipFile(Artifacts(settings.artifacts).open(sha256)) as archive:
+    with zipfile.ZipFile(BlobStore(settings.artifacts).open(sha256)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
@@ -184,7 +184,7 @@ def test_scans_of_one_patient_stay_together_and_nobody_reads_who_it_is(
     assert None not in patients[:3]
     assert patients[3] is None, "nobody told, so DICOM may still tell"
     assert not re.search("Ann|Bob|secret", "".join(names))
-    theirs = Labelled("a" * 64, 1, "application/dicom", "Tumor", "Bob").path("elsewhere")
+    theirs = LabelledScan("a" * 64, 1, "application/dicom", "Tumor", "Bob").path("elsewhere")
     assert theirs.split("/")[1] != names[2].split("/")[1], "two tenants' patients are not to be linked"
 
 
@@ -287,7 +287,7 @@ def test_more_than_could_be_uploaded_is_refused(client: FlaskClient, settings: S
 
 
 def test_a_scan_whose_bytes_are_gone_is_named(settings: Settings) -> None:
-    gone = Labelled("a" * 64, 10, "image/tiff", "Tumor", None)
+    gone = LabelledScan("a" * 64, 10, "image/tiff", "Tumor", None)
     with pytest.raises(Invalid, match="a" * 64):
-        write_zip(io.BytesIO(), TENANT, [gone], Artifacts(settings.artifacts))
+        write_zip(io.BytesIO(), TENANT, [gone], BlobStore(settings.artifacts))
     assert gone.path(TENANT) == f"Tumor/scan-{'a' * 32}.tif"

@@ -24,7 +24,7 @@ def fail_one(sessions: Sessions) -> None:
     with sessions.begin() as session:
         due = deliveries.claim(session, 60, [], [])
         assert due is not None
-        deliveries.ended(session, due, Attempt(500, "The receiver answered 500."), ())
+        deliveries.record_attempt(session, due, Attempt(500, "The receiver answered 500."), ())
 
 
 def test_a_webhook_hears_of_everything_unless_it_names_events_and_shows_its_secret_once(client: FlaskClient) -> None:
@@ -79,7 +79,7 @@ def test_hosts_inside_the_network_are_refused_until_an_administrator_names_them(
 
 
 def test_one_too_many_is_409_and_says_what_to_do(client: FlaskClient) -> None:
-    for _ in range(webhooks.MOST):
+    for _ in range(webhooks.MAX_WEBHOOKS):
         assert client.post("/webhooks", json={"url": URL}).status_code == 201
     refused = assert_problem(client.post("/webhooks", json={"url": URL}), 409, "TOO_MANY_WEBHOOKS")
     assert "DELETE /webhooks/ID" in refused["detail"]

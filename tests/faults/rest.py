@@ -44,5 +44,5 @@ def rest(processes: Stack, **settings: Any) -> Iterator[Rest]:
     try:
         yield Rest(app, processes)
     finally:
-        app.extensions[EXTENSION].changes.close()
+        app.extensions[EXTENSION].listener.close()
         app.extensions[EXTENSION].sessions.kw["bind"].dispose()

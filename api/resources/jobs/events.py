@@ -11,12 +11,12 @@ from flask import Response, request
 from marshmallow import fields
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.http import streaming
-from api.http.change_listener import Bell, Changes
+from api.http import responses
+from api.http.change_listener import ChangeListener, Subscription
 from api.http.context import services, tenant
 from api.http.fields import Time
 from api.http.paging import PageSchema
-from api.http.streaming import SSE
+from api.http.responses import SSE
 from jobs.errors import JobNotFound
 from jobs.paging import Page
 from jobs.results import queries
@@ -27,7 +27,7 @@ ROWS = 500
 
 
 class EventSchema(ma.Schema):
-    """Something that happened to a job."""
+    """An event of a job."""
 
     id = fields.Integer()
     type = fields.String()
@@ -41,47 +41,44 @@ class EventsPage(PageSchema):
     data = fields.List(fields.Nested(EventSchema), required=True)
 
 
-def events(job_id: uuid.UUID) -> Response:
-    """The job's events after `Last-Event-ID`, then each new one until the last.
+def stream_events(job_id: uuid.UUID) -> Response:
+    """A response with the job's events after `Last-Event-ID`, then each new one until the job has ended.
 
     Raises:
         TooManyWatchers
     """
-    sessions, changes, owner = services().sessions, services().changes, tenant()
+    sessions, listener, owner = services().sessions, services().listener, tenant()
     stack = ExitStack()
-    bell = stack.enter_context(changes.watch(job_id))
+    subscription = stack.enter_context(listener.subscribe(job_id))
 
     def read(after: int) -> tuple[JobView, Page[JobEvent]]:
         with sessions.begin() as session:
             return queries.job(session, owner, job_id), queries.events(session, job_id, ROWS, after)
 
-    response = Response(_told(read, changes, bell, _last_event_id()), mimetype=SSE)
-    response.headers["X-Accel-Buffering"] = "no"  # a proxy that buffers would hold events back
-    response.call_on_close(stack.close)
-    return response
+    return responses.stream(_server_sent(read, listener, subscription, _last_event_id()), SSE, stack.close)
 
 
 Read = Callable[[int], tuple[JobView, Page[JobEvent]]]
 
 
-def _told(read: Read, changes: Changes, bell: Bell, after: int) -> Iterator[str]:
+def _server_sent(read: Read, listener: ChangeListener, subscription: Subscription, after: int) -> Iterator[str]:
     yield "retry: 2000\n\n"
-    spoke = time.monotonic()
-    while not changes.closed:
+    sent_at = time.monotonic()
+    while not listener.closed:
         try:
-            view, found = read(after)  # the job first: if it has ended by then, its last event is among those read next
+            view, found = read(after)  # the job before its events: if it has ended, its last event is among them
         except (SQLAlchemyError, JobNotFound):
-            return  # the client comes back with its Last-Event-ID
+            return  # the client reconnects with its Last-Event-ID
         for event in found.data:
             yield _event(event)
-            after, spoke = event.id, time.monotonic()
+            after, sent_at = event.id, time.monotonic()
         if view.terminal and not found.has_more:
             return
         if not found.has_more:
-            bell.wait(streaming.KEEP_ALIVE_SECONDS)
-        if time.monotonic() - spoke >= streaming.KEEP_ALIVE_SECONDS:
+            subscription.wait(responses.KEEP_ALIVE_SECONDS)
+        if time.monotonic() - sent_at >= responses.KEEP_ALIVE_SECONDS:
             yield ": still here\n\n"
-            spoke = time.monotonic()
+            sent_at = time.monotonic()
 
 
 def _event(event: JobEvent) -> str:

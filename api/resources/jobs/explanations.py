@@ -8,17 +8,19 @@ from marshmallow import fields
 from sqlalchemy.orm import Session
 
 from jobs.queue import explanations
-from jobs.queue.explanations import ALL, Pictures
+from jobs.queue.explanations import ALL_CLASSES, ExplanationFiles
 from jobs.results import queries
 from jobs.results.queries import JobView
 from jobs.states import ResultState
 from jobs.tables import Json, ScanResult
 
-BLANK = "Nothing in the scan speaks for this class: the heatmap is 0 everywhere, and the overlay shows the scan alone."
-NONE = (
+BLANK_NOTE = (
+    "Nothing in the scan speaks for this class: the heatmap is 0 everywhere, and the overlay shows the scan alone."
+)
+MISSING_NOTE = (
     "It could not be explained: the scan was no longer there, or the worker failed at it. Submit it again to have it."
 )
-CANCELLED = "It was not explained: the job was cancelled before. Submit it again to have it."
+CANCELLED_NOTE = "It was not explained: the job was cancelled before. Submit it again to have it."
 
 
 class Explain(fields.Field[Any]):
@@ -26,14 +28,14 @@ class Explain(fields.Field[Any]):
 
     def __init__(self, **kwargs: Any) -> None:
         told = "Also make a Grad-CAM overlay and a heatmap of each result: for the class that was found, or for `all`."
-        kinds = {"type": ["string", "boolean"], "enum": [ALL, True, False]}
+        kinds = {"type": ["string", "boolean"], "enum": [ALL_CLASSES, True, False]}
         super().__init__(metadata={**kinds, "description": told}, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         try:
-            return ALL if value == ALL else fields.Boolean().deserialize(value)
+            return ALL_CLASSES if value == ALL_CLASSES else fields.Boolean().deserialize(value)
         except ma.ValidationError:
-            raise ma.ValidationError(f"Must be true, false or `{ALL}`.") from None
+            raise ma.ValidationError(f"Must be true, false or `{ALL_CLASSES}`.") from None
 
 
 class PicturesSchema(ma.Schema):
@@ -57,17 +59,19 @@ class ExplainedSchema(ma.Schema):
     )
 
 
-def explained(session: Session, view: JobView, rows: Sequence[ScanResult]) -> dict[int, Json]:
+def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult]) -> dict[int, Json]:
     """The fields of ExplainedSchema that each of these results has, by its ordinal."""
     asked = view.job.params.get("explain")
     if not asked:
         return {}
-    words = explanations.words_of(queries.classes(session, view)) if asked == ALL else {}
-    here = explanations.pictures(session, view.job.id, [row.ordinal for row in rows], words)
+    words = explanations.class_slugs(queries.classes(session, view)) if asked == ALL_CLASSES else {}
+    here = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
     return {row.ordinal: _of_result(view, row, here.get(row.ordinal, {}), list(words)) for row in rows}
 
 
-def _of_result(view: JobView, row: ScanResult, here: dict[str | None, Pictures], classes: Sequence[str]) -> Json:
+def _of_result(
+    view: JobView, row: ScanResult, here: dict[str | None, ExplanationFiles], classes: Sequence[str]
+) -> Json:
     if None not in here:
         return {"explanation_note": _why_not(view)} if view.terminal and row.state == ResultState.SUCCEEDED else {}
     found = _links(view, here[None])
@@ -79,10 +83,10 @@ def _of_result(view: JobView, row: ScanResult, here: dict[str | None, Pictures],
 
 
 def _why_not(view: JobView) -> str:
-    return CANCELLED if view.job.cancel_requested_at is not None else NONE
+    return CANCELLED_NOTE if view.job.cancel_requested_at is not None else MISSING_NOTE
 
 
-def _links(view: JobView, pictures: Pictures) -> Json:
+def _links(view: JobView, pictures: ExplanationFiles) -> Json:
     links = {"overlay": pictures.overlay, "heatmap": pictures.heatmap}
     told = {part: f"/jobs/{view.job.id}/artifacts/{name}" for part, name in links.items() if name is not None}
-    return told | ({"note": BLANK} if pictures.is_blank else {})
+    return told | ({"note": BLANK_NOTE} if pictures.is_blank else {})

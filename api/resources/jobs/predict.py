@@ -21,7 +21,7 @@ from api.resources.jobs.explanations import Explain
 from jobs.datasets import catalog
 from jobs.errors import BadArchive
 from jobs.models import registry
-from jobs.queue import position
+from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
 from jobs.storage import archives
@@ -155,7 +155,7 @@ def _members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
     """The files of the zip that was sent, checked; None where it is no zip."""
     files: list[FileStorage] = body.get("files", [])
     if len(files) == 1 and archives.is_zip(files[0].stream):
-        with archives.opened(files[0].stream, limits) as members:
+        with archives.open_zip(files[0].stream, limits) as members:
             yield members
     else:
         yield None
@@ -181,7 +181,7 @@ def _of_dataset(dataset_id: uuid.UUID, limits: Limits) -> list[NewResult]:
     with transaction() as session:
         sha256 = catalog.ready(session, tenant(), dataset_id).archive_sha256
     try:
-        with services().artifacts.open(sha256) as stream, archives.opened(stream, limits) as members:
+        with services().blobs.open(sha256) as stream, archives.open_zip(stream, limits) as members:
             return scan_store.keep_all(scan_store.unpacked(members))
     except FileNotFoundError:
         raise BadArchive("The dataset's zip is no longer stored. Upload it again.") from None
@@ -221,5 +221,5 @@ def _submit(
     with transaction() as session:
         if dataset_id is not None:
             catalog.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted under the new job
-        chunk = position.chunk(session, new.lane, services().settings)
+        chunk = pace.chunk_size(session, new.lane, services().settings)
         return submit(session, new, scans, chunk, quota()).id

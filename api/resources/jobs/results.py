@@ -14,13 +14,13 @@ from marshmallow import fields, validate
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from api.http import streaming
-from api.http.change_listener import Bell, Changes
+from api.http import responses
+from api.http.change_listener import ChangeListener, Subscription
 from api.http.context import services, tenant
-from api.http.fields import words
+from api.http.fields import one_of
 from api.http.paging import NumberedQuery, PageSchema
-from api.http.streaming import CSV
-from api.resources.jobs.explanations import ExplainedSchema, explained
+from api.http.responses import CSV
+from api.resources.jobs.explanations import ExplainedSchema, explanation_fields
 from api.resources.jobs.schemas import ErrorSchema
 from jobs.errors import RenalQError
 from jobs.models import feedback
@@ -32,14 +32,14 @@ from jobs.tables import Json, ScanResult
 
 ROWS = 500
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a cell begins that a spreadsheet would run."""
+"""First characters of cells that a spreadsheet would execute as formulas."""
 
 
 class ResultsQuery(NumberedQuery):
     """Which results to list: without `state`, those that have ended."""
 
     after = fields.Integer(load_default=None, validate=validate.Range(0, 2**31 - 1))
-    state = fields.String(load_default=None, validate=words(ResultState))
+    state = fields.String(load_default=None, validate=one_of(ResultState))
 
 
 class ResultSchema(ExplainedSchema):
@@ -51,7 +51,7 @@ class ResultSchema(ExplainedSchema):
     custom_id = fields.String(allow_none=True)
     patient = fields.String(allow_none=True)
     study = fields.String(allow_none=True)
-    state = fields.String(validate=words(ResultState))
+    state = fields.String(validate=one_of(ResultState))
     label = fields.String(allow_none=True)
     confidence = fields.Float(allow_none=True)
     probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
@@ -76,9 +76,9 @@ class ResultsPage(PageSchema):
     data = fields.List(fields.Nested(ResultSchema), required=True)
 
 
-def shown(session: Session, view: JobView, found: Page[ScanResult]) -> Page[Json]:
+def to_page(session: Session, view: JobView, found: Page[ScanResult]) -> Page[Json]:
     """Predictions as a client sees them; those that are explained by now say where."""
-    seen = explained(session, view, found.data)
+    seen = explanation_fields(session, view, found.data)
     told = feedback.labels(session, view.job.model_id, [row.scan_id for row in found.data])
     rows = [_result(view, row, told.get(row.scan_id)) | seen.get(row.ordinal, {}) for row in found.data]
     return Page(rows, found.has_more, found.next)
@@ -106,64 +106,63 @@ def _result(view: JobView, row: ScanResult, truth: str | None) -> Json:
     return result | {name: value for name, value in optional.items() if value is not None}
 
 
-def streamed(view: JobView, kind: str, state: str | None, after: int | None) -> Response:
-    """All results that have ended (or are in `state`) and come after that one, as NDJSON or CSV. Of a job that has not
-    ended they come as they do, until its end.
+def stream_results(view: JobView, kind: str, state: str | None, after: int | None) -> Response:
+    """A response with all results that have ended (or are in `state`) after the ordinal `after`, as NDJSON or CSV. It
+    follows a running job to its end.
 
     Raises:
         NoResults, ResultsExpired, TooManyWatchers
     """
-    sessions, changes, owner, job_id = services().sessions, services().changes, tenant(), view.job.id
+    sessions, listener, owner, job_id = services().sessions, services().listener, tenant(), view.job.id
     with sessions.begin() as session:
-        queries.results(session, view, state, 1, after)  # what has no results is refused before the answer begins
+        queries.results(session, view, state, 1, after)  # raises before the response begins
         classes = queries.classes(session, view)
     stack = ExitStack()
-    bell = None if view.terminal else stack.enter_context(changes.watch(job_id))
+    subscription = None if view.terminal else stack.enter_context(listener.subscribe(job_id))
 
     def read(after: int | None) -> tuple[JobView, Page[Json]]:
         with sessions.begin() as session:
-            now = queries.job(session, owner, job_id)  # the job first: if it has ended by then, all its results have
-            return now, shown(session, now, queries.results(session, now, state, ROWS, after))
+            now = queries.job(session, owner, job_id)  # the job first: if it has ended, all its results have
+            return now, to_page(session, now, queries.results(session, now, state, ROWS, after))
 
-    pages = _followed(read, changes, bell, after)
-    response = Response(_csv(pages, classes) if kind == CSV else _ndjson(pages), mimetype=kind)
-    response.headers["X-Accel-Buffering"] = "no"  # a proxy that buffers would hold results back
-    response.call_on_close(stack.close)
-    return response
+    pages = _pages_to_end(read, listener, subscription, after)
+    return responses.stream(_csv(pages, classes) if kind == CSV else _ndjson(pages), kind, stack.close)
 
 
 ReadResults = Callable[[int | None], tuple[JobView, Page[Json]]]
 
 
-def _followed(read: ReadResults, changes: Changes, bell: Bell | None, after: int | None) -> Iterator[list[Json]]:
-    """All results, some at a time, until the job has ended; an empty list where there were none for a while.
+def _pages_to_end(
+    read: ReadResults, listener: ChangeListener, subscription: Subscription | None, after: int | None
+) -> Iterator[list[Json]]:
+    """Lists of results until the job has ended; an empty one to keep the connection alive.
 
     Raises:
-        ConnectionResetError: there is more, but not from us.
+        OSError: the results are not complete.
     """
-    schema, spoke = ResultSchema(), time.monotonic()
+    schema, sent_at = ResultSchema(), time.monotonic()
     while True:
         try:
             _, found = read(after)
         except (SQLAlchemyError, RenalQError):
-            raise _cut() from None
+            raise _incomplete() from None
         if found.data:
             yield [schema.dump(row) for row in found.data]
-            after, spoke = found.data[-1]["ordinal"], time.monotonic()
+            after, sent_at = found.data[-1]["ordinal"], time.monotonic()
         if not found.has_more:
             return
-        if bell is not None and len(found.data) < ROWS:
-            if changes.closed:
-                raise _cut()
-            bell.wait(streaming.KEEP_ALIVE_SECONDS)
-        if time.monotonic() - spoke >= streaming.KEEP_ALIVE_SECONDS:
+        if subscription is not None and len(found.data) < ROWS:
+            if listener.closed:
+                raise _incomplete()
+            subscription.wait(responses.KEEP_ALIVE_SECONDS)
+        if time.monotonic() - sent_at >= responses.KEEP_ALIVE_SECONDS:
             yield []
-            spoke = time.monotonic()
+            sent_at = time.monotonic()
 
 
-def _cut() -> OSError:
-    """What ends an answer so that the client sees that it is not whole: gunicorn takes it for a connection that was
-    lost, and closes it without the last chunk."""
+def _incomplete() -> OSError:
+    """The error that ends a response so that the client notices: gunicorn takes it for a lost connection, and closes
+    without the last chunk."""
     return OSError(errno.ECONNRESET, "The results are not whole: go on with `after`.")
 
 
@@ -177,7 +176,7 @@ COLUMNS = (
     "cached", "explanation", "ordinal",
     "disposition", "reason", "ood_score", "truth", "heatmap", "explanation_note",
 )  # fmt: skip
-"""Some read them by position: a new one comes last. Behind them come the classes, which are of each model's own."""
+"""Some clients read columns by position, so new ones come last. Behind them come the classes of the model."""
 
 
 def _csv(pages: Iterator[list[Json]], classes: list[str]) -> Iterator[str]:

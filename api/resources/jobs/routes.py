@@ -5,13 +5,13 @@ from typing import Any
 
 from flask import Response, after_this_request
 
-from api.http import streaming, waiting
+from api.http import waiting
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import principal, quota, services, tenant, transaction
-from api.http.downloads import download
 from api.http.idempotency import idempotent, key
 from api.http.paging import NamedQuery, NumberedQuery
+from api.http.responses import BINARY, BYTES, CSV, JSON, NDJSON, PNG, SSE, TEXT, download, negotiate
 from api.resources.jobs import events, results, summaries
 from api.resources.jobs.events import EventsPage
 from api.resources.jobs.predict import (
@@ -26,11 +26,10 @@ from api.resources.jobs.predict import (
 from api.resources.jobs.results import ResultsQuery
 from api.resources.jobs.schemas import ArtifactsPage, JobSchema, JobsPage, JobsQuery, MetricsSchema
 from api.resources.jobs.train import TrainRequest, train_one
-from api.views import charts
 from jobs.keys import Scope
 from jobs.models import reproduction
 from jobs.paging import Page
-from jobs.queue import lifecycle, position, submission
+from jobs.queue import lifecycle, pace, submission
 from jobs.results import queries
 from jobs.results.queries import JobFilter
 from jobs.results.summary import Summary, summary
@@ -42,7 +41,7 @@ blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainin
 
 @blueprint.route("/train", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=TrainRequest)
+@accepts_body(json=TrainRequest)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="train")
@@ -54,7 +53,7 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 
 @blueprint.route("/predict", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=PredictJson, multipart=PredictUpload)
+@accepts_body(json=PredictJson, multipart=PredictUpload)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="predict")
@@ -68,7 +67,7 @@ def predict(body: dict[str, Any]) -> waiting.Answer:
 
 @blueprint.route("/predict/batch", methods=["POST"])
 @needs(Scope.JOBS_WRITE)
-@takes(json=BatchJson, multipart=BatchUpload, manifest=BatchManifest)
+@accepts_body(json=BatchJson, multipart=BatchUpload, manifest=BatchManifest)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
 @blueprint.doc(operationId="predictBatch")
@@ -86,7 +85,7 @@ def predict_batch(body: dict[str, Any]) -> waiting.Answer:
 @blueprint.doc(operationId="listJobs")
 def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
     """List jobs, newest first."""
-    after_this_request(waiting.unless_same)
+    after_this_request(waiting.make_conditional)
     limit, after = query.pop("limit"), query.pop("after")
     with transaction() as session:
         return queries.jobs(session, tenant(), JobFilter(**query), limit, after)
@@ -99,7 +98,7 @@ def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
 @blueprint.doc(operationId="getJob")
 def get_job(job_id: uuid.UUID) -> waiting.Answer | Response:
     """Show a job."""
-    return waiting.unless_known(waiting.job(job_id))
+    return waiting.conditional_job(waiting.job(job_id))
 
 
 @blueprint.route("/<id:job_id>/metrics")
@@ -117,25 +116,25 @@ def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(ResultsQuery, location="query")
 @blueprint.response(200, results.ResultsPage)
-@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.NDJSON, success=True)
-@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.CSV, success=True)
+@blueprint.alt_response(200, schema=TEXT, content_type=NDJSON, success=True)
+@blueprint.alt_response(200, schema=TEXT, content_type=CSV, success=True)
 @blueprint.doc(operationId="listResults")
 def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], int, dict[str, str]] | Response:
     """List a prediction's results so far; as NDJSON or CSV all of them, followed to the job's end."""
-    kind = streaming.wanted(streaming.NDJSON, streaming.CSV)
+    kind = negotiate(NDJSON, CSV)
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
-        if kind == "application/json":
-            found = results.shown(session, view, queries.results(session, view, **query))
-    if kind != "application/json":
-        return results.streamed(view, kind, query["state"], query["after"])
+        if kind == JSON:
+            found = results.to_page(session, view, queries.results(session, view, **query))
+    if kind != JSON:
+        return results.stream_results(view, kind, query["state"], query["after"])
     return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}
 
 
 @blueprint.route("/<id:job_id>/summary")
 @needs(Scope.JOBS_READ)
 @blueprint.response(200, summaries.SummarySchema)
-@blueprint.alt_response(200, schema={"type": "string", "format": "binary"}, content_type=charts.PNG, success=True)
+@blueprint.alt_response(200, schema=BINARY, content_type=PNG, success=True)
 @blueprint.doc(operationId="getSummary")
 def get_summary(job_id: uuid.UUID) -> Summary | Response:
     """Sum up a prediction's results so far: classes, confidences, errors; as image/png a picture of them."""
@@ -149,13 +148,13 @@ def get_summary(job_id: uuid.UUID) -> Summary | Response:
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(NumberedQuery, location="query")
 @blueprint.response(200, EventsPage)
-@blueprint.alt_response(200, schema={"type": "string"}, content_type=streaming.SSE, success=True)
+@blueprint.alt_response(200, schema=TEXT, content_type=SSE, success=True)
 @blueprint.doc(operationId="listEvents")
 def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Response:
     """List what happened to a job; as text/event-stream, follow it to its end."""
     waiting.job(job_id)
-    if streaming.wanted(streaming.SSE) == streaming.SSE:
-        return events.events(job_id)
+    if negotiate(SSE) == SSE:
+        return events.stream_events(job_id)
     with transaction() as session:
         return queries.events(session, job_id, query["limit"], query["after"] or 0)
 
@@ -174,7 +173,7 @@ def list_artifacts(query: dict[str, Any], job_id: uuid.UUID) -> Page[Artifact]:
 
 @blueprint.route("/<id:job_id>/artifacts/<path:name>")
 @needs(Scope.JOBS_READ)
-@blueprint.response(200, {"type": "string", "format": "binary"}, content_type="application/octet-stream")
+@blueprint.response(200, BINARY, content_type=BYTES)
 @blueprint.alt_response(304, description="The client has these bytes.", success=True)
 @blueprint.doc(operationId="getArtifact")
 def get_artifact(job_id: uuid.UUID, name: str) -> Response:
@@ -206,7 +205,7 @@ def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
 def retry_job(job_id: uuid.UUID) -> waiting.Answer:
     """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
     with transaction() as session:
-        chunk = position.chunk(session, Lane.BATCH, services().settings)
+        chunk = pace.chunk_size(session, Lane.BATCH, services().settings)
         new_id = submission.retry(session, tenant(), job_id, chunk, quota()).id
     return waiting.accepted(new_id)
 

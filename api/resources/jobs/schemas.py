@@ -4,7 +4,7 @@ import marshmallow as ma
 from marshmallow import fields
 
 from api.http.context import services
-from api.http.fields import Time, words
+from api.http.fields import Time, one_of
 from api.http.paging import PageQuery, PageSchema
 from jobs.states import JobKind, JobState
 from jobs.tables import Job
@@ -13,8 +13,8 @@ from jobs.tables import Job
 class JobsQuery(PageQuery):
     """Which jobs to list."""
 
-    state = fields.String(validate=words(JobState))
-    kind = fields.String(validate=words(JobKind))
+    state = fields.String(validate=one_of(JobState))
+    kind = fields.String(validate=one_of(JobKind))
     created_after = Time()
     metadata = fields.Dict(
         keys=fields.String(),
@@ -77,8 +77,8 @@ class JobSchema(ma.Schema):
     """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
 
     id = fields.UUID(attribute="job.id")
-    kind = fields.String(attribute="job.kind", validate=words(JobKind))
-    state = fields.String(attribute="job.state", validate=words(JobState))
+    kind = fields.String(attribute="job.kind", validate=one_of(JobKind))
+    state = fields.String(attribute="job.state", validate=one_of(JobState))
     terminal = fields.Boolean()
     cancel_requested = fields.Function(
         lambda view: view.job.cancel_requested_at is not None, metadata={"type": "boolean"}

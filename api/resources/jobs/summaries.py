@@ -4,7 +4,7 @@ import marshmallow as ma
 from flask import Response
 from marshmallow import fields
 
-from api.http import streaming
+from api.http.responses import PNG, negotiate
 from api.views import charts
 from jobs.results.queries import JobView
 from jobs.results.summary import Summary
@@ -41,6 +41,6 @@ class SummarySchema(ma.Schema):
 
 def answer(view: JobView, found: Summary) -> Summary | Response:
     """The summary in the kind that the client accepts best."""
-    if streaming.wanted(charts.PNG) != charts.PNG:
+    if negotiate(PNG) != PNG:
         return found
-    return Response(charts.summary(view, found), mimetype=charts.PNG)
+    return Response(charts.draw_summary(view, found), mimetype=PNG)

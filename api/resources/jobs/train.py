@@ -9,12 +9,14 @@ from marshmallow import fields, validate
 from api.http.context import principal, quota, tenant, transaction
 from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
-from api.resources.training_params import ParamsSchema
+from api.http.pydantic_fields import schema_of
 from jobs.datasets import catalog
 from jobs.models import registry
 from jobs.queue.submission import NewJob, submit
 from jobs.states import JobKind, Lane
 from jobs.tables import ModelVersion
+from ml.spec.image import Params
+from ml.spec.image_compat import RENAMED
 
 Body = dict[str, Any]
 
@@ -24,7 +26,7 @@ class TrainRequest(ma.Schema):
 
     dataset_id = fields.UUID()
     source_url = HttpUrl()
-    params = fields.Nested(ParamsSchema, unknown=ma.RAISE)
+    params = fields.Nested(schema_of(Params, RENAMED), unknown=ma.RAISE)
     name = fields.String(validate=validate.Length(1, 200))
     promote = fields.String(validate=validate.OneOf(["auto", "never"]), load_default="auto")
     lane = fields.String(validate=validate.OneOf([str(Lane.TRAIN)]), load_default=str(Lane.TRAIN))

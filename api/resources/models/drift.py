@@ -6,16 +6,15 @@ import marshmallow as ma
 from flask import Response
 from marshmallow import fields, validate
 
-from api.http import streaming
 from api.http.auth import needs
 from api.http.bodies import Blueprint
 from api.http.context import services, transaction
+from api.http.responses import BINARY, PNG, negotiate
 from api.resources.models.routes import named
 from api.views import drift_chart
-from api.views.charts import PNG
 from jobs.keys import Scope
 from jobs.models import drift
-from jobs.models.drift import Day, Drift
+from jobs.models.drift import Day, DriftReport
 
 blueprint = Blueprint("drift", __name__, url_prefix="/models", description="Predictions against the test scans.")
 
@@ -92,13 +91,13 @@ class DriftSchema(ma.Schema):
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(DriftQuery, location="query")
 @blueprint.response(200, DriftSchema)
-@blueprint.alt_response(200, schema={"type": "string", "format": "binary"}, content_type=PNG, success=True)
+@blueprint.alt_response(200, schema=BINARY, content_type=PNG, success=True)
 @blueprint.doc(operationId="getDrift")
-def get_drift(query: dict[str, Any], version: str) -> Drift | Response:
+def get_drift(query: dict[str, Any], version: str) -> DriftReport | Response:
     """Compare a version's predictions with its test scans, day by day; as image/png a picture of that."""
     with transaction() as session:
         policy = drift.DriftPolicy.of(services().settings)
         found = drift.drift(session, named(session, version), policy, query["days"])
-    if streaming.wanted(PNG) != PNG:
+    if negotiate(PNG) != PNG:
         return found
-    return Response(drift_chart.draw(found, query["days"]), mimetype=PNG)
+    return Response(drift_chart.draw_drift(found, query["days"]), mimetype=PNG)

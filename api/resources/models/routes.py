@@ -3,15 +3,15 @@
 from typing import Any
 from uuid import UUID
 
-from flask import Response, jsonify, request
+from flask import Response, jsonify
 from sqlalchemy.orm import Session
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint, takes
+from api.http.bodies import Blueprint, accepts_body
 from api.http.context import principal, services, tenant, transaction
-from api.http.downloads import BYTES, download
-from api.http.idempotency import bear, idempotent
+from api.http.idempotency import attach_resource, idempotent
 from api.http.paging import NumberedQuery
+from api.http.responses import BINARY, BYTES, JSON, MARKDOWN, TEXT, download, negotiate
 from api.resources.models.schemas import (
     CompareQuery,
     ComparisonSchema,
@@ -29,8 +29,6 @@ from jobs.models.comparison import Comparison
 from jobs.models.gate import GatePolicy
 from jobs.paging import Page
 from jobs.tables import ModelVersion, Promotion
-
-MARKDOWN = "text/markdown"
 
 blueprint = Blueprint("models", __name__, url_prefix="/models", description="What trainings made.")
 
@@ -76,7 +74,7 @@ def _as_changed(model_id: UUID) -> ModelVersion:
 
 @blueprint.route("/rollback", methods=["POST"])
 @needs(Scope.MODELS_WRITE)
-@takes(json=RollbackRequest)
+@accepts_body(json=RollbackRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="rollback")
 @idempotent(_as_changed)
@@ -84,7 +82,7 @@ def rollback(body: dict[str, Any]) -> ModelVersion:
     """Make the champion before this one champion again. New predictions use it at once."""
     with transaction() as session:
         found = promotion.rollback(session, tenant(), reason=body["reason"], key_id=principal().key_id)
-        bear(session, found.id)
+        attach_resource(session, found.id)
         return found
 
 
@@ -100,7 +98,7 @@ def get_model(version: str) -> ModelVersion:
 
 @blueprint.route("/<version:version>/promote", methods=["POST"])
 @needs(Scope.MODELS_WRITE)
-@takes(json=PromoteRequest)
+@accepts_body(json=PromoteRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="promoteModel")
 @idempotent(_as_changed)
@@ -109,13 +107,13 @@ def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
     policy = GatePolicy.of(services().settings)
     with transaction() as session:
         found = promotion.promote(session, tenant(), version, policy, **body, key_id=principal().key_id)
-        bear(session, found.id)
+        attach_resource(session, found.id)
         return found
 
 
 @blueprint.route("/<version:version>/weights")
 @needs(Scope.JOBS_READ)
-@blueprint.response(200, {"type": "string", "format": "binary"}, content_type=BYTES)
+@blueprint.response(200, BINARY, content_type=BYTES)
 @blueprint.alt_response(304, description="The client has these bytes.", success=True)
 @blueprint.doc(operationId="getWeights")
 def get_weights(version: str) -> Response:
@@ -127,15 +125,16 @@ def get_weights(version: str) -> Response:
 
 @blueprint.route("/<version:version>/card")
 @needs(Scope.JOBS_READ)
-@blueprint.response(200, {"type": "string"}, content_type=MARKDOWN)
-@blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json", success=True)
+@blueprint.response(200, TEXT, content_type=MARKDOWN)
+@blueprint.alt_response(200, schema={"type": "object"}, content_type=JSON, success=True)
 @blueprint.doc(operationId="getCard")
 def get_card(version: str) -> Response:
     """Show a version's model card: what it is, what it is for, how it was tested, where it ends."""
     with transaction() as session:
-        card = model_card.card(cards.model_card_data(session, named(session, version)))
-    kind = request.accept_mimetypes.best_match([MARKDOWN, "application/json"], MARKDOWN)
-    return Response(model_card_markdown.markdown(card), mimetype=MARKDOWN) if kind == MARKDOWN else jsonify(card)
+        card = model_card.build_card(cards.model_card_data(session, named(session, version)))
+    if negotiate(JSON, default=MARKDOWN) == JSON:
+        return jsonify(card)
+    return Response(model_card_markdown.markdown(card), mimetype=MARKDOWN)
 
 
 def named(session: Session, wanted: str) -> ModelVersion:

@@ -7,11 +7,11 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.context import services
-from api.http.fields import Boolean, ModelChoice, Time, words
+from api.http.fields import Boolean, ModelChoice, Time, one_of
 from api.http.paging import PageSchema
-from jobs import training_params
 from jobs.models.cards import mlflow_model_name
 from jobs.tables import Json, ModelVersion, PromotionMethod
+from ml.spec import image_compat
 
 
 class Part(fields.Nested):
@@ -73,9 +73,9 @@ class ModelSchema(ma.Schema):
     dataset_digest = fields.String(allow_none=True)
     weights_sha256 = fields.String()
     classes = fields.List(fields.String())
-    network = fields.Function(lambda row: training_params.network(row.params), metadata={"type": "string"})
-    head = fields.Function(lambda row: training_params.head(row.params), metadata={"type": "string"})
-    transform = Part(TransformSchema, lambda row: training_params.transform(row.params))
+    network = fields.Function(lambda row: image_compat.network(row.params), metadata={"type": "string"})
+    head = fields.Function(lambda row: image_compat.head(row.params), metadata={"type": "string"})
+    transform = Part(TransformSchema, lambda row: image_compat.transform(row.params))
     calibration = Part(CalibrationSchema, lambda row: row.metrics)
     split = Part(SplitSchema, lambda row: row.metrics.get("counts"))
     params = fields.Dict()
@@ -118,7 +118,7 @@ class PromotionSchema(ma.Schema):
     version = fields.String()
     replaced = fields.String(allow_none=True, metadata={"description": "The champion before; null: there was none."})
     how = fields.String(
-        validate=words(PromotionMethod),
+        validate=one_of(PromotionMethod),
         metadata={
             "description": "gate: at its training's end; request: somebody asked, and the gate agreed; force: against "
             "the gate, or past it; rollback: the champion before came back."
