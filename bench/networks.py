@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.train import ROOT, data_of, machine
-from cli.client.rest import Client, Job, Json
+from cli.client import Client, Job, Json
 from cli.commands.demo import ready_client, running_stack
 from ml.spec.image import NETWORKS
 

@@ -29,8 +29,8 @@ from rich.table import Table
 from bench.predict import watched
 from bench.train import ROOT, machine
 from bench.turns import start
-from cli.client.rest import Client
-from cli.client.uploads import Onlooker, Upload, uploaded
+from cli.client import Client, MultipartUpload, ProgressListener
+from cli.client.uploads import upload_file
 from cli.stack.server_plan import LOOPBACK, free_port
 from jobs import keys
 from tests.builders import TENANT
@@ -111,11 +111,11 @@ def _packed(path: Path, pictures: Sequence[Path]) -> Path:
 
 
 def _multipart(client: Client, pictures: Sequence[Path]) -> str:
-    return str(client.send("/jobs/predict/batch", Upload("files", pictures))["id"])
+    return str(client.post_files("/jobs/predict/batch", MultipartUpload("files", pictures))["id"])
 
 
 def _in_pieces(client: Client, packed: Path) -> str:
-    upload_id = uploaded(client, packed, Onlooker())
+    upload_id = upload_file(client, packed, ProgressListener())
     return str(client.call("POST", "/jobs/predict/batch", json={"upload_id": upload_id})["id"])
 
 

@@ -1,0 +1,1 @@
+"""The command `renalq`: it talks to the API over HTTP and starts the other processes."""

@@ -36,7 +36,7 @@ def up(flower: bool, mlflow: bool) -> None:
 @main.command()
 @click.option("--keep", is_flag=True, help="Leave the folder with its data, network and logs.")
 def demo(keep: bool) -> None:
-    """Make synthetic CT, train on it, predict ten new scans; all in a stack of its own."""
+    """Make synthetic CT, train on it, predict ten new scans; all in its own stack."""
     from rich.console import Console
 
     from cli.commands.demo import demo
@@ -47,7 +47,7 @@ def demo(keep: bool) -> None:
 @main.command()
 @jobs.as_json
 def doctor(as_json: bool) -> None:
-    """Say what is here, and what to do about what is not."""
+    """Check what is installed and reachable, and say what to do."""
     from cli.stack.doctor import doctor
 
     sys.exit(doctor(machine=as_json))

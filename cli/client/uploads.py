@@ -1,7 +1,8 @@
-"""Files on their way to the API. Little goes in one request; much goes so that nothing is sent twice.
+"""Files on their way to the API: small ones in one request, large ones so that nothing is sent twice.
 
-Many scans are hashed, and only those that are not stored yet are sent: after a broken connection, or a command that
-was stopped, the same command sends the rest. One large file goes in pieces (tus), each from where the last one ended.
+Many scans are hashed, and only those that the server does not have are sent: after a broken connection or an
+interrupted command, the same command sends the rest. One large file is sent in chunks (the tus protocol), each from
+where the last one ended.
 """
 
 from __future__ import annotations
@@ -13,38 +14,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from cli.client.errors import ApiError
-
-if TYPE_CHECKING:
-    from cli.client.rest import Client
+from cli.client.transport import ApiError, Transport
 
 T = TypeVar("T")
-FEW_BYTES = 32 * 1024**2
-"""So much goes in one request: if it breaks, sending it again costs little."""
-MOST_SCANS = 10_000
-"""The API takes no more in one batch."""
-PIECE_BYTES = 16 * 1024**2
-AT_ONCE = 8
+SINGLE_REQUEST_BYTES = 32 * 1024**2
+"""Up to this size one request is best: if it breaks, sending it again costs little."""
+MAX_BATCH_SCANS = 10_000
+"""The API accepts no more in one batch."""
+CHUNK_BYTES = 16 * 1024**2
+PARALLEL_REQUESTS = 8
 """Scans sent at the same time: the server waits for its disk with each."""
-PATIENCE_SECONDS = 120.0
-"""So long a lost connection may take to come back; after that, the same command goes on where it stopped."""
-PAUSE_SECONDS = 1.0
+RECONNECT_SECONDS = 120.0
+"""How long a lost connection may take to come back. After that, the same command continues where it stopped."""
+RETRY_SECONDS = 1.0
 TUS = {"Tus-Resumable": "1.0.0"}
-AWAY = (None, 502, 503, 504)
-"""The network, or the server behind it: worth waiting for."""
-ELSEWHERE = (*AWAY, 400, 409, 423, 429)
-"""Of a piece: the server has more or less of the file than we thought, or still waits for a connection that is lost."""
+UNREACHABLE = (None, 502, 503, 504)
+"""Statuses of a network or a server that is away: worth waiting for."""
+RESUMABLE = (*UNREACHABLE, 400, 409, 423, 429)
+"""Statuses after which a chunk is worth another try: the server has more or less of the file than we assumed, or still
+waits for a connection that is lost."""
 
 
-class Upload:
-    """A multipart body that is read from disk as it is sent: a data set need not fit into memory.
+class MultipartUpload:
+    """A multipart body that is read from disk while it is sent: a dataset need not fit into memory.
 
-    `requests` takes an iterable with a length and then sends Content-Length instead of chunks.
+    `requests` accepts an iterable with a length, and then sends Content-Length instead of chunks.
     """
 
-    CHUNK = 1024**2
+    BLOCK = 1024**2
 
     def __init__(self, field: str, files: Sequence[Path], form: dict[str, str] | None = None) -> None:
         boundary = secrets.token_hex(16)
@@ -73,16 +72,16 @@ class Upload:
         for head, path, _ in self._parts:
             yield head
             with path.open("rb") as stream:
-                while chunk := stream.read(self.CHUNK):
-                    yield chunk
+                while block := stream.read(self.BLOCK):
+                    yield block
             yield b"\r\n"
         yield self._end
 
 
-class Piece:
-    """A stretch of a file, read as it is sent. Small chunks: each must pass within the socket's timeout."""
+class FileChunk:
+    """Part of a file, read while it is sent. Small blocks: each must pass within the socket's timeout."""
 
-    CHUNK = 64 * 1024
+    BLOCK = 64 * 1024
 
     def __init__(self, file: Path, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length
@@ -94,88 +93,91 @@ class Piece:
         left = self._length
         with self._file.open("rb") as stream:
             stream.seek(self._start)
-            while chunk := stream.read(min(self.CHUNK, left)):
-                left -= len(chunk)
-                yield chunk
+            while block := stream.read(min(self.BLOCK, left)):
+                left -= len(block)
+                yield block
 
 
-class Onlooker:
-    """Who sees how sending goes on. This one looks away, but lets no file be left out."""
+class ProgressListener:
+    """Receives the progress of an upload. This one ignores it, and raises the error of a refused file."""
 
-    def moved(self, stage: str, share: float) -> None:
-        """So much of a stage is done (0 to 1)."""
+    def on_progress(self, stage: str, share: float) -> None:
+        """`share` (0 to 1) of a stage is done."""
 
-    def refused(self, file: Path, error: ApiError) -> None:
-        """The API took all but this file. Raise it, or go on without the file."""
+    def on_refused(self, file: Path, error: ApiError) -> None:
+        """The API refused this file. Raise the error, or return to continue without the file."""
         raise ApiError(f"{file}: {error}", error.status)
 
 
-def is_little(files: Sequence[Path]) -> bool:
-    """Whether one request is best."""
-    return sum(file.stat().st_size for file in files) <= FEW_BYTES
+def fits_one_request(files: Sequence[Path]) -> bool:
+    """Whether the files are small enough for one request."""
+    return sum(file.stat().st_size for file in files) <= SINGLE_REQUEST_BYTES
 
 
-class Patience:
-    """How long a lost connection is waited for: anew from whatever moves on."""
+class RetryTimer:
+    """Waits between tries until nothing has moved on for `RECONNECT_SECONDS`. Every progress restarts the time."""
 
-    def __init__(self, worth_waiting: Sequence[int | None]) -> None:
-        self._worth_waiting = worth_waiting
+    def __init__(self, retryable: Sequence[int | None]) -> None:
+        self._retryable = retryable
         self._reached, self._since = -1, time.monotonic()
 
     def wait(self, error: ApiError, reached: int) -> None:
-        """Wait a little, or raise the error. `reached` grows with what is done."""
+        """Wait before the next try, or raise the error. `reached` grows with the progress."""
         if reached > self._reached:
             self._reached, self._since = reached, time.monotonic()
-        if error.status not in self._worth_waiting or time.monotonic() - self._since > PATIENCE_SECONDS:
+        if error.status not in self._retryable or time.monotonic() - self._since > RECONNECT_SECONDS:
             raise error
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(RETRY_SECONDS)
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """Call again while the network is away. A refusal is raised at once."""
-    patience = Patience(AWAY)
+def retry_while_unreachable(call: Callable[[], T]) -> T:
+    """Repeat the call while the API cannot be reached. A refusal is raised at once."""
+    timer = RetryTimer(UNREACHABLE)
     while True:
         try:
             return call()
         except ApiError as error:
-            patience.wait(error, 0)
+            timer.wait(error, 0)
 
 
-def stored_scans(client: Client, files: Sequence[Path], onlooker: Onlooker) -> list[tuple[Path, str]]:
-    """The files with their scans' ids, in order, once all are stored. Those that are refused are not among them.
+def store_scans(transport: Transport, files: Sequence[Path], listener: ProgressListener) -> list[tuple[Path, str]]:
+    """Store the files as scans. Returns those that were accepted, in order, each with its scan's id.
 
     Raises:
-        ApiError: too many, none of them a scan, or a connection that does not come back.
+        ApiError: too many files, none of them a scan, or a connection that does not come back.
     """
-    if len(files) > MOST_SCANS:
-        raise ApiError(f"{len(files)} scans are too many for one batch: at most {MOST_SCANS} are taken. Split them.")
-    hashes = _hashed(files, onlooker)
+    if len(files) > MAX_BATCH_SCANS:
+        limit = f"at most {MAX_BATCH_SCANS} are taken"
+        raise ApiError(f"{len(files)} scans are too many for one batch: {limit}. Split them.")
+    hashes = _hash_all(files, listener)
     content = dict(zip(hashes, files, strict=True))
-    found: dict[str, str] = client.call("POST", "/scans/known", json={"sha256": list(content)})["data"]
-    missing = {sha256: file for sha256, file in content.items() if sha256 not in found}
-    patience = Patience(AWAY)
+    ids: dict[str, str] = transport.call("POST", "/scans/known", json={"sha256": list(content)})["data"]
+    missing = {sha256: file for sha256, file in content.items() if sha256 not in ids}
+    timer = RetryTimer(UNREACHABLE)
     while missing:
         try:
-            _send_missing(client, missing, found, onlooker)
+            _send_missing(transport, missing, ids, listener)
         except ApiError as error:
-            patience.wait(error, len(found))
-    if not found:
+            timer.wait(error, len(ids))
+    if not ids:
         raise ApiError("None of the files is a scan: send PNG, JPEG or DICOM.")
-    return [(file, found[sha256]) for file, sha256 in zip(files, hashes, strict=True) if sha256 in found]
+    return [(file, ids[sha256]) for file, sha256 in zip(files, hashes, strict=True) if sha256 in ids]
 
 
-def _send_missing(client: Client, missing: dict[str, Path], found: dict[str, str], onlooker: Onlooker) -> None:
-    for sha256, answer in _at_once(lambda file: _scan_id(client, file), dict(missing), "sending", onlooker):
+def _send_missing(
+    transport: Transport, missing: dict[str, Path], ids: dict[str, str], listener: ProgressListener
+) -> None:
+    for sha256, answer in _in_parallel(lambda file: _store_scan(transport, file), dict(missing), "sending", listener):
         file = missing.pop(sha256)
         if isinstance(answer, ApiError):
-            onlooker.refused(file, answer)
+            listener.on_refused(file, answer)
         else:
-            found[sha256] = answer
+            ids[sha256] = answer
 
 
-def _hashed(files: Sequence[Path], onlooker: Onlooker) -> list[str]:
-    found = dict(_at_once(_sha256, dict(enumerate(files)), "hashing", onlooker))
-    return [found[number] for number in range(len(files))]
+def _hash_all(files: Sequence[Path], listener: ProgressListener) -> list[str]:
+    hashes = dict(_in_parallel(_sha256, dict(enumerate(files)), "hashing", listener))
+    return [hashes[number] for number in range(len(files))]
 
 
 def _sha256(file: Path) -> str:
@@ -183,59 +185,59 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _scan_id(client: Client, file: Path) -> str | ApiError:
-    """The id of a stored scan, or why it is none."""
-    upload = Upload("file", [file])
-    # Its bytes are its key. Another would only be waited for, a minute long, where a server died with it.
+def _store_scan(transport: Transport, file: Path) -> str | ApiError:
+    """The id of the stored scan, or the API's refusal."""
+    upload = MultipartUpload("file", [file])
+    # The content is its own key. An Idempotency-Key would block the retry for a minute where a server died with it.
     headers = {"Content-Type": upload.content_type, "Idempotency-Key": None}
     try:
-        return str(client.call("POST", "/scans", data=upload, headers=headers)["id"])
+        return str(transport.call("POST", "/scans", data=upload, headers=headers)["id"])
     except ApiError as error:
         if error.status not in (413, 422):
             raise
         return error
 
 
-def _at_once(
-    do: Callable[[Path], T], files: dict[Any, Path], stage: str, onlooker: Onlooker
+def _in_parallel(
+    do: Callable[[Path], T], files: dict[Any, Path], stage: str, listener: ProgressListener
 ) -> Iterator[tuple[Any, T]]:
-    """Do it with all files, some at a time; the first error ends it."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    """Call `do` with all files, some at a time; the first error ends it."""
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         keys = {pool.submit(do, file): key for key, file in files.items()}
         try:
             for done, future in enumerate(as_completed(keys), 1):
                 yield keys[future], future.result()
-                onlooker.moved(stage, done / len(keys))
+                listener.on_progress(stage, done / len(keys))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def uploaded(client: Client, file: Path, onlooker: Onlooker) -> str:
-    """The id of the file's upload, once it is whole.
+def upload_file(transport: Transport, file: Path, listener: ProgressListener) -> str:
+    """Upload the file in chunks. Returns the id of the complete upload.
 
     Raises:
-        ApiError: it was refused, or did not move on for `PATIENCE_SECONDS`.
+        ApiError: it was refused, or made no progress for `RECONNECT_SECONDS`.
     """
     size, name = file.stat().st_size, base64.b64encode(file.name.encode()).decode()
     headers = {**TUS, "Upload-Length": str(size), "Upload-Metadata": f"filename {name}"}
-    upload_id = str(client.call("POST", "/uploads", headers=headers)["id"])
-    at, patience = 0, Patience(ELSEWHERE)
+    upload_id = str(transport.call("POST", "/uploads", headers=headers)["id"])
+    at, timer = 0, RetryTimer(RESUMABLE)
     while True:
         try:
-            at = _offset(client, upload_id)
-            onlooker.moved("sending", at / size)
+            at = _offset(transport, upload_id)
+            listener.on_progress("sending", at / size)
             if at == size:
                 return upload_id
-            _send_piece(client, upload_id, Piece(file, at, min(PIECE_BYTES, size - at)), at)
+            _send_chunk(transport, upload_id, FileChunk(file, at, min(CHUNK_BYTES, size - at)), at)
         except ApiError as error:
-            patience.wait(error, at)
+            timer.wait(error, at)
 
 
-def _offset(client: Client, upload_id: str) -> int:
-    return int(client.answer("HEAD", f"/uploads/{upload_id}", headers=TUS).headers["Upload-Offset"])
+def _offset(transport: Transport, upload_id: str) -> int:
+    return int(transport.request("HEAD", f"/uploads/{upload_id}", headers=TUS).headers["Upload-Offset"])
 
 
-def _send_piece(client: Client, upload_id: str, piece: Piece, start: int) -> None:
+def _send_chunk(transport: Transport, upload_id: str, chunk: FileChunk, start: int) -> None:
     headers = {**TUS, "Upload-Offset": str(start), "Content-Type": "application/offset+octet-stream"}
-    client.answer("PATCH", f"/uploads/{upload_id}", data=piece, headers=headers)
+    transport.request("PATCH", f"/uploads/{upload_id}", data=chunk, headers=headers)

@@ -1,0 +1,1 @@
+"""The commands of `renalq`, one file per kind of resource."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.commands.jobs import as_json, echo_json, echo_table, speaks
+from cli.commands.jobs import as_json, print_json, print_table, with_client
 
 if TYPE_CHECKING:
-    from cli.client.rest import Client
+    from cli.client import Client
 
 
 @click.group()
@@ -20,30 +20,30 @@ def datasets() -> None:
 
 @datasets.command("list")
 @as_json
-@speaks
+@with_client
 def datasets_list(client: Client, as_json: bool) -> None:
     """The datasets."""
     found = list(client.pages("/datasets", limit=100))
     if as_json:
-        return echo_json(found)
+        return print_json(found)
     rows = [(each["id"], each["name"], each["state"], _classes(each)) for each in found]
-    echo_table(("id", "name", "state", "classes"), rows)
+    print_table(("id", "name", "state", "classes"), rows)
 
 
 @datasets.command("show")
 @click.argument("dataset")
 @as_json
-@speaks
+@with_client
 def datasets_show(client: Client, dataset: str, as_json: bool) -> None:
-    """One dataset: its classes, what is wrong with it, and what is doubtful."""
+    """One dataset: its classes, its problems and its warnings."""
     found = client.dataset(dataset)
     if as_json:
-        return echo_json(found)
+        return print_json(found)
     show_dataset(found)
 
 
 def show_dataset(dataset: dict[str, Any]) -> None:
-    """One dataset in a few lines."""
+    """Print a dataset in a few lines."""
     lines = [f"dataset {dataset['id']} is {dataset['state']}: {_classes(dataset)}"]
     lines += [f"  problem  {problem}" for problem in dataset.get("problems") or ()]
     lines += [f"  warning  {warning}" for warning in dataset.get("warnings") or ()]
@@ -56,12 +56,12 @@ def _classes(dataset: dict[str, Any]) -> str:
 
 @datasets.command("add")
 @click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", help="A name for it; the file's by default.")
+@click.option("--name", help="A name for it; by default the file's.")
 @as_json
-@speaks
+@with_client
 def datasets_add(client: Client, archive: Path, name: str | None, as_json: bool) -> None:
-    """Upload ARCHIVE, a zip with one folder a class, and wait until it is checked."""
+    """Upload ARCHIVE, a zip with one folder per class, and wait until it is checked."""
     dataset = client.ready_dataset(archive, name)
     if as_json:
-        return echo_json(dataset)
+        return print_json(dataset)
     show_dataset(dataset)

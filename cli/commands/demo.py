@@ -1,6 +1,6 @@
-"""`renalq demo`: synthetic CT in, a trained network and ten predictions out, through the REST API alone.
+"""`renalq demo`: train on synthetic CT and predict ten new scans, through the REST API only.
 
-It starts a stack of its own in a fresh folder on a free port, and takes both away again.
+It starts its own stack in a new folder on a free port, and removes both at the end.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from cli.client.rest import ApiError, Client, Epoch, Job, Json, Prediction
+from cli.client import ApiError, Client, Epoch, Job, Json, Prediction
 from cli.commands.progress import follow
-from cli.stack.launch import CannotStartError, bound_to_us, last_line
+from cli.stack.launch import CannotStartError, last_line, with_pdeathsig
 from cli.stack.server_plan import free_port
 from cli.stack.services import REPOSITORY
 from jobs.settings import Settings
 
 PATIENTS, SLICES, SEED = 120, 4, 1
 NEW_PATIENTS, NEW_SEED = 10, 2
-"""Other patients from another seed: nothing of them was in the training's zip."""
+"""Other patients, from another seed: none of them is in the training's zip."""
 PARAMS: Json = {"weights": "none", "epochs": 5, "learning_rate": 0.01, "augmentation": False, "seed": 0}
-"""From scratch, so that nothing is downloaded: random frozen features, standardized, and a trained head."""
-LEAST_F1 = 0.90
+"""Without pretrained weights, so that nothing is downloaded: random frozen features and a trained head."""
+MIN_F1 = 0.90
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Scans:
-    """What the phantom made: a labelled zip, and unlabelled scans with their truth by file name."""
+    """Synthetic CT: a labelled zip, and unlabelled scans with their true labels by file name."""
 
     archive: Path
     new: list[Path]
@@ -50,9 +50,9 @@ class Scans:
 
 
 def demo(console: Console, keep: bool = False) -> int:
-    """Run it; 0 if F1 on the held-out patients reaches `LEAST_F1`."""
+    """Run the demo. Returns 0 if F1 on the held-out patients reaches `MIN_F1`."""
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     folder = Settings().home.resolve() / "demo" / secrets.token_hex(4)
     try:
         with running_stack(folder / "home") as stack:
@@ -71,16 +71,16 @@ def demo(console: Console, keep: bool = False) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # unlike the default, this unwinds, and so stops the stack
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # unlike the default handler this unwinds, and so stops the stack
 
 
 @contextmanager
 def running_stack(home: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`renalq up` for the length of the block."""
+    """`renalq up` for the duration of the block."""
     port = str(Settings().port) if "RENALQ_PORT" in os.environ else str(free_port())
     environ = {**os.environ, "RENALQ_HOME": str(home), "RENALQ_PORT": port, "COLUMNS": "200"}
-    command = bound_to_us([sys.executable, "-m", "cli", "up"])
+    command = with_pdeathsig([sys.executable, "-m", "cli", "up"])
     stack = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield stack
@@ -89,12 +89,12 @@ def running_stack(home: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             stack.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            stack.kill()  # its guardian sweeps up
+            stack.kill()  # its orphan reaper ends the rest
             stack.wait()
 
 
 def _make_scans(folder: Path, console: Console) -> Scans:
-    """While the stack starts: both use one core."""
+    """Made while the stack starts: each uses one core."""
     archive, new = folder / "synthetic-ct.zip", folder / "new"
     log = folder / "phantom.log"
     folder.mkdir(parents=True)
@@ -114,13 +114,18 @@ def _make_scans(folder: Path, console: Console) -> Scans:
 
 def _phantom(log: Path, *options: str) -> None:
     with log.open("ab") as stream:
-        command = bound_to_us([sys.executable, "-m", "ml", "phantom", *options])
+        command = with_pdeathsig([sys.executable, "-m", "ml", "phantom", *options])
         made = subprocess.run(command, stdout=stream, stderr=stream, check=False, cwd=REPOSITORY)
     if made.returncode != 0:
         raise CannotStartError(f"The synthetic CT could not be made: {last_line(log)} (log: {log})")
 
 
 def ready_client(stack: subprocess.Popen[bytes], home: Path) -> Client:
+    """A client of the stack, once it is ready.
+
+    Raises:
+        CannotStartError: it ended, or takes too long.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if stack.poll() is not None:
@@ -163,11 +168,11 @@ def _show_training(job: Job, epochs: list[Epoch], console: Console) -> bool:
         table.add_row(str(each.epoch), *losses, f"{each.val_accuracy:.3f}", f"{each.seconds:.1f}")
     console.print(table)
     accuracy, f1 = job.raw["metrics"]["accuracy"], job.raw["metrics"]["f1"]
-    verdict = "[green]✓[/]" if f1 >= LEAST_F1 else f"[red]✗ at least {LEAST_F1:.2f} was expected[/]"
+    verdict = "[green]✓[/]" if f1 >= MIN_F1 else f"[red]✗ at least {MIN_F1:.2f} was expected[/]"
     console.print(
         f"On patients that training never saw: accuracy {accuracy:.3f}, F1 {f1:.3f} {verdict}", highlight=False
     )
-    return bool(f1 >= LEAST_F1)
+    return bool(f1 >= MIN_F1)
 
 
 def _show_predictions(client: Client, scans: Scans, model: str, console: Console) -> None:
@@ -176,11 +181,11 @@ def _show_predictions(client: Client, scans: Scans, model: str, console: Console
         raise ApiError(f"The prediction {job.state}: {job.failure}")
     table = Table("scan", "label", "confidence", "disposition", "truth", title="Ten new patients", title_justify="left")
     for each in client.results(job.id):
-        table.add_row(each.name, each.label or each.state, *_judged(each, scans.truth.get(each.name)))
+        table.add_row(each.name, each.label or each.state, *_verdict_cells(each, scans.truth.get(each.name)))
     console.print(table)
 
 
-def _judged(prediction: Prediction, truth: str | None) -> tuple[str, str, str]:
+def _verdict_cells(prediction: Prediction, truth: str | None) -> tuple[str, str, str]:
     mark = "[green]✓[/]" if prediction.label == truth else "[red]✗[/]"
     confidence = "–" if prediction.confidence is None else f"{prediction.confidence:.3f}"
     return confidence, prediction.disposition or "–", f"{truth} {mark}"

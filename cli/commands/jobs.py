@@ -1,4 +1,4 @@
-"""The commands that speak to the API. `--json` prints what the API answered, for machines."""
+"""The commands on jobs, and what all commands that call the API share. `--json` prints the API's response."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from cli.client.rest import Client, Job
-    from cli.commands.progress import Shown
+    from cli.client import Client, Job
+    from cli.commands.progress import ProgressDisplay
 
 Command = Callable[..., Any]
 IMAGES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".bmp", ".tif", ".tiff", ".webp", "")
-"""What is taken from a folder; DICOM files often have no suffix."""
+"""Suffixes of the files that are taken from a folder; DICOM files often have none."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the API's JSON.")
 watch_option = click.option("--watch/--no-watch", default=False, help="Follow it until it has ended.")
 
 
-def speaks(command: Command) -> Command:
-    """Hand a `Client` to a command, and turn a refusal into one line and exit code 1."""
+def with_client(command: Command) -> Command:
+    """Pass a `Client` to the command, and turn an `ApiError` into one line and exit code 1."""
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        from cli.client.rest import ApiError, Client
+        from cli.client import ApiError, Client
 
         try:
             return command(Client(), *arguments, **options)
@@ -38,13 +38,13 @@ def speaks(command: Command) -> Command:
     return wrapped
 
 
-def echo_json(value: Any) -> None:
-    """JSON on stdout."""
+def print_json(value: Any) -> None:
+    """Print JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def echo_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table on stdout; whole values where stdout is not a terminal."""
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table on stdout; without a terminal, values are not shortened."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -57,9 +57,9 @@ def echo_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None
 
 
 def show_job(job: Job, machine: bool) -> None:
-    """One job in a few lines."""
+    """Print a job in a few lines."""
     if machine:
-        return echo_json(job.raw)
+        return print_json(job.raw)
     lines = [f"{job.kind} job {job.id}: {job.state}, {100 * job.progress:.0f} %"]
     lines += [f"  stage    {job.stage}"] if job.stage else []
     lines += [f"  error    {job.failure}"] if job.failure else []
@@ -70,7 +70,7 @@ def show_job(job: Job, machine: bool) -> None:
 
 
 def follow_or_show(client: Client, job: Job, watch: bool, machine: bool) -> Job:
-    """Follow the job if asked for; exit code 1 where it fails."""
+    """Print the job, or follow it with `watch`; exit code 1 if it failed."""
     if not watch:
         show_job(job, machine)
         return job
@@ -86,17 +86,17 @@ def follow_or_show(client: Client, job: Job, watch: bool, machine: bool) -> Job:
     return ended
 
 
-def sending(machine: bool) -> Shown:
-    """Shows how files are sent; for machines on stderr, away from the JSON."""
+def upload_progress(machine: bool) -> ProgressDisplay:
+    """Shows the progress of an upload; with --json on stderr, apart from the JSON."""
     from rich.console import Console
 
-    from cli.commands.progress import Shown
+    from cli.commands.progress import ProgressDisplay
 
-    return Shown(Console(stderr=machine))
+    return ProgressDisplay(Console(stderr=machine))
 
 
-def parsed_params(pairs: Iterable[str]) -> dict[str, Any]:
-    """`-p epochs=5 -p weights=none -p image_size=[224,224,3]`: values are JSON where they can be, else text."""
+def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
+    """`-p epochs=5 -p weights=none -p image_size=[224,224,3]`: each value is JSON if it parses, otherwise text."""
     params = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -119,7 +119,7 @@ def parsed_params(pairs: Iterable[str]) -> dict[str, Any]:
 @click.option("--name", help="A name for the job.")
 @watch_option
 @as_json
-@speaks
+@with_client
 def train(
     client: Client,
     dataset: str | None,
@@ -130,15 +130,15 @@ def train(
     as_json: bool,
     **short: Any,
 ) -> None:
-    """Train on DATASET: a zip with one folder a class, or the id of one that is there."""
+    """Train on DATASET: a zip with one folder per class, or the id of an uploaded dataset."""
     if (dataset is None) == (source_url is None):
         raise click.UsageError("Name a DATASET or a --source-url, and not both.")
-    params = parsed_params(pairs) | {key: value for key, value in short.items() if value is not None}
+    params = parse_params(pairs) | {key: value for key, value in short.items() if value is not None}
     if dataset is None:
         source = {"source_url": source_url}
     elif Path(dataset).is_file():
-        with sending(as_json) as onlooker:
-            source = {"dataset_id": client.ready_dataset(Path(dataset), onlooker=onlooker)["id"]}
+        with upload_progress(as_json) as listener:
+            source = {"dataset_id": client.ready_dataset(Path(dataset), listener=listener)["id"]}
     else:
         source = {"dataset_id": dataset}
     follow_or_show(client, client.train(source, params, name=name), watch, as_json)
@@ -149,25 +149,25 @@ def train(
 @click.option("--model", help="`champion` (the default) or a version.")
 @click.option("--wait/--no-wait", default=True, help="Wait for the predictions and print them.")
 @as_json
-@speaks
+@with_client
 def predict(client: Client, scans: tuple[Path, ...], model: str | None, wait: bool, as_json: bool) -> None:
     """Predict SCANS: files, folders, or one zip."""
-    files = list(scan_files(scans))
+    files = list(find_scans(scans))
     if not files:
         raise click.UsageError("There are no scans there.")
     if len(files) == 1 and files[0].suffix.lower() != ".zip":
         job = client.predict(files[0], wait_seconds=30 if wait else 0, model=model)
     else:
-        with sending(as_json) as onlooker:
-            job = client.predict_batch(files, model, onlooker)
+        with upload_progress(as_json) as listener:
+            job = client.predict_batch(files, model, listener)
     if not wait:
         return show_job(job, as_json)
     ended = follow_or_show(client, job, watch=not job.terminal, machine=as_json) if not job.terminal else job
     show_results(client, ended, as_json)
 
 
-def scan_files(paths: Iterable[Path]) -> Iterable[Path]:
-    """Files as they are, and of each folder the images below it in order."""
+def find_scans(paths: Iterable[Path]) -> Iterable[Path]:
+    """Files as given, and of each folder the images below it in order."""
     for path in paths:
         if path.is_dir():
             inside = (file for file in sorted(path.rglob("*")) if file.is_file())
@@ -177,9 +177,9 @@ def scan_files(paths: Iterable[Path]) -> Iterable[Path]:
 
 
 def show_results(client: Client, job: Job, machine: bool) -> None:
-    """The predictions of a job as a table."""
+    """Print the predictions of a job as a table."""
     if machine:
-        return echo_json(list(client.pages(f"/jobs/{job.id}/results", limit=100)))
+        return print_json(list(client.pages(f"/jobs/{job.id}/results", limit=100)))
     rows = [
         (
             each.name,
@@ -190,7 +190,7 @@ def show_results(client: Client, job: Job, machine: bool) -> None:
         )
         for each in client.results(job.id)
     ]
-    echo_table(("scan", "label", "confidence", "disposition", ""), rows)
+    print_table(("scan", "label", "confidence", "disposition", ""), rows)
     if job.state == "failed":
         sys.exit(1)
 
@@ -198,9 +198,9 @@ def show_results(client: Client, job: Job, machine: bool) -> None:
 @click.command()
 @click.argument("job")
 @as_json
-@speaks
+@with_client
 def watch(client: Client, job: str, as_json: bool) -> None:
-    """Follow JOB until it has ended; exit code 1 where it fails."""
+    """Follow JOB until it has ended; exit code 1 if it failed."""
     follow_or_show(client, client.job(job), watch=True, machine=as_json)
 
 
@@ -214,24 +214,24 @@ def jobs() -> None:
 @click.option("--kind", help="train, predict, …")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))
 @as_json
-@speaks
+@with_client
 def jobs_list(client: Client, state: str | None, kind: str | None, limit: int, as_json: bool) -> None:
     """The newest jobs."""
     query = {"state": state, "kind": kind, "limit": limit}
     page = client.call("GET", "/jobs", params={name: value for name, value in query.items() if value})
     if as_json:
-        return echo_json(page)
+        return print_json(page)
     rows = [
         (job["id"], job["kind"], job["state"], f"{100 * job['progress']:.0f} %", job["created_at"])
         for job in page["data"]
     ]
-    echo_table(("id", "kind", "state", "progress", "created"), rows)
+    print_table(("id", "kind", "state", "progress", "created"), rows)
 
 
 @jobs.command("show")
 @click.argument("job")
 @as_json
-@speaks
+@with_client
 def jobs_show(client: Client, job: str, as_json: bool) -> None:
     """One job."""
     show_job(client.job(job), as_json)
@@ -240,10 +240,10 @@ def jobs_show(client: Client, job: str, as_json: bool) -> None:
 @jobs.command("cancel")
 @click.argument("job")
 @as_json
-@speaks
+@with_client
 def jobs_cancel(client: Client, job: str, as_json: bool) -> None:
     """Ask a job to stop."""
-    from cli.client.rest import Job
+    from cli.client import Job
 
     show_job(Job.of(client.call("POST", f"/jobs/{job}/cancel")), as_json)
 
@@ -252,9 +252,9 @@ def jobs_cancel(client: Client, job: str, as_json: bool) -> None:
 @click.argument("job")
 @click.option("--watch/--no-watch", "follow", default=True, help="Follow the new job to its end.")
 @as_json
-@speaks
+@with_client
 def jobs_retry(client: Client, job: str, follow: bool, as_json: bool) -> None:
-    """Do again what a job did not bring to a good end, as a new job."""
+    """Submit a failed or cancelled job's unfinished work again, as a new job."""
     follow_or_show(client, client.retry(job), follow, as_json)
 
 
@@ -262,9 +262,9 @@ def jobs_retry(client: Client, job: str, follow: bool, as_json: bool) -> None:
 @click.argument("job")
 @click.option("--watch/--no-watch", "follow", default=True, help="Follow the new job to its end.")
 @as_json
-@speaks
+@with_client
 def jobs_reproduce(client: Client, job: str, follow: bool, as_json: bool) -> None:
-    """Do a succeeded training again, and say whether its figures match; exit code 1 where they do not."""
+    """Repeat a succeeded training, and say whether its figures match; exit code 1 if they do not."""
     ended = follow_or_show(client, client.reproduce(job), follow, as_json)
     found = ended.raw.get("reproduction")
     if found is None:
@@ -276,7 +276,7 @@ def jobs_reproduce(client: Client, job: str, follow: bool, as_json: bool) -> Non
 
 
 def reproduction_lines(found: dict[str, Any]) -> list[str]:
-    """How a training and its reproduction compare, in lines."""
+    """Lines that compare a training with its reproduction."""
     verdict = "every figure matches" if found["matches"] else f"{len(found['differences'])} figures differ"
     lines = [f"reproduction of {found['of']}: {verdict}"]
     lines += [f"  {name:<28} {was} → {now}" for name, (was, now) in found["differences"].items()]
@@ -288,7 +288,7 @@ def reproduction_lines(found: dict[str, Any]) -> list[str]:
 @jobs.command("results")
 @click.argument("job")
 @as_json
-@speaks
+@with_client
 def jobs_results(client: Client, job: str, as_json: bool) -> None:
     """The predictions of a job so far."""
     show_results(client, client.job(job), as_json)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.commands.jobs import as_json, echo_json, echo_table, speaks
+from cli.commands.jobs import as_json, print_json, print_table, with_client
 
 if TYPE_CHECKING:
-    from cli.client.rest import Client
+    from cli.client import Client
 
 
 @click.group()
@@ -21,31 +21,31 @@ def keys() -> None:
 @click.argument("name")
 @click.option("--scope", "scopes", multiple=True, required=True, help="jobs:read, jobs:write, models:write, admin")
 @as_json
-@speaks
+@with_client
 def keys_add(client: Client, name: str, scopes: tuple[str, ...], as_json: bool) -> None:
-    """Make a key; its secret is shown this once."""
+    """Create a key. Its secret is shown only once."""
     key = client.call("POST", "/keys", json={"name": name, "scopes": list(scopes)})
     if as_json:
-        return echo_json(key)
+        return print_json(key)
     click.echo(f"key {key['id']} ({', '.join(key['scopes'])})\n{key['secret']}")
 
 
 @keys.command("list")
 @as_json
-@speaks
+@with_client
 def keys_list(client: Client, as_json: bool) -> None:
     """The keys, without their secrets."""
     found = list(client.pages("/keys"))
     if as_json:
-        return echo_json(found)
+        return print_json(found)
     rows = [(key["id"], key["name"], " ".join(key["scopes"]), key.get("revoked_at") or "") for key in found]
-    echo_table(("id", "name", "scopes", "revoked"), rows)
+    print_table(("id", "name", "scopes", "revoked"), rows)
 
 
 @keys.command("revoke")
 @click.argument("key")
-@speaks
+@with_client
 def keys_revoke(client: Client, key: str) -> None:
-    """End a key."""
+    """Revoke a key."""
     client.call("DELETE", f"/keys/{key}")
     click.echo(f"key {key} is revoked")

@@ -1,4 +1,4 @@
-"""The commands that look at model versions, and change which one is champion."""
+"""The commands on model versions: look at them, and change the champion."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.commands.jobs import as_json, echo_json, echo_table, speaks
+from cli.commands.jobs import as_json, print_json, print_table, with_client
 
 if TYPE_CHECKING:
     import requests
 
-    from cli.client.rest import Client
+    from cli.client import Client
 
 BLOCK = 1024 * 1024
 MARKDOWN = "text/markdown"
@@ -33,16 +33,16 @@ def models(context: click.Context, as_json: bool) -> None:
 
 @models.command("list")
 @as_json
-@speaks
+@with_client
 def models_list(client: Client, as_json: bool) -> None:
     """The model versions, and which one is champion."""
     found = list(client.pages("/models", limit=100))
     if as_json:
-        return echo_json(found)
+        return print_json(found)
     rows = [
         (model["version"], "champion" if model["champion"] else "", _f1(model), model["created_at"]) for model in found
     ]
-    echo_table(("version", "", "F1", "created"), rows)
+    print_table(("version", "", "F1", "created"), rows)
 
 
 def _f1(model: dict[str, Any]) -> str | None:
@@ -53,16 +53,16 @@ def _f1(model: dict[str, Any]) -> str | None:
 @models.command("show")
 @click.argument("version")
 @as_json
-@speaks
+@with_client
 def models_show(client: Client, version: str, as_json: bool) -> None:
-    """One version: its figures, and what the gate said."""
+    """One version: its figures, and the gate's verdict."""
     show_model(client.call("GET", f"/models/{version}"), as_json)
 
 
 def show_model(model: dict[str, Any], machine: bool) -> None:
-    """One version in a few lines."""
+    """Print a version in a few lines."""
     if machine:
-        return echo_json(model)
+        return print_json(model)
     lines = [
         f"version {model['version']}{', the champion' if model['champion'] else ''}: {', '.join(model['classes'])}"
     ]
@@ -74,10 +74,10 @@ def show_model(model: dict[str, Any], machine: bool) -> None:
 
 @models.command("promote")
 @click.argument("version")
-@click.option("--force", is_flag=True, help="Even where the gate refuses it; say why with --reason.")
+@click.option("--force", is_flag=True, help="Promote it even if the gate refuses; --reason says why.")
 @click.option("--reason", help="Why; it is kept.")
 @as_json
-@speaks
+@with_client
 def models_promote(client: Client, version: str, force: bool, reason: str | None, as_json: bool) -> None:
     """Make VERSION the champion, if the gate agrees."""
     body = {"force": force, "reason": reason}
@@ -87,7 +87,7 @@ def models_promote(client: Client, version: str, force: bool, reason: str | None
 @models.command("rollback")
 @click.option("--reason", help="Why; it is kept.")
 @as_json
-@speaks
+@with_client
 def models_rollback(client: Client, reason: str | None, as_json: bool) -> None:
     """Make the champion before this one champion again."""
     _show_champion(client.call("POST", "/models/rollback", json={"reason": reason}), as_json)
@@ -95,37 +95,37 @@ def models_rollback(client: Client, reason: str | None, as_json: bool) -> None:
 
 def _show_champion(model: dict[str, Any], machine: bool) -> None:
     if machine:
-        return echo_json(model)
+        return print_json(model)
     click.echo(f"version {model['version']} is champion")
 
 
 @models.command("promotions")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))
 @as_json
-@speaks
+@with_client
 def models_promotions(client: Client, limit: int, as_json: bool) -> None:
-    """Who was made champion, when, how and why, newest first."""
+    """The changes of the champion, newest first."""
     page = client.call("GET", "/models/promotions", params={"limit": limit})
     if as_json:
-        return echo_json(page)
+        return print_json(page)
     columns = ("at", "version", "replaced", "how", "reason")
-    echo_table(columns, [[row[name] for name in columns] for row in page["data"]])
+    print_table(columns, [[row[name] for name in columns] for row in page["data"]])
 
 
 @models.command("compare")
 @click.argument("a")
 @click.argument("b")
 @as_json
-@speaks
+@with_client
 def models_compare(client: Client, a: str, b: str, as_json: bool) -> None:
-    """Versions A and B on the same test scans, and what they were made of."""
+    """Versions A and B on the same test scans, and how their training differs."""
     found = client.call("GET", "/models/compare", params={"a": a, "b": b})
     if as_json:
-        return echo_json(found)
+        return print_json(found)
     click.echo(found["note"])
     columns = ("", *(f"version {found[side]['version']}" for side in ("a", "b")))
     figures = [(name, *map(_figure, pair)) for name, pair in found["metrics"].items()]
-    echo_table(columns, [*figures, *_differences(found["differences"])])
+    print_table(columns, [*figures, *_differences(found["differences"])])
 
 
 def _figure(value: float | None) -> str | None:
@@ -133,7 +133,7 @@ def _figure(value: float | None) -> str | None:
 
 
 def _differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Pairs by their names; params and environment hold more of them."""
+    """Pairs by name; `params` and `environment` are nested."""
     rows: list[tuple[str, Any, Any]] = []
     for name, value in found.items():
         rows += _differences(value) if isinstance(value, dict) else [(name, *value)]
@@ -143,43 +143,43 @@ def _differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 @models.command("card")
 @click.argument("version")
 @as_json
-@speaks
+@with_client
 def models_card(client: Client, version: str, as_json: bool) -> None:
     """VERSION's model card, in Markdown."""
     kind = "application/json" if as_json else MARKDOWN
-    card = client.answer("GET", f"/models/{version}/card", headers={"Accept": kind})
+    card = client.request("GET", f"/models/{version}/card", headers={"Accept": kind})
     if as_json:
-        return echo_json(card.json())
+        return print_json(card.json())
     click.echo(card.content.decode(), nl=False)
 
 
 @models.command("download")
 @click.argument("version")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@speaks
+@with_client
 def models_download(client: Client, version: str, file: Path) -> None:
     """Write VERSION's network to FILE, a safetensors file."""
-    model = client.call("GET", f"/models/{version}")  # `champion` may be another one a moment later
-    answer = client.answer("GET", f"/models/{model['version']}/weights", stream=True)
+    model = client.call("GET", f"/models/{version}")  # `champion` may change between two requests
+    response = client.request("GET", f"/models/{model['version']}/weights", stream=True)
     partial = file.with_name(f"{file.name}.partial")
     try:
-        found = _written(answer, partial)
+        found = _write(response, partial)
         if found != model["weights_sha256"]:
-            raise click.ClickException("What came is not what was to come, by its SHA-256: download it again.")
+            raise click.ClickException("The file's SHA-256 is not the version's: download it again.")
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
     click.echo(f"version {model['version']} is in {file}, SHA-256 {found}")
 
 
-def _written(answer: requests.Response, file: Path) -> str:
-    """Write the answer's body; its SHA-256."""
+def _write(response: requests.Response, file: Path) -> str:
+    """Write the response's body. Returns its SHA-256."""
     import requests
 
     digest = hashlib.sha256()
     try:
         with file.open("wb") as stream:
-            for block in answer.iter_content(BLOCK):
+            for block in response.iter_content(BLOCK):
                 digest.update(block)
                 stream.write(block)
     except requests.RequestException as error:

@@ -1,4 +1,4 @@
-"""Follows a job: bars on a terminal, plain lines elsewhere, and a line for every epoch on both."""
+"""Progress of jobs and uploads: bars on a terminal, plain lines elsewhere, and one line per epoch on both."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from cli.client.errors import ApiError
-from cli.client.rest import Client, Epoch, Job
-from cli.client.uploads import Onlooker
+from cli.client import ApiError, Client, Epoch, Job, ProgressListener
 
 LINE_SECONDS = 2.0
-"""Without a terminal: at most one line of progress in this time, and one at every change of stage."""
+"""Without a terminal: at most one line of progress per so many seconds, and one at every change of stage."""
 
 
 def follow(client: Client, job_id: str, console: Console) -> Job:
-    """Show a job until it has ended, and return it."""
+    """Show the job's progress until it has ended, and return it."""
     view = _view(console)
     shown = 0
 
@@ -39,8 +37,8 @@ def follow(client: Client, job_id: str, console: Console) -> Job:
     return job
 
 
-class Shown(Onlooker):
-    """Shows how sending goes on, from when there is something to show; and names on stderr what is left out."""
+class ProgressDisplay(ProgressListener):
+    """Shows the progress of an upload once there is any; names files that are left out on stderr."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -55,12 +53,12 @@ class Shown(Onlooker):
         if self._view is not None:
             self._view.__exit__(kind, error, trace)
 
-    def moved(self, stage: str, share: float) -> None:
+    def on_progress(self, stage: str, share: float) -> None:
         if self._view is None:
             self._view = _view(self._console).__enter__()
         self._view.move(stage, share)
 
-    def refused(self, file: Path, error: ApiError) -> None:
+    def on_refused(self, file: Path, error: ApiError) -> None:
         click.echo(f"left out: {file}: {error}", err=True)
 
 
@@ -93,7 +91,7 @@ def _eta(job: Job) -> str:
 
 
 class _Bars:
-    """One bar for the job, with its stage and what it needs still."""
+    """One bar for the job, with its stage and the time left."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.fields[stage]:<20}"), BarColumn(40), TaskProgressColumn(), TimeElapsedColumn())
@@ -110,7 +108,7 @@ class _Bars:
         self._progress.stop()
 
     def show(self, job: Job) -> None:
-        """Move the bar to where the job is."""
+        """Move the bar to the job's progress."""
         self.move(_stage(job), 1.0 if job.state == "succeeded" else job.progress, _eta(job))
 
     def move(self, stage: str, share: float, eta: str = "") -> None:
@@ -119,7 +117,7 @@ class _Bars:
 
 
 class _Lines:
-    """The same as lines, for logs and pipes."""
+    """Progress as lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._last, self._at = console, ("", -1), 0.0
@@ -133,11 +131,11 @@ class _Lines:
         return
 
     def show(self, job: Job) -> None:
-        """Say where the job is."""
+        """Print the job's progress."""
         self.move(_stage(job), job.progress, _eta(job))
 
     def move(self, stage: str, share: float, eta: str = "") -> None:
-        """Print a line if something moved, and not too often."""
+        """Print a line if something changed, and not too often."""
         state, now = (stage, int(100 * share)), time.monotonic()
         new_stage = state[0] != self._last[0]
         if new_stage or (state != self._last and now - self._at >= LINE_SECONDS):

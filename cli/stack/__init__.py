@@ -1,0 +1,1 @@
+"""All of RenalQ on one machine: supervisor, Postgres, Redis, services and doctor."""

@@ -1,4 +1,4 @@
-"""`renalq doctor`: what is there, and what to do about what is not, in one line each."""
+"""`renalq doctor`: check what is installed and reachable, and say in one line each what to do."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from cli.stack.services import REPOSITORY
 from jobs.settings import Settings
 
 GIB = 1024**3
-LITTLE_DISK, NO_DISK = 10 * GIB, 2 * GIB
+LOW_DISK, MIN_DISK = 10 * GIB, 2 * GIB
 IMAGENET_FILE = "vgg16-397923af.pth"
 PROBE_SECONDS = 120
 
-# Runs in a process of its own: this package must not import torch, and a broken install must not break the doctor.
+# Runs in its own process: this package must not import torch, and a broken install must not break the doctor.
 _PROBE = """
 import json, os, platform
 found = {}
@@ -42,9 +42,9 @@ try:
     found["hub"] = torch.hub.get_dir()
     found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     try:
-        from ml import torchvision_ops
-        found["torchvision"] = torchvision_ops.torchvision().__version__
-        found["declared"] = torchvision_ops.operators_declared()
+        from ml.runtime import torchvision_import
+        found["torchvision"] = torchvision_import.torchvision().__version__
+        found["declared"] = torchvision_import.operators_declared()
     except Exception as error:
         found["torchvision_error"] = f"{type(error).__name__}: {error}"
 except Exception as error:
@@ -54,7 +54,7 @@ print(json.dumps(found))
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -63,7 +63,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what is there, and what to do (empty where all is well)."""
+    """One line: the subject, what was found, and what to do (empty if nothing)."""
 
     level: Level
     subject: str
@@ -84,7 +84,7 @@ def _problem(subject: str, text: str, remedy: str) -> Finding:
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
-    """All of them, each as soon as it is known."""
+    """All findings, each as soon as it is known."""
     yield python_version()
     probed = probe()
     yield torch_found(probed)
@@ -101,12 +101,12 @@ _OPTIONAL = {"mlflow": "runs are not tracked", "flower": "queues are not shown"}
 
 
 def python_version() -> Finding:
-    """Which one this is: an older one than we need could not have been installed into."""
+    """Its version: RenalQ cannot be installed into one that is too old."""
     return _ok("Python", f"{sys.version.split()[0]} in {sys.prefix}")
 
 
 def probe() -> dict[str, Any]:
-    """What a fresh process finds of torch and torchvision."""
+    """What a new process finds of torch and torchvision."""
     command = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(
@@ -118,7 +118,7 @@ def probe() -> dict[str, Any]:
 
 
 def torch_found(probed: dict[str, Any]) -> Finding:
-    """torch and the device that it sees."""
+    """The version of torch and its device."""
     if "torch_error" in probed:
         return _problem("torch", probed["torch_error"], "run make setup: it installs the extra [worker]")
     device = probed["device"] if probed["device"] != "cpu" else f"CPU, {probed['threads']} threads"
@@ -126,7 +126,7 @@ def torch_found(probed: dict[str, Any]) -> Finding:
 
 
 def torchvision_found(probed: dict[str, Any]) -> Finding:
-    """torchvision, and whether its compiled operators load."""
+    """The version of torchvision, and whether its compiled operators load."""
     subject = "torchvision"
     if "torchvision" not in probed:
         return _problem(subject, probed.get("torchvision_error", "not looked at: no torch"), "run make setup")
@@ -137,7 +137,7 @@ def torchvision_found(probed: dict[str, Any]) -> Finding:
 
 
 def weights(settings: Settings, probed: dict[str, Any]) -> Finding:
-    """The ImageNet weights: only `weights: imagenet` needs them."""
+    """The ImageNet weights, which only `weights: imagenet` needs."""
     hub = Path(probed["hub"]) / "checkpoints" if "hub" in probed else None
     for folder in (settings.weights_dir, hub):
         if folder is not None and (folder / IMAGENET_FILE).is_file():
@@ -158,29 +158,29 @@ def disk(settings: Settings) -> Finding:
         place = place.parent
     free = shutil.disk_usage(place).free
     text = f"{free / GIB:.1f} GiB free for {settings.home.resolve()}"
-    if free < NO_DISK:
+    if free < MIN_DISK:
         return _problem("disk", text, "free some, or set RENALQ_HOME to a larger disk: a network takes 0.5 GiB")
-    if free < LITTLE_DISK:
+    if free < LOW_DISK:
         return _warning("disk", text, "enough for a few trainings: a network takes 0.5 GiB")
     return _ok("disk", text)
 
 
 def port(settings: Settings) -> Finding:
-    """Whether the API could listen. Our own running stack is fine."""
+    """Whether the API can listen. A running stack of this home may have the port."""
     place = f"{settings.host}:{settings.port}"
     with closing(socket.socket()) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((settings.host, settings.port))
         except OSError as error:
-            if _runs(settings.home / "stack.json"):
+            if _is_running(settings.home / "stack.json"):
                 return _ok("port", f"{place} is taken, by the stack that runs in {settings.home.resolve()}")
             return _problem("port", f"{place}: {error.strerror}", "set RENALQ_PORT to a free port")
     return _ok("port", f"{place} is free; all other ports are taken as they come")
 
 
-def _runs(state: Path) -> bool:
-    """Whether the `renalq up` that wrote this file lives: one that was killed has left it behind."""
+def _is_running(state: Path) -> bool:
+    """Whether the `renalq up` that wrote this file still runs: a killed one leaves the file behind."""
     try:
         return psutil.pid_exists(int(json.loads(state.read_text())["pid"]))
     except (OSError, ValueError, KeyError):
@@ -188,7 +188,7 @@ def _runs(state: Path) -> bool:
 
 
 def postgres(settings: Settings) -> Finding:
-    """The given server if there is one, else the binaries."""
+    """The given server, or else the installed binaries."""
     if "database_url" in settings.model_fields_set:
         return _given(settings.database_url, "Postgres", "RENALQ_DATABASE_URL", postgres_version)
     try:
@@ -199,7 +199,7 @@ def postgres(settings: Settings) -> Finding:
 
 
 def redis(settings: Settings) -> Finding:
-    """The given server if there is one, else the binary."""
+    """The given server, or else the installed binary."""
     if "redis_url" in settings.model_fields_set:
         return _given(settings.redis_url, "Redis", "RENALQ_REDIS_URL", _redis_version)
     try:
@@ -228,7 +228,7 @@ def _redis_version(url: str) -> str:
 
 
 def _binary(subject: str, program: Path) -> Finding:
-    """Its first line of --version, or why it does not run."""
+    """Its version, or why it does not run."""
     try:
         done = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
@@ -239,7 +239,7 @@ def _binary(subject: str, program: Path) -> Finding:
 
 
 def optional(package: str, without: str) -> Finding:
-    """Installed or not; the stack runs without."""
+    """Whether an optional package is installed; the stack runs without it."""
     name = package.capitalize() if package != "mlflow" else "MLflow"
     if importlib.util.find_spec(package) is None:
         return _warning(name, f"not installed: {without}", "run make setup")
@@ -249,7 +249,7 @@ def optional(package: str, without: str) -> Finding:
 
 
 def doctor(machine: bool) -> int:
-    """Print all findings; 1 if one is a problem."""
+    """Print all findings. Returns 1 if one is a problem."""
     from rich.console import Console
 
     console, worst = Console(), Level.OK

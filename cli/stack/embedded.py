@@ -1,4 +1,4 @@
-"""Postgres and Redis for the length of a `with` block: what tests and benchmarks stand on."""
+"""Postgres and Redis for the duration of a `with` block, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cli.stack.server_plan import START_SECONDS, ServerPlan
 
 @contextmanager
 def embedded_postgres(folder: Path, fsync: bool = True) -> Iterator[str]:
-    """A real Postgres in `folder` for the length of the block, yielding the URL of its database `renalq`.
+    """A Postgres in `folder` for the duration of the block; yields the URL of its database `renalq`.
 
-    Ends with the block, with Ctrl-C, and when this process is killed. Enter it from the main thread.
+    It ends with the block, with Ctrl-C, and when this process is killed. Enter it from the main thread.
     """
     plan = prepare_postgres(folder, fsync)
     with _running(plan, folder / "logs" / "postgres.log"):
@@ -29,7 +29,7 @@ def embedded_postgres(folder: Path, fsync: bool = True) -> Iterator[str]:
 
 @contextmanager
 def embedded_redis(folder: Path) -> Iterator[str]:
-    """A real Redis in `folder` for the length of the block, yielding its URL. As `embedded_postgres`."""
+    """A Redis in `folder` for the duration of the block; yields its URL. As `embedded_postgres`."""
     plan = prepare_redis(folder)
     with _running(plan, folder / "logs" / "redis.log"):
         yield plan.url
@@ -39,14 +39,18 @@ def embedded_redis(folder: Path) -> Iterator[str]:
 def _running(plan: ServerPlan, log: Path) -> Iterator[None]:
     child = launch.start(plan.command, log, postgres_environ())
     try:
-        wait_until_it_answers(plan, child, log)
+        wait_until_ready(plan, child, log)
         yield
     finally:
         launch.stop(child, plan.stop_signal, grace_seconds=10)
 
 
-def wait_until_it_answers(plan: ServerPlan, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server answers; raise `CannotStart` if it ends before, or takes too long."""
+def wait_until_ready(plan: ServerPlan, child: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server answers.
+
+    Raises:
+        CannotStartError: it ended before, or takes too long.
+    """
     deadline = time.monotonic() + START_SECONDS
     while not plan.answers():
         if child.poll() is not None:

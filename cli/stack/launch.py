@@ -1,11 +1,11 @@
-"""How child processes are started and ended, so that none outlives the command that started it.
+"""Start and end child processes so that none outlives the command that started it.
 
-Three fences, each for what the one before cannot do:
+Three safeguards, each for what the one before cannot do:
 
-1. `stop` ends a child's whole process group when we end in good order.
-2. `bound_to_us` asks the kernel (PR_SET_PDEATHSIG, through util-linux' setpriv) to signal the child when
-   we are killed with -9. It fires when the starting THREAD ends: start children from the main thread only.
-3. `cli.stack.orphan_reaper` sweeps up what is left, found by the mark in its environment (`STACK_MARK`).
+1. `stop` ends a child's whole process group when this process ends normally.
+2. `with_pdeathsig` asks the kernel (PR_SET_PDEATHSIG, through util-linux' setpriv) to signal the child when this
+   process is killed. It fires when the starting THREAD ends: start children from the main thread only.
+3. `cli.stack.orphan_reaper` ends what is left, which it finds by a mark in the environment (`STACK_MARK`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from functools import cache
 from pathlib import Path
 
 STACK_MARK = "RENALQ_STACK_MARK"
-"""Environment variable that every process of one stack carries, grandchildren included."""
+"""Environment variable of every process of one stack, grandchildren included."""
 
 _UNPRIVILEGED = "nobody"
 
 
 class CannotStartError(Exception):
-    """Something cannot be started here; the message says what, and what to do about it."""
+    """Something cannot be started; the message says what, and what to do about it."""
 
 
 @cache
 def _setpriv() -> str | None:
-    """The path of a setpriv that knows --pdeathsig (util-linux 2.33 or later, not busybox'), or None."""
+    """The path of a setpriv that has --pdeathsig (util-linux 2.33 or later, not busybox), or None."""
     path = shutil.which("setpriv", path=os.environ.get("PATH", "") + ":/usr/bin:/bin")
     if path is None:
         return None
@@ -41,8 +41,8 @@ def _setpriv() -> str | None:
     return path if "--pdeathsig" in listing.stdout else None
 
 
-def bound_to_us(command: list[str], on_death: signal.Signals = signal.SIGTERM) -> list[str]:
-    """The command, to be sent `on_death` by the kernel when we die. Unchanged where setpriv is missing."""
+def with_pdeathsig(command: list[str], on_death: signal.Signals = signal.SIGTERM) -> list[str]:
+    """The command, which the kernel signals with `on_death` when this process dies. Unchanged without setpriv."""
     setpriv = _setpriv()
     if setpriv is None:
         return command
@@ -50,7 +50,7 @@ def bound_to_us(command: list[str], on_death: signal.Signals = signal.SIGTERM) -
 
 
 def unprivileged_ids() -> tuple[int, int] | None:
-    """User and group that a server which refuses root shall run as; None where we are not root."""
+    """User and group for a server that refuses to run as root; None where this process is not root."""
     if os.geteuid() != 0:
         return None
     try:
@@ -65,15 +65,15 @@ def unprivileged_ids() -> tuple[int, int] | None:
 _REMEDY = "Run as an ordinary user, or set RENALQ_DATABASE_URL to a Postgres of your own."
 
 
-def bound_and_unprivileged(command: list[str], on_death: signal.Signals) -> list[str]:
-    """Like `bound_to_us`, and not as root.
+def with_pdeathsig_unprivileged(command: list[str], on_death: signal.Signals) -> list[str]:
+    """Like `with_pdeathsig`, and not as root.
 
-    The one capability kept, CAP_DAC_OVERRIDE, lets the server reach its data folder below a 0700 folder of
-    root's (such as `mktemp -d` makes) without our changing the mode of anybody's folders.
+    The one capability kept, CAP_DAC_OVERRIDE, lets the server reach its data folder below a 0700 folder of root
+    (as `mktemp -d` makes) without a change of any folder's mode.
     """
     ids = unprivileged_ids()
     if ids is None:
-        return bound_to_us(command, on_death)
+        return with_pdeathsig(command, on_death)
     setpriv = _setpriv()
     if setpriv is None:
         raise CannotStartError(f"Postgres refuses to run as root, and util-linux' setpriv is missing. {_REMEDY}")
@@ -84,8 +84,8 @@ def bound_and_unprivileged(command: list[str], on_death: signal.Signals) -> list
         "--clear-groups",
         "--inh-caps=+dac_override",
         "--ambient-caps=+dac_override",
-        # Else access(2) leaves that capability out of account, and initdb finds no `postgres` beside itself when the
-        # virtual environment, too, lies below such a folder.
+        # Without it access(2) ignores that capability, and initdb does not find `postgres` beside itself when the
+        # virtual environment lies below such a folder too.
         "--securebits=+no_setuid_fixup",
         f"--pdeathsig={on_death.name.removeprefix('SIG')}",
         "--",
@@ -96,7 +96,7 @@ def bound_and_unprivileged(command: list[str], on_death: signal.Signals) -> list
 def start(
     command: list[str], log: Path, environ: Mapping[str, str], folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a command (see `bound_to_us`) in its own session, both its streams appended to `log`."""
+    """Start a command (see `with_pdeathsig`) in its own session; stdout and stderr are appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(
@@ -106,13 +106,13 @@ def start(
             stderr=stream,
             env=dict(environ),
             cwd=folder,
-            # A session of its own: Ctrl-C in the terminal reaches us alone, and we end the others in order.
+            # Its own session: Ctrl-C in the terminal reaches only this process, which ends the others in order.
             start_new_session=True,
         )
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Send a signal to the process group that `start` made for this child. A group that is gone is fine."""
+    """Send a signal to the process group of a child of `start`. Nothing happens if the group has ended."""
     try:
         os.killpg(pid, number)
     except (ProcessLookupError, PermissionError):
@@ -120,12 +120,12 @@ def signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def stop(child: subprocess.Popen[bytes], ask: signal.Signals, grace_seconds: float) -> None:
-    """Ask the child itself to end, wait, then kill what its process group still holds."""
+    """Ask the child to end, wait, then kill what is left of its process group."""
     stop_all([(child, ask, grace_seconds)])
 
 
 def stop_all(children: Iterable[tuple[subprocess.Popen[bytes], signal.Signals, float]]) -> None:
-    """`stop` for several at once: all are asked first, and their grace times run side by side."""
+    """`stop` for several at once: all are asked first, and their grace times run in parallel."""
     waiting, asked_at = list(children), time.monotonic()
     for child, ask, _ in waiting:
         if child.poll() is None:

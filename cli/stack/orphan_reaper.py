@@ -1,8 +1,8 @@
-"""The last fence: a tiny process that outlives `renalq up` by seconds and sweeps up what it left.
+"""The last safeguard: a small process that ends what a killed `renalq up` has left.
 
-`renalq up` holds the write end of a pipe to it. "done" on that pipe means a good end. End-of-file without it means
-that `renalq up` was killed: then every process that carries its mark is ended, ours first and the servers
-after them. The mark is an environment variable, so grandchildren in sessions of their own are found as well.
+`renalq up` holds the write end of a pipe to it. "done" on that pipe means a normal end. End-of-file without it means
+that `renalq up` was killed: then every process with its mark is ended, first the services and then the servers. The
+mark is an environment variable, so grandchildren in sessions of their own are found as well.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ import psutil
 
 from cli.stack.launch import STACK_MARK
 
-OURS_SECONDS = 6.0
+SERVICES_SECONDS = 6.0
 SERVERS_SECONDS = 6.0
 
 
 class Stage(IntEnum):
-    """Stages of a stack, started upwards and stopped downwards."""
+    """Stages of a stack, started in this order and stopped in reverse."""
 
     SERVERS = 1
-    """Postgres and Redis: needed by all others until the very end."""
+    """Postgres and Redis: all others need them until the end."""
     SERVICES = 2
     """The API, the dispatcher, MLflow."""
     WORKERS = 3
-    """Celery's workers, which hand their units back as they stop, and their monitor."""
+    """Celery's workers, which hand their units back when they stop, and their monitor."""
 
 
 def mark(token: str, stage: Stage) -> dict[str, str]:
-    """The environment variable that marks a process as one of a stack's."""
+    """The environment variable that marks a process as part of a stack."""
     return {STACK_MARK: f"{token}/{stage.value}"}
 
 
 def marked(token: str, first: Stage = Stage.SERVERS) -> Iterator[psutil.Process]:
-    """Living processes of the stack `token`, of the stage `first` or above, without ourselves."""
+    """Living processes of the stack `token`, of stage `first` or later, without this one."""
     for process in psutil.process_iter():
         try:
             value = process.environ().get(STACK_MARK, "")
             alive = process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, OSError):
-            continue  # gone meanwhile, or another user's
+            continue  # it has ended, or belongs to another user
         name, _, stage = value.partition("/")
         if alive and name == token and int(stage) >= first and process.pid != os.getpid():
             yield process
 
 
 def sweep(token: str, first: Stage, ask: signal.Signals, grace_seconds: float) -> int:
-    """Ask all processes of a stage and above to end, then kill them. Returns how many there were."""
+    """Ask all processes of stage `first` and later to end, then kill them. Returns how many there were."""
     found = list(marked(token, first))
     _send(found, ask)
     deadline = time.monotonic() + grace_seconds
@@ -72,7 +72,7 @@ def _send(processes: Iterator[psutil.Process] | list[psutil.Process], number: si
 
 
 def start(token: str, keep_open: int) -> subprocess.Popen[bytes]:
-    """Start a guardian. It inherits the lock file's descriptor: the lock is free only when all is swept."""
+    """Start a reaper. It inherits the lock file's descriptor: the lock is free only when all processes have ended."""
     command = [sys.executable, "-m", "cli.stack.orphan_reaper", token]
     return subprocess.Popen(
         command,
@@ -84,19 +84,19 @@ def start(token: str, keep_open: int) -> subprocess.Popen[bytes]:
     )
 
 
-def dismiss(guardian: subprocess.Popen[bytes]) -> None:
-    """Tell it that all ended well."""
-    guardian.communicate(b"done")
+def stop(reaper: subprocess.Popen[bytes]) -> None:
+    """Tell the reaper that `renalq up` ended normally."""
+    reaper.communicate(b"done")
 
 
 def main(token: str) -> None:
-    """Wait for the end of `renalq up`, and sweep if it was a bad one."""
+    """Wait for the end of `renalq up`; if it was killed, end its processes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read() == b"done":
         return
-    sweep(token, Stage.SERVICES, signal.SIGTERM, OURS_SECONDS)
-    # INT is Postgres' fast shutdown; TERM would wait for every session to end by itself.
+    sweep(token, Stage.SERVICES, signal.SIGTERM, SERVICES_SECONDS)
+    # SIGINT is Postgres' fast shutdown; SIGTERM would wait for every session to end by itself.
     sweep(token, Stage.SERVERS, signal.SIGINT, SERVERS_SECONDS)
 
 

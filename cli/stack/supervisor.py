@@ -1,7 +1,7 @@
-"""Starts services in order, watches them, and stops them in the reverse order.
+"""Start services in order, watch them, and stop them in the reverse order.
 
-Our own, because the ready-made ones stop all processes at once: workers must be able to hand their units back to
-Postgres before Postgres goes. Single-threaded on purpose (see `cli.stack.launch` on PR_SET_PDEATHSIG).
+Written here because existing process managers stop all processes at once: workers must hand their units back before
+Postgres stops. Single-threaded on purpose (see `cli.stack.launch` on PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from cli.stack import launch, orphan_reaper
 from cli.stack.orphan_reaper import Stage
 
 TICK_SECONDS = 0.1
-MOST_RESTARTS = 5
+MAX_RESTARTS = 5
 RESTART_WINDOW_SECONDS = 60.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class StopAskedError(Exception):
-    """A signal asks the whole stack to stop in good order."""
+class StopRequestedError(Exception):
+    """A signal asked the whole stack to stop."""
 
 
 class ServiceDiedError(Exception):
-    """A service ended that must not; the message says which one, and where its log is."""
+    """A service ended that must not end; the message names it and its log."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Service:
     stop_signal: signal.Signals = signal.SIGTERM
     grace_seconds: float = 10.0
     restarts: bool = False
-    """Workers run native code and are expected to die; of everything else one death ends the stack."""
+    """Workers run native code and may crash; the death of any other service ends the stack."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Child:
 
 
 class Supervisor:
-    """Holds the children of one `renalq up`. A context manager: leaving it, however, stops every one."""
+    """The children of one `renalq up`. A context manager: leaving it, for any reason, stops all of them."""
 
     def __init__(
         self,
@@ -66,17 +66,23 @@ class Supervisor:
         lock: int,
         report: Callable[[str], None],
     ) -> None:
-        """`folder` is the children's working folder, `lock` the descriptor of the held lock file."""
+        """
+        Args:
+            logs: folder of the log files.
+            folder: working folder of the children.
+            lock: descriptor of the locked file.
+            report: called with a line for the user.
+        """
         self.token = secrets.token_hex(8)
         self._logs, self._folder, self._lock, self._report = logs, folder, lock, report
         self._children: dict[str, _Child] = {}
-        self._asked: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._stop_signal: signal.Signals | None = None
+        self._old_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._ask_to_stop)
-        self._guardian = orphan_reaper.start(self.token, self._lock)
+            self._old_handlers[number] = signal.signal(number, self._request_stop)
+        self._reaper = orphan_reaper.start(self.token, self._lock)
         return self
 
     def __exit__(
@@ -86,12 +92,12 @@ class Supervisor:
         trace: TracebackType | None,
     ) -> None:
         self._stop_everything()
-        orphan_reaper.dismiss(self._guardian)
-        for number, handler in self._before.items():
+        orphan_reaper.stop(self._reaper)
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._asked = signal.Signals(number)  # acted on at the next tick, never in the middle of a start
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signal = signal.Signals(number)  # handled at the next tick, never in the middle of a start
 
     def log(self, name: str) -> Path:
         """The log file of a service."""
@@ -102,7 +108,7 @@ class Supervisor:
         return {name: child.process.pid for name, child in self._children.items()}
 
     def start(self, service: Service) -> subprocess.Popen[bytes]:
-        """Start a service; its death will be noticed by every later wait."""
+        """Start a service. Every later wait notices its death."""
         process = self._launch(service)
         known = self._children.get(service.name)
         self._children[service.name] = _Child(service, process, known.deaths if known else deque())
@@ -113,14 +119,14 @@ class Supervisor:
         return launch.start(service.command, self.log(service.name), environ, self._folder)
 
     def run(self, service: Service, seconds: float) -> None:
-        """Run a one-shot command to its end. Raises `ServiceDiedError` if it fails or takes too long."""
+        """Run a command to its end. Raises `ServiceDiedError` if it fails or takes too long."""
         process = self._launch(service)
         try:
             self.wait_for(lambda: process.poll() is not None, f"{service.name} to end", seconds)
         finally:
             launch.stop(process, signal.SIGTERM, grace_seconds=3)
         if process.returncode != 0:
-            raise ServiceDiedError(self._obituary(service.name, process.returncode))
+            raise ServiceDiedError(self._death_message(service.name, process.returncode))
 
     def wait_for(self, happened: Callable[[], bool], what: str, seconds: float) -> None:
         """Wait for a condition while watching all children. Raises `ServiceDiedError` after `seconds`."""
@@ -131,34 +137,34 @@ class Supervisor:
             self.tick()
 
     def watch(self) -> None:
-        """Watch for ever: ends by `StopAskedError` or `ServiceDiedError` only."""
+        """Watch until `StopRequestedError` or `ServiceDiedError` is raised."""
         while True:
             self.tick()
 
     def tick(self) -> None:
-        """One look at signals and children, and a short sleep."""
-        if self._asked is not None:
-            raise StopAskedError(self._asked.name)
+        """Check signals and children once, then sleep shortly."""
+        if self._stop_signal is not None:
+            raise StopRequestedError(self._stop_signal.name)
         for child in list(self._children.values()):
             if child.process.poll() is not None:
-                self._mourn(child)
+                self._handle_death(child)
         time.sleep(TICK_SECONDS)
 
-    def _mourn(self, child: _Child) -> None:
+    def _handle_death(self, child: _Child) -> None:
         name, now = child.service.name, time.monotonic()
-        launch.signal_group(child.process.pid, signal.SIGKILL)  # what the dead one left
-        obituary = self._obituary(name, child.process.returncode)
+        launch.signal_group(child.process.pid, signal.SIGKILL)  # what is left of its process group
+        message = self._death_message(name, child.process.returncode)
         if not child.service.restarts:
-            raise ServiceDiedError(obituary)
+            raise ServiceDiedError(message)
         child.deaths.append(now)
         while child.deaths[0] < now - RESTART_WINDOW_SECONDS:
             child.deaths.popleft()
-        if len(child.deaths) > MOST_RESTARTS:
-            raise ServiceDiedError(f"{obituary}; it did so {len(child.deaths)} times within a minute")
-        self._report(f"{obituary}; starting it again")
+        if len(child.deaths) > MAX_RESTARTS:
+            raise ServiceDiedError(f"{message}; it did so {len(child.deaths)} times within a minute")
+        self._report(f"{message}; starting it again")
         self.start(child.service)
 
-    def _obituary(self, name: str, status: int) -> str:
+    def _death_message(self, name: str, status: int) -> str:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         last = launch.last_line(self.log(name))
         return f"{name} {how} (log: {self.log(name)}{', which ends: ' + last[:200] if last else ''})"
@@ -169,5 +175,5 @@ class Supervisor:
             launch.stop_all(
                 [(child.process, child.service.stop_signal, child.service.grace_seconds) for child in children]
             )
-        # What went off into a session of its own (a training's child process) has the mark still.
+        # Processes in sessions of their own (a training's child process) are found by the mark.
         orphan_reaper.sweep(self.token, Stage.SERVERS, signal.SIGTERM, grace_seconds=2)

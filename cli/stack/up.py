@@ -1,50 +1,43 @@
-"""`renalq up`: the whole house on one machine, in order, with nothing but this virtual environment.
+"""`renalq up`: all of RenalQ on one machine, from this virtual environment alone.
 
-postgres and redis → databases → migrations → first admin key → mlflow, api, dispatcher, workers, flower. Stopped the
-other way round, so that workers hand their units back while Postgres still stands.
+Order of start: postgres and redis → databases → migrations → first admin key → mlflow, api, dispatcher, workers,
+flower. They stop in the reverse order, so that workers hand their units back while Postgres still runs.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import psycopg2
 from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from cli.stack import services
+from cli.stack.home import Home, locked, write_secret
 from cli.stack.launch import CannotStartError
 from cli.stack.postgres import create_database, prepare_postgres
 from cli.stack.redis_server import prepare_redis
-from cli.stack.secret_files import write_private
 from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan, free_port
-from cli.stack.services import Home
-from cli.stack.supervisor import ServiceDiedError, StopAskedError, Supervisor
+from cli.stack.supervisor import ServiceDiedError, StopRequestedError, Supervisor
 from jobs import keys
 from jobs.db import session_factory
 from jobs.settings import Settings
 
 MIGRATE_SECONDS = 60.0
 READY_SECONDS = 120.0
-LOG_BYTES = 10 * 1024**2
-HANDOVER_SECONDS = 25.0
-"""How long a new stack waits for the guardian of one that was killed."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `renalq up` was asked for."""
+    """The options of `renalq up`."""
 
     flower: bool = True
     mlflow: bool = True
@@ -70,14 +63,18 @@ class Stack:
 
 
 def up(options: Options, console: Console) -> int:
-    """Run the stack until a signal (0) or a death (1). Raises `CannotStartError` if it cannot even begin."""
+    """Run the stack until a signal (returns 0) or the death of a service (1).
+
+    Raises:
+        CannotStartError: nothing could be started.
+    """
     settings = Settings()
     home = Home(settings.home.resolve())
-    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # scans of patients lie here
-    with _locked(home, console) as lock:
-        home.state.unlink(missing_ok=True)  # of a stack that was killed
+    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds patients' scans
+    with locked(home, console) as lock:
+        home.state.unlink(missing_ok=True)  # left by a stack that was killed
         _require_free(settings.host, settings.port)
-        _rotate(home.logs)
+        home.rotate_logs()
 
         def report(text: str) -> None:
             console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
@@ -87,7 +84,7 @@ def up(options: Options, console: Console) -> int:
                 stack = Stack(settings, options, home, console, supervisor)
                 _start(stack)
                 supervisor.watch()
-        except StopAskedError as asked:
+        except StopRequestedError as asked:
             console.print(f"Stopped ({asked}).", highlight=False)
             return 0
         except ServiceDiedError as death:
@@ -120,7 +117,7 @@ def _start(stack: Stack) -> None:
 
 
 def _start_servers(stack: Stack) -> tuple[str, str]:
-    """URLs of Postgres and Redis: those given, or our own, started side by side."""
+    """URLs of Postgres and Redis: those given, or of servers that are started here side by side."""
     given = stack.settings.model_fields_set
     fsync = os.environ.get("RENALQ_DEV_FSYNC", "on") != "off"
     plans: dict[str, ServerPlan] = {}
@@ -132,21 +129,21 @@ def _start_servers(stack: Stack) -> tuple[str, str]:
         stack.supervisor.start(services.server(plan))
     for plan in plans.values():
         stack.supervisor.wait_for(plan.answers, f"{plan.name} to answer", START_SECONDS)
-        stack.say(plan.name, _place(plan.url))
-        stack.addresses[plan.name] = _place(plan.url)
+        stack.say(plan.name, _host_port(plan.url))
+        stack.addresses[plan.name] = _host_port(plan.url)
     if "postgres" in plans:
         create_database(plans["postgres"].url, "renalq")
     database_url = plans["postgres"].url if "postgres" in plans else stack.settings.database_url
     return database_url, plans["redis"].url if "redis" in plans else stack.settings.redis_url
 
 
-def _place(url: str) -> str:
+def _host_port(url: str) -> str:
     parts = make_url(url)
     return f"{parts.host}:{parts.port}"
 
 
 def _start_mlflow(stack: Stack, database_url: str) -> None:
-    """First of ours, since it is the slowest. A RENALQ_MLFLOW_URL that is given is used instead."""
+    """Started before the other services because it is the slowest. A given RENALQ_MLFLOW_URL is used instead."""
     if stack.settings.mlflow_url or not stack.options.mlflow:
         return
     folder, port = stack.home.path / "mlflow", free_port()
@@ -155,21 +152,21 @@ def _start_mlflow(stack: Stack, database_url: str) -> None:
     try:
         create_database(database_url, services.MLFLOW_DATABASE)
     except psycopg2.Error:
-        store = f"sqlite:///{folder / 'mlflow.db'}"  # a Postgres that is not ours may not let us
+        store = f"sqlite:///{folder / 'mlflow.db'}"  # a given Postgres may not allow another database
     stack.supervisor.start(services.mlflow(port, store, folder / "artifacts", stack.environ))
     stack.addresses["mlflow"] = f"http://{LOOPBACK}:{port}"
     stack.environ["RENALQ_MLFLOW_URL"] = stack.environ["RENALQ_MLFLOW_PUBLIC_URL"] = stack.addresses["mlflow"]
 
 
 def _first_key(home: Home, database_url: str) -> None:
-    """Keep the key in the file while it is valid; else make one."""
+    """Keep the key in the file while it is valid; otherwise create one."""
     sessions = session_factory(database_url, pool_size=1)
     try:
         with sessions.begin() as session:
             if not _is_valid(session, home.admin_key):
                 secret = keys.create(session, name="admin", scopes=[keys.Scope.ADMIN]).secret
-                # Written before the commit: a file with no key behind it is replaced at the next start.
-                write_private(home.admin_key, secret + "\n")
+                # Written before the commit: a file whose key was never committed is replaced at the next start.
+                write_secret(home.admin_key, secret + "\n")
     finally:
         sessions.kw["bind"].dispose()
 
@@ -195,12 +192,12 @@ def _start_flower(stack: Stack) -> None:
     port, password = free_port(), secrets.token_urlsafe(18)
     address = f"http://{LOOPBACK}:{port}"
     stack.supervisor.start(services.flower(port, password, stack.environ))
-    write_private(stack.home.flower, f"address: {address}\nuser: renalq\npassword: {password}\n")
+    write_secret(stack.home.flower, f"address: {address}\nuser: renalq\npassword: {password}\n")
     stack.addresses["flower"] = address
 
 
 def _wait_until_ready(stack: Stack) -> None:
-    host, port = _reachable(stack.settings.host), stack.settings.port
+    host, port = _connectable(stack.settings.host), stack.settings.port
     stack.addresses["api"] = f"http://{host}:{port}"
 
     def answers(path: str, expected: int, at: int = port) -> bool:
@@ -218,7 +215,7 @@ def _wait_until_ready(stack: Stack) -> None:
             stack.say(name, stack.addresses[name])
 
 
-def _reachable(host: str) -> str:
+def _connectable(host: str) -> str:
     return LOOPBACK if host in ("0.0.0.0", "::", "") else host  # noqa: S104 (compared, not bound)
 
 
@@ -247,44 +244,6 @@ def _write_state(stack: Stack, ready: bool) -> None:
     draft.replace(stack.home.state)
 
 
-@contextmanager
-def _locked(home: Home, console: Console) -> Iterator[int]:
-    """Hold the home's lock, yielding its descriptor. Our guardian holds it too, until all is swept."""
-    with home.lock.open("a+") as stream:
-        deadline = time.monotonic() + HANDOVER_SECONDS
-        while not _try_lock(stream.fileno()):
-            owner = _owner(home.lock)
-            if owner is not None:
-                raise CannotStartError(
-                    f"Another `renalq up` (process {owner}) already uses {home.path}: "
-                    "stop it, or set RENALQ_HOME and RENALQ_PORT to others."
-                )
-            if time.monotonic() > deadline:
-                raise CannotStartError(f"What is left of an earlier stack in {home.path} does not end.")
-            console.print("An earlier stack was killed; waiting until its processes are gone …", highlight=False)
-            time.sleep(1)
-        stream.truncate(0)
-        stream.write(f"{os.getpid()}\n")
-        stream.flush()
-        yield stream.fileno()
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _owner(lock: Path) -> int | None:
-    """The living `renalq up` that wrote the lock; None if it is dead and only its guardian holds on."""
-    text = lock.read_text().strip()
-    if not text.isdigit() or not psutil.pid_exists(int(text)):
-        return None
-    return int(text) if psutil.Process(int(text)).status() != psutil.STATUS_ZOMBIE else None
-
-
 def _require_free(host: str, port: int) -> None:
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -294,10 +253,3 @@ def _require_free(host: str, port: int) -> None:
             raise CannotStartError(
                 f"Cannot listen on {host}:{port} ({error.strerror}): set RENALQ_PORT to a free port."
             ) from error
-
-
-def _rotate(logs: Path) -> None:
-    """Old logs are kept once: a stack that runs every day must not fill the disk."""
-    for log in logs.glob("*.log"):
-        if log.stat().st_size > LOG_BYTES:
-            log.replace(log.with_suffix(".log.1"))

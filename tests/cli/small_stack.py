@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from cli.stack.launch import bound_to_us
+from cli.stack.launch import with_pdeathsig
 from cli.stack.orphan_reaper import Stage
-from cli.stack.supervisor import Service, ServiceDiedError, StopAskedError, Supervisor
+from cli.stack.supervisor import Service, ServiceDiedError, StopRequestedError, Supervisor
 
 _NOTES_ITS_END = """
 import os, signal, sys, time
@@ -48,7 +48,7 @@ open("grandchild", "w").write(str(child.pid))
 
 def python(code: str, name: str) -> list[str]:
     """A child that runs this code."""
-    return bound_to_us([sys.executable, "-c", code, name])
+    return with_pdeathsig([sys.executable, "-c", code, name])
 
 
 def main(folder: Path) -> int:
@@ -64,7 +64,7 @@ def main(folder: Path) -> int:
             while True:
                 publish(folder / "pids", supervisor.pids())
                 supervisor.tick()
-    except StopAskedError:
+    except StopRequestedError:
         return 0
     except ServiceDiedError as death:
         print(death)

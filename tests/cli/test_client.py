@@ -14,12 +14,13 @@ import requests
 from click import BadParameter
 from werkzeug.formparser import parse_form_data
 
-from cli.client.rest import ApiError, Client, Upload, _refusal, default_key, default_url
-from cli.commands.jobs import parsed_params, scan_files
+from cli.client import ApiError, Client, MultipartUpload, default_key, default_url
+from cli.client.transport import problem_line
+from cli.commands.jobs import find_scans, parse_params
 from cli.stack.server_plan import free_port
 
 
-def received(upload: Upload) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
+def received(upload: MultipartUpload) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
     """What a server reads from the body: fields, and files as (field, name, bytes)."""
     body = b"".join(upload)
     assert len(upload) == len(body), "Content-Length must be the body's"
@@ -37,7 +38,7 @@ def received(upload: Upload) -> tuple[dict[str, str], list[tuple[str, str, bytes
 def test_an_upload_carries_fields_and_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\r\n--not a boundary\r\n")
     (tmp_path / "b.dcm").write_bytes(bytes(range(256)) * 9000)
-    form, files = received(Upload("files", [tmp_path / "a.png", tmp_path / "b.dcm"], {"model": "champion"}))
+    form, files = received(MultipartUpload("files", [tmp_path / "a.png", tmp_path / "b.dcm"], {"model": "champion"}))
     assert form == {"model": "champion"}
     assert [(field, name) for field, name, _ in files] == [("files", "a.png"), ("files", "b.dcm")]
     assert [len(data) for _, _, data in files] == [20, 256 * 9000]
@@ -46,7 +47,7 @@ def test_an_upload_carries_fields_and_files_in_order(tmp_path: Path) -> None:
 def test_a_hostile_file_name_cannot_break_out_of_its_header(tmp_path: Path) -> None:
     hostile = tmp_path / 'x"\r\nX-Evil: 1.png'
     hostile.write_bytes(b"1")
-    _, files = received(Upload("file", [hostile]))
+    _, files = received(MultipartUpload("file", [hostile]))
     assert [(field, data) for field, _, data in files] == [("file", b"1")]
 
 
@@ -57,22 +58,22 @@ def test_a_problem_is_one_line_with_its_pointers() -> None:
         b'{"title": "Invalid request", "status": 422, "detail": "One field is wrong.", "request_id": "r1",'
         b' "errors": [{"pointer": "/params/epochs", "detail": "Must be at least 1."}]}'
     )
-    assert _refusal(answer) == (
+    assert problem_line(answer) == (
         "422 Invalid request: One field is wrong. [/params/epochs: Must be at least 1.] (request r1)"
     )
 
 
-def test_a_refusal_names_its_reasons() -> None:
+def test_aproblem_line_names_its_reasons() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason = 409, "Conflict"
     answer._content = b'{"title": "Conflict", "detail": "Refused.", "reasons": ["F1 0.9 < 0.97.", "Leaks."]}'
-    assert _refusal(answer) == "409 Conflict: Refused. [F1 0.9 < 0.97.; Leaks.]"
+    assert problem_line(answer) == "409 Conflict: Refused. [F1 0.9 < 0.97.; Leaks.]"
 
 
 def test_an_answer_that_is_no_problem_is_one_line_still() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", b"<html>"
-    assert _refusal(answer) == "502 Bad Gateway: <html>"
+    assert problem_line(answer) == "502 Bad Gateway: <html>"
 
 
 def test_nobody_answering_says_what_to_do() -> None:
@@ -98,7 +99,7 @@ def test_key_and_address_come_from_the_environment_else_from_the_local_stack(
 
 def test_params_are_json_where_they_can_be_and_text_elsewhere() -> None:
     pairs = ("epochs=5", "weights=none", "augmentation=false", "image_size=[224,224,3]", "learning_rate=1e-2")
-    assert parsed_params(pairs) == {
+    assert parse_params(pairs) == {
         "epochs": 5,
         "weights": "none",
         "augmentation": False,
@@ -109,13 +110,13 @@ def test_params_are_json_where_they_can_be_and_text_elsewhere() -> None:
 
 def test_a_param_without_a_value_is_refused() -> None:
     with pytest.raises(BadParameter, match="NAME=VALUE"):
-        parsed_params(("epochs",))
+        parse_params(("epochs",))
 
 
 def test_of_a_folder_the_images_are_taken_in_order(tmp_path: Path) -> None:
     for name in ("b.dcm", "a.png", "notes.txt", "IM0001"):
         (tmp_path / name).touch()
-    assert [file.name for file in scan_files([tmp_path])] == ["IM0001", "a.png", "b.dcm"]
+    assert [file.name for file in find_scans([tmp_path])] == ["IM0001", "a.png", "b.dcm"]
 
 
 class Moody(BaseHTTPRequestHandler):
@@ -152,7 +153,7 @@ def test_a_post_is_sent_again_with_the_same_key_and_body_until_it_is_answered(tm
     with ThreadingHTTPServer(("127.0.0.1", 0), Moody) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = Client(f"http://127.0.0.1:{server.server_port}", "rq_key")
-        assert client.send("/scans", Upload("file", [tmp_path / "a.png"])) == {"id": "42"}
+        assert client.post_files("/scans", MultipartUpload("file", [tmp_path / "a.png"])) == {"id": "42"}
         server.shutdown()
     assert len(Moody.asked) == 4
     assert len(set(Moody.asked)) == 1, "key and body are the same each time"

@@ -211,7 +211,7 @@ def test_after_kill_9_nothing_is_left_and_the_next_up_starts_with_the_same_key(h
     everyone, key = stack.everyone(), (home / "admin.key").read_text()
     stack.process.kill()
     stack.process.wait()
-    again = start(home, "--no-flower", "--no-mlflow", port=stack.port)  # at once: it waits for the guardian
+    again = start(home, "--no-flower", "--no-mlflow", port=stack.port)  # at once: it waits for the orphan reaper
     eventually(lambda: not alive(everyone), 20, "every process of the killed stack is gone")
     again.ready()
     assert (home / "admin.key").read_text() == key

@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from cli.stack.embedded import embedded_postgres, embedded_redis
-from cli.stack.launch import bound_and_unprivileged
+from cli.stack.home import secret_file, write_secret
+from cli.stack.launch import with_pdeathsig_unprivileged
 from cli.stack.postgres import create_database, postgres_version, prepare_postgres
 from cli.stack.redis_server import ask_redis, redis_answers
-from cli.stack.secret_files import secret_file, write_private
 from cli.stack.server_plan import free_port
 from tests.cli.processes import eventually, speaking_of
 
@@ -45,7 +45,7 @@ def test_a_program_below_such_a_folder_is_found_as_well(tmp_path: Path) -> None:
     program.parent.mkdir(mode=0o700)
     program.touch(mode=0o700)
     asks = "import os, sys; sys.exit(not os.access(sys.argv[1], os.X_OK))"
-    command = bound_and_unprivileged([sys.executable, "-c", asks, str(program)], signal.SIGTERM)
+    command = with_pdeathsig_unprivileged([sys.executable, "-c", asks, str(program)], signal.SIGTERM)
     assert subprocess.run(command).returncode == 0
 
 
@@ -131,7 +131,7 @@ def test_a_private_file_is_written_once_with_mode_0600(tmp_path: Path) -> None:
     first = secret_file(tmp_path / "secret")
     assert secret_file(tmp_path / "secret") == first
     assert mode(tmp_path / "secret") == 0o600
-    write_private(tmp_path / "secret", "another\n")
+    write_secret(tmp_path / "secret", "another\n")
     assert (secret_file(tmp_path / "secret"), mode(tmp_path / "secret")) == ("another", 0o600)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.stack.supervisor import MOST_RESTARTS
+from cli.stack.supervisor import MAX_RESTARTS
 from tests.cli.processes import alive, eventually, read_json
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def small_stack(tmp_path: Path) -> Iterator[SmallStack]:
     yield stack
     stack.process.kill()
     stack.process.wait()
-    eventually(lambda: not alive(stack.everyone()), what="the guardian has swept")
+    eventually(lambda: not alive(stack.everyone()), what="the orphan reaper is done")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -65,20 +65,20 @@ def test_a_kill_of_the_supervisor_leaves_nothing(small_stack: SmallStack) -> Non
     eventually(lambda: not alive(everyone), 20, "all are gone, the stubborn grandchild included")
 
 
-def test_a_kill_of_supervisor_and_guardian_together_still_ends_the_children(small_stack: SmallStack) -> None:
+def test_a_kill_of_supervisor_and_reaper_together_still_ends_the_children(small_stack: SmallStack) -> None:
     children = [small_stack.pid("server"), small_stack.pid("worker")]
     grandchild = small_stack.grandchild()
     try:
         small_stack.process.send_signal(signal.SIGSTOP)
-        for pid in _guardians_of(small_stack.process.pid):
+        for pid in _reapers_of(small_stack.process.pid):
             os.kill(pid, signal.SIGKILL)
         small_stack.process.kill()
         eventually(lambda: not alive(children), 10, "the kernel has told the children")
     finally:
-        os.kill(grandchild, signal.SIGKILL)  # the guardian's work, had it lived
+        os.kill(grandchild, signal.SIGKILL)  # the work of the reaper that was killed
 
 
-def _guardians_of(pid: int) -> list[int]:
+def _reapers_of(pid: int) -> list[int]:
     import psutil
 
     return [child.pid for child in psutil.Process(pid).children() if "cli.stack.orphan_reaper" in child.cmdline()]
@@ -93,13 +93,13 @@ def test_a_dead_worker_is_started_again(small_stack: SmallStack) -> None:
 
 def test_a_worker_that_dies_again_and_again_stops_the_stack(small_stack: SmallStack) -> None:
     killed = set()
-    for _ in range(MOST_RESTARTS + 1):
+    for _ in range(MAX_RESTARTS + 1):
         pid = eventually(lambda: (pid := small_stack.pid("worker")) not in killed and pid, what="a worker")
         os.kill(pid, signal.SIGKILL)
         killed.add(pid)
     assert small_stack.process.wait(20) == 1
     said = small_stack.process.communicate()[0]
-    assert f"it did so {MOST_RESTARTS + 1} times within a minute" in said
+    assert f"it did so {MAX_RESTARTS + 1} times within a minute" in said
 
 
 def test_the_death_of_anything_else_stops_the_stack_and_says_which_and_where(small_stack: SmallStack) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from cli.stack import launch
-from cli.stack.embedded import wait_until_it_answers
+from cli.stack.embedded import wait_until_ready
 from cli.stack.postgres import postgres_environ, prepare_postgres
 from cli.stack.redis_server import prepare_redis
 from cli.stack.server_plan import ServerPlan
@@ -29,7 +29,7 @@ class Server:
         """Start it on the port and the data that it had, and wait until it answers."""
         if self._process is None:
             self._process = launch.start(self._plan.command, self._log, postgres_environ())
-            wait_until_it_answers(self._plan, self._process, self._log)
+            wait_until_ready(self._plan, self._process, self._log)
 
     def kill(self) -> None:
         """kill -9, with all its processes."""

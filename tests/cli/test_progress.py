@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli.client.errors import ApiError
-from cli.client.rest import Epoch, Job
-from cli.commands.progress import Shown, _Bars, _ending, _epoch_line, _Lines
+from cli.client import ApiError, Epoch, Job
+from cli.commands.progress import ProgressDisplay, _Bars, _ending, _epoch_line, _Lines
 
 
 def make_job(**fields: Any) -> Job:
@@ -70,16 +69,18 @@ def test_an_epoch_is_one_line() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_sending_is_shown_once_there_is_something_to_send(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
-    with Shown(console):
+    with ProgressDisplay(console):
         pass
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
-    with Shown(console) as onlooker:
-        onlooker.moved("hashing", 1.0)
-        onlooker.moved("sending", 0.42)
+    with ProgressDisplay(console) as listener:
+        listener.on_progress("hashing", 1.0)
+        listener.on_progress("sending", 0.42)
     assert "sending" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "42" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_file_that_is_left_out_is_named_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    Shown(Console(file=io.StringIO())).refused(Path("broken.png"), ApiError("422 This is not an image.", 422))
+    ProgressDisplay(Console(file=io.StringIO())).on_refused(
+        Path("broken.png"), ApiError("422 This is not an image.", 422)
+    )
     assert capsys.readouterr().err == "left out: broken.png: 422 This is not an image.\n"

@@ -1,0 +1,118 @@
+"""RENALQ_HOME: where its parts lie, its lock, and files that only their owner may read."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from cli.stack.launch import CannotStartError
+
+MAX_LOG_BYTES = 10 * 1024**2
+HANDOVER_SECONDS = 25.0
+"""How long a new stack waits for the orphan reaper of one that was killed."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the parts of RENALQ_HOME lie."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        """One log file per process."""
+        return self.path / "logs"
+
+    @property
+    def admin_key(self) -> Path:
+        """The first key, mode 0600, written once."""
+        return self.path / "admin.key"
+
+    @property
+    def flower(self) -> Path:
+        """Flower's address, user and password, mode 0600."""
+        return self.path / "flower.txt"
+
+    @property
+    def state(self) -> Path:
+        """Process ids, ports and addresses of the running stack, without passwords."""
+        return self.path / "stack.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the running stack."""
+        return self.path / "stack.lock"
+
+    def rotate_logs(self) -> None:
+        """Keep one old copy of large logs: a stack that runs every day must not fill the disk."""
+        for log in self.logs.glob("*.log"):
+            if log.stat().st_size > MAX_LOG_BYTES:
+                log.replace(log.with_suffix(".log.1"))
+
+
+@contextmanager
+def locked(home: Home, console: Console) -> Iterator[int]:
+    """Hold the home's lock, and yield its descriptor. The orphan reaper holds it too, until it has ended all processes.
+
+    Raises:
+        CannotStartError: another stack runs in this home.
+    """
+    with home.lock.open("a+") as stream:
+        deadline = time.monotonic() + HANDOVER_SECONDS
+        while not _try_lock(stream.fileno()):
+            owner = _owner(home.lock)
+            if owner is not None:
+                raise CannotStartError(
+                    f"Another `renalq up` (process {owner}) already uses {home.path}: "
+                    "stop it, or set RENALQ_HOME and RENALQ_PORT to others."
+                )
+            if time.monotonic() > deadline:
+                raise CannotStartError(f"Processes of an earlier stack in {home.path} do not end.")
+            console.print("An earlier stack was killed; waiting until its processes have ended …", highlight=False)
+            time.sleep(1)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield stream.fileno()
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _owner(lock: Path) -> int | None:
+    """The living `renalq up` that wrote the lock; None if it is dead and only its orphan reaper holds the lock."""
+    text = lock.read_text().strip()
+    if not text.isdigit() or not psutil.pid_exists(int(text)):
+        return None
+    return int(text) if psutil.Process(int(text)).status() != psutil.STATUS_ZOMBIE else None
+
+
+def secret_file(path: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
+    """The text of a file of mode 0600; if it does not exist, it is written with `make()` first."""
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    text = make()
+    write_secret(path, text + "\n")
+    return text
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file of mode 0600, completely or not at all. Passwords and keys never appear on a command line."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+    draft.replace(path)
