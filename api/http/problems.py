@@ -173,7 +173,7 @@ def _storage_error(error: OSError) -> Response:
 def _unexpected(error: Exception) -> Response:
     """A bug. Only its type and stack are logged: the message may contain a patient's data."""
     frames = traceback.extract_tb(error.__traceback__)[-12:]
-    stack = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-    log.error("unexpected", error=type(error).__name__, stack=stack)
+    trace = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    log.error("unexpected", error=type(error).__name__, trace=trace)
     detail = "Something went wrong here. Give the request_id to your administrator."
     return problem(500, RenalQError.code, detail)
