@@ -1,4 +1,4 @@
-"""Our side of bench.train: all four stages of `ml.image.stages.stages` on a zip: `python -m bench.ours ZIP PARAMS
+"""Our side of bench.train: all four stages of `ml.image.stages.runner` on a zip: `python -m bench.ours ZIP PARAMS
 FOLDER`."""
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ import resource
 import sys
 from pathlib import Path
 
-from ml.image.stages import stages
-from ml.runtime.config import PipelineConfig
+from ml.image.stages import runner
+from ml.runtime.config import PipelineConfig, load_params
 from ml.runtime.events import Epoch, Evaluated, Event
-from ml.spec.image import load_params
 
 
 def main(archive: str, params_path: str, folder: str) -> None:
     """Run; the last line of output is the scores."""
     events: list[Event] = []
     config = PipelineConfig.below(Path(folder)).reading(archive)
-    stages.run(config, load_params(Path(params_path)), events.append)
+    runner.run_all(config, load_params(Path(params_path)), events.append)
     scores = next(event.metrics for event in events if isinstance(event, Evaluated))
     seconds = [round(event.seconds, 2) for event in events if isinstance(event, Epoch)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

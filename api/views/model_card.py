@@ -9,7 +9,8 @@ from typing import Any
 
 from jobs.models.cards import ModelCardData
 from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
-from ml.spec import image_compat
+from ml.spec.pipeline import Card
+from ml.spec.registry import spec_of
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
 ELSEWHERE = ("f1", "recall", "specificity", "roc_auc")
@@ -19,28 +20,22 @@ LEAKS = {
     "near_duplicates": "test scans look almost the same as scans that were learnt from",
 }
 CALIBRATION = ("calibration", "temperature", "threshold", "positive", "ece", "ece_before", "ece_chance")
-FACTORS = [
-    "Figures are not broken down by age, sex, scanner, contrast phase or site: the dataset does not tell these.",
-    "A scan is one axial slice. Slices of other body parts, orientations or modalities were not tested.",
-    "The window that a CT is decoded with changes what the network sees: it was tested with the one in the details.",
-]
 ETHICS = [
     "It was trained on scans of patients. Whether they may be used so is for whoever uploaded them to ensure.",
     "The weights' file carries hashes of the scans and pseudonyms of the patients that it has learnt from, so that "
     "leaks are found: pass it on as you may pass on pseudonymous data.",
-    "A missed tumour weighs more than a false alarm: look at sensitivity first, and at its interval.",
-    "People tend to agree with a machine. Let the radiologist read first, or without its answer.",
 ]
 
 
 def build_card(story: ModelCardData) -> Json:
     """The model card."""
     version, metrics = story.version, story.version.metrics
+    declared = spec_of(version.pipeline).card
     return {
-        "title": f"Kidney-CT classifier, version {version.version}",
-        "details": _details(version, story.base),
-        "intended_use": _intended_use(version),
-        "factors": FACTORS,
+        "title": f"{declared.title}, version {version.version}",
+        "details": _details(version, declared, story.base),
+        "intended_use": _intended_use(version, declared),
+        "factors": list(declared.factors),
         "training_data": _training_data(story),
         "evaluation": _evaluation(version, story.evaluations),
         "calibration": {name: metrics.get(name) for name in CALIBRATION},
@@ -48,21 +43,21 @@ def build_card(story: ModelCardData) -> Json:
         "engines": metrics.get("engines") or {},
         "gate": version.gate,
         "promotions": [_promotion(row) for row in story.promotions],
-        "ethical_considerations": ETHICS,
+        "ethical_considerations": [*ETHICS, *declared.ethics],
         "reproduction": _reproduction(version),
     }
 
 
-def _details(version: ModelVersion, base: ModelVersion | None) -> Json:
+def _details(version: ModelVersion, declared: Card, base: ModelVersion | None) -> Json:
     return {
         "version": str(version.version),
         "champion": version.champion,
         "made_at": _time(version.created_at),
         "promoted_at": _time(version.promoted_at),
-        "network": image_compat.network(version.params),
-        "head": image_compat.head(version.params),
+        "pipeline": version.pipeline,
+        "task": version.task,
         "classes": version.classes,
-        "transform": image_compat.transform(version.params),
+        **declared.details(version.params),
         "begun_with": f"version {base.version}" if base else version.params.get("weights"),
         "weights_sha256": version.weights_sha256,
         "code_revision": version.code_revision,
@@ -71,14 +66,14 @@ def _details(version: ModelVersion, base: ModelVersion | None) -> Json:
     }
 
 
-def _intended_use(version: ModelVersion) -> Json:
+def _intended_use(version: ModelVersion, declared: Card) -> Json:
     return {
-        "use": f"Telling {_listed(version.classes)} apart in single axial CT slices of the kidneys.",
+        "use": declared.use.format(classes=_listed(version.classes)),
         "users": "Radiologists, radiographers, and engineers who build and check such pipelines.",
         "not_for": [
             "Not for diagnosis without a radiologist: it is no medical device, and nobody has approved it as one.",
             "Not for excluding disease: what it has not learnt, it cannot find.",
-            "Not for other organs, modalities or species.",
+            *declared.not_for,
         ],
     }
 

@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs import training_params
 from jobs.errors import Invalid, ModelNotFound, NoChampion
 from jobs.tables import Job, Json, ModelVersion
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.registry import spec_of
 
 CHAMPION = "champion"
 
@@ -40,6 +41,8 @@ def insert(session: Session, job: Job, new: NewModel) -> ModelVersion:
     version = ModelVersion(
         tenant_id=job.tenant_id,
         version=_next_version(session, job.tenant_id),
+        pipeline=job.pipeline,
+        task=job.task,
         job_id=job.id,
         dataset_id=job.dataset_id,
         gate={},
@@ -50,30 +53,49 @@ def insert(session: Session, job: Job, new: NewModel) -> ModelVersion:
     return version
 
 
-def find_champion(session: Session, tenant_id: str) -> ModelVersion | None:
-    """The tenant's champion, as it is now."""
-    champion = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion)
+def find_champion(
+    session: Session, tenant_id: str, pipeline: str = IMAGE, task: str = DEFAULT_TASK
+) -> ModelVersion | None:
+    """The tenant's champion of the pipeline and task, as it is now."""
+    of_task = ModelVersion.tenant_id == tenant_id, ModelVersion.pipeline == pipeline, ModelVersion.task == task
+    champion = select(ModelVersion).where(*of_task, ModelVersion.champion)
     # The session may have read an older state of the row before it took the lock.
     return session.scalar(champion.execution_options(populate_existing=True))
 
 
-def resolve(session: Session, tenant_id: str, wanted: str | None) -> ModelVersion:
-    """The version that a prediction is pinned to: `champion` (the default) or a version's number.
+def resolve(
+    session: Session, tenant_id: str, wanted: str | None, pipeline: str | None = None, task: str | None = None
+) -> ModelVersion:
+    """The version that a prediction is pinned to: `champion` (the default) of the pipeline and task, or a version's
+    number.
 
     Raises:
         NoChampion, ModelNotFound
+        Invalid: the version is of another pipeline, or of another task.
     """
     if wanted in (None, "", CHAMPION):
-        champion = find_champion(session, tenant_id)
-        if champion is None:
-            raise NoChampion
-        return champion
+        return _champion(session, tenant_id, pipeline or IMAGE, task or DEFAULT_TASK)
     found = session.scalar(
         select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.version == _number(wanted))
     )
     if found is None:
         raise ModelNotFound
+    for name, asked in (("pipeline", pipeline), ("task", task)):
+        if asked not in (None, theirs := getattr(found, name)):
+            raise Invalid(f"Version {found.version} is of the {name} {theirs}, not {asked}.", f"/{name}")
     return found
+
+
+def _champion(session: Session, tenant_id: str, pipeline: str, task: str) -> ModelVersion:
+    champion = find_champion(session, tenant_id, pipeline, task)
+    if champion is None and (pipeline, task) == (IMAGE, DEFAULT_TASK):
+        raise NoChampion
+    if champion is None:
+        raise NoChampion(
+            f"No model is champion of the pipeline {pipeline} and the task {task} yet. "
+            "Train one with POST /jobs/train, or name a version in `model`."
+        )
+    return champion
 
 
 def refuse_unadmitted(version: ModelVersion, precision: str) -> None:
@@ -93,21 +115,22 @@ def refuse_unadmitted(version: ModelVersion, precision: str) -> None:
     raise Invalid(f"Version {version.version} is not admitted for {precision}: {why}. Use auto.", "/precision")
 
 
-def base_model(session: Session, tenant_id: str, params: Json) -> ModelVersion | None:
+def base_model(session: Session, tenant_id: str, params: Json, pipeline: str = IMAGE) -> ModelVersion | None:
     """The version that a training with `weights: version:N` starts from; None for other weights.
 
     Raises:
         Invalid: there is no such version, or it has another network than the parameters; points at the field.
     """
-    number = training_params.base_version(params)
+    stored = spec_of(pipeline).stored
+    number = stored.base_version(params)
     if number is None:
         return None
     try:
-        base = resolve(session, tenant_id, str(number))
+        base = resolve(session, tenant_id, str(number), pipeline)
     except ModelNotFound:
         detail = f"There is no version {number}: GET /models lists yours. Name one of them, or weights: imagenet."
         raise Invalid(detail, "/params/weights") from None
-    theirs, ours = training_params.network(base.params), training_params.network(params)
+    theirs, ours = stored.architecture(base.params), stored.architecture(params)
     if theirs != ours:
         detail = f"Version {number} is a {theirs}, and network is {ours}: set network: {theirs}, or take other weights."
         raise Invalid(detail, "/params/network")

@@ -1,4 +1,4 @@
-"""Doing a training again: the same data, parameters and seed, as a new job; and how its figures compare at its end."""
+"""Reproduce a training: submit it again with the same data, parameters and seed, and compare the metrics at its end."""
 
 import uuid
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import training_params
 from jobs.datasets import catalog
 from jobs.errors import DatasetGone, DatasetNotFound, JobNotFound, WrongState
-from jobs.queue.job_events import record
+from jobs.events.job_events import record
 from jobs.queue.leases import Claim
 from jobs.queue.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.states import JobKind, JobState, Lane
 from jobs.tables import Job, Json, ModelVersion
+from ml.spec.registry import spec_of
 
 TOLERANCE = 1e-6
-"""Two figures match that differ by no more."""
-CHANGED = "+changed"
-"""How the revision of a checkout with uncommitted changes ends: two of them may hold any code."""
+"""The difference up to which two metrics match."""
+DIRTY_SUFFIX = "+changed"
+"""Suffix of the revision of a checkout with uncommitted changes: two of them never count as the same code."""
 
 
 def reproduce(
@@ -30,11 +30,11 @@ def reproduce(
     created_by: uuid.UUID | None = None,
     idempotency_key: str | None = None,
 ) -> Job:
-    """Submit a succeeded training once more: same dataset, complete parameters, seed; it is never promoted.
+    """Submit a succeeded training again with the same dataset, complete parameters and seed. It is never promoted.
 
     Raises:
         JobNotFound: no such job of this tenant.
-        WrongState: it is no training, or has not succeeded.
+        WrongState: it is not a training, or has not succeeded.
         DatasetGone: its dataset was deleted.
         QuotaExceeded, QueueFull
     """
@@ -49,9 +49,11 @@ def reproduce(
     again = NewJob(
         tenant_id=tenant_id,
         kind=JobKind.TRAIN,
+        pipeline=old.pipeline,
+        task=old.task,
         lane=Lane(old.lane),
         name=old.name,
-        params=training_params.current(_made_by(session, old.id, old.params)),
+        params=spec_of(old.pipeline).stored.current(_params_of(session, old.id, old.params)),
         metadata=old.labels,
         dataset_id=old.dataset_id,
         source_url=old.source_url,
@@ -65,7 +67,7 @@ def reproduce(
 
 
 def _require_data(session: Session, old: Job) -> None:
-    """The dataset is there, and stays until the transaction's end."""
+    """Lock the dataset against deletion until the transaction ends."""
     if old.source_url is not None:
         return
     try:
@@ -76,8 +78,8 @@ def _require_data(session: Session, old: Job) -> None:
         raise DatasetGone from None
 
 
-def _made_by(session: Session, job_id: uuid.UUID, otherwise: Json) -> Json:
-    """The parameters with the defaults of their day: a default that has changed since must change nothing."""
+def _params_of(session: Session, job_id: uuid.UUID, otherwise: Json) -> Json:
+    """The complete parameters of the training, so that defaults that changed since do not matter."""
     model = session.scalar(select(ModelVersion).where(ModelVersion.job_id == job_id))
     return model.params if model else otherwise
 
@@ -85,12 +87,12 @@ def _made_by(session: Session, job_id: uuid.UUID, otherwise: Json) -> Json:
 # --- the comparison ---
 
 
-def write(session: Session, held: Claim) -> None:
-    """Where the held training reproduces another, write down how the two compare: on the job, and as its event.
+def save_comparison(session: Session, claim: Claim) -> None:
+    """If the claimed training reproduces another, store the comparison on the job and as its event.
 
-    Call it after `registry.add`, in the transaction that ends the job.
+    Call it after `promotion.register`, in the transaction that ends the job.
     """
-    job = session.get_one(Job, held.job_id)
+    job = session.get_one(Job, claim.job_id)
     if job.reproduction_of is None:
         return
     original, now = (
@@ -99,18 +101,19 @@ def write(session: Session, held: Claim) -> None:
     )
     if original is None or now is None:
         return
-    job.reproduction = {"of": str(job.reproduction_of), **compared(original, now)}
+    job.reproduction = {"of": str(job.reproduction_of), **compare_versions(original, now)}
     session.flush()
     record(session, job.id, job.tenant_id, "reproduced", job.reproduction)
 
 
-def compared(original: ModelVersion, now: ModelVersion) -> Json:
-    """How two versions compare: revision, environment, dataset, and each metric that differs, as [original, now]."""
-    environment = different(original.environment, now.environment)
-    theirs, ours = (numbers({**version.metrics, "engines": None}) for version in (original, now))  # of the machine
-    differences = {
+def compare_versions(original: ModelVersion, now: ModelVersion) -> Json:
+    """Revision, environment, dataset, and each metric that differs, as [original, now]."""
+    environment = differences(original.environment, now.environment)
+    # `engines` describes the machine that trained, not the result.
+    theirs, ours = (numeric_leaves({**version.metrics, "engines": None}) for version in (original, now))
+    metrics = {
         name: pair
-        for name, pair in different(theirs, ours).items()
+        for name, pair in differences(theirs, ours).items()
         if None in pair or abs(pair[0] - pair[1]) > TOLERANCE
     }
     return {
@@ -122,14 +125,14 @@ def compared(original: ModelVersion, now: ModelVersion) -> Json:
         "same_environment": not environment,
         "environment_differences": environment,
         "same_dataset": original.dataset_digest == now.dataset_digest,
-        "matches": not differences,
+        "matches": not metrics,
         "tolerance": TOLERANCE,
-        "differences": differences,
+        "differences": metrics,
     }
 
 
-def numbers(metrics: Json) -> dict[str, float]:
-    """The numeric leaves by their dotted names (`per_class.Tumor.f1`, `confusion_matrix.0.1`), but for times."""
+def numeric_leaves(metrics: Json) -> dict[str, float]:
+    """The numeric leaves by dotted name (`per_class.Tumor.f1`, `confusion_matrix.0.1`), without times."""
     return dict(_leaves(metrics, ""))
 
 
@@ -142,12 +145,12 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, float]]:
             yield from _leaves(child, f"{name}.{key}" if name else str(key))
 
 
-def different(original: Json, now: Json) -> dict[str, list[Any]]:
-    """What differs between the two, by name, as [original, now]; None where one has nothing of that name."""
+def differences(original: Json, now: Json) -> dict[str, list[Any]]:
+    """The entries that differ, by name, as [original, now]; None if one has no such entry."""
     names = [*original, *(name for name in now if name not in original)]
     pairs = {name: [original.get(name), now.get(name)] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _same_code(original: str | None, now: str | None) -> bool:
-    return original is not None and original == now and not original.endswith(CHANGED)
+    return original is not None and original == now and not original.endswith(DIRTY_SUFFIX)

@@ -6,19 +6,18 @@ Without torch, so that the help and a wrong option answer at once.
 from __future__ import annotations
 
 import difflib
-import json
 import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 
-from ml.runtime.config import DataIngestion, PipelineConfig, load_config
+from ml.runtime.config import DataIngestion, PipelineConfig, load_config, parse_params, parse_yaml, read_yaml
 from ml.runtime.errors import BadParams
-from ml.spec.image import Params, parse_params, parse_yaml, read_yaml
+from ml.spec import describe
+from ml.spec.image import Params
 
 USUAL_CONFIG, USUAL_PARAMS, USUAL_OUT = Path("config/config.yaml"), Path("params.yaml"), Path("artifacts")
 
@@ -98,24 +97,13 @@ def _setting(text: str) -> tuple[str, Any]:
 def training_help() -> str:
     """Examples, and every parameter with its default and what it is for."""
     width = max(shutil.get_terminal_size().columns, 72)
-    rows = [line for name in Params.model_fields for line in _row(name, width)]
+    lines = [line for row in describe.rows(Params) for line in _lines(row, width)]
     return "\n".join(
-        [EXAMPLES, "parameters (--set NAME=VALUE, or NAME: VALUE in params.yaml), with their defaults:", *rows]
+        [EXAMPLES, "parameters (--set NAME=VALUE, or NAME: VALUE in params.yaml), with their defaults:", *lines]
     )
 
 
-def _row(name: str, width: int) -> list[str]:
-    field = Params.model_fields[name]
-    default = field.default if isinstance(field.default, str) else json.dumps(field.default)
-    words = [] if field.annotation is bool else _words(field.annotation)
-    told = f"{field.description} {{{', '.join(words)}}}" if words else str(field.description)
-    return textwrap.wrap(told, width, initial_indent=f"  {name:<24}{default:<15}", subsequent_indent=" " * 41)
-
-
-def _words(kind: Any) -> list[str]:
-    """The words that a field of this type takes; none where it takes numbers, lists or any text."""
-    if get_origin(kind) is Literal:
-        return [str(word) for word in get_args(kind)]
-    if get_origin(kind) in (Union, UnionType):
-        return [word for part in get_args(kind) for word in _words(part)]
-    return ["true", "false"] if kind is bool else []
+def _lines(row: describe.Row, width: int) -> list[str]:
+    words = f" {{{', '.join(row.words)}}}" if row.words and row.words != ("true", "false") else ""
+    first = "  {:<24}{:<15}".format(row.name, row.default.strip('"'))
+    return textwrap.wrap(row.description + words, width, initial_indent=first, subsequent_indent=" " * 41)

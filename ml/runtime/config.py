@@ -1,15 +1,22 @@
-"""Where the four stages read and write: config/config.yaml as frozen objects."""
+"""config.yaml, where the stages read and write, as frozen objects; and params.yaml as `ml.spec.image.Params`."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ml.runtime.errors import BadParams
-from ml.spec.image import first_complaint, read_yaml
+from ml.spec.image import Params
+from ml.spec.params import contradictions
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -125,4 +132,69 @@ def load_config(path: Path) -> PipelineConfig:
     try:
         return PipelineConfig(**read_yaml(path))
     except ValidationError as error:
-        raise BadParams(f"{path.name}: {first_complaint(error)}") from error
+        raise BadParams(f"{path.name}: {_first_complaint(error)}") from error
+
+
+def load_params(path: Path) -> Params:
+    """The image pipeline's parameters in a YAML file; BadParams names the wrong field."""
+    return parse_params(read_yaml(path))
+
+
+def parse_params(fields: Mapping[str, Any]) -> Params:
+    """The image pipeline's parameters of a mapping, as `parse` reads it."""
+    return parse(Params, fields)
+
+
+def parse(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Parameters of a mapping, its keys in either case (params.yaml has capitals).
+
+    Raises:
+        BadParams: `field: what is wrong`, for the first wrong field.
+    """
+    if not isinstance(fields, Mapping):
+        raise BadParams("The parameters must be a mapping of names to values.")
+    try:
+        params = model(**{str(key).lower(): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise BadParams(_first_complaint(error)) from error
+    for field, message in contradictions(params):
+        raise BadParams(f"{field}: {_uncapitalized(message)}")
+    return params
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("literal[", "bool"))]
+    return f"{'.'.join(names) or 'params'}: {first['msg']}."
+
+
+def _uncapitalized(sentence: str) -> str:
+    return sentence if sentence[1:2].isupper() else sentence[:1].lower() + sentence[1:]
+
+
+# --- YAML ---
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadParams when the file is missing or holds something else."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadParams(f"{path.name}: cannot be read as YAML.") from error
+    if not isinstance(content, dict):
+        raise BadParams(f"{path.name}: a mapping of names to values is expected.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text: it wants 1.0e-3. YAML 1.2, JSON and Python read a number, and so does this."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text stands for; yaml.YAMLError where it is no YAML."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
 NetworkName = Literal["vgg16", "resnet18", "resnet50", "inception_v3", "efficientnet_b0", "vit_b_16"]
 NETWORKS: tuple[str, ...] = get_args(NetworkName)
+Head = Literal["vgg", "gap"]
+HeadName = Literal["auto", "vgg", "gap"]
 LEAST_SIDE = {"inception_v3": 75}
 """Pixels below which a network's maps shrink to nothing; 32 for all others."""
 BLOCKS = {"efficientnet_b0": 9, "vit_b_16": 13}
@@ -18,8 +21,24 @@ FIXED_SIDE = {"vit_b_16": 224}
 """A vision transformer has one position embedding for each patch of a picture of one size."""
 
 
+PLAIN_FILE_NAMES: JsonDict = {
+    "pattern": r"^(imagenet|none|version:[1-9][0-9]{0,8}|file:[^./\\][^/\\]{0,254})$",
+    "refused": r"\.\.|[\x00-\x1f]",
+    "message": "Must be imagenet, none, version:N, or file:NAME with a plain name: no slash, no .., no dot in front.",
+}
+"""What the API accepts as `weights`: a client names a file in the workers' folder, and must not reach out of it. The
+command line runs with its user's own rights, and takes any path."""
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def head_kind(network: str, head: HeadName) -> Head:
+    """The head that `auto` means for a network."""
+    if head != "auto":
+        return head
+    return "vgg" if network == "vgg16" else "gap"
 
 
 Side = Annotated[int, Field(ge=32, le=1024)]
@@ -33,17 +52,21 @@ class Params(BaseModel):
 
     # The network.
     network: NetworkName = Field("vgg16", description="architecture, by torchvision's name")
-    head: Literal["auto", "vgg", "gap"] = Field(
+    head: HeadName = Field(
         "auto", description="vgg: two hidden layers of 4096; gap: global average and one layer; auto: vgg for vgg16"
     )
     dropout: float = Field(0.5, ge=0, lt=1, description="in the head, while learning")
     image_size: ImageSize = Field(
-        (224, 224, 3), description="height, width (pixels) and channels of the network's input"
+        (224, 224, 3),
+        description="height, width (pixels) and channels of the network's input",
+        json_schema_extra={"api": {"message": "Must be [height, width, 3], with 32 to 1024 pixels each way."}},
     )
     weights: str = Field(
         "imagenet",
         pattern=r"^(imagenet|none|file:.{1,400}|version:[1-9][0-9]{0,8})$",
         description="what the network begins with: imagenet, none, file:NAME, or version:N of the registry",
+        examples=["imagenet", "none", "file:NAME", "version:N"],
+        json_schema_extra={"api": PLAIN_FILE_NAMES},
     )
     include_top: bool = Field(
         False, description="start from ImageNet's 4096-4096 classifier layers; needs ImageNet weights"
@@ -115,11 +138,9 @@ class Params(BaseModel):
         return self.window_center, self.window_width
 
     @property
-    def head_kind(self) -> Literal["vgg", "gap"]:
+    def head_kind(self) -> Head:
         """The head that `auto` means here."""
-        if self.head != "auto":
-            return self.head
-        return "vgg" if self.network == "vgg16" else "gap"
+        return head_kind(self.network, self.head)
 
     @property
     def tuning_rate(self) -> float:
@@ -130,3 +151,29 @@ class Params(BaseModel):
     def total_epochs(self) -> int:
         """Of both phases."""
         return self.epochs + self.fine_tune_epochs
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """(field, what is wrong and what to do) for fields that are each right, but not together."""
+        if self.include_top and self.weights != "imagenet":
+            yield "include_top", "Only ImageNet's network has a classifier to keep; set weights: imagenet."
+        if self.include_top and (self.network, self.head_kind) != ("vgg16", "vgg"):
+            yield "include_top", "Only vgg16 with head: vgg has hidden layers to keep; leave it false."
+        if (self.window_center is None) != (self.window_width is None):
+            missing = "window_width" if self.window_width is None else "window_center"
+            yield missing, "A CT window has a centre and a width; give both or neither."
+        if self.fine_tune_blocks > (most := BLOCKS.get(self.network, 5)):
+            yield "fine_tune_blocks", f"{self.network} has {most} blocks."
+        if self.folds == 1:
+            yield "folds", "Cross-validation needs 2 or more; 0 turns it off."
+        if self.test_size + self.validation_size > 0.7:
+            left = "With test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
+            yield "validation_size", left
+        yield from self._wrong_size()
+
+    def _wrong_size(self) -> Iterator[tuple[str, str]]:
+        height, width = self.image_size[:2]
+        fixed, least = FIXED_SIDE.get(self.network), LEAST_SIDE.get(self.network, 32)
+        if fixed and (height, width) != (fixed, fixed):
+            yield "image_size", f"{self.network} takes [{fixed}, {fixed}, 3] only."
+        if min(height, width) < least:
+            yield "image_size", f"{self.network} needs at least {least} pixels a side."

@@ -73,4 +73,4 @@ def test_what_the_images_copy_exists_and_reaches_the_build() -> None:
         for sources in re.findall(r"^COPY (.+) \S+$", (ROOT / name).read_text(), re.MULTILINE):
             for source in sources.split():
                 assert (ROOT / source).exists(), source
-                assert f"!{source}" in ignored, f"{source} is kept from the build by .dockerignore"
+                assert f"!{source.partition('/')[0]}" in ignored, f"{source} is kept from the build by .dockerignore"

@@ -16,13 +16,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from torch import nn
 
 from ml.image.dataset.splits import Split
-from ml.image.engines.engines import TorchEngine
+from ml.image.engines.backends import TorchEngine
 from ml.image.engines.features import Features
 from ml.image.learning.train import TrainData
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
-from ml.runtime.process_group import ALONE, Team
-from ml.spec.image import Params, parse_params
+from ml.runtime.config import parse_params
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from ml.spec.image import Params
 
 TRAINED, VALIDATED, TESTED = 32, 8, 4  # scans of make_data
 SCANS = TRAINED + VALIDATED + TESTED
@@ -148,9 +149,9 @@ class CountingBackbone:
             yield np.maximum(batch[:, ::2, ::2, 0].reshape(len(batch), -1).astype(np.float32) @ self._projection, 0)
 
 
-def make_data(backbone: CountingBackbone | None = None, team: Team = ALONE) -> TrainData:
+def make_data(backbone: CountingBackbone | None = None, group: ProcessGroup = SINGLE_PROCESS) -> TrainData:
     """44 scans in two classes that can be told apart, for a `NarrowModel`."""
-    features = Features(backbone or CountingBackbone(), make_scans(), team)
+    features = Features(backbone or CountingBackbone(), make_scans(), group)
     return TrainData(lambda top: features, np.arange(SCANS) % 2, make_split(), positive=1)
 
 
@@ -190,13 +191,13 @@ def _draw_weights(network: nn.Module, seed: int) -> None:
             nn.init.normal_(layer.bias, 0, 0.01, generator=generator)
 
 
-def make_tuned_data(model: Model, team: Team = ALONE) -> TrainData:
+def make_tuned_data(model: Model, group: ProcessGroup = SINGLE_PROCESS) -> TrainData:
     """The scans of `make_data` below the blocks of a `TinyModel`, by torch itself."""
     pixels = make_scans()
 
     @cache
     def features(top: int) -> Features:
-        return Features(TorchEngine(model.cut(top)[0], model.transform, "cpu", "fp32"), pixels, team)
+        return Features(TorchEngine(model.cut(top)[0], model.transform, "cpu", "fp32"), pixels, group)
 
     return TrainData(features, np.arange(SCANS) % 2, make_split(), positive=1)
 

@@ -12,10 +12,9 @@ import yaml
 from torch import nn
 
 from ml.image.networks import network
-from ml.image.stages import stages
-from ml.runtime.config import load_config
+from ml.image.stages import runner
+from ml.runtime.config import load_config, parse_params
 from ml.runtime.events import Event
-from ml.spec.image import parse_params
 from tests.ml.builders import make_files, write_zip
 
 SIDE = 64
@@ -83,5 +82,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     folder = tmp_path_factory.mktemp("small-run")
     archive = write_zip(make_files(20, side=SIDE), folder / "data.zip")
     events: list[Event] = []
-    stages.run(load_config(write_config(folder, archive)), parse_params(SMALL | {"augmentation": False}), events.append)
+    runner.run_all(
+        load_config(write_config(folder, archive)), parse_params(SMALL | {"augmentation": False}), events.append
+    )
     return SmallRun(folder, archive, events)

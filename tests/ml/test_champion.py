@@ -18,10 +18,9 @@ from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import Predictor, ScanInput
 from ml.image.stages import champion
 from ml.image.stages.champion import Comparison
-from ml.image.stages.evaluation import _judged
-from ml.image.stages.run import Run, Surroundings
-from ml.runtime.config import load_config
-from ml.spec.image import parse_params
+from ml.image.stages.evaluation import _model_outputs
+from ml.image.stages.run import Run, RunEnvironment
+from ml.runtime.config import load_config, parse_params
 from tests.ml.conftest import SIDE, SMALL, SmallRun
 
 CLASSES = ("Normal", "Tumor")
@@ -36,7 +35,7 @@ def candidate(small_run: SmallRun) -> Model:
 
 
 @pytest.fixture
-def state(small_run: SmallRun) -> Run:
+def run(small_run: SmallRun) -> Run:
     """The small run, with its scans where it left them."""
     return Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL | MANY), lambda event: None)
 
@@ -48,12 +47,12 @@ def rival(side: int = SIDE, classes: tuple[str, ...] = CLASSES, **metadata: Any)
     return Model(made, classes, Transform(side, side), told, "efficientnet_b0", "gap")
 
 
-def beside(state: Run, candidate: Model, path: Path | None, told: list[float] | None = None) -> Comparison | None:
+def beside(run: Run, candidate: Model, path: Path | None, told: list[float] | None = None) -> Comparison | None:
     """The candidate of the run beside the champion in a file."""
-    state.around = Surroundings(champion=path)
-    judged = _judged(state, candidate)
+    run.environment = RunEnvironment(champion=path)
+    outputs = _model_outputs(run, candidate)
     tell = (lambda fraction: None) if told is None else told.append
-    return champion.compare(state, candidate, judged, tell)
+    return champion.compare_with_champion(run, candidate, outputs, tell)
 
 
 def saved(model: Model, folder: Path) -> Path:
@@ -62,16 +61,16 @@ def saved(model: Model, folder: Path) -> Path:
     return folder / "champion.safetensors"
 
 
-def test_without_a_champion_there_is_nothing_to_compare(state: Run, candidate: Model) -> None:
-    assert beside(state, candidate, None) is None
+def test_without_a_champion_there_is_nothing_to_compare(run: Run, candidate: Model) -> None:
+    assert beside(run, candidate, None) is None
 
 
-def test_both_are_scored_on_the_same_scans(state: Run, candidate: Model, tmp_path: Path) -> None:
+def test_both_are_scored_on_the_same_scans(run: Run, candidate: Model, tmp_path: Path) -> None:
     told: list[float] = []
-    found = beside(state, candidate, saved(rival(), tmp_path), told)
+    found = beside(run, candidate, saved(rival(), tmp_path), told)
     assert found is not None
     assert (found.comparable, found.scans, found.why) == (True, 20, "")
-    assert found.test_digest == state.report.digest_of(state.split.test)
+    assert found.test_digest == run.report.digest_of(run.split.test)
     assert found.champion is not None
     assert found.candidate is not None
     assert found.candidate["held_out"] == found.champion["held_out"] == 20
@@ -80,9 +79,9 @@ def test_both_are_scored_on_the_same_scans(state: Run, candidate: Model, tmp_pat
     assert told[-1] == 1.0
 
 
-def test_a_network_is_as_good_as_itself(small_run: SmallRun, state: Run, candidate: Model) -> None:
-    state.params = parse_params(SMALL)  # the split that it was trained with
-    found = beside(state, candidate, small_run.model_path)
+def test_a_network_is_as_good_as_itself(small_run: SmallRun, run: Run, candidate: Model) -> None:
+    run.params = parse_params(SMALL)  # the split that it was trained with
+    found = beside(run, candidate, small_run.model_path)
     assert found is not None
     assert found.champion is not None
     assert found.candidate is not None
@@ -91,28 +90,26 @@ def test_a_network_is_as_good_as_itself(small_run: SmallRun, state: Run, candida
 
 
 @pytest.mark.parametrize("side", [SIDE, 96])
-def test_the_champion_says_of_each_scan_what_it_predicts(
-    state: Run, candidate: Model, tmp_path: Path, side: int
-) -> None:
+def test_the_champion_says_of_each_scan_what_it_predicts(run: Run, candidate: Model, tmp_path: Path, side: int) -> None:
     path = saved(rival(side), tmp_path)
-    found = beside(state, candidate, path)
+    found = beside(run, candidate, path)
     assert found is not None
     assert found.champion is not None
-    folder = state.config.data_ingestion.scans_dir
-    files = [folder / state.report.scans[scan].path for scan in state.split.test]
+    folder = run.config.data_ingestion.scans_dir
+    files = [folder / run.report.scans[scan].path for scan in run.split.test]
     predicted = [each.label for each in Predictor.load(path).predict(ScanInput(file.name, file) for file in files)]
     matrix = np.zeros((2, 2), int)
-    for scan, label in zip(state.split.test, predicted, strict=True):
-        matrix[state.report.labels[scan], CLASSES.index(str(label))] += 1
+    for scan, label in zip(run.split.test, predicted, strict=True):
+        matrix[run.report.labels[scan], CLASSES.index(str(label))] += 1
     assert found.champion["confusion_matrix"] == matrix.tolist()
 
 
 def test_scans_are_unpacked_for_another_transform_where_their_pixels_came_out_of_the_cache(
-    state: Run, candidate: Model, tmp_path: Path
+    run: Run, candidate: Model, tmp_path: Path
 ) -> None:
-    section = state.config.data_ingestion.model_copy(update={"unzip_dir": tmp_path / "images"})
-    state.config = state.config.model_copy(update={"data_ingestion": section})
-    found = beside(state, candidate, saved(rival(96), tmp_path))
+    section = run.config.data_ingestion.model_copy(update={"unzip_dir": tmp_path / "images"})
+    run.config = run.config.model_copy(update={"data_ingestion": section})
+    found = beside(run, candidate, saved(rival(96), tmp_path))
     assert found is not None
     assert found.comparable
     assert (tmp_path / "images").is_dir()
@@ -133,39 +130,37 @@ def test_the_command_tells_both_figures(
 # --- what one of the two has learnt from ---
 
 
-def learnt(state: Run, scans: int) -> tuple[str, ...]:
+def learnt(run: Run, scans: int) -> tuple[str, ...]:
     """The lineage of a network that has learnt from so many of the test scans, of both classes."""
-    return lineage(state.report, in_turns(state)[:scans])
+    return lineage(run.report, in_turns(run)[:scans])
 
 
-def in_turns(state: Run) -> np.ndarray:
+def in_turns(run: Run) -> np.ndarray:
     """The test scans, every other one first."""
-    return np.concatenate([state.split.test[::2], state.split.test[1::2]])
+    return np.concatenate([run.split.test[::2], run.split.test[1::2]])
 
 
-def test_scans_that_the_champion_has_learnt_from_count_for_neither(
-    state: Run, candidate: Model, tmp_path: Path
-) -> None:
-    found = beside(state, candidate, saved(rival(lineage=learnt(state, 8)), tmp_path))
+def test_scans_that_the_champion_has_learnt_from_count_for_neither(run: Run, candidate: Model, tmp_path: Path) -> None:
+    found = beside(run, candidate, saved(rival(lineage=learnt(run, 8)), tmp_path))
     assert found is not None
     assert (found.comparable, found.scans) == (True, 12)
-    assert found.test_digest == state.report.digest_of(in_turns(state)[8:])
+    assert found.test_digest == run.report.digest_of(in_turns(run)[8:])
     assert found.champion is not None
     assert found.candidate is not None
     assert found.candidate["held_out"] == found.champion["held_out"] == 12
 
 
-def test_scans_that_the_candidate_began_from_count_for_neither(state: Run, candidate: Model, tmp_path: Path) -> None:
-    begun = replace(candidate, metadata={**candidate.metadata, "begun_lineage": learnt(state, 5)})
-    found = beside(state, begun, saved(rival(lineage=learnt(state, 8)), tmp_path))
+def test_scans_that_the_candidate_began_from_count_for_neither(run: Run, candidate: Model, tmp_path: Path) -> None:
+    begun = replace(candidate, metadata={**candidate.metadata, "begun_lineage": learnt(run, 5)})
+    found = beside(run, begun, saved(rival(lineage=learnt(run, 8)), tmp_path))
     assert found is not None
     assert found.scans == 12, "they are among the champion's"
 
 
 def test_too_few_scans_that_neither_has_learnt_from_are_no_comparison(
-    state: Run, candidate: Model, tmp_path: Path
+    run: Run, candidate: Model, tmp_path: Path
 ) -> None:
-    found = beside(state, candidate, saved(rival(lineage=learnt(state, 11)), tmp_path))
+    found = beside(run, candidate, saved(rival(lineage=learnt(run, 11)), tmp_path))
     assert found is not None
     assert not found.comparable
     assert "of the 20 test scans one of the two has learnt from 11" in found.why
@@ -173,18 +168,18 @@ def test_too_few_scans_that_neither_has_learnt_from_are_no_comparison(
     assert (found.champion, found.candidate, found.test_digest) == (None, None, None)
 
 
-def test_scans_of_one_class_are_no_comparison(state: Run, candidate: Model, tmp_path: Path) -> None:
-    tumours = [scan for scan in state.split.test if state.report.scans[scan].label == "Tumor"][2:]
-    found = beside(state, candidate, saved(rival(lineage=lineage(state.report, tumours)), tmp_path))
+def test_scans_of_one_class_are_no_comparison(run: Run, candidate: Model, tmp_path: Path) -> None:
+    tumours = [scan for scan in run.split.test if run.report.scans[scan].label == "Tumor"][2:]
+    found = beside(run, candidate, saved(rival(lineage=lineage(run.report, tumours)), tmp_path))
     assert found is not None
     assert not found.comparable
     assert "10 Normal, 2 Tumor" in found.why
 
 
 def test_a_champion_that_does_not_tell_what_it_has_learnt_from_is_not_compared(
-    state: Run, candidate: Model, tmp_path: Path
+    run: Run, candidate: Model, tmp_path: Path
 ) -> None:
-    found = beside(state, candidate, saved(rival(lineage=None), tmp_path))
+    found = beside(run, candidate, saved(rival(lineage=None), tmp_path))
     assert found is not None
     assert (found.comparable, found.why) == (False, "its file does not tell what it has learnt from")
 
@@ -192,26 +187,26 @@ def test_a_champion_that_does_not_tell_what_it_has_learnt_from_is_not_compared(
 # --- a champion that is no match ---
 
 
-def test_a_champion_of_other_classes_is_not_compared(state: Run, candidate: Model, tmp_path: Path) -> None:
-    found = beside(state, candidate, saved(rival(classes=("Cyst", "Stone", "Tumor")), tmp_path))
+def test_a_champion_of_other_classes_is_not_compared(run: Run, candidate: Model, tmp_path: Path) -> None:
+    found = beside(run, candidate, saved(rival(classes=("Cyst", "Stone", "Tumor")), tmp_path))
     assert found is not None
     assert (found.comparable, found.why) == (False, "its classes are Cyst, Stone, Tumor, not Normal, Tumor")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no network at all", b"\x10" + b"\0" * 7 + b'{"a": 1}        '])
 def test_a_file_that_cannot_be_read_does_not_fail_the_training(
-    state: Run, candidate: Model, tmp_path: Path, content: bytes | None
+    run: Run, candidate: Model, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "champion.safetensors"
     if content is not None:
         path.write_bytes(content)
-    found = beside(state, candidate, path)
+    found = beside(run, candidate, path)
     assert found is not None
     assert (found.comparable, found.why) == (False, "its file cannot be read")
 
 
-def test_what_nobody_foresaw_does_not_fail_it_either(state: Run, candidate: Model, tmp_path: Path) -> None:
-    found = beside(state, candidate, saved(rival(lineage=["no token"]), tmp_path))
+def test_what_nobody_foresaw_does_not_fail_it_either(run: Run, candidate: Model, tmp_path: Path) -> None:
+    found = beside(run, candidate, saved(rival(lineage=["no token"]), tmp_path))
     assert found is not None
     assert not found.comparable
     assert found.why.startswith("it could not be scored")

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import DatasetReport
 from ml.image.learning import checkpoints
-from ml.image.learning.checkpoints import Checkpoint, Keeper, Origin, checksum, load, save
+from ml.image.learning.checkpoints import Checkpoint, CheckpointWriter, Origin, checksum, load, save
 from ml.image.learning.schedules import best_epoch
-from ml.image.learning.train import Start, TrainConfig, TrainData, train
+from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, train
 from ml.image.networks import network
 from ml.image.networks.network import Model
-from ml.image.stages.run import Surroundings
-from ml.image.stages.stages import run
-from ml.runtime.config import CheckpointPlan, load_config
+from ml.image.stages.run import RunEnvironment
+from ml.image.stages.runner import run_all
+from ml.runtime.config import CheckpointPlan, load_config, parse_params
 from ml.runtime.errors import BadCheckpoint
 from ml.runtime.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
-from ml.spec.image import Params, parse_params
+from ml.spec.image import Params
 from tests.ml.builders import (
     make_data,
     make_narrow_model,
@@ -105,7 +105,7 @@ def train_whole(case: Case) -> tuple[Model, list[Epoch]]:
 def train_until(epoch: int, case: Case, folder: Path) -> Checkpoint:
     """The checkpoint after `epoch`, of a training that is then dropped."""
     (model, data), done = case.made(), []
-    keeper = Keeper(CheckpointPlan(folder, 0.0), make_origin(), done, lambda event: None)
+    keeper = CheckpointWriter(CheckpointPlan(folder, 0.0), make_origin(), done, lambda event: None)
     for one in train(TrainConfig(model, case.params, keep=keeper), data):
         done.append(one)
         if one.epoch == epoch + 1:
@@ -116,7 +116,7 @@ def train_until(epoch: int, case: Case, folder: Path) -> Checkpoint:
 def train_after(checkpoint: Checkpoint, case: Case, **config: object) -> tuple[Model, list[Epoch]]:
     model, data = case.made()
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    start = Start(checkpoint.history, checkpoint.state)
+    start = ResumePoint(checkpoint.history, checkpoint.state)
     return model, [*checkpoint.history, *train(TrainConfig(model, case.params, start=start, **config), data)]
 
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_another_training_is_refused_with_the_reason(fields, rea
 
 def test_the_same_scans_under_other_names_are_another_training():
     reports = make_report("a", "b"), make_report("b", "a")
-    first, second = (Origin.of(make_params(), report, nn.Linear(3, 2), "x") for report in reports)
+    first, second = (Origin.from_training(make_params(), report, nn.Linear(3, 2), "x") for report in reports)
     assert first.dataset_digest == second.dataset_digest
     assert first.scans != second.scans
 
@@ -324,7 +324,7 @@ def test_the_same_scans_under_other_names_are_another_training():
 def keep_epochs(plan: CheckpointPlan, epochs: int = 3) -> list[Event]:
     told: list[Event] = []
     done: list[Epoch] = []
-    keeper = Keeper(plan, make_origin(), done, told.append)
+    keeper = CheckpointWriter(plan, make_origin(), done, told.append)
     for number in range(1, epochs + 1):
         done.append(make_epoch(number))
         keeper(number, lambda: make_checkpoint().state)
@@ -347,7 +347,9 @@ def test_before_the_seconds_are_over_nothing_is_kept(tmp_path):
 
 def test_a_moved_checkpoint_is_not_missed(tmp_path):
     done = [make_epoch()]
-    keeper = Keeper(CheckpointPlan(tmp_path, 0.0), make_origin(), done, lambda event: Path(event.path).unlink())
+    keeper = CheckpointWriter(
+        CheckpointPlan(tmp_path, 0.0), make_origin(), done, lambda event: Path(event.path).unlink()
+    )
     keeper(1, lambda: make_checkpoint().state)
     keeper(1, lambda: make_checkpoint().state)
     assert names_in(tmp_path) == []
@@ -373,7 +375,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(small_disk, caplo
     assert len(keep_epochs(plan, epochs=1)) == 1
     kept = (small_disk / FIRST).read_bytes()
     told: list[Event] = []
-    keeper = Keeper(plan, make_origin(), [make_epoch()], told.append)
+    keeper = CheckpointWriter(plan, make_origin(), [make_epoch()], told.append)
     keeper(1, lambda: {"large": torch.zeros(2**19)})
     assert told == []
     assert "No space left" in caplog.text
@@ -489,11 +491,11 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small
 def test_a_run_that_goes_on_draws_the_whole_learning_curve_and_counts_all_epochs(small_run, tmp_path):
     config = load_config(write_config(tmp_path / "first", small_run.archive))
     params, told = parse_params(SMALL | {"augmentation": False, "epochs": 2}), []
-    run(config, params, told.append, Surroundings(checkpoints=CheckpointPlan(tmp_path / "kept", 0.0)))
+    run_all(config, params, told.append, RunEnvironment(checkpoints=CheckpointPlan(tmp_path / "kept", 0.0)))
     (kept,) = [event for event in told if isinstance(event, Checkpointed)]
     again: list[Event] = []
     config = load_config(write_config(tmp_path / "second", small_run.archive))
-    run(config, params, again.append, Surroundings(checkpoints=CheckpointPlan(resume=Path(kept.path))))
+    run_all(config, params, again.append, RunEnvironment(checkpoints=CheckpointPlan(resume=Path(kept.path))))
     history = json.loads(config.training.history_path.read_text())
     assert [epoch["epoch"] for epoch in history] == [1, 2]
     assert [event.epoch for event in again if isinstance(event, Epoch)] == [2]

@@ -10,17 +10,16 @@ import pytest
 
 from ml.evaluation.calibration import Calibration
 from ml.image.engines.admission import admit
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import engine_name, forms, open_engine
+from ml.image.engines.backends import engine_name, open_engine, supported_dtypes
+from ml.image.engines.engine import outputs_of
 from ml.image.networks import network
-from ml.image.networks.descriptor import served
-from ml.image.networks.ood import Outliers, Unseen, learn
+from ml.image.networks.feature_descriptor import with_descriptor
+from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector
 from ml.image.pixels.statistics import MEANINGS
 from ml.image.serving.predictor import Predictor, ScanInput
-from ml.image.stages import stages, training
+from ml.image.stages import runner, training
 from ml.image.stages.run import Run
-from ml.runtime.config import load_config
-from ml.spec.image import parse_params
+from ml.runtime.config import load_config, parse_params
 from ml.synthetic.phantom_files import write_dataset
 from tests.ml.builders import encode, make_pixels, make_scans, write_zip
 from tests.ml.conftest import SMALL, write_config
@@ -39,8 +38,8 @@ def make_vectors(count: int, seed: int = 0, shift: float = 0.0) -> tuple[np.ndar
     return descriptors.astype(np.float32), [dict(zip(MEANINGS, row, strict=True)) for row in values.tolist()]
 
 
-def learned(count: int = 300, seed: int = 0) -> Outliers:
-    found = learn(*make_vectors(count, seed), np.arange(count))
+def learned(count: int = 300, seed: int = 0) -> OodDetector:
+    found = fit_detector(*make_vectors(count, seed), np.arange(count))
     assert found is not None
     return found
 
@@ -72,21 +71,21 @@ def test_scans_of_one_patient_do_not_vouch_for_each_other():
     own = centres[patients] + random.normal(size=(300, WIDTH)) * 0.1
     others = centres[30 + patients] + random.normal(size=(300, WIDTH)) * 0.1
     _, statistics = make_vectors(300)
-    grouped, alone = (learn(own, statistics, groups) for groups in (patients, np.arange(300)))
+    grouped, alone = (fit_detector(own, statistics, groups) for groups in (patients, np.arange(300)))
     rejected, wrongly = ((of.descriptors.quotients(others) > 1).mean() for of in (grouped, alone))
     assert rejected < 0.06 < 0.5 < wrongly
 
 
 @pytest.mark.parametrize(("scans", "groups"), [(24, 24), (300, 9)])
 def test_too_few_scans_or_patients_teach_nothing(scans, groups):
-    assert learn(*make_vectors(scans), np.arange(scans) % groups) is None
+    assert fit_detector(*make_vectors(scans), np.arange(scans) % groups) is None
 
 
 @pytest.mark.parametrize(("of_one", "others", "teaches"), [(91, 9, False), (970, 30, True), (400, 2000, True)])
 def test_a_patient_of_most_scans_leaves_too_few_for_a_fit_without_them_or_less_axes(of_one, others, teaches):
     """What the smallest fit is made of decides how many axes it can have."""
     scans = of_one + others
-    found = learn(*make_vectors(scans), np.maximum(np.arange(scans) - of_one + 1, 0))
+    found = fit_detector(*make_vectors(scans), np.maximum(np.arange(scans) - of_one + 1, 0))
     assert (found is not None) == teaches
     if found is not None:
         unseen = make_vectors(500, 9)
@@ -100,8 +99,8 @@ def test_the_limit_is_no_nearer_than_scans_that_no_weight_was_fitted_to():
     drawn = centre + (descriptors - centre) * 0.2
     validation, proper = make_vectors(40, 1)[0], make_vectors(500, 2)[0]
     alone, beside = (
-        learn(drawn, statistics, groups),
-        learn(drawn, statistics, groups, Unseen(validation, np.arange(40))),
+        fit_detector(drawn, statistics, groups),
+        fit_detector(drawn, statistics, groups, UnseenDescriptors(validation, np.arange(40))),
     )
     wrongly, rejected = ((found.descriptors.quotients(proper) > 1).mean() for found in (alone, beside))
     assert rejected <= 0.05 < 0.9 < wrongly
@@ -110,32 +109,32 @@ def test_the_limit_is_no_nearer_than_scans_that_no_weight_was_fitted_to():
 
 @pytest.mark.parametrize(("scans", "groups"), [(40, 4), (0, 0)])
 def test_a_few_patients_that_were_not_learnt_from_say_nothing_of_the_limit(scans, groups):
-    unseen = Unseen(make_vectors(40, 1, shift=3.0)[0][:scans], np.arange(scans) % max(groups, 1))
-    found = learn(*make_vectors(300), np.arange(300), unseen)
+    unseen = UnseenDescriptors(make_vectors(40, 1, shift=3.0)[0][:scans], np.arange(scans) % max(groups, 1))
+    found = fit_detector(*make_vectors(300), np.arange(300), unseen)
     assert found.descriptors.limit == learned().descriptors.limit
 
 
 def test_scans_that_others_join_stay_together_although_only_some_are_compared(small_run, monkeypatch):
     """Two of the sample may belong together through a third that is not in it."""
     params = parse_params(SMALL | {"augmentation": False})
-    state = Run(load_config(small_run.folder / "config.yaml"), params, lambda event: None)
-    seen, patients = list[np.ndarray](), np.arange(len(state.report.scans)) // 2
+    run = Run(load_config(small_run.folder / "config.yaml"), params, lambda event: None)
+    seen, patients = list[np.ndarray](), np.arange(len(run.report.scans)) // 2
 
-    def noted(descriptors: np.ndarray, statistics: list, groups: np.ndarray, unseen: Unseen) -> None:
+    def noted(descriptors: np.ndarray, statistics: list, groups: np.ndarray, unseen: UnseenDescriptors) -> None:
         seen.extend((groups, unseen.groups))
 
-    monkeypatch.setattr(training, "RESEMBLED", 3)
-    monkeypatch.setattr(training, "learn", noted)
+    monkeypatch.setattr(training, "OOD_SCANS", 3)
+    monkeypatch.setattr(training, "fit_detector", noted)
     monkeypatch.setattr(training, "group_scans", lambda scans: patients[: len(scans)])
-    training._outliers(state, network.load(small_run.model_path))
-    sides = (state.split.train, state.split.validation)
+    training._fit_ood(run, network.load(small_run.model_path))
+    sides = (run.split.train, run.split.validation)
     assert [groups.tolist() for groups in seen] == [patients[training._evenly(side, 3)].tolist() for side in sides]
 
 
 def test_numbers_that_never_moved_do_not_drown_the_others():
     descriptors, statistics = make_vectors(100)
     descriptors[:, :10] = 0
-    found = learn(descriptors, statistics, np.arange(100))
+    found = fit_detector(descriptors, statistics, np.arange(100))
     unseen, of_unseen = make_vectors(200, 5)
     unseen[:, :10] = 1e-4
     assert (found.scores(unseen, of_unseen) > 1).mean() < 0.1
@@ -143,26 +142,26 @@ def test_numbers_that_never_moved_do_not_drown_the_others():
 
 def test_a_file_carries_all_that_the_score_needs_and_little_of_it():
     descriptors, statistics = np.random.default_rng(0).normal(size=(512, 2048)), make_vectors(512)[1]
-    found = learn(descriptors, statistics, np.arange(512))
+    found = fit_detector(descriptors, statistics, np.arange(512))
     found = replace(found, shifts=dict.fromkeys(("int8", "bf16"), np.ones(2048)))  # of three forms, one learnt in
     stored = json.dumps({"outliers": found.as_dict()}, allow_nan=False)
     assert len(stored) < 225_000
-    again = Outliers.of(json.loads(stored))
+    again = OodDetector.from_metadata(json.loads(stored))
     np.testing.assert_allclose(again.scores(descriptors, statistics), found.scores(descriptors, statistics), rtol=2e-3)
 
 
 def test_a_file_of_an_earlier_version_carries_none():
-    assert Outliers.of({}) is None
-    assert Outliers.of({"outliers": None}) is None
+    assert OodDetector.from_metadata({}) is None
+    assert OodDetector.from_metadata({"outliers": None}) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("colour", 40.0), ("brightness", 240.0), ("black", 0.0)])
 def test_the_input_statistic_that_sets_a_scan_apart_is_named(name, value):
     usual = dict(zip(MEANINGS, (60, 50, 0.5, 0.02, 9, 0), strict=True))
-    assert learned().oddity(usual) is None
+    assert learned().ood_reason(usual) is None
     meaning = MEANINGS[name]
     expected = meaning.more if value > usual[name] else meaning.less
-    assert learned().oddity({**usual, name: value}) == expected
+    assert learned().ood_reason({**usual, name: value}) == expected
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def test_the_input_statistic_that_sets_a_scan_apart_is_named(name, value):
 
 def test_an_engine_that_moves_the_score_is_not_admitted(small_run):
     model = network.load(small_run.model_path)
-    outliers = Outliers.of(model.metadata)
+    outliers = OodDetector.from_metadata(model.metadata)
     assert outliers is not None
     strict = replace(outliers, descriptors=replace(outliers.descriptors, limit=outliers.descriptors.limit / 1e6))
     pictures = np.stack([make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(6)])
@@ -179,49 +178,49 @@ def test_an_engine_that_moves_the_score_is_not_admitted(small_run):
         for each in (outliers, strict)
     )
     assert all(trial.admitted for trial in usual), usual
-    assert [trial.admitted for trial in refused] == [form == "fp32" for form in reversed(forms())]
+    assert [trial.admitted for trial in refused] == [form == "fp32" for form in reversed(supported_dtypes())]
     assert all("out-of-distribution score moved by" in trial.reason for trial in refused if not trial.admitted)
 
 
-@pytest.mark.parametrize("learnt_in", [form for form in forms() if form != "int8"])
-def test_shifts_are_against_the_form_that_was_learnt_in(small_run, learnt_in):
+@pytest.mark.parametrize("fitted_in", [form for form in supported_dtypes() if form != "int8"])
+def test_shifts_are_against_the_form_that_was_fitted_in(small_run, fitted_in):
     """Else what was learnt in bf16 would be moved by bf16's rounding once more."""
     model, seen = network.load(small_run.model_path), make_scans(8, 64)
-    outliers = replace(Outliers.of(model.metadata), shifts={})
-    found = admit(model, Calibration(threshold=0.5), seen[:4], np.arange(4) % 2, seen, outliers, learnt_in).outliers
-    assert set(found.shifts) == {*forms()} - {learnt_in}, "what is not shifted is not stored"
-    layers, classes = served(model), len(model.classes)
+    outliers = replace(OodDetector.from_metadata(model.metadata), shifts={})
+    found = admit(model, Calibration(threshold=0.5), seen[:4], np.arange(4) % 2, seen, outliers, fitted_in).ood
+    assert set(found.shifts) == {*supported_dtypes()} - {fitted_in}, "what is not shifted is not stored"
+    layers, classes = with_descriptor(model), len(model.classes)
     means = {
         form: outputs_of(open_engine(layers, model.transform, form), seen)[:, classes:].mean(axis=0)
-        for form in ("fp32", learnt_in)
+        for form in ("fp32", fitted_in)
     }
-    if learnt_in != "fp32":
-        np.testing.assert_allclose(found.shifts["fp32"], means["fp32"] - means[learnt_in], atol=1e-4)
+    if fitted_in != "fp32":
+        np.testing.assert_allclose(found.shifts["fp32"], means["fp32"] - means[fitted_in], atol=1e-4)
 
 
 def test_a_training_tells_in_which_form_it_has_learnt(small_run):
-    """With random weights VGG16 learns in the fastest form that floats (see ml.image.stages.run.precision_of)."""
+    """With random weights VGG16 learns in the fastest form that floats (see ml.image.stages.run.training_precision)."""
     model = network.load(small_run.model_path)
-    learnt_in = model.metadata["engine"].rpartition("-")[2]
-    assert set(Outliers.of(model.metadata).shifts) == {*forms()} - {learnt_in}
+    fitted_in = model.metadata["engine"].rpartition("-")[2]
+    assert set(OodDetector.from_metadata(model.metadata).shifts) == {*supported_dtypes()} - {fitted_in}
 
 
 def test_every_admitted_engine_gives_nearly_the_same_score(small_run):
     model = network.load(small_run.model_path)
     some = [make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(8)]
     some += [one for pictures in strangers(2).values() for one in pictures]
-    reference = scored(Predictor.of(model, "fp32"), some)
-    for form in forms()[:-1]:
+    reference = scored(Predictor.from_model(model, "fp32"), some)
+    for form in supported_dtypes()[:-1]:
         assert model.metadata["engines"][engine_name(form)]["admitted"], form
-        np.testing.assert_allclose(scored(Predictor.of(model, form), some), reference, rtol=0.1, err_msg=form)
+        np.testing.assert_allclose(scored(Predictor.from_model(model, form), some), reference, rtol=0.1, err_msg=form)
 
 
 def test_a_model_without_the_data_predicts_without_a_score(small_run):
     model = network.load(small_run.model_path)
     without = {name: value for name, value in model.metadata.items() if name != "outliers"}
-    (one,) = Predictor.of(replace(model, metadata=without)).predict([ScanInput("a", encode(make_pixels()))])
+    (one,) = Predictor.from_model(replace(model, metadata=without)).predict([ScanInput("a", encode(make_pixels()))])
     assert one.ood_score is None
-    assert one.oddity is None
+    assert one.ood_reason is None
     assert set(one.statistics) == set(MEANINGS)
 
 
@@ -236,7 +235,7 @@ def trained(tmp_path_factory):
     files = {str(path.relative_to(folder / "scans")): path.read_bytes() for path in (folder / "scans").glob("*/*.png")}
     fields = {"network": "resnet18", "weights": "none", "image_size": [96, 96, 3], "epochs": 2, "augmentation": False}
     config = load_config(write_config(folder, write_zip(files, folder / "data.zip")))
-    return stages.run(config, parse_params(fields), lambda event: None).model_path
+    return runner.run_all(config, parse_params(fields), lambda event: None).model_path
 
 
 @pytest.mark.slow
@@ -261,7 +260,7 @@ def tuned(tmp_path_factory):
         "fine_tune_blocks": 3, "fine_tune_epochs": 30, "fine_tune_learning_rate": 5e-4,
     }  # fmt: skip
     config = load_config(write_config(folder, write_zip(files, folder / "data.zip")))
-    return stages.run(config, parse_params(fields), lambda event: None).model_path
+    return runner.run_all(config, parse_params(fields), lambda event: None).model_path
 
 
 @pytest.mark.slow

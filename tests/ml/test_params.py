@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ml.runtime.config import load_config
+from ml.runtime.config import load_config, load_params, parse_params
 from ml.runtime.errors import BadParams
-from ml.spec.image import Params, load_params, parse_params
+from ml.spec import describe, image_compat
+from ml.spec.image import Params
 
 ROOT = Path(__file__).resolve().parents[2]
+ITS_DEPENDENCIES = {"annotated_types", "typing_extensions", "typing_inspection"}
+"""Of pydantic."""
 
 
 def test_the_defaults_are_document_000s():
@@ -91,6 +96,16 @@ def test_a_wrong_field_is_named(fields, name):
         parse_params(fields)
 
 
+def test_a_contradiction_is_written_behind_its_field_in_lower_case():
+    with pytest.raises(BadParams) as refused:
+        parse_params({"window_center": 40.0})
+    assert str(refused.value) == "window_width: a CT window has a centre and a width; give both or neither."
+
+
+def test_the_command_line_takes_a_path_of_weights():
+    assert parse_params({"weights": "file:../runs/first/model.safetensors"}).weights.startswith("file:..")
+
+
 @pytest.mark.parametrize(
     ("weights", "standardize", "expected"),
     [("none", "auto", True), ("imagenet", "auto", False), ("imagenet", True, True), ("none", False, False)],
@@ -141,3 +156,87 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 def test_a_rate_may_be_written_as_1e_3(tmp_path):
     (tmp_path / "params.yaml").write_text("LEARNING_RATE: 1e-3\nMOMENTUM: 5e-1\n")
     assert load_params(tmp_path / "params.yaml") == Params(learning_rate=0.001, momentum=0.5)
+
+
+# --- the declaration ---
+
+
+def test_the_declarations_import_pydantic_alone():
+    """All but ml.spec.image_header: it needs Pillow, and is loaded with the first picture that comes in."""
+    modules = [f"ml.spec.{file.stem}" for file in (ROOT / "ml" / "spec").glob("*.py")]
+    modules = [name for name in modules if name not in ("ml.spec.__init__", "ml.spec.image_header")]
+    program = (
+        f"import sys; before = set(sys.modules); import {', '.join(modules)}\n"
+        "print(*set(sys.modules) - before - sys.stdlib_module_names)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    loaded = done.stdout.split()
+    assert "ml.spec.image" in loaded, done.stderr
+    assert {name for name in loaded if name.startswith("ml.")} <= {"ml.spec", *modules}
+    top = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert {name for name in top if not name.startswith("_")} <= {"ml", "pydantic", "pydantic_core", *ITS_DEPENDENCIES}
+
+
+def test_the_guide_has_the_table_of_all_parameters():
+    guide = (ROOT / "docs" / "api.md").read_text()
+    assert describe.table(Params) + "\n\n" in guide, "write it anew: python -m ml.spec.describe docs/api.md"
+    assert describe.with_table(guide, Params) == guide
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "range_", "description"),
+    [
+        ("network", '"vgg16"', "`vgg16`, `resnet18`, `resnet50`, `inception_v3`, `efficientnet_b0`, `vit_b_16`", None),
+        ("weights", '"imagenet"', "`imagenet`, `none`, `file:NAME`, `version:N`", None),
+        ("image_size", "[224, 224, 3]", "[32–1024, 32–1024, 3]", None),
+        ("augmentation", "true", "`true`, `false`, `randaugment`", None),
+        ("classes", "null", "2–1000", "if given, the dataset must have this many class folders"),
+        ("learning_rate", "0.001", "above 0, up to 10", "of the optimizer, before the schedule"),
+        ("momentum", "0.9", "from 0, below 1", "of SGD"),
+    ],
+)
+def test_a_row_says_default_range_and_use(name, default, range_, description):
+    row = next(row for row in describe.rows(Params) if row.name == name)
+    assert (row.default, row.range) == (default, range_)
+    assert row.description == (description or Params.model_fields[name].description)
+
+
+# --- rows of earlier versions ---
+
+
+def test_an_earlier_name_is_read_under_the_present_one():
+    assert image_compat.current({"held_out": 0.3, "epochs": 2}) == {"test_size": 0.3, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("params", "network", "head"),
+    [
+        ({}, "vgg16", "vgg"),
+        ({"network": "resnet18"}, "resnet18", "gap"),
+        ({"head": "gap"}, "vgg16", "gap"),
+        ({"network": "resnet18", "head": "auto"}, "resnet18", "gap"),
+    ],
+)
+def test_network_and_head_have_the_values_of_their_day(params, network, head):
+    assert (image_compat.network(params), image_compat.head(params)) == (network, head)
+
+
+def test_a_transform_leaves_open_what_a_row_does_not_say():
+    assert image_compat.transform({}) == {"height": None, "width": None, "window": None}
+    params = {"image_size": [64, 96, 3], "window_center": 40, "window_width": 400}
+    assert image_compat.transform(params) == {"height": 64, "width": 96, "window": [40, 400]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "version", "file"),
+    [
+        ("version:12", 12, None),
+        ("version:0", None, None),
+        ("file:a b.pth", None, "a b.pth"),
+        ("file:", None, None),
+        ("imagenet", None, None),
+    ],
+)
+def test_weights_name_a_version_or_a_file(weights, version, file):
+    params = {"weights": weights}
+    assert (image_compat.base_version(params), image_compat.base_file(params)) == (version, file)

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ml.image.pixels.statistics import MEANINGS
-from ml.image.serving.drift_reference import reference_of
-from ml.image.stages import stages
-from ml.runtime.config import load_config
+from ml.image.serving.drift_reference import drift_reference
+from ml.image.stages import runner
+from ml.runtime.config import load_config, parse_params
 from ml.runtime.events import Evaluated, Event
-from ml.spec.image import parse_params
 from tests.ml.builders import make_files, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
@@ -30,7 +29,7 @@ def make_reference(count: int = 100, **fixed: list[float]) -> dict:
     for name, values in fixed.items():
         statistics = [{**one, name: value} for one, value in zip(statistics, values, strict=True)]
     labels = ["Tumor" if number % 4 == 0 else "Normal" for number in range(count)]
-    return reference_of(statistics, np.linspace(0.5, 1, count).tolist(), labels, ("Cyst", "Normal", "Tumor"), 3)
+    return drift_reference(statistics, np.linspace(0.5, 1, count).tolist(), labels, ("Cyst", "Normal", "Tumor"), 3)
 
 
 def test_it_says_how_many_scans_were_called_what_and_how_many_were_rejected():
@@ -42,7 +41,7 @@ def test_it_says_how_many_scans_were_called_what_and_how_many_were_rejected():
 
 
 def test_a_network_that_cannot_tell_who_is_rejected_says_nothing_of_it():
-    found = reference_of(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None)
+    found = drift_reference(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None)
     assert "rejected" not in found
 
 
@@ -50,7 +49,7 @@ def test_a_training_on_too_few_scans_to_tell_strangers_has_no_figure_of_them(tmp
     """Else drift would be measured against no rejection at all."""
     archive = write_zip(make_files(8, side=SIDE), tmp_path / "data.zip")
     events = list[Event]()
-    stages.run(load_config(write_config(tmp_path, archive)), parse_params(SMALL | {"epochs": 1}), events.append)
+    runner.run_all(load_config(write_config(tmp_path, archive)), parse_params(SMALL | {"epochs": 1}), events.append)
     (evaluated,) = (event for event in events if isinstance(event, Evaluated))
     assert "rejected" not in evaluated.reference
     assert evaluated.reference["scans"] > 0
@@ -68,7 +67,9 @@ def test_few_scans_have_few_bins_and_each_holds_about_as_many(scans, bins):
 
 def test_a_scan_is_counted_where_it_will_be_looked_up():
     statistics = make_statistics(60)
-    histogram = reference_of(statistics, [0.9] * 60, ["Normal"] * 60, ("Normal", "Tumor"), 0)["statistics"]["contrast"]
+    histogram = drift_reference(statistics, [0.9] * 60, ["Normal"] * 60, ("Normal", "Tumor"), 0)["statistics"][
+        "contrast"
+    ]
     counts = [0] * len(histogram["counts"])
     for one in statistics:
         counts[bisect_right(histogram["edges"], one["contrast"])] += 1

@@ -19,10 +19,10 @@ from ml.image.dataset.scans import load_manifest
 from ml.image.networks import network
 from ml.image.networks.architectures import Architecture
 from ml.image.serving.predictor import Predictor, ScanInput
-from ml.image.stages import stages
-from ml.image.stages.run import Run, Surroundings
+from ml.image.stages import runner
+from ml.image.stages.run import Run, RunEnvironment
 from ml.runtime.cache import Cache
-from ml.runtime.config import load_config
+from ml.runtime.config import load_config, parse_params
 from ml.runtime.errors import BadDataset, BadParams, DownloadFailed, WeightsMissing
 from ml.runtime.events import (
     STAGES,
@@ -36,7 +36,7 @@ from ml.runtime.events import (
     Steps,
     from_json,
 )
-from ml.spec.image import NETWORKS, parse_params
+from ml.spec.image import NETWORKS
 from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
@@ -117,7 +117,7 @@ def test_stages_alone_give_what_a_run_gives(small_run, tmp_path):
     for stage in STAGES:
         # Who reruns the training alone (as dvc does) may have changed parameters of it since the stage before.
         fields = SMALL | {"augmentation": False, "patience": 0 if stage in STAGES[:2] else 9}
-        stages.run_stage(stage, Run(config, parse_params(fields), events.append))
+        runner.run_stage(stage, Run(config, parse_params(fields), events.append))
     assert network.read_metadata(config.training.trained_model_path)["params"]["patience"] == 9
     ours = next(event.metrics for event in events if isinstance(event, Evaluated))
     theirs = next(event.metrics for event in small_run.events if isinstance(event, Evaluated))
@@ -129,14 +129,14 @@ def test_stages_alone_give_what_a_run_gives(small_run, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_stage_without_its_input_says_which_stage_to_run(tmp_path, stage):
-    state = Run(load_config(write_config(tmp_path)), parse_params(SMALL), lambda event: None)
+    run = Run(load_config(write_config(tmp_path)), parse_params(SMALL), lambda event: None)
     with pytest.raises(BadDataset, match="run the stage data_ingestion first"):
-        stages.run_stage(stage, state)
+        runner.run_stage(stage, run)
 
 
 def ingest(folder: Path, archive: Path | None = None, source_url: str | None = None, **fields: object) -> None:
     config = load_config(write_config(folder, archive, source_url))
-    stages.data_ingestion(Run(config, parse_params({**SMALL, **fields}), lambda event: None))
+    runner.data_ingestion(Run(config, parse_params({**SMALL, **fields}), lambda event: None))
 
 
 def test_a_bad_dataset_is_refused_with_its_reasons_and_no_pixels_stay(tmp_path):
@@ -185,28 +185,28 @@ def test_without_imagenet_weights_the_stage_says_what_to_put_where(small_run, tm
     monkeypatch.setattr(Architecture, "published", lambda self: SimpleNamespace(url=f"http://127.0.0.1:9/{VGG16}"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     config = load_config(write_config(tmp_path, small_run.archive))
-    around = Surroundings(weights_dir=tmp_path / "weights")
-    state = Run(config, parse_params({**SMALL, "weights": "imagenet"}), lambda event: None, around)
-    stages.data_ingestion(state)
+    environment = RunEnvironment(weights_dir=tmp_path / "weights")
+    run = Run(config, parse_params({**SMALL, "weights": "imagenet"}), lambda event: None, environment)
+    runner.data_ingestion(run)
     with pytest.raises(WeightsMissing, match=r"vgg16-397923af\.pth"):
-        stages.prepare_base_model(state)
+        runner.prepare_base_model(run)
 
 
 def test_another_image_size_than_the_ingested_is_named(small_run):
     config = load_config(small_run.folder / "config.yaml")
-    state = Run(config, parse_params({**SMALL, "image_size": [96, 96, 3]}), lambda event: None)
+    run = Run(config, parse_params({**SMALL, "image_size": [96, 96, 3]}), lambda event: None)
     with pytest.raises(BadParams, match="image_size"):
-        _ = state.pixels
+        _ = run.pixels
 
 
 # --- the other ways through ------------------------------------------------------------------------------------------
 
 
-def run_of(folder: Path, archive: Path, around: Surroundings | None = None, **fields: object) -> list[Event]:
+def run_of(folder: Path, archive: Path, environment: RunEnvironment | None = None, **fields: object) -> list[Event]:
     """The events of a whole run in this process."""
     events: list[Event] = []
     params = parse_params({**SMALL, "augmentation": False, "epochs": 2, **fields})
-    stages.run(load_config(write_config(folder, archive)), params, events.append, around)
+    runner.run_all(load_config(write_config(folder, archive)), params, events.append, environment)
     return events
 
 
@@ -241,11 +241,11 @@ def test_four_classes_with_a_small_head_folds_and_blocks_that_learn(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_training_of_the_same_scans_decodes_and_computes_nothing_again(small_run, tmp_path, monkeypatch):
-    around = Surroundings(cache=Cache(tmp_path / "cache", 10**9))
-    first = scores_of(run_of(tmp_path / "one", small_run.archive, around))
+    environment = RunEnvironment(cache=Cache(tmp_path / "cache", 10**9))
+    first = scores_of(run_of(tmp_path / "one", small_run.archive, environment))
     monkeypatch.setattr("ml.image.stages.ingestion.check_dataset", refused)
     monkeypatch.setattr("ml.image.engines.features.Features._streamed", refused)
-    assert scores_of(run_of(tmp_path / "two", small_run.archive, around)) == first
+    assert scores_of(run_of(tmp_path / "two", small_run.archive, environment)) == first
 
 
 def refused(*_: object, **__: object) -> None:
@@ -254,8 +254,8 @@ def refused(*_: object, **__: object) -> None:
 
 @pytest.mark.slow
 def test_a_network_can_go_on_from_a_former_one_and_its_lineage_spoils_the_test(small_run, tmp_path):
-    around = Surroundings(base_weights=small_run.model_path)
-    events = run_of(tmp_path, small_run.archive, around, weights="version:1", seed=1)
+    environment = RunEnvironment(base_weights=small_run.model_path)
+    events = run_of(tmp_path, small_run.archive, environment, weights="version:1", seed=1)
     scores = scores_of(events)
     assert scores["leaks"]["duplicates"] > 0, "another seed tests scans that the former network has learned from"
     metadata = network.read_metadata(Path(events[-1].model_path))
@@ -263,9 +263,9 @@ def test_a_network_can_go_on_from_a_former_one_and_its_lineage_spoils_the_test(s
 
 
 def test_weights_of_another_network_are_named(small_run, tmp_path):
-    around = Surroundings(base_weights=small_run.model_path)
+    environment = RunEnvironment(base_weights=small_run.model_path)
     with pytest.raises(BadParams, match="weights: they are of vgg16, but network is resnet18"):
-        run_of(tmp_path, small_run.archive, around, weights="version:1", network="resnet18")
+        run_of(tmp_path, small_run.archive, environment, weights="version:1", network="resnet18")
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

@@ -1,20 +1,22 @@
-"""A training job's request, read from its rows, and the command line of the child process that runs it."""
+"""A training job's request, read from its rows, and the file that hands it to the child process that runs it."""
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ModelNotFound
 from jobs.models import registry
 from jobs.queue import checkpoints
 from jobs.tables import Checkpoint, Dataset, Job, Json
-from ml.runtime.config import PipelineConfig, parse_params
+from ml.pipelines import TrainingJob
+from ml.runtime.config import parse
 from ml.runtime.errors import BadParams, WeightsMissing
-from ml.spec import image_compat
+from ml.spec.pipeline import PipelineSpec
+from ml.spec.registry import UnknownPipeline, spec_of
 from worker.execution.unit import UnitLease, WorkFailed
 from worker.tracking.provenance import code_revision
 
@@ -31,6 +33,7 @@ class Champion:
 class TrainingRequest:
     """What to train, read once from the rows, and how far earlier attempts got."""
 
+    spec: PipelineSpec
     params: Json
     archive_sha256: str | None
     dataset_digest: str | None
@@ -48,25 +51,39 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         WorkFailed: its dataset or base version is gone, or this code does not accept its parameters.
     """
     job = session.get_one(Job, unit.claim.job_id)
+    spec = installed_spec(job.pipeline)
     dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
     if dataset is None and job.source_url is None:
         raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
     return TrainingRequest(
-        params=_with_defaults(job.params),
+        spec=spec,
+        params=_with_defaults(spec, job.params),
         archive_sha256=dataset.archive_sha256 if dataset else None,
         dataset_digest=dataset.digest if dataset else None,
         source_url=job.source_url,
         base_sha256=_base(session, job),
-        champion=_champion(session, job.tenant_id),
+        champion=_champion(session, job),
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
     )
 
 
-def _with_defaults(params: Json) -> Json:
-    """The job's parameters completed with the defaults of `ml/spec/image.py`: what is recorded is what was used."""
+def installed_spec(pipeline: str) -> PipelineSpec:
+    """The spec of a job's pipeline.
+
+    Raises:
+        WorkFailed: this worker does not have it.
+    """
     try:
-        return parse_params(image_compat.current(params)).model_dump(mode="json")
+        return spec_of(pipeline)
+    except UnknownPipeline as error:
+        raise WorkFailed("PIPELINE_MISSING", f"{error} Install it with the workers as well.") from error
+
+
+def _with_defaults(spec: PipelineSpec, params: Json) -> Json:
+    """The job's parameters completed with the pipeline's defaults: what is recorded is what was used."""
+    try:
+        return parse(spec.params, spec.stored.current(params)).model_dump(mode="json")
     except BadParams as error:
         raise WorkFailed("BAD_PARAMS", str(error)) from error
 
@@ -76,39 +93,49 @@ def _base(session: Session, job: Job) -> str | None:
     try:
         if job.base_model_id is not None:
             return registry.by_id(session, job.base_model_id).weights_sha256
-        base = registry.base_model(session, job.tenant_id, job.params)
+        base = registry.base_model(session, job.tenant_id, job.params, job.pipeline)
     except (ModelNotFound, Invalid) as error:
         raise WorkFailed("WEIGHTS_MISSING", "The version that the training was to begin from is gone.") from error
     return base.weights_sha256 if base else None
 
 
-def _champion(session: Session, tenant_id: str) -> Champion | None:
-    found = registry.find_champion(session, tenant_id)
+def _champion(session: Session, job: Job) -> Champion | None:
+    found = registry.find_champion(session, job.tenant_id, job.pipeline, job.task)
     return Champion(found.id, found.weights_sha256) if found else None
 
 
-# --- the child's command line ---
+# --- for the child ---
 
 
-def arguments(unit: UnitLease, request: TrainingRequest, folder: Path) -> list[str]:
-    """The child's command line; the files that it names are written into the attempt's folder.
+def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path | None) -> Path:
+    """The child's `TrainingJob` as a JSON file in the attempt's folder.
 
     Raises:
         WorkFailed: the weights to start from are missing.
     """
-    settings = unit.resources.settings
-    config, params = _write_config(unit, request, folder)
-    command = ["train", "--config", str(config), "--params", str(params), "--events"]
-    command += ["--checkpoints", str(folder / "checkpoints"), "--checkpoint-seconds", str(settings.checkpoint_seconds)]
-    if settings.feature_cache_bytes:
-        command += ["--cache", str(settings.feature_cache), "--cache-bytes", str(settings.feature_cache_bytes)]
-    if (base := _base_weights(unit, request, folder)) is not None:
-        command += ["--base-weights", str(base)]
-    if request.champion and (weights := _fetch_weights(unit, request.champion.weights_sha256, folder)) is not None:
-        command += ["--champion", str(weights)]
-    if (revision := code_revision()) is not None:
-        command += ["--revision", revision]
-    return command
+    settings, store = unit.resources.settings, unit.resources.artifacts
+    archive, champion = folder / "data.zip", request.champion
+    if request.archive_sha256 is not None:
+        archive.symlink_to(store.fetch(request.archive_sha256, folder))
+    job = TrainingJob(
+        pipeline=request.spec.name,
+        params=request.params,
+        folder=folder,
+        archive=archive if request.archive_sha256 is not None else None,
+        source_url=request.source_url,
+        checkpoints=folder / "checkpoints",
+        checkpoint_seconds=settings.checkpoint_seconds,
+        resume=resume,
+        base_model=_base_weights(unit, request, folder),
+        champion=_fetch_weights(unit, champion.weights_sha256, folder) if champion else None,
+        cache=settings.feature_cache if settings.feature_cache_bytes else None,
+        cache_bytes=settings.feature_cache_bytes,
+        weights_dir=settings.weights_dir,
+        revision=code_revision(),
+    )
+    file = folder / "job.json"
+    file.write_text(json.dumps(job.as_json()))
+    return file
 
 
 def _base_weights(unit: UnitLease, request: TrainingRequest, folder: Path) -> Path | None:
@@ -117,7 +144,7 @@ def _base_weights(unit: UnitLease, request: TrainingRequest, folder: Path) -> Pa
         if (weights := _fetch_weights(unit, request.base_sha256, folder)) is not None:
             return weights
         raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
-    name = image_compat.base_file(request.params)
+    name = request.spec.stored.base_file(request.params)
     return None if name is None else _weights_file(name, unit.resources.settings.weights_dir)
 
 
@@ -140,18 +167,3 @@ def _weights_file(name: str, folder: Path | None) -> Path:
         f"weights: the workers have no file {Path(name).name}. Put it into {where}, or set weights: imagenet or none."
     )
     raise WorkFailed(WeightsMissing.code, detail)
-
-
-def _write_config(unit: UnitLease, request: TrainingRequest, folder: Path) -> tuple[Path, Path]:
-    """The child's config and params files: as `config/config.yaml`, with this attempt's own paths."""
-    root = folder / "artifacts"
-    archive = folder / "data.zip"
-    if request.archive_sha256 is not None:
-        archive.symlink_to(unit.resources.artifacts.fetch(request.archive_sha256, folder))
-    config = PipelineConfig.below(root)
-    scans = {"source_url": request.source_url, "local_data_file": archive}
-    config = config.model_copy(update={"data_ingestion": config.data_ingestion.model_copy(update=scans)})
-    files = folder / "config.yaml", folder / "params.yaml"
-    for path, content in zip(files, (config.model_dump(mode="json", by_alias=True), request.params), strict=True):
-        path.write_text(yaml.safe_dump(content))
-    return files

@@ -9,14 +9,13 @@ from marshmallow import fields, validate
 from api.http.context import principal, quota, tenant, transaction
 from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
-from api.http.pydantic_fields import schema_of
+from api.http.pipeline_fields import PipelineName, PipelineParams, TaskName, spec_of
 from jobs.datasets import catalog
 from jobs.models import registry
 from jobs.queue.submission import NewJob, submit
 from jobs.states import JobKind, Lane
 from jobs.tables import ModelVersion
-from ml.spec.image import Params
-from ml.spec.image_compat import RENAMED
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 
 Body = dict[str, Any]
 
@@ -26,7 +25,9 @@ class TrainRequest(ma.Schema):
 
     dataset_id = fields.UUID()
     source_url = HttpUrl()
-    params = fields.Nested(schema_of(Params, RENAMED), unknown=ma.RAISE)
+    pipeline = PipelineName(load_default=IMAGE)
+    task = TaskName(load_default=DEFAULT_TASK)
+    params = PipelineParams()
     name = fields.String(validate=validate.Length(1, 200))
     promote = fields.String(validate=validate.OneOf(["auto", "never"]), load_default="auto")
     lane = fields.String(validate=validate.OneOf([str(Lane.TRAIN)]), load_default=str(Lane.TRAIN))
@@ -45,8 +46,8 @@ def train_one(body: Body) -> uuid.UUID:
     """
     with transaction() as session:
         if "dataset_id" in body:
-            catalog.ready(session, tenant(), body["dataset_id"])
-        base = registry.base_model(session, tenant(), body.get("params", {}))
+            catalog.ready(session, tenant(), body["dataset_id"], spec_of(body).name)
+        base = registry.base_model(session, tenant(), body.get("params", {}), spec_of(body).name)
         return submit(session, _training(body, base), quota=quota()).id
 
 
@@ -58,7 +59,7 @@ def train_on_newest(body: Body) -> uuid.UUID:
     """
     if "source_url" not in body and "dataset_id" not in body:
         with transaction() as session:
-            body = {**body, "dataset_id": catalog.newest_ready(session, tenant()).id}
+            body = {**body, "dataset_id": catalog.newest_ready(session, tenant(), spec_of(body).name).id}
     return train_one(body)
 
 
@@ -66,6 +67,8 @@ def _training(body: Body, base: ModelVersion | None) -> NewJob:
     return NewJob(
         tenant_id=tenant(),
         kind=JobKind.TRAIN,
+        pipeline=spec_of(body).name,
+        task=body.get("task", DEFAULT_TASK),
         lane=Lane(body["lane"]),
         name=body.get("name"),
         params=body.get("params", {}),

@@ -8,10 +8,12 @@ from marshmallow import fields, validate
 
 from api.http.context import services
 from api.http.fields import Boolean, ModelChoice, Time, one_of
-from api.http.paging import PageSchema
+from api.http.paging import NumberedQuery, PageSchema
+from api.http.pipeline_fields import PipelineName, TaskName
 from jobs.models.cards import mlflow_model_name
 from jobs.tables import Json, ModelVersion, PromotionMethod
-from ml.spec import image_compat
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.registry import spec_of
 
 
 class Part(fields.Nested):
@@ -67,15 +69,17 @@ class ModelSchema(ma.Schema):
     """A model version: what a training made, and all that it was made of."""
 
     version = fields.String()
+    pipeline = fields.String()
+    task = fields.String(metadata={"description": "Each pipeline and task has a champion of its own."})
     champion = fields.Boolean()
     job_id = fields.UUID()
     dataset_id = fields.UUID(allow_none=True)
     dataset_digest = fields.String(allow_none=True)
     weights_sha256 = fields.String()
     classes = fields.List(fields.String())
-    network = fields.Function(lambda row: image_compat.network(row.params), metadata={"type": "string"})
-    head = fields.Function(lambda row: image_compat.head(row.params), metadata={"type": "string"})
-    transform = Part(TransformSchema, lambda row: image_compat.transform(row.params))
+    network = fields.Function(lambda row: declared(row).get("network"), metadata={"type": "string"})
+    head = fields.Function(lambda row: declared(row).get("head"), metadata={"type": "string"})
+    transform = Part(TransformSchema, lambda row: declared(row).get("transform"))
     calibration = Part(CalibrationSchema, lambda row: row.metrics)
     split = Part(SplitSchema, lambda row: row.metrics.get("counts"))
     params = fields.Dict()
@@ -90,12 +94,17 @@ class ModelSchema(ma.Schema):
     links = fields.Function(lambda row: links(row), metadata={"type": "object"})
 
 
+def declared(row: ModelVersion) -> dict[str, Any]:
+    """What the version's pipeline says of its parameters."""
+    return spec_of(row.pipeline).card.details(row.params)
+
+
 def links(row: ModelVersion) -> dict[str, str]:
     """A version's addresses."""
     own = f"/models/{row.version}"
     found = {"self": own, "job": f"/jobs/{row.job_id}"}
     found |= {name: f"{own}/{name}" for name in ("card", "weights", "drift")}
-    if not row.champion:
+    if not row.champion and (row.pipeline, row.task) == (IMAGE, DEFAULT_TASK):
         found["compare"] = f"/models/compare?a=champion&b={row.version}"
     mlflow = services().settings.mlflow_public_url.rstrip("/")
     if mlflow and row.mlflow_version:
@@ -116,6 +125,8 @@ class PromotionSchema(ma.Schema):
 
     id = fields.Integer()
     version = fields.String()
+    pipeline = fields.String()
+    task = fields.String()
     replaced = fields.String(allow_none=True, metadata={"description": "The champion before; null: there was none."})
     how = fields.String(
         validate=one_of(PromotionMethod),
@@ -181,9 +192,25 @@ class PromoteRequest(ma.Schema):
 
 
 class RollbackRequest(ma.Schema):
-    """The champion before, back again."""
+    """The champion before, back again: of which pipeline and task."""
 
+    pipeline = PipelineName(load_default=IMAGE)
+    task = TaskName(load_default=DEFAULT_TASK)
     reason = Reason()
+
+
+class ModelsQuery(NumberedQuery):
+    """Which versions to list."""
+
+    pipeline = PipelineName(load_default=None)
+    task = TaskName(load_default=None)
+
+
+class ChampionQuery(ma.Schema):
+    """Whose champion is meant; a version named by its number must be of these."""
+
+    pipeline = PipelineName(load_default=None)
+    task = TaskName(load_default=None)
 
 
 class CompareQuery(ma.Schema):
