@@ -68,7 +68,7 @@ class Section(io.RawIOBase):
 
 
 class Spool:
-    """The temporary file of a request. It has no name, so it goes with its last descriptor, even if the process dies."""
+    """A request's temporary file. It has no name, so it is freed with its last descriptor, even if the process dies."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

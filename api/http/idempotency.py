@@ -85,8 +85,8 @@ def _run_once(call: Callable[[], Any], keyed: KeyedRequest, replayer: Replayer |
     if isinstance(found, StoredResponse):
         return Response(found.body, found.status, {**found.headers, REPLAYED: "true"})
     after_this_request(partial(_store, keyed, found, secrets))
-    if found.made_id is not None and replayer is not None:
-        return _replayed(replayer(found.made_id))
+    if found.resource_id is not None and replayer is not None:
+        return _replayed(replayer(found.resource_id))
     g.idempotency = keyed, found
     try:
         return call()

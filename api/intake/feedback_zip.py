@@ -1,4 +1,4 @@
-"""From known truths to the zip of a dataset, in a temporary file."""
+"""A dataset's zip made of scans with feedback, in a temporary file."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ from jobs.models import registry
 
 @contextmanager
 def feedback_zip(wanted: dict[str, Any]) -> Iterator[IO[bytes]]:
-    """The zip of the wanted truths.
+    """A zip of the scans with feedback that match, each in the folder of its label.
 
     Raises:
         ModelNotFound, NoChampion, QuotaExceeded, QueueFull
         Invalid: there are none, or too many.
-        TooLarge: their scans are more than could be uploaded.
+        TooLarge: together they are larger than an upload may be.
     """
     with transaction() as session:
         model = registry.resolve(session, tenant(), wanted["model"]) if "model" in wanted else None

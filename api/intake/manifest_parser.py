@@ -1,6 +1,6 @@
-"""A manifest's lines into rows: CSV with a header row (comma, semicolon or tab), or NDJSON; UTF-8; a row is one line.
+"""Parse a manifest: CSV with a header row (comma, semicolon or tab), or NDJSON; UTF-8; a row is one line.
 
-Lines are read one at a time, and what is wrong with them is told all at once, so that it can be mended at once.
+Lines are read one at a time, and errors of all lines are reported together, so that a client can fix them in one go.
 """
 
 import csv
@@ -23,9 +23,9 @@ from api.http.fields import HttpUrl, exactly_one, find_unstorable
 from api.http.problems import InvalidFields
 
 SOURCES = ("file", "scan_id", "url")
-"""What says which scan a manifest's row means."""
+"""Columns that identify a row's scan."""
 MAX_LINE_BYTES = 64 * 1024
-"""Longest line: an address, a file and three keys take less, however they are escaped."""
+"""Longest line: a URL, a file name and three keys are shorter, however they are escaped."""
 MAX_ERRORS = 20
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t"
@@ -36,7 +36,7 @@ Cells = dict[str, Any]
 
 
 class ManifestRow(ma.Schema):
-    """One scan of a manifest: a file that came with it, a stored scan, or an address to fetch it from."""
+    """A row: a file sent along, a stored scan, or a URL to fetch it from."""
 
     file = fields.String(validate=validate.Length(1, 1000))
     scan_id = fields.UUID()
@@ -52,7 +52,7 @@ class ManifestRow(ma.Schema):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One scan: `line` says where it is named, and one of `file`, `scan_id` and `url` says which it is."""
+    """A validated row with its line number; one of `file`, `scan_id` and `url` is set."""
 
     line: int
     file: str | None = None
@@ -64,39 +64,39 @@ class Row:
 
 
 class ErrorCollector:
-    """What is wrong with a manifest: the first are told, the rest is counted."""
+    """Errors of a manifest: the first `MAX_ERRORS` are kept, the others counted."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[str, str]] = []
+        self._errors: list[tuple[str, str]] = []
         self._more = 0
 
     def add(self, pointer: str, why: str) -> None:
-        """Another."""
-        if len(self._told) < MAX_ERRORS:
-            self._told.append((pointer, why))
+        """Add an error."""
+        if len(self._errors) < MAX_ERRORS:
+            self._errors.append((pointer, why))
         else:
             self._more += 1
 
     @contextmanager
-    def about(self, line: int) -> Iterator[None]:
-        """Take marshmallow's complaints about a line, and go on."""
+    def collect(self, line: int) -> Iterator[None]:
+        """Collect a ValidationError about a line, and go on after the block."""
         try:
             yield
         except ma.ValidationError as error:
             for pointer, why in pointers(error.messages, f"/manifest/{line}"):
                 self.add(pointer, why)
 
-    def raise_any(self) -> None:
-        """Refuse the manifest if anything is wrong with it."""
-        if self._told:
-            raise InvalidFields([*self._told, *([("/manifest", f"And {self._more} more.")] if self._more else [])])
+    def raise_if_any(self) -> None:
+        """Raise InvalidFields if there are errors."""
+        if self._errors:
+            raise InvalidFields([*self._errors, *([("/manifest", f"And {self._more} more.")] if self._more else [])])
 
 
-def parse_manifest(stream: IO[bytes], most: int, complaints: ErrorCollector) -> list[Row]:
-    """The rows of a manifest that has at most so many.
+def parse_manifest(stream: IO[bytes], max_rows: int, errors: ErrorCollector) -> list[Row]:
+    """The valid rows of a manifest of at most `max_rows`; errors of the others go to `errors`.
 
     Raises:
-        InvalidFields: it has no rows, or they cannot be told apart.
+        InvalidFields: it is empty, or its header is wrong.
     """
     lines = enumerate(_lines(stream), 1)
     first = next(lines, None)
@@ -104,32 +104,32 @@ def parse_manifest(stream: IO[bytes], most: int, complaints: ErrorCollector) -> 
         raise InvalidFields([("/manifest", "Is empty.")])
     is_json = first[1].removeprefix(BOM)[:1] in (b"{", b"[")
     headers = 0 if is_json else 1
-    cells_of = _json_cells if is_json else _csv_cells(first[1], complaints)
+    cells_of = _json_cells if is_json else _csv_cells(first[1], errors)
     schema, rows, line = ManifestRow(), [], headers
     for line, raw in chain([] if headers else [first], lines):
-        if line > most + headers:
-            complaints.add(f"/manifest/{line}", f"More than {most} scans. Split the manifest.")
+        if line > max_rows + headers:
+            errors.add(f"/manifest/{line}", f"More than {max_rows} scans. Split the manifest.")
             break
-        with complaints.about(line):
+        with errors.collect(line):
             rows.append(_row(line, schema.load(cells_of(_text(raw)), unknown=ma.RAISE)))
     if line == headers:
-        complaints.add("/manifest", "Names no scan.")
+        errors.add("/manifest", "Names no scan.")
     return rows
 
 
 def normalize_path(name: str) -> str:
-    """A file's name as rows and uploads are compared: forward slashes, no `./`."""
+    """A file's name with forward slashes and without `./`, to compare rows with uploads."""
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Each line; of one that is too long its beginning, longer than `MAX_LINE_BYTES`. The stream is read once."""
+    """The lines; of one that is too long only its first `MAX_LINE_BYTES` + 1 bytes. The stream is read once."""
     stream.seek(0)
     buffered = io.BufferedReader(stream)  # type: ignore[type-var]  # a Section's own readline reads byte by byte
     while line := buffered.readline(MAX_LINE_BYTES + 1):
-        piece = line
-        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
-            piece = buffered.readline(MAX_LINE_BYTES + 1)
+        part = line
+        while len(part) > MAX_LINE_BYTES and not part.endswith(b"\n"):
+            part = buffered.readline(MAX_LINE_BYTES + 1)
         yield line
 
 
@@ -162,22 +162,22 @@ def _json_cells(text: str) -> Cells:
     return {name: cell for name, cell in value.items() if cell is not None}
 
 
-def _csv_cells(header: bytes, complaints: ErrorCollector) -> Callable[[str], Cells]:
-    """What reads the lines below this header.
+def _csv_cells(header: bytes, errors: ErrorCollector) -> Callable[[str], Cells]:
+    """A function that parses the lines below this header.
 
     Raises:
-        InvalidFields: the header is wrong, so that no line can be read.
+        InvalidFields: the header is wrong.
     """
     names: list[str] = []
     delimiter = DELIMITERS[0]
-    with complaints.about(1):
+    with errors.collect(1):
         text = _text(header)
-        delimiter = max(DELIMITERS, key=text.count)  # no column's name holds one; of none, the comma
+        delimiter = max(DELIMITERS, key=text.count)  # no column name contains one
         names = [name.strip() for name in _split(text, delimiter)]
         _check_names(names)
         if not set(names) & set(SOURCES):
             raise ma.ValidationError(f"The header needs a column {', '.join(SOURCES)}, or several of them.")
-    complaints.raise_any()
+    errors.raise_if_any()
     return partial(_csv_row, names, delimiter)
 
 

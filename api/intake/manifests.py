@@ -1,4 +1,4 @@
-"""Manifests: a list says which scans a batch has, and what they are called at the client's."""
+"""Manifests: lists of a batch's scans with the client's own ids."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +18,11 @@ from jobs.addresses import fetch_url_error
 from jobs.queue.submission import NewResult
 from jobs.results.queries import known_scans
 from jobs.storage.archives import Limits, Member
+from ml.spec.pipeline import Inputs
 
-IN_A_ZIP = ("manifest.csv", "manifest.ndjson")
-"""A zip's own manifest, beside its folders."""
-NO_HOSTS = (
+ZIP_MANIFESTS = ("manifest.csv", "manifest.ndjson")
+"""Names of a manifest at the top of a zip."""
+NO_FETCH_HOSTS = (
     "Scans are not fetched from addresses here: RENALQ_FETCH_HOSTS names no host. Store the scan with POST /scans, and "
     "name its scan_id."
 )
@@ -31,78 +32,82 @@ Open = Callable[[], IO[bytes]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """A batch's rows, and the files that came with them by the names that the rows give them."""
+    """A batch's rows, and the files that came with them by name."""
 
     rows: list[Row]
     files: Mapping[str, Open]
 
-    def results(self) -> list[NewResult]:
-        """Store the files. Returns what the job must do, in the order of the rows."""
+    def store_scans(self, inputs: Inputs) -> list[NewResult]:
+        """Store the files. Returns the results to compute, in the order of the rows."""
         sent = (
-            scan_store.Incoming(scan_store.shown_name(row.file), None, self.files[row.file])
+            scan_store.IncomingScan(scan_store.printable_name(row.file), None, self.files[row.file])
             for row in self.rows
             if row.file
         )
-        stored = iter(scan_store.keep_all(sent))
+        stored = iter(scan_store.store_scans(sent, inputs))
         return [_result(row, stored) for row in self.rows]
 
 
-def of(given: FileStorage | None, files: Sequence[FileStorage], members: Sequence[Member] | None) -> Manifest | None:
-    """The manifest that was given, or that lies in the zip, checked against what came with it; None without one.
+def read_manifest(
+    given: FileStorage | None, files: Sequence[FileStorage], members: Sequence[Member] | None
+) -> Manifest | None:
+    """The manifest, sent by itself or inside the zip, checked against the files that came with it; None without one.
 
     Args:
-        members: those of the zip, if that is what was sent.
+        given: the manifest sent by itself.
+        files: uploaded files.
+        members: files of the zip, if one was sent.
 
     Raises:
         InvalidFields, BadArchive
     """
-    own = [member for member in members or () if member.name in IN_A_ZIP]
-    if given is None and not own:
+    zipped = [member for member in members or () if member.name in ZIP_MANIFESTS]
+    if given is None and not zipped:
         return None
-    if len(own) + (given is not None) > 1:
+    if len(zipped) + (given is not None) > 1:
         raise InvalidFields([("/manifest", "Given more than once: as a part, or as manifest.csv or .ndjson in a zip.")])
-    most = MAX_SCANS if members is None else Limits.of(services().settings).members
-    complaints = ErrorCollector()
-    rows = parse_manifest(own[0].open() if given is None else given.stream, most, complaints)
-    complaints.raise_any()  # a line that cannot be read may name a file: whether it is missing is not known yet
-    sent = _uploaded(files, complaints) if members is None else {m.name: m.open for m in members if m not in own}
+    max_rows = MAX_SCANS if members is None else Limits.of(services().settings).members
+    errors = ErrorCollector()
+    rows = parse_manifest(zipped[0].open() if given is None else given.stream, max_rows, errors)
+    errors.raise_if_any()  # before the files are checked: an unreadable line may name one of them
+    sent = _uploaded(files, errors) if members is None else {m.name: m.open for m in members if m not in zipped}
     found = Manifest(rows, sent)
-    _check_files(found, complaints)
-    _check_scans(found.rows, complaints)
-    _check_addresses(found.rows, complaints)
-    complaints.raise_any()
+    _check_files(found, errors)
+    _check_scans(found.rows, errors)
+    _check_urls(found.rows, errors)
+    errors.raise_if_any()
     return found
 
 
-# --- rows against what they name ---
+# --- checks of rows ---
 
 
-def _uploaded(files: Sequence[FileStorage], complaints: ErrorCollector) -> dict[str, Open]:
+def _uploaded(files: Sequence[FileStorage], errors: ErrorCollector) -> dict[str, Open]:
     found: dict[str, Open] = {}
     for file in files:
         name = normalize_path(file.filename or "")
         if name in found:
-            complaints.add("/files", f"Two files are named {name!r}. Give each a name of its own.")
+            errors.add("/files", f"Two files are named {name!r}. Give each a name of its own.")
         found[name] = partial(getattr, file, "stream")
     return found
 
 
-def _check_files(manifest: Manifest, complaints: ErrorCollector) -> None:
+def _check_files(manifest: Manifest, errors: ErrorCollector) -> None:
     lines: dict[str, int] = {}
     for row in manifest.rows:
         if row.file is None:
             continue
         if row.file not in manifest.files:
-            complaints.add(f"/manifest/{row.line}/file", "No file of this name came with the manifest.")
-        elif row.file in lines:  # files are read by several threads: no two may read the same
-            complaints.add(f"/manifest/{row.line}/file", f"Named on line {lines[row.file]} already.")
+            errors.add(f"/manifest/{row.line}/file", "No file of this name came with the manifest.")
+        elif row.file in lines:  # files are read by several threads, each by one
+            errors.add(f"/manifest/{row.line}/file", f"Named on line {lines[row.file]} already.")
         lines.setdefault(row.file, row.line)
     for name in manifest.files:
         if name not in lines:
-            complaints.add("/files", f"{name!r} is not in the manifest. List it there, or leave it out.")
+            errors.add("/files", f"{name!r} is not in the manifest. List it there, or leave it out.")
 
 
-def _check_scans(rows: Sequence[Row], complaints: ErrorCollector) -> None:
+def _check_scans(rows: Sequence[Row], errors: ErrorCollector) -> None:
     named = {row.scan_id for row in rows if row.scan_id}
     if not named:
         return
@@ -110,14 +115,14 @@ def _check_scans(rows: Sequence[Row], complaints: ErrorCollector) -> None:
         known = known_scans(session, tenant(), list(named))
     for row in rows:
         if row.scan_id and row.scan_id not in known:
-            complaints.add(f"/manifest/{row.line}/scan_id", "No scan has this id. Store it with POST /scans.")
+            errors.add(f"/manifest/{row.line}/scan_id", "No scan has this id. Store it with POST /scans.")
 
 
-def _check_addresses(rows: Sequence[Row], complaints: ErrorCollector) -> None:
+def _check_urls(rows: Sequence[Row], errors: ErrorCollector) -> None:
     hosts = services().settings.allowed_hosts
     for row in rows:
-        if row.url and (why := fetch_url_error(row.url, hosts) if hosts else NO_HOSTS):
-            complaints.add(f"/manifest/{row.line}/url", why)
+        if row.url and (why := fetch_url_error(row.url, hosts) if hosts else NO_FETCH_HOSTS):
+            errors.add(f"/manifest/{row.line}/url", why)
 
 
 # --- rows into results ---
@@ -129,5 +134,5 @@ def _result(row: Row, stored: Iterator[NewResult]) -> NewResult:
 
 
 def _name(url: str | None) -> str | None:
-    """An address's file, without its folders and its query."""
-    return scan_store.shown_name(PurePosixPath(unquote(urlsplit(url).path)).name) if url else None
+    """The file name in a URL."""
+    return scan_store.printable_name(PurePosixPath(unquote(urlsplit(url).path)).name) if url else None

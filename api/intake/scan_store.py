@@ -1,10 +1,11 @@
-"""Scans on their way in: looked at, stored once under their content hash, registered once a tenant."""
+"""Incoming scans: inspected, stored once under their content hash, registered once for each tenant."""
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -24,16 +25,16 @@ from ml.spec.pipeline import Inputs, Media, RefusedInput
 
 MAX_SCANS = 10_000
 """Most scans in one request."""
-AT_ONCE = 200
+REGISTER_BATCH = 200
 """Scans registered in one transaction."""
 WRITERS = 8
-"""Scans written at the same time: each waits for the disk twice, and the disk can do many at once."""
-NAME_LENGTH = 500
+"""Threads that write scans: each write waits for the disk twice, and a disk serves many writes at once."""
+MAX_NAME_LENGTH = 500
 
 
 @dataclass(frozen=True)
-class Incoming:
-    """A scan that somebody sent. `open` gives its bytes; it may raise `Invalid`."""
+class IncomingScan:
+    """A scan of a request. `open` gives its bytes; it may raise `Invalid`."""
 
     name: str | None
     custom_id: str | None
@@ -41,58 +42,60 @@ class Incoming:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A scan that is stored, or why it is not."""
+class StoreOutcome:
+    """A stored scan, or the error."""
 
-    incoming: Incoming
+    incoming: IncomingScan
     blob: Blob | None = None
     media: Media | None = None
     error: RenalQError | None = None
 
 
-def check(stream: IO[bytes], inputs: Inputs, pointer: str | None = None) -> Media:
-    """Look at a single scan. `pointer` names the field that it came in.
+def inspect_scan(stream: IO[bytes], inputs: Inputs, pointer: str | None = None) -> Media:
+    """The media type and size of a scan, from its header. `pointer` names its field in the request.
 
     Raises:
         BadInput, TooLarge
     """
     try:
-        return _look(services().settings, inputs, stream)
+        return _inspect(services().settings, inputs, stream)
     except BadInput as error:
         error.pointer = pointer
         raise
 
 
-def keep(stream: IO[bytes], looked: Media) -> tuple[Scan, bool]:
-    """Store a scan that was looked at. Returns it, and whether it is new."""
+def store_scan(stream: IO[bytes], media: Media) -> tuple[Scan, bool]:
+    """Store an inspected scan. Returns it, and whether it is new."""
     blob = services().blobs.put(stream)
     with transaction() as session:
         wanted = new_id()
-        _register(session, [_row(blob, looked, wanted)])
+        _register(session, [_row(blob, media, wanted)])
         found = scans_by_hash(session, tenant(), [blob.sha256])[blob.sha256]
         return session.get_one(Scan, found), found == wanted
 
 
-def keep_all(scans: Iterable[Incoming], inputs: Inputs) -> list[NewResult]:
-    """Store many scans. One that the pipeline cannot read becomes a result that has failed, and the others go on."""
+def store_scans(scans: Iterable[IncomingScan], inputs: Inputs) -> list[NewResult]:
+    """Store many scans. One that the pipeline cannot read becomes a failed result; the others are stored."""
     results: list[NewResult] = []
-    see = partial(_see, services(), inputs)
+    store = partial(_store, services(), inputs)
     with ThreadPoolExecutor(WRITERS) as pool:
-        for some in _batched(scans, AT_ONCE):
-            seen = list(pool.map(see, some))
-            ids = _registered([(one.blob, one.media) for one in seen if one.blob and one.media])
-            results += [_result(one, ids) for one in seen]
+        for batch in _batched(scans, REGISTER_BATCH):
+            outcomes = list(pool.map(store, batch))
+            ids = _registered([(one.blob, one.media) for one in outcomes if one.blob and one.media])
+            results += [_result(one, ids) for one in outcomes]
     return results
 
 
 def _registered(stored: Sequence[tuple[Blob, Media]]) -> dict[str, uuid.UUID]:
     with transaction() as session:
-        _register(session, [_row(blob, looked, new_id()) for blob, looked in stored])
+        _register(session, [_row(blob, media, new_id()) for blob, media in stored])
         return scans_by_hash(session, tenant(), [blob.sha256 for blob, _ in stored])
 
 
-def known(session: Session, scan_ids: Sequence[uuid.UUID], custom_ids: Sequence[str] = ()) -> list[NewResult]:
-    """Results for scans that are stored already.
+def results_of_stored(
+    session: Session, scan_ids: Sequence[uuid.UUID], custom_ids: Sequence[str] = ()
+) -> list[NewResult]:
+    """Results to compute for scans that are stored already.
 
     Raises:
         ScanNotFound
@@ -104,40 +107,40 @@ def known(session: Session, scan_ids: Sequence[uuid.UUID], custom_ids: Sequence[
     return [NewResult(scan_id, custom_id=own) for scan_id, own in zip(scan_ids, given, strict=True)]
 
 
-def uploaded(files: Sequence[FileStorage], custom_ids: Sequence[str] = ()) -> Iterator[Incoming]:
+def from_files(files: Sequence[FileStorage], custom_ids: Sequence[str] = ()) -> Iterator[IncomingScan]:
     """The files of a multipart body."""
     for number, file in enumerate(files):
         own = custom_ids[number] if custom_ids else None
-        yield Incoming(file_name(file), own, partial(getattr, file, "stream"))
+        yield IncomingScan(file_name(file), own, partial(getattr, file, "stream"))
 
 
-def unpacked(members: Iterable[Member]) -> Iterator[Incoming]:
+def from_zip(members: Iterable[Member]) -> Iterator[IncomingScan]:
     """The files of a zip."""
     for member in members:
-        yield Incoming(shown_name(member.name), None, member.open)
+        yield IncomingScan(printable_name(member.name), None, member.open)
 
 
 def file_name(file: FileStorage) -> str | None:
     """An uploaded file's name without the folders that some clients send along."""
-    return shown_name(PurePosixPath((file.filename or "").replace("\\", "/")).name)
+    return printable_name(PurePosixPath((file.filename or "").replace("\\", "/")).name)
 
 
-def shown_name(name: str) -> str | None:
-    """A file's name as it may be stored and shown: printable, and not too long."""
+def printable_name(name: str) -> str | None:
+    """A file's name that may be stored and shown: printable characters, the last `MAX_NAME_LENGTH`."""
     printable = "".join(character if character.isprintable() else "�" for character in name)
-    return printable[-NAME_LENGTH:] or None
+    return printable[-MAX_NAME_LENGTH:] or None
 
 
-def _see(held: Services, inputs: Inputs, incoming: Incoming) -> Seen:
+def _store(shared: Services, inputs: Inputs, incoming: IncomingScan) -> StoreOutcome:
     try:
         stream = incoming.open()
-        looked = _look(held.settings, inputs, stream)
+        media = _inspect(shared.settings, inputs, stream)
     except (Invalid, TooLarge) as error:
-        return Seen(incoming, error=error)
-    return Seen(incoming, held.blobs.put(stream), looked)
+        return StoreOutcome(incoming, error=error)
+    return StoreOutcome(incoming, shared.blobs.put(stream), media)
 
 
-def _look(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:
+def _inspect(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:
     if _size(stream) > settings.max_scan_bytes:
         raise TooLarge(limit=settings.max_scan_bytes, setting="RENALQ_MAX_SCAN_BYTES")
     try:
@@ -146,7 +149,7 @@ def _look(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:
         raise BadInput(str(refusal) or inputs.refusal, inputs.refusal_code) from None
 
 
-def _result(one: Seen, ids: dict[str, uuid.UUID]) -> NewResult:
+def _result(one: StoreOutcome, ids: dict[str, uuid.UUID]) -> NewResult:
     name, own = one.incoming.name, one.incoming.custom_id
     if one.blob is None:
         return NewResult(None, name, own, error=_failure(one.error or BadInput()))
@@ -157,13 +160,13 @@ def _failure(error: RenalQError) -> dict[str, object]:
     return {"code": error.code, "detail": str(error), "retryable": False}
 
 
-def _row(blob: Blob, looked: Media, scan_id: uuid.UUID) -> dict[str, object]:
-    return {"id": scan_id, "tenant_id": tenant(), "sha256": blob.sha256, "size": blob.size, **looked._asdict()}
+def _row(blob: Blob, media: Media, scan_id: uuid.UUID) -> dict[str, object]:
+    return {"id": scan_id, "tenant_id": tenant(), "sha256": blob.sha256, "size": blob.size, **media._asdict()}
 
 
 def _register(session: Session, rows: Sequence[dict[str, object]]) -> None:
     if rows:
-        # In one order, so that two requests with the same scans cannot wait for each other.
+        # In the same order everywhere, so that two requests with the same scans cannot deadlock.
         ordered = sorted(rows, key=lambda row: str(row["sha256"]))
         session.execute(insert(Scan).on_conflict_do_nothing(), ordered)
 
@@ -174,12 +177,7 @@ def _size(stream: IO[bytes]) -> int:
     return size
 
 
-def _batched(scans: Iterable[Incoming], number: int) -> Iterator[list[Incoming]]:
-    some: list[Incoming] = []
-    for one in scans:
-        some.append(one)
-        if len(some) == number:
-            yield some
-            some = []
-    if some:
-        yield some
+def _batched(scans: Iterable[IncomingScan], number: int) -> Iterator[list[IncomingScan]]:
+    rest = iter(scans)
+    while batch := list(islice(rest, number)):
+        yield batch

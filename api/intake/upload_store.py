@@ -1,7 +1,7 @@
-"""Uploads that come in pieces: the row says whose one is and how large it will be, its file how much of it is here.
+"""Resumable uploads: the row has owner and declared size, the file has the bytes received so far.
 
-Whoever changes or uses a file holds its lock (flock), so that a piece, a deletion and a use never meet. The file goes
-before its row: a process that dies in between leaves a row without a file, which is as good as none.
+Every change or use of a file holds its lock (flock), so that appending, deleting and reading exclude each other. The
+file is deleted before its row: a process that dies in between leaves a row without a file, which reads as not found.
 """
 
 import datetime as dt
@@ -24,27 +24,27 @@ from jobs.errors import TooLarge, UploadBusy, UploadIncomplete, UploadNotFound
 from jobs.storage.blobs import sync
 from jobs.tables import Upload
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 UPLOADS = "uploads"
 BLOCK = 64 * 1024
-"""Bytes read at a time: of a connection that is reset, at most so many are lost that had arrived."""
+"""Bytes read at a time: when a connection is reset, at most this many received bytes are lost."""
 PRUNE_BATCH = 100
 
 
 @dataclass(frozen=True)
 class LockedUpload:
-    """An upload that nobody else touches."""
+    """An upload and its file, which no other request can change meanwhile."""
 
     upload: Upload
     file: IO[bytes]
 
     @property
     def offset(self) -> int:
-        """Bytes that are here."""
+        """Bytes received so far."""
         return os.fstat(self.file.fileno()).st_size
 
     def append(self, stream: IO[bytes]) -> None:
-        """Add what the stream gives, to the declared size at most; what came before it broke stays."""
+        """Append the stream, up to the declared size. If it breaks, the bytes before are kept."""
         self.file.seek(0, os.SEEK_END)
         missing = self.upload.size - self.offset
         while missing and (block := stream.read(min(BLOCK, missing))):
@@ -54,7 +54,7 @@ class LockedUpload:
         os.fsync(self.file.fileno())
 
     def whole(self) -> FileStorage:
-        """All of it, as if it had come in one request.
+        """The complete file, as if it had come in one multipart body.
 
         Raises:
             UploadIncomplete
@@ -62,16 +62,16 @@ class LockedUpload:
         if self.offset < self.upload.size:
             raise UploadIncomplete(offset=self.offset, size=self.upload.size, id=self.upload.id)
         self.file.seek(0)
-        return FileStorage(self.file, self.upload.name or "")  # without one it would take its path for it
+        return FileStorage(self.file, self.upload.name or "")  # None would become the path
 
     def remove(self) -> None:
-        """Forget it."""
+        """Delete it."""
         _path(self.upload.id).unlink()
-        _forget([self.upload.id])
+        _delete_rows([self.upload.id])
 
 
 def create(size: int, name: str | None) -> Upload:
-    """Begin an upload; older ones that were left lying are forgotten.
+    """Create an upload, and delete expired ones.
 
     Raises:
         TooLarge
@@ -86,17 +86,17 @@ def create(size: int, name: str | None) -> Upload:
     path = _path(upload.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600, exist_ok=False)
-    sync(path.parent)  # the folder holds the name (fsync(2))
+    sync(path.parent)  # the name is stored in the folder (fsync(2))
     return upload
 
 
 def find(upload_id: uuid.UUID) -> tuple[Upload, int]:
-    """An upload, and how many bytes of it are here for good.
+    """An upload, and how many of its bytes are stored durably.
 
     Raises:
         UploadNotFound
     """
-    upload = _mine(upload_id)
+    upload = _find_row(upload_id)
     try:
         offset = _path(upload_id).stat().st_size
         sync(_path(upload_id))
@@ -107,33 +107,34 @@ def find(upload_id: uuid.UUID) -> tuple[Upload, int]:
 
 @contextmanager
 def lock_upload(upload_id: uuid.UUID) -> Iterator[LockedUpload]:
-    """An upload, for this block alone.
+    """An upload, locked for the length of the block.
 
     Raises:
         UploadNotFound, UploadBusy
     """
-    upload = _mine(upload_id)
+    upload = _find_row(upload_id)
     with _locked(upload_id) as file:
         yield LockedUpload(upload, file)
 
 
-def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Made]], Callable[[Any], Made]]:
-    """Let a function of a body that takes a file in `field` take `upload_id` as well: it is used up when all went well.
+def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Result]], Callable[[Any], Result]]:
+    """Let a function of a body with a file in `field` accept an `upload_id` instead. On success the upload is deleted.
 
     Args:
+        field: name of the file in the body.
         many: the field is a list of files.
     """
 
-    def decorate(make: Callable[[Any], Made]) -> Callable[[Any], Made]:
-        @wraps(make)
-        def wrapper(body: dict[str, Any]) -> Made:
+    def decorate(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+        @wraps(function)
+        def wrapper(body: dict[str, Any]) -> Result:
             if "upload_id" not in body:
-                return make(body)
+                return function(body)
             with lock_upload(body["upload_id"]) as upload:
                 file = upload.whole()
-                made = make({**body, field: [file] if many else file})
+                result = function({**body, field: [file] if many else file})
                 upload.remove()
-            return made
+            return result
 
         return wrapper
 
@@ -141,21 +142,21 @@ def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Mad
 
 
 def expires_at(upload: Upload) -> dt.datetime:
-    """When it may be forgotten."""
+    """When it is deleted."""
     return upload.created_at + dt.timedelta(hours=services().settings.upload_hours)
 
 
 def prune_expired() -> None:
-    """Forget the oldest of those that have expired, some at a time. One that is being sent stays for now."""
+    """Delete the oldest expired uploads, `PRUNE_BATCH` at most. One that is locked stays for now."""
     lifetime = seconds(services().settings.upload_hours * 3600)
     old = select(Upload.id).where(Upload.created_at < NOW - lifetime).order_by(Upload.created_at)
     with transaction() as session:
         ids = session.scalars(old.limit(PRUNE_BATCH)).all()
-    _forget([upload_id for upload_id in ids if _freed(upload_id)])
+    _delete_rows([upload_id for upload_id in ids if _delete_file(upload_id)])
 
 
-def _freed(upload_id: uuid.UUID) -> bool:
-    """Remove a file. Returns whether it is gone."""
+def _delete_file(upload_id: uuid.UUID) -> bool:
+    """Delete the file unless it is locked. Returns whether it is gone."""
     try:
         with _locked(upload_id):
             _path(upload_id).unlink()
@@ -166,13 +167,13 @@ def _freed(upload_id: uuid.UUID) -> bool:
     return True
 
 
-def _forget(ids: list[uuid.UUID]) -> None:
+def _delete_rows(ids: list[uuid.UUID]) -> None:
     if ids:
         with transaction() as session:
             session.execute(delete(Upload).where(Upload.id.in_(ids)))
 
 
-def _mine(upload_id: uuid.UUID) -> Upload:
+def _find_row(upload_id: uuid.UUID) -> Upload:
     with transaction() as session:
         found = session.scalar(select(Upload).where(Upload.id == upload_id, Upload.tenant_id == tenant()))
     if found is None:
@@ -191,7 +192,7 @@ def _locked(upload_id: uuid.UUID) -> Iterator[IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UploadBusy from None
-        if os.fstat(file.fileno()).st_nlink == 0:  # whoever had the lock has removed it
+        if os.fstat(file.fileno()).st_nlink == 0:  # it was deleted while we waited for the lock
             raise UploadNotFound
         yield file
 

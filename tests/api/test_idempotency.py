@@ -275,17 +275,17 @@ def test_who_was_taken_for_dead_and_was_only_slow_makes_no_second_job(
     from api.intake import scan_store
 
     before = count(sessions, Job)
-    reached, go_on, keep_all = threading.Event(), threading.Event(), scan_store.keep_all
+    reached, go_on, store_scans = threading.Event(), threading.Event(), scan_store.store_scans
     slow: list[TestResponse] = []
 
-    def held_up(scans):  # type: ignore[no-untyped-def]
-        results = keep_all(scans)
+    def held_up(scans, inputs):  # type: ignore[no-untyped-def]
+        results = store_scans(scans, inputs)
         if threading.current_thread() is thread:
             reached.set()
             assert go_on.wait(30)
         return results
 
-    monkeypatch.setattr(scan_store, "keep_all", held_up)
+    monkeypatch.setattr(scan_store, "store_scans", held_up)
     bearer = {"Authorization": client.environ_base["HTTP_AUTHORIZATION"]}
 
     def send() -> None:
