@@ -25,9 +25,9 @@ from rich.table import Table
 from bench.predict import Use, watched
 from bench.train import ROOT, machine
 from bench.turns import start
-from ml.image.engines.admission import whole
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import open_engine
+from ml.image.engines.admission import whole_network
+from ml.image.engines.backends import open_engine
+from ml.image.engines.engine import outputs_of
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from tests.faults.sabotage import Sabotage
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def device_ms() -> float:
     """What a scan costs the fastest engine here, from a picture in memory to its logits."""
     model = network.Model(network.build(2, seed=0), ("Normal", "Tumor"), Transform())
-    engine = open_engine(whole(model).eval(), model.transform)
+    engine = open_engine(whole_network(model).eval(), model.transform)
     images = np.random.default_rng(0).integers(0, 256, (64, 224, 224, 3), dtype=np.uint8)
     outputs_of(engine, images[:8])
     started = time.perf_counter()

@@ -26,15 +26,15 @@ from torch import nn
 
 from bench.predict import make_scans
 from bench.train import ROOT, machine
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import device_has_bf16, open_engine
+from ml.image.engines.backends import device_has_bf16, open_engine
+from ml.image.engines.engine import outputs_of
 from ml.image.learning.learner import device
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.pixels.augmentation import Augment
 from ml.image.pixels.decoding import decode
 from ml.image.pixels.transforms import Transform
-from ml.runtime.prefetch import ahead
+from ml.runtime.prefetch import prefetch
 
 OUT = ROOT / "bench" / "out" / "device.json"
 
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     below, _ = cut(network.build(2, seed=0).eval(), ARCHITECTURES["vgg16"], 0)
     with tempfile.TemporaryDirectory(prefix="renalq-bench-") as folder:
         paths = make_scans(Path(folder) / "scans", parsed.scans)
-        decoded = per_second(parsed.scans, lambda: list(ahead(lambda p: transform.resize(decode(p)), paths, _cores())))
+        decoded = per_second(
+            parsed.scans, lambda: list(prefetch(lambda p: transform.resize(decode(p)), paths, _cores()))
+        )
         pictures = np.stack([transform.resize(decode(path)) for path in paths])
     engine = open_engine(below, transform)
     outputs_of(engine, pictures[: 2 * engine.batch])

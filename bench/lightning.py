@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from bench.plain import build, material, report_scores, trainable
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 
 torchvision()  # torchmetrics imports it too, and would fail where its operators are missing
 import pytorch_lightning as lightning  # noqa: E402

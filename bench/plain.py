@@ -23,11 +23,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ml.evaluation.metrics import Judged, score
+from ml.evaluation.metrics import ModelOutputs, score
 from ml.image.dataset.scans import check_dataset
 from ml.image.dataset.splits import split_scans
 from ml.runtime.archives import extract_zip
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 
 LOADERS = 2
 
@@ -141,7 +141,7 @@ def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def report_scores(names: tuple[str, ...], labels: torch.Tensor, logits: torch.Tensor, seconds: list[float]) -> None:
     """The last line of output: what `bench.train` reads."""
-    scores = score(Judged(names, labels.numpy(), logits.numpy()))
+    scores = score(ModelOutputs(names, labels.numpy(), logits.numpy()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak_mb": round(peak), "accuracy": scores.accuracy, "f1": scores.f1, "train_seconds": seconds}))
 

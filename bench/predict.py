@@ -42,12 +42,12 @@ from bench.train import ROOT, machine
 from bench.turns import keep, register, start
 from cli.stack.embedded import embedded_redis
 from cli.stack.server_plan import free_port
-from jobs.queue import position
+from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
-from ml.image.engines.admission import SEEN, whole
-from ml.image.engines.engines import engine_name, forms
-from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.engines.admission import RANGE_SCANS, whole_network
+from ml.image.engines.backends import engine_name, supported_dtypes
+from ml.image.engines.graphs import activation_ranges, graph_of
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from ml.synthetic.phantom import generate
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="renalq-bench-") as name:
         folder = Path(name)
         scans = make_scans(folder / "scans", parsed.scans)
-        rounds = [("", "bf16" if "bf16" in forms() else "fp32")]
-        rounds += [("_int8", "int8")] if parsed.int8 and "int8" in forms() else []
+        rounds = [("", "bf16" if "bf16" in supported_dtypes() else "fp32")]
+        rounds += [("_int8", "int8")] if parsed.int8 and "int8" in supported_dtypes() else []
         sides: dict[str, Side] = {}
         for suffix, form in rounds:
             os.environ["BENCH_MODEL"] = str(make_model(folder / f"{form}.safetensors", form, scans))
@@ -129,8 +129,8 @@ def make_model(path: Path, form: str, scans: list[Path]) -> Path:
     trials = {engine_name(form): {"admitted": True, "reason": "for the benchmark"}}  # type: ignore[arg-type]
     metadata: dict[str, Any] = {"engines": trials, "ranges": None}
     if form == "int8":
-        seen = np.stack([model.transform.resize(np.asarray(Image.open(path))) for path in scans[:SEEN]])
-        metadata["ranges"] = ranges_of(graph_of(whole(model).eval(), model.transform), seen)
+        seen = np.stack([model.transform.resize(np.asarray(Image.open(path))) for path in scans[:RANGE_SCANS]])
+        metadata["ranges"] = activation_ranges(graph_of(whole_network(model).eval(), model.transform), seen)
     network.save(network.Model(model.network, model.classes, model.transform, metadata), path)
     return path
 
@@ -221,7 +221,7 @@ def _predicted(processes: Stack, version: tuple[uuid.UUID, int], ids: list[uuid.
     """Seconds from the submit to the job's end, by Postgres' clock."""
     with processes.sessions.begin() as session:
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version[0], model_version=version[1])
-        size = chunk or position.chunk(session, Lane.BATCH, processes.settings)
+        size = chunk or pace.chunk_size(session, Lane.BATCH, processes.settings)
         job = submit(session, new, [NewResult(scan_id) for scan_id in ids], size)
     while processes.job(job.id).finished_at is None:  # who looks more often takes some of the cores away
         time.sleep(LOOK_SECONDS)

@@ -126,7 +126,7 @@ def run_side(module: str, data: Path, params: dict[str, object]) -> Side:
 
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
-    from ml.image.engines.engines import device_name
+    from ml.image.engines.backends import device_name
 
     return {"device": device_name(), "cores": os.cpu_count(), "python": platform.python_version()}
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ml.image.engines.admission import form_of, whole
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import open_engine
+from ml.image.engines.admission import choose_dtype, whole_network
+from ml.image.engines.backends import open_engine
+from ml.image.engines.engine import outputs_of
 from ml.image.networks import network
 from ml.image.pixels.decoding import decode
 
@@ -57,7 +57,9 @@ def ceiling(paths: list[Path]) -> float:
     """Seconds of the engine alone."""
     model = network.load(MODEL)
     pictures = np.stack([model.transform.resize(decode(path)) for path in paths])
-    engine = open_engine(whole(model), model.transform, form_of(model.metadata), model.metadata.get("ranges"))
+    engine = open_engine(
+        whole_network(model), model.transform, choose_dtype(model.metadata), model.metadata.get("ranges")
+    )
     outputs_of(engine, pictures[: 4 * engine.batch])
     started = time.perf_counter()
     outputs_of(engine, pictures)

@@ -9,7 +9,7 @@ from typing import Any
 import litserve
 import numpy as np
 
-from ml.image.engines.base import outputs_of
+from ml.image.engines.engine import outputs_of
 from ml.image.pixels.decoding import decode
 from ml.image.serving.predictor import Predictor
 

@@ -34,7 +34,7 @@ class Calibration:
     reason: str = ""
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> Calibration:
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Calibration:
         """As a model file carries it; where it carries none, all is left as it is."""
         return cls(**metadata.get("calibration", {}))
 

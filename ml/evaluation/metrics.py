@@ -29,7 +29,7 @@ def _none() -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class ModelOutputs:
     """A network's answers: logits float [N, classes] and int labels [N] of test scans, the same of M validation scans.
 
     M may be 0. `groups`: int [N], equal for test scans of one patient or one picture; None: each scan is its own.
@@ -151,11 +151,11 @@ def positive_index(classes: tuple[str, ...]) -> int | None:
     return None if name is None else classes.index(name)
 
 
-def score(judged: Judged, calibration: Calibration | None = None) -> Scores:
+def score(judged: ModelOutputs, calibration: Calibration | None = None) -> Scores:
     """All scores of the test scans; temperature and threshold are those of `calibration`, else chosen on the validation
     scans."""
     calibration = calibration or calibration_of(judged)
-    made, labels = decisions(judged, calibration), judged.test_labels
+    made, labels = decide(judged, calibration), judged.test_labels
     found: dict[str, Any] = {
         **_headline(made),
         **_each_class(made, judged.classes),
@@ -178,12 +178,12 @@ def score(judged: Judged, calibration: Calibration | None = None) -> Scores:
     )
 
 
-def calibration_of(judged: Judged) -> Calibration:
+def calibration_of(judged: ModelOutputs) -> Calibration:
     """Temperature and threshold: what a prediction of this network has to use too."""
     return calibrate(judged.validation_labels, judged.validation_logits, judged.positive)
 
 
-def decisions(judged: Judged, calibration: Calibration) -> Decisions:
+def decide(judged: ModelOutputs, calibration: Calibration) -> Decisions:
     """What the network said of the test scans."""
     groups = np.arange(len(judged.test_labels)) if judged.groups is None else judged.groups
     predicted = calibration.decide(judged.test_logits, judged.positive)
@@ -217,7 +217,7 @@ def sensitivity_at(truth: np.ndarray, ranking: np.ndarray, specificity: float) -
     return float((ranking[truth] > above).mean())
 
 
-def worst_mistakes(judged: Judged, most: int = 12) -> list[Mistake]:
+def worst_mistakes(judged: ModelOutputs, most: int = 12) -> list[Mistake]:
     """The test scans that were wrongly called with the highest probability of what they were called, worst first."""
     calibration = calibration_of(judged)
     predicted = calibration.decide(judged.test_logits, judged.positive)
@@ -271,7 +271,7 @@ def _once(made: Decisions) -> np.ndarray:
     return np.ones((1, len(made.labels)))
 
 
-def _calibration_errors(judged: Judged, calibration: Calibration) -> dict[str, float]:
+def _calibration_errors(judged: ModelOutputs, calibration: Calibration) -> dict[str, float]:
     before = top_label(judged.test_labels, softmax(judged.test_logits))
     right, confidence = top_label(judged.test_labels, calibration.probabilities(judged.test_logits))
     return {

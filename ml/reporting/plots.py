@@ -17,7 +17,7 @@ import numpy as np
 
 from ml.evaluation.calibration import BINS, reliability, softmax, top_label
 from ml.evaluation.intervals import ranked
-from ml.evaluation.metrics import Judged, Mistake, Scores, calibration_of, decisions, worst_mistakes
+from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, calibration_of, decide, worst_mistakes
 from ml.runtime.events import Epoch
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -61,7 +61,7 @@ class Plot:
 
 
 def all_plots(
-    judged: Judged,
+    judged: ModelOutputs,
     scores: Scores,
     epochs: Sequence[Epoch],
     best_epoch: int | None,
@@ -169,7 +169,7 @@ def confusion_matrix(scores: Scores) -> Plot:
     return Plot("confusion_matrix.png", "Confusion matrix", caption, side, side, draw)
 
 
-def roc(judged: Judged, scores: Scores) -> Plot:
+def roc(judged: ModelOutputs, scores: Scores) -> Plot:
     """Sensitivity against 1 − specificity; the point is where the chosen threshold stands."""
 
     def draw(canvas: Canvas) -> None:
@@ -188,7 +188,7 @@ def roc(judged: Judged, scores: Scores) -> Plot:
     return Plot("roc.png", "ROC curve", caption, 4.8, 4.8, draw)
 
 
-def precision_recall(judged: Judged, scores: Scores) -> Plot:
+def precision_recall(judged: ModelOutputs, scores: Scores) -> Plot:
     """Precision against recall; the dotted line is what guessing reaches."""
 
     def draw(canvas: Canvas) -> None:
@@ -209,10 +209,10 @@ def precision_recall(judged: Judged, scores: Scores) -> Plot:
 
 
 def _one_against_rest(
-    judged: Judged, scores: Scores, figure: str
+    judged: ModelOutputs, scores: Scores, figure: str
 ) -> Iterable[tuple[str, np.ndarray, np.ndarray, dict[str, Any]]]:
     """(class, whether true, ranking, look) of the positive class; of more than two, those that are told apart worst."""
-    made = decisions(judged, calibration_of(judged))
+    made = decide(judged, calibration_of(judged))
     defined = {name: area for name, one in scores.per_class.items() if (area := one[figure]) is not None}
     wanted = [scores.positive] if scores.positive else sorted(defined, key=lambda name: defined[name])[:CURVES]
     for place, name in enumerate(name for name in wanted if name in defined):
@@ -233,7 +233,7 @@ def _square(axes: Any, place: str) -> None:
         axes.legend(loc=place, fontsize=8)
 
 
-def reliability_diagram(judged: Judged, scores: Scores) -> Plot:
+def reliability_diagram(judged: ModelOutputs, scores: Scores) -> Plot:
     """Accuracy by confidence, before and after temperature scaling, over a histogram of the confidences."""
     sides = (
         ("before", 1.0, scores.ece_before, {"color": RED, "marker": "s", "ls": "--"}),

@@ -34,7 +34,7 @@ NAMES = {
 class ReportInputs:
     """All that a report tells.
 
-    `dataset`: images, classes (name → scans), warnings (of `ml.image.dataset.inspection.warnings`, so they name
+    `dataset`: images, classes (name → scans), warnings (of `ml.image.dataset.inspection.dataset_warnings`, so they name
     nobody); what else is in it is left out. `made_at` is the only date in both files. `leak_reasons`: sentences of
     `ml.image.dataset.splits.Leaks.reasons`. `split_notes`: sentences on how the split was made. What is not known is
     None and told so.

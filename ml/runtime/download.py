@@ -1,4 +1,4 @@
-"""A dataset's source: http(s), or a Google Drive share link. Written beside its target, then renamed."""
+"""Downloads a dataset from an http(s) address or a Google Drive share link; written to a temporary file, then renamed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import requests
 from ml.runtime.errors import DownloadFailed, is_storage_full
 
 MAX_BYTES = 20 * 2**30
-_TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces
+_TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two chunks
 _DRIVE_HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 _DRIVE_REFUSED = "source_url: Google Drive did not hand out the file: is it shared with everybody?"
 
-Report = Callable[[float], None]
+OnProgress = Callable[[float], None]
 
 
-def fetch(url: str, target: Path, max_bytes: int = MAX_BYTES, report: Report | None = None) -> None:
-    """Download `url` as `target`; `report` hears the fraction done, where the source tells its size.
+def fetch(url: str, target: Path, max_bytes: int = MAX_BYTES, on_progress: OnProgress | None = None) -> None:
+    """Download `url` to `target`. `on_progress` is called with the fraction done, if the source sends its size.
 
-    DownloadFailed for a source that cannot be reached, refuses, or sends more than `max_bytes`; nothing is kept then.
+    DownloadFailed, without leaving a file, if the source cannot be reached, refuses, or sends more than `max_bytes`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         drive_id = google_drive_id(url)
         if drive_id:
-            _fetch_drive(drive_id, partial, max_bytes, report)
+            _fetch_drive(drive_id, partial, max_bytes, on_progress)
         else:
-            _fetch_http(url, partial, max_bytes, report)
+            _fetch_http(url, partial, max_bytes, on_progress)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -49,30 +49,32 @@ def google_drive_id(url: str) -> str | None:
     return in_path.group(1) if in_path else next(iter(parse_qs(parts.query).get("id", [])), None)
 
 
-def _fetch_http(url: str, partial: Path, max_bytes: int, report: Report | None) -> None:
+def _fetch_http(url: str, partial: Path, max_bytes: int, on_progress: OnProgress | None) -> None:
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadFailed("source_url: only http, https and Google Drive links can be downloaded.")
     try:
         with requests.get(url, stream=True, timeout=_TIMEOUT) as response:
             response.raise_for_status()
             total = int(response.headers.get("Content-Length") or 0)
-            _write(response, partial, total, max_bytes, report)
+            _write(response, partial, total, max_bytes, on_progress)
     except requests.HTTPError as error:
         raise DownloadFailed(f"source_url: the server answered {error.response.status_code}.") from error
     except requests.RequestException as error:
         raise DownloadFailed(f"source_url: the server cannot be reached ({type(error).__name__}).") from error
 
 
-def _write(response: requests.Response, partial: Path, total: int, max_bytes: int, report: Report | None) -> None:
+def _write(
+    response: requests.Response, partial: Path, total: int, max_bytes: int, on_progress: OnProgress | None
+) -> None:
     _refuse_beyond(total, max_bytes)
     done = 0
     with partial.open("wb") as sink:
-        for piece in response.iter_content(_PIECE):
-            done += len(piece)
+        for chunk in response.iter_content(_CHUNK):
+            done += len(chunk)
             _refuse_beyond(done, max_bytes)
-            sink.write(piece)
-            if report and total:
-                report(min(done / total, 1.0))
+            sink.write(chunk)
+            if on_progress and total:
+                on_progress(min(done / total, 1.0))
     if total and done < total and "Content-Encoding" not in response.headers:
         raise DownloadFailed("source_url: the connection ended before the whole file had come.")
 
@@ -82,21 +84,21 @@ def _refuse_beyond(size: int, max_bytes: int) -> None:
         raise DownloadFailed(f"source_url: the file is larger than {max_bytes // 2**20} MiB.")
 
 
-def _fetch_drive(drive_id: str, partial: Path, max_bytes: int, report: Report | None) -> None:
+def _fetch_drive(drive_id: str, partial: Path, max_bytes: int, on_progress: OnProgress | None) -> None:
     import gdown
 
     too_large = threading.Event()
 
-    def on_piece(done: int, total: int | None) -> None:
+    def on_chunk(done: int, total: int | None) -> None:
         if max(done, total or 0) > max_bytes:
             too_large.set()
-        if report and total:
-            report(min(done / total, 1.0))
+        if on_progress and total:
+            on_progress(min(done / total, 1.0))
 
     try:
         gdown.download(
             id=drive_id, output=str(partial), quiet=True, use_cookies=False,
-            progress=on_piece, cancel=too_large, timeout=_TIMEOUT,
+            progress=on_chunk, cancel=too_large, timeout=_TIMEOUT,
         )  # fmt: skip
     except Exception as error:  # gdown raises its own errors, requests' and OSError
         if is_storage_full(error):

@@ -12,9 +12,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, depth: int = 32) -> Iterator[Result]:
+def prefetch(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, depth: int = 32
+) -> Iterator[Result]:
     """`map(work, items)` in threads, in order. Pillow, zlib and hashlib let go of the GIL, so threads do help."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     pending: deque[Future[Result]] = deque()
     try:
         source = iter(items)
@@ -27,7 +29,7 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_rounds(items: Iterable[Item], size: int, streams: int) -> Iterator[list[Item]]:
+def batched_for_streams(items: Iterable[Item], size: int, streams: int) -> Iterator[list[Item]]:
     """Lists of `size` items, for a device that takes so many `streams` of them at the same time. What is left at the
     end is shared evenly: one stream does not work for two while the other has nothing."""
     for some in batched(items, size * streams):

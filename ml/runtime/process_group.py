@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
-Told = TypeVar("Told")
+Value = TypeVar("Value")
 
 
 @dataclass(eq=False)
-class Team:
+class ProcessGroup:
     """A member's view: it is number `rank` of `size`. Every member takes each `size`-th row, from its own on.
 
     When the team parts, the leader is alone: `size` becomes 1.
@@ -26,7 +26,7 @@ class Team:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this one speaks, and writes files."""
         return self.rank == 0
 
@@ -34,15 +34,15 @@ class Team:
         """This member's own: a GPU each, where there are as many."""
         return torch.device("cuda", self.rank) if torch.cuda.device_count() >= self.size else torch.device("cpu")
 
-    def mine(self, rows: Rows) -> Rows:
+    def own_rows(self, rows: Rows) -> Rows:
         """This member's share of rows; none where there are fewer rows than members before it."""
         return rows if self.size == 1 else rows[self.rank :: self.size]
 
-    def share(self, rows: Rows) -> Rows:
+    def rows_to_compute(self, rows: Rows) -> Rows:
         """What this member computes for `together`: its rows, or where it has none, one that is thrown away."""
-        return self.mine(rows) if self.rank < len(rows) else rows[:1]
+        return self.own_rows(rows) if self.rank < len(rows) else rows[:1]
 
-    def together(self, share: np.ndarray, count: int) -> np.ndarray:
+    def gather_rows(self, share: np.ndarray, count: int) -> np.ndarray:
         """All members' shares of `count` rows in their places again: [count, …]; each member gets all."""
         if self.size == 1:
             return share
@@ -55,7 +55,7 @@ class Team:
             whole[rank :: self.size] = part.numpy()[: len(whole[rank :: self.size])]
         return whole
 
-    def total(self, values: list[float]) -> list[float]:
+    def sum(self, values: list[float]) -> list[float]:
         """Sums over all members."""
         if self.size == 1:
             return values
@@ -63,7 +63,7 @@ class Team:
         dist.all_reduce(summed)
         return [float(value) for value in summed]
 
-    def common(self, flags: np.ndarray) -> np.ndarray:
+    def all_true(self, flags: np.ndarray) -> np.ndarray:
         """Where all members say true: bool, of the shape of `flags`."""
         if self.size == 1:
             return flags
@@ -71,7 +71,7 @@ class Team:
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return least.numpy().astype(bool)
 
-    def told(self, value: Told) -> Told:
+    def broadcast(self, value: Value) -> Value:
         """What the leader's `value` is."""
         if self.size == 1:
             return value
@@ -80,4 +80,4 @@ class Team:
         return box[0]
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()

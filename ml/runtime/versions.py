@@ -1,4 +1,4 @@
-"""Which versions of what a network was made with."""
+"""Versions of installed packages, for provenance."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Package → version, of those that are installed."""
-    found = {}
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package → version; packages that are not installed are left out."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

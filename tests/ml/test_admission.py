@@ -9,8 +9,8 @@ import pytest
 
 from ml.evaluation.calibration import Calibration
 from ml.image.engines import admission
-from ml.image.engines.admission import Admission, admit, floating_form_of, form_of
-from ml.image.engines.engines import engine_name, forms
+from ml.image.engines.admission import Admission, admit, choose_dtype, choose_float_dtype
+from ml.image.engines.backends import engine_name, supported_dtypes
 from ml.image.networks import network
 from ml.image.serving.predictor import Predictor
 from ml.runtime.errors import EngineNotAdmitted
@@ -21,7 +21,7 @@ LABELS = np.array([0, 0, 1, 1])
 
 
 def trial(form: str, logits: np.ndarray) -> admission.Trial:
-    return admission.Judge(Calibration(threshold=0.5), LABELS, 1, REFERENCE).trial(form, logits)
+    return admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, REFERENCE).trial(form, logits)
 
 
 def moved(row: int, by: float) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_int8_is_refused_where_a_probability_moves_by_more_than_a_twentieth():
 
 def test_a_label_that_changes_is_refused_even_where_the_probability_hardly_moved(monkeypatch):
     near = np.array([[2.0, -2.0], [0.001, 0.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
-    judge = admission.Judge(Calibration(threshold=0.5), LABELS, 1, near)
+    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, near)
     other = near.copy()
     other[1, 1] = 0.002
     assert judge.trial("bf16", other).reason == "1 labels changed"
@@ -68,7 +68,7 @@ def test_a_label_that_changes_is_refused_even_where_the_probability_hardly_moved
 
 def test_int8_may_change_a_label_for_the_better():
     wrong = np.array([[2.0, -2.0], [0.0, 0.001], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
-    judge = admission.Judge(Calibration(threshold=0.5), LABELS, 1, wrong)
+    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, wrong)
     right = wrong.copy()
     right[1, 0] = 0.002
     found = judge.trial("int8", right)
@@ -84,43 +84,43 @@ def test_answers_that_are_no_numbers_are_refused():
 
 
 def test_the_fastest_that_is_admitted_is_taken():
-    assert form_of(metadata(int8=True, bf16=True, fp32=True)) == forms()[0]
-    assert form_of(metadata(int8=False, bf16=False, fp32=True)) == "fp32"
+    assert choose_dtype(metadata(int8=True, bf16=True, fp32=True)) == supported_dtypes()[0]
+    assert choose_dtype(metadata(int8=False, bf16=False, fp32=True)) == "fp32"
 
 
 def test_what_was_never_tried_is_not_taken():
-    assert form_of({"engines": {}}) == "fp32"
+    assert choose_dtype({"engines": {}}) == "fp32"
 
 
 def test_a_file_without_trials_predicts_as_it_was_trained_and_never_in_int8():
-    assert form_of({"precision": "fp32"}) == "fp32"
-    assert form_of({}) == next(form for form in forms() if form != "int8")
+    assert choose_dtype({"precision": "fp32"}) == "fp32"
+    assert choose_dtype({}) == next(form for form in supported_dtypes() if form != "int8")
 
 
 def test_who_asks_for_what_is_not_admitted_hears_why():
-    for form in forms()[:-1]:
+    for form in supported_dtypes()[:-1]:
         with pytest.raises(EngineNotAdmitted, match=r"F1 fell by 0\.2"):
-            form_of(metadata(**{form: False}), form)
-        assert form_of(metadata(**{form: True}), form) == form
+            choose_dtype(metadata(**{form: False}), form)
+        assert choose_dtype(metadata(**{form: True}), form) == form
 
 
 def test_who_asks_for_what_is_not_in_the_hardware_hears_so(monkeypatch):
-    monkeypatch.setattr(admission, "forms", lambda: ("fp32",))
+    monkeypatch.setattr(admission, "supported_dtypes", lambda: ("fp32",))
     with pytest.raises(EngineNotAdmitted, match="does not compute int8 in hardware; use auto or fp32"):
-        form_of(metadata(int8=True), "int8")
-    assert form_of(metadata(), "fp32") == "fp32"
+        choose_dtype(metadata(int8=True), "int8")
+    assert choose_dtype(metadata(), "fp32") == "fp32"
 
 
 def test_what_is_no_whole_network_is_never_computed_in_int8(monkeypatch):
-    monkeypatch.setattr(admission, "forms", lambda: ("int8", "bf16", "fp32"))
-    told = [floating_form_of(metadata(int8=True, bf16=bf16)) for bf16 in (True, False)]
+    monkeypatch.setattr(admission, "supported_dtypes", lambda: ("int8", "bf16", "fp32"))
+    told = [choose_float_dtype(metadata(int8=True, bf16=bf16)) for bf16 in (True, False)]
     assert told == ["bf16", "fp32"]
-    assert floating_form_of(metadata(int8=True, bf16=True), "int8") == "bf16"
-    assert floating_form_of(metadata(int8=True, bf16=True), "fp32") == "fp32"
-    assert floating_form_of(metadata(int8=False, bf16=True)) == "bf16"
-    assert floating_form_of({}) == "bf16", "an earlier version's file predicts so too"
-    monkeypatch.setattr(admission, "forms", lambda: ("int8", "fp32"))
-    assert floating_form_of(metadata(int8=True, bf16=True)) == "fp32", "where this machine has no bf16"
+    assert choose_float_dtype(metadata(int8=True, bf16=True), "int8") == "bf16"
+    assert choose_float_dtype(metadata(int8=True, bf16=True), "fp32") == "fp32"
+    assert choose_float_dtype(metadata(int8=False, bf16=True)) == "bf16"
+    assert choose_float_dtype({}) == "bf16", "an earlier version's file predicts so too"
+    monkeypatch.setattr(admission, "supported_dtypes", lambda: ("int8", "fp32"))
+    assert choose_float_dtype(metadata(int8=True, bf16=True)) == "fp32", "where this machine has no bf16"
 
 
 # --- with a network --------------------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ def test_what_is_no_whole_network_is_never_computed_in_int8(monkeypatch):
 
 def test_a_trained_network_carries_what_it_was_admitted_for(small_run):
     told = network.read_metadata(small_run.model_path)
-    assert set(told["engines"]) == {engine_name(form) for form in forms()}
+    assert set(told["engines"]) == {engine_name(form) for form in supported_dtypes()}
     assert told["engines"][engine_name("fp32")]["admitted"]
     scores = json.loads((small_run.folder / "evaluation" / "scores.json").read_text())
     assert scores["engines"] == told["engines"]
-    assert Predictor.load(small_run.model_path).engine.name == engine_name(form_of(told))
+    assert Predictor.load(small_run.model_path).engine.name == engine_name(choose_dtype(told))
 
 
 def test_each_engine_says_what_fp32_says(small_run):
@@ -140,4 +140,6 @@ def test_each_engine_says_what_fp32_says(small_run):
     pictures = np.stack([make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(10)])
     found = admit(model, Calibration(threshold=0.5), pictures, np.arange(10) % 2, make_scans(8, 64))
     assert isinstance(found, Admission)
-    assert [found.trials[engine_name(form)].admitted for form in forms()] == [True] * len(forms()), found.trials
+    assert [found.trials[engine_name(form)].admitted for form in supported_dtypes()] == [True] * len(
+        supported_dtypes()
+    ), found.trials

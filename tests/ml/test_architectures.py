@@ -12,7 +12,7 @@ from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
 from tests.ml.builders import make_scans
 
@@ -132,7 +132,7 @@ def test_the_heads_are_those_that_parameters_name(name, head):
 def test_calibration_gives_features_of_sane_size(name):
     built, images = network.build(2, 0, name, "gap").eval(), images_for(name, 12)
     below, _ = cut(built, ARCHITECTURES[name], 0)
-    network.calibrate(built, [images[:6], images[6:]])
+    network.calibrate_batch_norms(built, [images[:6], images[6:]])
     after = below(images)
     assert torch.isfinite(after).all()
     assert 0.01 < float(after.std()) < 100
@@ -154,7 +154,7 @@ def test_networks_without_batch_normalization_are_left_alone(name):
         yield
 
     before = {key: value.clone() for key, value in made(name).state_dict().items()}
-    network.calibrate(made(name), never())
+    network.calibrate_batch_norms(made(name), never())
     assert all(torch.equal(value, before[key]) for key, value in made(name).state_dict().items())
 
 

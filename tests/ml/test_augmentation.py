@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ml.image.pixels.augmentation import Augment, Augmentation, Draw, augment, draw
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 from tests.ml.builders import make_pixels
 
 STILL = Draw(0.0, False, 0, 0, 1.0)

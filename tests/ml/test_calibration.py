@@ -23,7 +23,7 @@ from ml.evaluation.calibration import (
 from ml.image.dataset.splits import Split
 from ml.image.engines.features import Features
 from ml.image.learning.train import TrainConfig, TrainData, logits_of, train
-from ml.image.stages.training import head_of
+from ml.image.stages.training import head_forward
 from tests.ml.builders import CountingBackbone, make_narrow_model, make_params, make_scans
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(2, 5)), elements=st.floats(-50, 50, width=32))
@@ -213,7 +213,7 @@ def test_an_overfitted_network_is_less_sure_after_calibration_and_rightly_so():
     params = make_params(epochs=60, learning_rate=0.003, keep="last", augmentation=False)
     history = list(train(TrainConfig(model, params), data))
     assert history[-1].train_accuracy == 1.0, "it was learnt by heart"
-    chosen, unseen = (logits_of(head_of(model), features, some).numpy() for some in (validation, test))
+    chosen, unseen = (logits_of(head_forward(model), features, some).numpy() for some in (validation, test))
     temperature, _ = fit_temperature(labels[validation], chosen)
     before, after = (reliability(*top_label(labels[test], softmax(unseen, t))).error for t in (1.0, temperature))
     assert temperature > 1.5

@@ -69,7 +69,7 @@ def test_a_failure_is_named_in_full_and_brackets_are_text(shown):
 
 def test_a_prediction_shows_its_score_and_what_is_odd_about_the_scan(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    odd = Prediction("b.png", "Tumor", 0.9876, ood_score=2.346, oddity="it is darker than they are")
+    odd = Prediction("b.png", "Tumor", 0.9876, ood_score=2.346, ood_reason="it is darker than they are")
     alone = Prediction("c.png", "Tumor", 0.9, ood_score=1.5)
     prediction_table(
         [Prediction("a.png", "Normal", 0.75, ood_score=0.5), odd, alone, Prediction("d.png", "Tumor", 0.5)]

@@ -94,7 +94,7 @@ def test_the_digest_is_of_contents_and_labels_not_of_names(tmp_path):
 def test_the_sink_gets_every_scan_at_its_place(tmp_path):
     seen = {}
     report = check_dataset(
-        write_folder(make_files(6), tmp_path), sink=lambda index, pixels: seen.update({index: pixels})
+        write_folder(make_files(6), tmp_path), on_pixels=lambda index, pixels: seen.update({index: pixels})
     )
     assert list(seen) == list(range(12))
     assert np.array_equal(seen[7], make_pixels(1001, bright=True))
@@ -193,7 +193,9 @@ def test_a_window_is_passed_on_to_every_scan(tmp_path):
     seen: list[int] = []
     for window in (None, (300.0, 1000.0)):
         check_dataset(
-            folder, window=window, sink=lambda index, pixels: seen.append(int(pixels.max())) if index == 6 else None
+            folder,
+            window=window,
+            on_pixels=lambda index, pixels: seen.append(int(pixels.max())) if index == 6 else None,
         )
     assert seen == [255, 128]
 
@@ -210,7 +212,7 @@ def test_a_manifest_of_before_the_inspection_is_still_read(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(fields))
     old = load_manifest(tmp_path / "manifest.json")
     assert (old.classes, old.digest, old.warnings) == (report.classes, report.digest, ())
-    assert {scan.likeness for scan in old.scans} == {None}
+    assert {scan.perceptual_hash for scan in old.scans} == {None}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ml.image.engines.admission import whole
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import TorchEngine, forms, open_engine
-from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.engines.admission import whole_network
+from ml.image.engines.backends import TorchEngine, open_engine, supported_dtypes
+from ml.image.engines.engine import outputs_of
+from ml.image.engines.graphs import activation_ranges, graph_of
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
-from ml.image.networks.descriptor import descriptors_of, maps_of, served
+from ml.image.networks.feature_descriptor import descriptor_width, feature_descriptors, with_descriptor
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
 from ml.spec.image import LEAST_SIDE
@@ -26,7 +26,7 @@ def make_model(architecture: str, head: str = "gap") -> Model:
     of, side = ARCHITECTURES[architecture], 224 if architecture == "vit_b_16" else LEAST_SIDE.get(architecture, 64)
     transform = Transform(side, side, of.mean, of.std)
     made = network.build(2, 0, architecture, head)
-    network.calibrate(made, [transform.normalize(torch.from_numpy(make_scans(4, side)))])
+    network.calibrate_batch_norms(made, [transform.normalize(torch.from_numpy(make_scans(4, side)))])
     return Model(made.eval(), CLASSES, transform, {}, architecture, head)
 
 
@@ -38,31 +38,35 @@ def test_the_served_network_gives_the_logits_and_the_descriptor_of_its_features(
     features = outputs_of(TorchEngine(below, model.transform, "cpu", "fp32"), pictures)
     with torch.no_grad():
         logits = above.eval()(torch.from_numpy(features)).numpy()
-    expected = np.concatenate([logits, descriptors_of(model, features)], axis=1)
-    assert expected.shape == (3, 2 + maps_of(model))
-    found = outputs_of(open_engine(served(model), model.transform, "fp32"), pictures)
+    expected = np.concatenate([logits, feature_descriptors(model, features)], axis=1)
+    assert expected.shape == (3, 2 + descriptor_width(model))
+    found = outputs_of(open_engine(with_descriptor(model), model.transform, "fp32"), pictures)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("form", supported_dtypes())
 def test_the_descriptor_changes_no_logit(vgg, form):
     model = Model(vgg, CLASSES, Transform(64, 64))
     pictures, ranges = make_scans(5, 64), None
     if form == "int8":
-        ranges = ranges_of(graph_of(served(model), model.transform), pictures)
-    both = (open_engine(layers, model.transform, form, ranges) for layers in (whole(model), served(model)))
+        ranges = activation_ranges(graph_of(with_descriptor(model), model.transform), pictures)
+    both = (
+        open_engine(layers, model.transform, form, ranges) for layers in (whole_network(model), with_descriptor(model))
+    )
     alone, beside = (outputs_of(engine, pictures)[:, :2] for engine in both)
     assert np.linalg.norm(beside - alone) < (1e-4 if form == "fp32" else 0.02) * np.linalg.norm(alone)
 
 
-@pytest.mark.skipif("bf16" not in forms(), reason="this CPU multiplies no bf16")
+@pytest.mark.skipif("bf16" not in supported_dtypes(), reason="this CPU multiplies no bf16")
 def test_logits_beside_a_descriptor_are_not_rounded_to_bf16(vgg):
     model = Model(vgg, CLASSES, Transform(64, 64))
-    logits = torch.from_numpy(outputs_of(open_engine(served(model), model.transform, "bf16"), make_scans(5, 64))[:, :2])
+    logits = torch.from_numpy(
+        outputs_of(open_engine(with_descriptor(model), model.transform, "bf16"), make_scans(5, 64))[:, :2]
+    )
     assert (logits.bfloat16().float() != logits).any()
 
 
 def test_a_descriptor_is_the_mean_of_each_map(vgg):
     model = Model(vgg, CLASSES, Transform(64, 64))
     maps = np.random.default_rng(0).random((2, 512, 7, 7), np.float32)
-    np.testing.assert_allclose(descriptors_of(model, maps.reshape(2, -1)), maps.mean(axis=(2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(feature_descriptors(model, maps.reshape(2, -1)), maps.mean(axis=(2, 3)), rtol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.image.serving.disposition import Disposition, dispose
+from ml.image.serving.disposition import Disposition, disposition_of
 
 UNIT = st.floats(0, 1)
 
@@ -19,39 +19,39 @@ def two(tumor: float) -> dict[str, float]:
     ("tumor", "word"), [(0.0, "normal"), (0.3, "normal"), (0.31, "indeterminate"), (0.7, "tumor"), (1.0, "tumor")]
 )
 def test_two_classes_are_told_apart_outside_of_the_two_limits(tumor, word):
-    assert dispose(two(tumor), 0.4, 0.3, 0.7).word == word
+    assert disposition_of(two(tumor), 0.4, 0.3, 0.7).word == word
 
 
 def test_who_is_sure_needs_no_reason():
-    assert dispose(two(0.9), None, 0.3, 0.7) == Disposition("tumor")
+    assert disposition_of(two(0.9), None, 0.3, 0.7) == Disposition("tumor")
 
 
 def test_an_unsure_network_says_between_which_limits():
-    found = dispose(two(0.55), None, 0.3, 0.7)
+    found = disposition_of(two(0.55), None, 0.3, 0.7)
     assert found == Disposition("indeterminate", "The network is unsure: Tumor 0.55 lies between 0.30 and 0.70.")
 
 
 def test_a_probability_just_below_a_limit_is_not_shown_as_the_limit():
-    reason = dispose(two(0.699), None, 0.3, 0.7).reason
+    reason = disposition_of(two(0.699), None, 0.3, 0.7).reason
     assert reason == "The network is unsure: Tumor 0.699 lies between 0.30 and 0.70."
-    assert "Tumor 0.69999999 lies" in dispose(two(0.69999999), None, 0.3, 0.7).reason
+    assert "Tumor 0.69999999 lies" in disposition_of(two(0.69999999), None, 0.3, 0.7).reason
 
 
 def test_the_positive_class_may_stand_first():
-    assert dispose({"Tumor": 0.9, "Healthy": 0.1}, None, 0.3, 0.7).word == "tumor"
-    assert dispose({"Tumor": 0.1, "Healthy": 0.9}, None, 0.3, 0.7).word == "healthy"
+    assert disposition_of({"Tumor": 0.9, "Healthy": 0.1}, None, 0.3, 0.7).word == "tumor"
+    assert disposition_of({"Tumor": 0.1, "Healthy": 0.9}, None, 0.3, 0.7).word == "healthy"
 
 
 def test_of_many_classes_the_likeliest_is_taken_where_it_is_likely_enough():
     many = {"Cyst": 0.5, "Normal": 0.2, "Stone": 0.3}
-    assert dispose(many, None, 0.3, 0.5) == Disposition("cyst")
-    assert dispose(many, None, 0.3, 0.7) == Disposition(
+    assert disposition_of(many, None, 0.3, 0.5) == Disposition("cyst")
+    assert disposition_of(many, None, 0.3, 0.7) == Disposition(
         "indeterminate", "The network is unsure: Cyst, the likeliest, has 0.50, less than 0.70."
     )
 
 
 def test_a_scan_beyond_the_limit_is_rejected_however_sure_the_network_is():
-    found = dispose(two(0.999), 2.34, 0.3, 0.7, "it has more colour than they have")
+    found = disposition_of(two(0.999), 2.34, 0.3, 0.7, "it has more colour than they have")
     assert found.word == "rejected"
     assert found.reason == (
         "The scan is unlike those that the network has learnt from (2.3 times the limit): it has more colour than they "
@@ -60,34 +60,34 @@ def test_a_scan_beyond_the_limit_is_rejected_however_sure_the_network_is():
 
 
 def test_without_a_single_oddity_the_distance_alone_is_told():
-    assert "(1.5 times the limit). Check" in dispose(two(0.5), 1.5, 0.3, 0.7).reason
+    assert "(1.5 times the limit). Check" in disposition_of(two(0.5), 1.5, 0.3, 0.7).reason
 
 
 def test_a_hair_beyond_the_limit_is_not_called_the_limit_itself():
-    assert "(just above the limit)" in dispose(two(0.5), 1.001, 0.3, 0.7).reason
+    assert "(just above the limit)" in disposition_of(two(0.5), 1.001, 0.3, 0.7).reason
 
 
 def test_immense_distances_are_not_spelt_out():
-    assert "more than 99 times the limit" in dispose(two(0.5), 3.2e6, 0.3, 0.7).reason
+    assert "more than 99 times the limit" in disposition_of(two(0.5), 3.2e6, 0.3, 0.7).reason
 
 
 def test_a_score_at_the_limit_and_a_missing_one_reject_nothing():
-    assert dispose(two(0.9), 1.0, 0.3, 0.7, "it is darker than they are") == Disposition("tumor")
-    assert dispose(two(0.9), None, 0.3, 0.7).word == "tumor"
+    assert disposition_of(two(0.9), 1.0, 0.3, 0.7, "it is darker than they are") == Disposition("tumor")
+    assert disposition_of(two(0.9), None, 0.3, 0.7).word == "tumor"
 
 
 @given(UNIT, st.none() | st.floats(0, 10), st.tuples(UNIT, UNIT).map(sorted))
 def test_every_prediction_has_one_of_four_words_and_a_reason_where_it_is_no_class(tumor, score, limits):
-    found = dispose(two(tumor), score, *limits)
+    found = disposition_of(two(tumor), score, *limits)
     assert found.word in ("normal", "tumor", "indeterminate", "rejected")
     assert (found.reason is None) == (found.word in ("normal", "tumor"))
 
 
 def test_where_the_networks_own_threshold_disagrees_a_person_has_to_look():
-    found = dispose(two(0.25), None, 0.3, 0.7, label="Tumor")
+    found = disposition_of(two(0.25), None, 0.3, 0.7, label="Tumor")
     assert found.word == "indeterminate", "it must never say normal of what is labelled a tumour"
     assert "calls this Tumor" in found.reason
     assert "0.25" in found.reason
-    assert dispose(two(0.75), None, 0.3, 0.7, label="Normal").word == "indeterminate"
-    assert dispose(two(0.25), None, 0.3, 0.7, label="Normal").word == "normal"
-    assert dispose(two(0.25), 2.0, 0.3, 0.7, label="Tumor").word == "rejected"
+    assert disposition_of(two(0.75), None, 0.3, 0.7, label="Normal").word == "indeterminate"
+    assert disposition_of(two(0.25), None, 0.3, 0.7, label="Normal").word == "normal"
+    assert disposition_of(two(0.25), 2.0, 0.3, 0.7, label="Tumor").word == "rejected"

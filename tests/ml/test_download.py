@@ -38,7 +38,7 @@ def server():
 
 def test_a_file_comes_whole_and_tells_its_progress(server, tmp_path):
     heard: list[float] = []
-    fetch(f"{server}/data.zip", tmp_path / "sub" / "data.zip", report=heard.append)
+    fetch(f"{server}/data.zip", tmp_path / "sub" / "data.zip", on_progress=heard.append)
     assert (tmp_path / "sub" / "data.zip").read_bytes() == CONTENT
     assert heard == sorted(heard)
     assert heard[-1] == 1.0

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from ml.runtime.config import load_config
-from ml.runtime.events import STAGES
 from ml.spec.image import Params
+from ml.spec.image_pipeline import STAGES
 from tests.ml.builders import make_files, make_params, write_zip
 from tests.ml.conftest import SIDE
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ml.image.engines.base import outputs_of
-from ml.image.engines.engines import OpenVinoEngine, TorchEngine, cpu_has_bf16, forms, open_engine
-from ml.image.engines.graphs import graph_of, ranges_of
+from ml.image.engines.backends import OpenVinoEngine, TorchEngine, cpu_has_bf16, open_engine, supported_dtypes
+from ml.image.engines.engine import outputs_of
+from ml.image.engines.graphs import activation_ranges, graph_of
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.pixels.transforms import Transform
@@ -78,7 +78,7 @@ def test_openvino_agrees_on_every_network(name, top):
     of, images = ARCHITECTURES[name], make_batch(5, side)
     transform = Transform(side, side, of.mean, of.std)
     built = network.build(2, 0, name, "gap").eval()
-    network.calibrate(built, [transform.normalize(torch.from_numpy(images))])
+    network.calibrate_batch_norms(built, [transform.normalize(torch.from_numpy(images))])
     below, _ = cut(built, of, top)
     expected = outputs_of(TorchEngine(below, transform, "cpu", "fp32"), images)
     ours = outputs_of(OpenVinoEngine(below, transform, "fp32"), images)
@@ -120,21 +120,21 @@ def test_a_whole_network_gives_its_logits(vgg):
 
 def int8_distance(layers: nn.Sequential, transform: Transform, images: np.ndarray, of: slice) -> float:
     expected = outputs_of(TorchEngine(layers, transform, "cpu", "fp32"), images)
-    ranges = ranges_of(graph_of(layers, transform), images[of])
+    ranges = activation_ranges(graph_of(layers, transform), images[of])
     assert all(low <= high for low, high in ranges)
     return distance(outputs_of(OpenVinoEngine(layers, transform, "int8", ranges), images), expected)
 
 
-@pytest.mark.skipif("int8" not in forms(), reason="this CPU multiplies no int8")
+@pytest.mark.skipif("int8" not in supported_dtypes(), reason="this CPU multiplies no int8")
 def test_int8_agrees_to_its_precision_also_on_pictures_that_gave_no_range(below):
     assert int8_distance(below, SMALL, make_batch(21), slice(8)) < 0.1
 
 
-@pytest.mark.skipif("int8" not in forms(), reason="this CPU multiplies no int8")
+@pytest.mark.skipif("int8" not in supported_dtypes(), reason="this CPU multiplies no int8")
 def test_int8_is_there_for_traced_networks_too():
     of, images = ARCHITECTURES["resnet18"], make_batch(6)
     built = network.build(2, 0, "resnet18", "gap").eval()
-    network.calibrate(built, [SMALL.normalize(torch.from_numpy(images))])
+    network.calibrate_batch_norms(built, [SMALL.normalize(torch.from_numpy(images))])
     assert int8_distance(nn.Sequential(*cut(built, of, 0)), SMALL, images, slice(None)) < 0.5
 
 

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ml.image.engines.engines import engine_name, forms
+from ml.image.engines.backends import engine_name, supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, Patches
 from ml.image.networks.network import Model
 from ml.image.pixels.decoding import decode
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
-from ml.image.serving.predictor import KeptScan, Predictor, ScanInput
+from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
 from ml.runtime.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
 from tests.ml.builders import CLASSES, encode, make_dicom, make_pixels, make_scans
@@ -38,7 +38,7 @@ def make_model(name: str = "resnet18", side: int | None = None, **metadata: obje
     of, built = ARCHITECTURES[name], network.build(len(CLASSES), 0, name, "gap").eval()
     transform = Transform(side, side, of.mean, of.std)
     with torch.no_grad():
-        network.calibrate(built, [transform.normalize(torch.from_numpy(make_scans(6, side)))])
+        network.calibrate_batch_norms(built, [transform.normalize(torch.from_numpy(make_scans(6, side)))])
     return Model(built, CLASSES, transform, metadata, name, "gap")
 
 
@@ -249,7 +249,7 @@ def test_all_cores_work_at_the_one_scan():
     assert explainer()._below.streams == 1
 
 
-@pytest.mark.skipif("bf16" not in forms(), reason="this machine multiplies no bf16")
+@pytest.mark.skipif("bf16" not in supported_dtypes(), reason="this machine multiplies no bf16")
 def test_a_form_that_was_refused_for_predictions_is_none_for_explanations():
     trials = {engine_name("bf16"): {"admitted": False, "reason": "2 labels changed"}}
     assert engine_of(Explainer(make_model(engines=trials))) == engine_name("fp32")
@@ -295,8 +295,8 @@ def test_of_a_broken_scan_there_is_one_error_and_of_an_unknown_class_nothing():
 
 def test_a_scan_that_was_predicted_is_not_decoded_again():
     model, read = make_model(), list[int]()
-    scan = KeptScan("a", lambda: read.append(1) or encode(make_pixels(1, 40, 70)))
-    (found,) = Predictor.of(model).predict([scan])
+    scan = CachedScan("a", lambda: read.append(1) or encode(make_pixels(1, 40, 70)))
+    (found,) = Predictor.from_model(model).predict([scan])
     (one,) = Explainer(model).explain([scan], found.label)
     assert read == [1]
     assert np.array_equal(one.heatmap, explained(encode(make_pixels(1, 40, 70)), found.label, Explainer(model)).heatmap)
@@ -371,7 +371,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_a_label_it_is_the_class_that_predictions_name(model_path):
     scans = [ScanInput(str(seed), encode(make_pixels(seed, bright=seed % 2 == 1))) for seed in range(6)]
-    predicted = list(Predictor.of(network.load(model_path), "fp32").predict(scans))
+    predicted = list(Predictor.from_model(network.load(model_path), "fp32").predict(scans))
     found = list(Explainer.load(model_path).explain(scans))
     assert [(one.id, one.label) for one in found] == [(one.id, one.label) for one in predicted]
 

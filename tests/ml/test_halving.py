@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ml.image.engines.engines import TorchEngine, open_engine
+from ml.image.engines.backends import TorchEngine, open_engine
 from ml.image.engines.features import Features
-from ml.image.engines.oom_fallback import HalvingEngine
+from ml.image.engines.oom_fallback import OomFallbackEngine
 from ml.image.learning.train import TrainConfig, train
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.pixels.augmentation import Augment
@@ -68,7 +68,7 @@ def test_half_batches_give_the_same_answers_batch_by_batch():
     parts = batches_of(images, 16, 5, 16, 1, 7)
     expected = list(SmallDevice(room=99).stream(parts))
     device = SmallDevice(room=8)
-    answers = list(HalvingEngine(device).stream(iter(parts)))
+    answers = list(OomFallbackEngine(device).stream(iter(parts)))
     assert [len(answer) for answer in answers] == [16, 5, 16, 1, 7]
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(answers, expected, strict=True))
     assert device.sizes == [16, 8, 8, 5, 8, 8, 1, 7]
@@ -76,7 +76,7 @@ def test_half_batches_give_the_same_answers_batch_by_batch():
 
 def test_it_stays_halved():
     device = SmallDevice(room=8)
-    engine = HalvingEngine(device)
+    engine = OomFallbackEngine(device)
     list(engine.stream([make_images(16)]))
     list(engine.stream([make_images(16)]))
     assert device.sizes == [16, 8, 8, 8, 8]
@@ -84,14 +84,14 @@ def test_it_stays_halved():
 
 def test_an_odd_batch_is_halved_too():
     device = SmallDevice(room=3)
-    (answer,) = HalvingEngine(device).stream([make_images(5)])
+    (answer,) = OomFallbackEngine(device).stream([make_images(5)])
     assert (len(answer), device.sizes) == (5, [5, 3, 2])
 
 
 @pytest.mark.parametrize("failing_late", [False, True])
 def test_where_half_is_too_much_as_well_it_says_what_to_do(failing_late):
     device = SmallDevice(room=8 if failing_late else 4)
-    stream = HalvingEngine(device).stream([make_images(16)] * 8)
+    stream = OomFallbackEngine(device).stream([make_images(16)] * 8)
     if failing_late:
         next(stream)
         device.room = 7  # somebody else took the rest
@@ -103,14 +103,14 @@ def test_where_half_is_too_much_as_well_it_says_what_to_do(failing_late):
 def test_a_single_image_cannot_be_halved():
     device = SmallDevice(room=0)
     with pytest.raises(DeviceOutOfMemory):
-        list(HalvingEngine(device).stream([make_images(1)]))
+        list(OomFallbackEngine(device).stream([make_images(1)]))
     assert device.sizes == [1]
 
 
 def test_other_errors_stay_what_they_are():
     device = SmallDevice(room=1, error=RuntimeError("the shapes differ"))
     with pytest.raises(RuntimeError, match="shapes"):
-        list(HalvingEngine(device).stream([make_images(2)]))
+        list(OomFallbackEngine(device).stream([make_images(2)]))
 
 
 def test_a_caller_that_has_no_memory_is_no_reason_to_go_on_without_its_batches():
@@ -119,11 +119,11 @@ def test_a_caller_that_has_no_memory_is_no_reason_to_go_on_without_its_batches()
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        list(HalvingEngine(SmallDevice(room=99)).stream(batches()))
+        list(OomFallbackEngine(SmallDevice(room=99)).stream(batches()))
 
 
 def test_a_stream_that_is_left_early_ends_the_callers_too():
-    engine = HalvingEngine(SmallDevice(room=8))
+    engine = OomFallbackEngine(SmallDevice(room=8))
     stream = engine.stream(iter([make_images(16)] * 9))
     next(stream)
     stream.close()
@@ -133,7 +133,7 @@ def test_a_stream_that_is_left_early_ends_the_callers_too():
 def test_the_engine_that_is_opened_can_halve(vgg):
     below, _ = cut(vgg, ARCHITECTURES["vgg16"], 0)
     engine = open_engine(below, Transform(SIDE, SIDE))
-    assert isinstance(engine, HalvingEngine)
+    assert isinstance(engine, OomFallbackEngine)
     assert engine.name == open_engine(below, Transform(SIDE, SIDE)).name != ""
 
 
@@ -142,14 +142,14 @@ def test_the_engine_that_is_opened_can_halve(vgg):
 
 def test_features_on_a_small_device_are_the_same():
     images, scans, drawn = make_images(21), np.arange(21), Augment("document", 3, 1)
-    features = [Features(HalvingEngine(SmallDevice(room)), images) for room in (99, BATCH // 2)]
+    features = [Features(OomFallbackEngine(SmallDevice(room)), images) for room in (99, BATCH // 2)]
     assert np.array_equal(*(one.plain(scans) for one in features))
     assert np.array_equal(*(one.augmented(scans, drawn) for one in features))
 
 
 def test_each_image_is_counted_once_though_its_batch_went_twice():
     heard: list[int] = []
-    features = Features(HalvingEngine(SmallDevice(BATCH // 2)), make_images(21))
+    features = Features(OomFallbackEngine(SmallDevice(BATCH // 2)), make_images(21))
     features.on_images(heard.append)
     features.plain(np.arange(21))
     assert sum(heard) == 21
@@ -158,14 +158,14 @@ def test_each_image_is_counted_once_though_its_batch_went_twice():
 def test_a_training_on_a_small_device_is_the_same():
     losses = [
         [epoch.val_loss for epoch in train(TrainConfig(make_narrow_model(), make_params()), make_data(engine))]
-        for engine in (HalvingEngine(SmallDevice(room)) for room in (99, BATCH // 2))
+        for engine in (OomFallbackEngine(SmallDevice(room)) for room in (99, BATCH // 2))
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("augmentation", [False, True])
 def test_a_training_without_room_for_half_a_batch_fails_with_device_oom(augmentation):
-    data = make_data(HalvingEngine(SmallDevice(room=3)))
+    data = make_data(OomFallbackEngine(SmallDevice(room=3)))
     with pytest.raises(DeviceOutOfMemory):
         list(train(TrainConfig(make_narrow_model(), make_params(augmentation=augmentation)), data))
 
@@ -181,7 +181,7 @@ def test_a_step_of_the_head_without_memory_fails_with_device_oom():
     model = make_narrow_model()
     model.network.classifier[4] = FullAtLearning()
     with pytest.raises(DeviceOutOfMemory):
-        next(train(TrainConfig(model, make_params()), make_data(HalvingEngine(SmallDevice(room=99)))))
+        next(train(TrainConfig(model, make_params()), make_data(OomFallbackEngine(SmallDevice(room=99)))))
 
 
 class WholeDevice(SmallDevice):
@@ -195,7 +195,7 @@ class WholeDevice(SmallDevice):
 
 
 def make_predictor(room: int) -> Predictor:
-    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), HalvingEngine(WholeDevice(room)))
+    return Predictor(("Normal", "Tumor"), Transform(SIDE, SIDE), OomFallbackEngine(WholeDevice(room)))
 
 
 def test_predictions_on_a_small_device_are_the_same_and_in_order():
@@ -260,14 +260,14 @@ WITHOUT_ROOM = """
 import resource
 import numpy as np
 from ml import network
-from ml.architectures import ARCHITECTURES, cut
-from ml.engines import OpenVinoEngine
-from ml.errors import DeviceOutOfMemory
-from ml.halving import HalvingEngine
-from ml.transforms import Transform
+from ml.image.networks.architectures import ARCHITECTURES, cut
+from ml.image.engines.backends import OpenVinoEngine
+from ml.runtime.errors import DeviceOutOfMemory
+from ml.image.engines.oom_fallback import OomFallbackEngine
+from ml.image.pixels.transforms import Transform
 
 below, _ = cut(network.build(2, 0), ARCHITECTURES["vgg16"], 0)
-engine = HalvingEngine(OpenVinoEngine(below, Transform(), "fp32"))
+engine = OomFallbackEngine(OpenVinoEngine(below, Transform(), "fp32"))
 taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, -1))
 try:

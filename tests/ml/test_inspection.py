@@ -14,7 +14,7 @@ from PIL import Image
 
 from ml.command.console import dataset_table
 from ml.image.dataset.inspection import Inspection, Spread
-from ml.image.dataset.perceptual_hash import describe, near_duplicates, resembling
+from ml.image.dataset.perceptual_hash import group_near_duplicates, hash_image, match_any
 from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
 from ml.runtime.archives import extract_zip
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder
@@ -89,7 +89,7 @@ def test_the_manifest_is_enough_to_find_near_duplicates_again(tmp_path):
     save_manifest(report, tmp_path / "manifest.json")
     again = load_manifest(tmp_path / "manifest.json")
     assert again == report
-    groups = near_duplicates([scan.likeness for scan in again.scans])
+    groups = group_near_duplicates([scan.perceptual_hash for scan in again.scans])
     together = [scan.path for scan, group in zip(again.scans, groups, strict=True) if Counter(groups)[group] > 1]
     assert together == ["Tumor/0.png", "Tumor/again.jpg"]
 
@@ -242,7 +242,7 @@ def test_neither_warnings_nor_inspection_name_files_or_patients(tmp_path):
 def test_broken_scans_are_counted_and_describe_nothing(tmp_path):
     report = inspected(tmp_path, {**anatomies(), "Tumor/torn.png": encode(make_pixels())[:200]})
     torn = next(scan for scan in report.scans if scan.path == "Tumor/torn.png")
-    assert (report.inspection.broken, torn.likeness, torn.height) == (1, None, 0)
+    assert (report.inspection.broken, torn.perceptual_hash, torn.height) == (1, None, 0)
 
 
 def test_an_empty_folder_is_inspected_too(tmp_path):
@@ -257,7 +257,7 @@ def test_the_table_shows_counts_warnings_and_problems(tmp_path, capsys):
     assert "same picture under two labels" in shown
 
 
-# --- likeness ---
+# --- perceptual hash ---
 
 SAME = {
     "JPEG of quality 90": lambda pixels: np.asarray(Image.open(io.BytesIO(encode(pixels, "JPEG", quality=90)))),
@@ -277,24 +277,26 @@ SAME = {
 @pytest.mark.parametrize("change", SAME)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_same_picture_in_another_form_is_a_near_duplicate(change, seed):
-    assert resembling([describe(SAME[change](make_anatomy(seed)))], [describe(make_anatomy(seed))]).tolist() == [True]
+    assert match_any([hash_image(SAME[change](make_anatomy(seed)))], [hash_image(make_anatomy(seed))]).tolist() == [
+        True
+    ]
 
 
 def test_other_pictures_are_no_near_duplicates():
-    groups = near_duplicates([describe(make_anatomy(seed)) for seed in range(200)])
+    groups = group_near_duplicates([hash_image(make_anatomy(seed)) for seed in range(200)])
     assert len(set(groups)) == 200
 
 
 def test_pictures_that_differ_in_noise_and_place_only_are_not_all_one():
-    scans = [describe(make_pixels(seed, 64, 64, bright=seed % 2 == 1)) for seed in range(40)]
-    assert max(Counter(near_duplicates(scans).tolist()).values()) <= 5
+    scans = [hash_image(make_pixels(seed, 64, 64, bright=seed % 2 == 1)) for seed in range(40)]
+    assert max(Counter(group_near_duplicates(scans).tolist()).values()) <= 5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (31, 33), (32, 32), (3000, 7)])
 def test_every_shape_has_a_descriptor(shape):
     pixels = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
-    assert len(describe(pixels)) in (0, 64)
-    assert describe(pixels) == describe(pixels.copy())
+    assert len(hash_image(pixels)) in (0, 64)
+    assert hash_image(pixels) == hash_image(pixels.copy())
 
 
 def flipped(descriptor: str, bits: range) -> str:
@@ -305,10 +307,10 @@ def flipped(descriptor: str, bits: range) -> str:
 
 
 def test_a_bit_more_than_the_limit_is_no_near_duplicate_but_a_third_scan_joins_two():
-    first = describe(make_anatomy(0))
+    first = hash_image(make_anatomy(0))
     near, far = flipped(first, range(18)), flipped(first, range(19))
-    assert resembling([near, far], [first]).tolist() == [True, False]
-    groups = near_duplicates([far, first, None, "", "", near])
+    assert match_any([near, far], [first]).tolist() == [True, False]
+    groups = group_near_duplicates([far, first, None, "", "", near])
     assert groups[0] == groups[1] == groups[5]
     assert len(set(groups)) == 4
 
@@ -322,7 +324,7 @@ def test_groups_are_those_of_all_pairs_compared_one_by_one():
     for i in range(700):
         for j in np.flatnonzero((bits[:i] != bits[i]).sum(axis=1) <= 18):
             groups = [groups[i] if group == groups[j] else group for group in groups]
-    found = near_duplicates(scans)
+    found = group_near_duplicates(scans)
     assert len(set(zip(groups, found.tolist(), strict=True))) == len(set(groups)) == len(set(found.tolist()))
 
 
@@ -334,7 +336,7 @@ def test_ten_thousand_scans_are_compared_in_seconds(alike):
         flipped(centre, random.integers(0, 248, 6)) if alike else random.bytes(31).hex() + "00" for _ in range(10_000)
     ]
     started = time.perf_counter()
-    assert len(set(near_duplicates(scans))) == (1 if alike else 10_000)
+    assert len(set(group_near_duplicates(scans))) == (1 if alike else 10_000)
     assert time.perf_counter() - started < 20
 
 

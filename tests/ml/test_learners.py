@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from ml.image.learning.learner import Batch, Criterion, Learner, copied
+from ml.image.learning.learner import Batch, Criterion, Learner, cloned
 from ml.image.learning.schedules import learning_rate, phases
 from ml.image.learning.standardization import Standardization
-from ml.image.learning.torch_learner import Tail
-from ml.image.learning.train import step_of
-from ml.image.learning.vgg_head import Head
+from ml.image.learning.torch_learner import TorchLearner
+from ml.image.learning.train import step_share
+from ml.image.learning.vgg_head import VggHeadLearner
 from ml.spec.image import Params
 from tests.ml.builders import make_params
 
@@ -40,18 +40,18 @@ def batches_of(params: Params, epoch: int) -> list[Batch]:
     (phase,) = phases(params)
     found = []
     for number, rows in enumerate(order):
-        completes, share = step_of(number, len(order), params.accumulate)
+        completes, share = step_share(number, len(order), params.accumulate)
         rate = learning_rate(params, phase, epoch + number / len(order), [])
         found.append(Batch(rows, LABELS[rows], share, rate if completes else None))
     return found
 
 
 def make_head(params: Params, criterion: Criterion, classifier: nn.Sequential) -> Learner:
-    return Head(classifier, params, criterion)
+    return VggHeadLearner(classifier, params, criterion)
 
 
 def make_tail(params: Params, criterion: Criterion, classifier: nn.Sequential) -> Learner:
-    return Tail(nn.Sequential(classifier), params, phases(params)[0], criterion)
+    return TorchLearner(nn.Sequential(classifier), params, phases(params)[0], criterion)
 
 
 def learned(
@@ -179,7 +179,7 @@ def test_the_best_place_is_gone_back_to(make, windows):
                 learner.learn(batch)
         if windows > 1:
             learner.leave()
-        seen.append((learner.logits(other), copied(learner.place())))
+        seen.append((learner.logits(other), cloned(learner.place())))
     assert all(not torch.allclose(one[0], another[0], atol=1e-3) for one, another in pairwise(seen))
     learner.put(seen[0][1])
     learner.finish()

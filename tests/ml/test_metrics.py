@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ml.evaluation.intervals import Decisions, intervals, resamples, wilson
-from ml.evaluation.metrics import Judged, log_odds, positive_class, score, sensitivity_at, worst_mistakes
+from ml.evaluation.metrics import ModelOutputs, log_odds, positive_class, score, sensitivity_at, worst_mistakes
 from ml.runtime.errors import BadParams
 
 CLASSES = ("Cyst", "Normal", "Stone", "Tumor")
@@ -24,9 +24,9 @@ def logits_for(predicted: list[int], classes: int = 2) -> np.ndarray:
     return np.eye(classes, dtype=np.float32)[predicted] * 4
 
 
-def make_judged(
+def make_outputs(
     scans: int = 93, validation: int = 0, classes: int = 2, seed: int = 0, signal: float = 1.5, per_group: int = 0
-) -> Judged:
+) -> ModelOutputs:
     """Answers that are right more often than not; in groups of `per_group` scans where that is given."""
     random = np.random.default_rng(seed)
 
@@ -38,7 +38,7 @@ def make_judged(
 
     names = ("Normal", "Tumor") if classes == 2 else CLASSES[:classes]
     groups = np.arange(scans) // per_group if per_group else None
-    return Judged(names, *side(scans), *side(validation), groups, seed)
+    return ModelOutputs(names, *side(scans), *side(validation), groups, seed)
 
 
 def make_decisions(right: int, wrong: int, per_group: int = 1) -> Decisions:
@@ -53,7 +53,7 @@ def make_decisions(right: int, wrong: int, per_group: int = 1) -> Decisions:
 
 
 def test_two_classes_are_scored_by_the_positive_one():
-    scores = score(Judged(("Normal", "Tumor"), np.array([0, 0, 0, 1, 1]), logits_for([0, 0, 1, 1, 0])))
+    scores = score(ModelOutputs(("Normal", "Tumor"), np.array([0, 0, 0, 1, 1]), logits_for([0, 0, 1, 1, 0])))
     assert scores.accuracy == pytest.approx(3 / 5)
     assert (scores.precision, scores.recall, scores.f1) == pytest.approx((1 / 2, 1 / 2, 1 / 2))
     assert scores.specificity == pytest.approx(2 / 3)
@@ -81,8 +81,8 @@ def test_the_positive_class_is_the_finding(classes, positive):
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_figures_are_those_of_scikit_learn(classes, seed):
-    judged = make_judged(120, classes=classes, seed=seed)
-    scores, labels, logits = score(judged), judged.test_labels, judged.test_logits
+    outputs = make_outputs(120, classes=classes, seed=seed)
+    scores, labels, logits = score(outputs), outputs.test_labels, outputs.test_logits
     average, chosen = ("binary", 1) if classes == 2 else ("macro", None)
     expected = sklearn.metrics.precision_recall_fscore_support(
         labels, logits.argmax(1), average=average, pos_label=chosen
@@ -93,7 +93,7 @@ def test_the_figures_are_those_of_scikit_learn(classes, seed):
         (sklearn.metrics.roc_auc_score(*pair), sklearn.metrics.average_precision_score(*pair))
         for pair in zip(one_hot.T, ranking.T, strict=True)
     ]
-    found = [(scores.per_class[name]["roc_auc"], scores.per_class[name]["pr_auc"]) for name in judged.classes]
+    found = [(scores.per_class[name]["roc_auc"], scores.per_class[name]["pr_auc"]) for name in outputs.classes]
     assert np.array(found) == pytest.approx(np.array(areas))
     headline = areas[1] if classes == 2 else np.mean(areas, axis=0)
     assert (scores.roc_auc, scores.pr_auc) == pytest.approx(tuple(headline))
@@ -103,22 +103,22 @@ def test_the_figures_are_those_of_scikit_learn(classes, seed):
 def test_the_areas_count_ties_as_scikit_learn_does():
     random = np.random.default_rng(0)
     labels, rank = random.integers(2, size=200), random.integers(6, size=200).astype(np.float32)
-    scores = score(Judged(("a", "b"), labels, np.stack([np.zeros(200, np.float32), rank], axis=1)))
+    scores = score(ModelOutputs(("a", "b"), labels, np.stack([np.zeros(200, np.float32), rank], axis=1)))
     assert scores.roc_auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, rank))
     assert scores.pr_auc == pytest.approx(sklearn.metrics.average_precision_score(labels, rank))
 
 
 def test_scans_whose_probabilities_round_to_one_are_still_ranked():
     logits = np.array([[0, 100], [0, 90], [0, 80], [0, 70]], np.float32)
-    assert score(Judged(("a", "b"), np.array([1, 1, 0, 0]), logits)).roc_auc == 1.0
+    assert score(ModelOutputs(("a", "b"), np.array([1, 1, 0, 0]), logits)).roc_auc == 1.0
 
 
 def test_a_class_that_is_never_predicted_scores_zero():
-    assert score(Judged(("a", "b"), np.array([0, 1]), logits_for([0, 0]))).f1 == 0
+    assert score(ModelOutputs(("a", "b"), np.array([0, 1]), logits_for([0, 0]))).f1 == 0
 
 
 def test_what_is_not_defined_is_null_and_json_takes_it():
-    scores = score(Judged(("a", "b"), np.zeros(4, np.int64), logits_for([0, 0, 1, 0])))
+    scores = score(ModelOutputs(("a", "b"), np.zeros(4, np.int64), logits_for([0, 0, 1, 0])))
     told = json.loads(json.dumps(scores.as_dict(), allow_nan=False))
     assert told["roc_auc"] is None
     assert told["per_class"]["b"]["recall"] is None
@@ -127,13 +127,13 @@ def test_what_is_not_defined_is_null_and_json_takes_it():
 
 
 def test_a_class_without_test_scans_does_not_count_in_the_macro_mean():
-    scores = score(Judged(("a", "b", "c"), np.array([0, 1, 1]), logits_for([0, 1, 0], 3)))
+    scores = score(ModelOutputs(("a", "b", "c"), np.array([0, 1, 1]), logits_for([0, 1, 0], 3)))
     assert scores.recall == pytest.approx((1 + 0.5) / 2)
 
 
 def test_outputs_that_are_not_finite_are_refused_by_the_field_that_causes_them():
     with pytest.raises(BadParams, match="learning_rate"):
-        Judged(("a", "b"), np.array([0]), np.array([[np.nan, 1.0]], np.float32))
+        ModelOutputs(("a", "b"), np.array([0]), np.array([[np.nan, 1.0]], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,13 @@ def test_outputs_that_are_not_finite_are_refused_by_the_field_that_causes_them()
 )
 def test_arrays_that_do_not_fit_together_are_refused(labels, logits, groups):
     with pytest.raises(ValueError, match=r"scans|logits"):
-        Judged(("a", "b"), np.array(labels, np.int64), logits, groups=groups)
+        ModelOutputs(("a", "b"), np.array(labels, np.int64), logits, groups=groups)
 
 
 def test_the_loss_is_the_cross_entropy():
-    scores = score(Judged(("a", "b"), np.array([1]), np.array([[0.0, 1.0]], np.float32)))
+    scores = score(ModelOutputs(("a", "b"), np.array([1]), np.array([[0.0, 1.0]], np.float32)))
     assert scores.loss == pytest.approx(np.log(1 + np.exp(-1)))
-    assert np.isfinite(score(Judged(("a", "b"), np.array([0]), np.array([[-1e4, 1e4]], np.float32))).loss)
+    assert np.isfinite(score(ModelOutputs(("a", "b"), np.array([0]), np.array([[-1e4, 1e4]], np.float32))).loss)
 
 
 def test_the_sensitivity_at_a_specificity_is_that_of_a_threshold_that_exists():
@@ -167,8 +167,8 @@ def test_the_threshold_moves_the_decisions_and_the_temperature_the_probabilities
     random = np.random.default_rng(0)
     labels = np.arange(400) % 2
     logits = np.stack([np.zeros(400), 6 * random.normal(2.0 * labels - 1) - 6], axis=1).astype(np.float32)
-    scores = score(Judged(("Normal", "Tumor"), labels, logits, labels, logits))
-    plain = score(Judged(("Normal", "Tumor"), labels, logits))
+    scores = score(ModelOutputs(("Normal", "Tumor"), labels, logits, labels, logits))
+    plain = score(ModelOutputs(("Normal", "Tumor"), labels, logits))
     assert scores.temperature > 1.5
     assert scores.threshold is not None
     assert scores.threshold < 0.5
@@ -179,7 +179,7 @@ def test_the_threshold_moves_the_decisions_and_the_temperature_the_probabilities
 
 
 def test_the_context_is_added_and_nothing_else_changes():
-    scores = score(make_judged())
+    scores = score(make_outputs())
     leaks = {"patients": 0, "duplicates": 1, "near_duplicates": 2}
     told = scores.with_context({"train": 3, "validation": 2, "test": 93}, True, leaks).as_dict()
     assert (told["leaks"], told["patients_known"], told["cross_validation"]) == (leaks, True, None)
@@ -189,17 +189,17 @@ def test_the_context_is_added_and_nothing_else_changes():
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(range(40)), st.sampled_from([2, 3]), st.sampled_from([0, 4]))
 def test_the_order_of_the_scans_does_not_matter(order, classes, per_group):
-    judged = make_judged(40, 30, classes, per_group=per_group)
-    groups = None if judged.groups is None else judged.groups[order]
-    turned = Judged(
-        judged.classes,
-        judged.test_labels[order],
-        judged.test_logits[order],
-        judged.validation_labels,
-        judged.validation_logits,
+    outputs = make_outputs(40, 30, classes, per_group=per_group)
+    groups = None if outputs.groups is None else outputs.groups[order]
+    turned = ModelOutputs(
+        outputs.classes,
+        outputs.test_labels[order],
+        outputs.test_logits[order],
+        outputs.validation_labels,
+        outputs.validation_logits,
         groups,
     )
-    assert _flat(score(turned).as_dict()) == pytest.approx(_flat(score(judged).as_dict()))
+    assert _flat(score(turned).as_dict()) == pytest.approx(_flat(score(outputs).as_dict()))
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:
@@ -215,7 +215,7 @@ def _flat(value: object, name: str = "") -> dict[str, object]:
 
 def test_the_worst_mistakes_are_the_surest_ones():
     logits = np.array([[0, 1], [3, 0], [0, 5], [9, 0]], np.float32)
-    found = worst_mistakes(Judged(("Normal", "Tumor"), np.array([0, 1, 0, 0]), logits), most=2)
+    found = worst_mistakes(ModelOutputs(("Normal", "Tumor"), np.array([0, 1, 0, 0]), logits), most=2)
     assert [(one.index, one.true, one.predicted) for one in found] == [(2, "Normal", "Tumor"), (1, "Tumor", "Normal")]
     assert found[0].confidence == pytest.approx(1 / (1 + np.exp(-5)))
 
@@ -228,7 +228,7 @@ def test_the_worst_mistakes_are_the_surest_ones():
     st.integers(2, 60), st.sampled_from([2, 3]), st.integers(0, 99), st.sampled_from([0, 5]), st.sampled_from([0, 9])
 )
 def test_an_interval_holds_its_figure_and_lies_between_0_and_1(scans, classes, seed, per_group, signal):
-    scores = score(make_judged(scans, 0, classes, seed, signal, per_group))
+    scores = score(make_outputs(scans, 0, classes, seed, signal, per_group))
     assert set(scores.intervals) - {"specificity"} == INTERVALS
     for name, found in scores.intervals.items():
         if found is not None:
@@ -236,7 +236,7 @@ def test_an_interval_holds_its_figure_and_lies_between_0_and_1(scans, classes, s
 
 
 def test_all_right_is_not_told_as_exactly_one():
-    scores = score(make_judged(93, signal=99))
+    scores = score(make_outputs(93, signal=99))
     low, high = wilson(1.0, 93)
     assert scores.f1 == scores.roc_auc == 1.0
     assert scores.intervals["accuracy"] == pytest.approx([low, high])
@@ -266,14 +266,18 @@ def test_a_resample_takes_whole_groups_and_as_many_of_each_class():
 
 
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
-    first, again, other = (score(make_judged(seed=0)), score(make_judged(seed=0)), score(_with_seed(make_judged(), 7)))
+    first, again, other = (
+        score(make_outputs(seed=0)),
+        score(make_outputs(seed=0)),
+        score(_with_seed(make_outputs(), 7)),
+    )
     assert first.intervals == again.intervals
     assert first.intervals != other.intervals
     assert first.intervals["f1"] == pytest.approx(other.intervals["f1"], abs=0.02)
 
 
-def _with_seed(judged: Judged, seed: int) -> Judged:
-    return Judged(judged.classes, judged.test_labels, judged.test_logits, seed=seed)
+def _with_seed(outputs: ModelOutputs, seed: int) -> ModelOutputs:
+    return ModelOutputs(outputs.classes, outputs.test_labels, outputs.test_logits, seed=seed)
 
 
 @pytest.mark.parametrize(("scans", "per_group", "rho", "least"), [(93, 1, 0.0, 0.89), (300, 10, 0.5, 0.85)])
@@ -294,7 +298,7 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say(scans, per_grou
 
 
 def test_two_thousand_scans_take_no_minutes():
-    judged = make_judged(2000, 500)
+    outputs = make_outputs(2000, 500)
     started = time.process_time()
-    score(judged)
+    score(outputs)
     assert time.process_time() - started < 5  # about 0.3 s on a quiet core

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from ml.runtime.errors import ModelFileError
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 
 
 def make_model(net, **metadata) -> network.Model:

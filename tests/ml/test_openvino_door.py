@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not openvino_import.is_here(), reason="OpenVINO 
 OPENS_A_TRACED_BACKBONE = """
 import sys
 from torch import nn
-from ml.engines import OpenVinoEngine
-from ml.transforms import Transform
+from ml.image.engines.backends import OpenVinoEngine
+from ml.image.pixels.transforms import Transform
 OpenVinoEngine(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten()).eval(), Transform(32, 32), "fp32")
 print(sorted(name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module))
 """

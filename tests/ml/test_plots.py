@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from ml.evaluation.metrics import Judged, Mistake, Scores, score
+from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, score
 from ml.reporting.plots import DPI, Plot, all_plots, confusion_matrix, cross_validation, learning_curves, mistakes, roc
 from ml.runtime.events import Epoch
 
@@ -30,12 +30,12 @@ def make_epochs(count: int = 4, tuned: int = 0, falling: bool = False) -> list[E
     ]  # fmt: skip
 
 
-def make_judged(classes: tuple[str, ...] = ("Normal", "Tumor"), scans: int = 40, signal: float = 1.0) -> Judged:
+def make_outputs(classes: tuple[str, ...] = ("Normal", "Tumor"), scans: int = 40, signal: float = 1.0) -> ModelOutputs:
     random = np.random.default_rng(0)
     labels = np.arange(scans) % len(classes)
     logits = random.normal(size=(scans, len(classes))).astype(np.float32)
     logits[np.arange(scans), labels] += signal
-    return Judged(classes, labels, logits)
+    return ModelOutputs(classes, labels, logits)
 
 
 def drawn(plot: Plot) -> Figure:
@@ -50,16 +50,16 @@ def words(plot: Plot) -> str:
     return "\n".join(dict.fromkeys(text.get_text() for text in drawn(plot).findobj(Text)))
 
 
-def plots_of(judged: Judged, scores: Scores | None = None, asked: list[int] | None = None) -> list[Plot]:
+def plots_of(outputs: ModelOutputs, scores: Scores | None = None, asked: list[int] | None = None) -> list[Plot]:
     def pixels_of(places: np.ndarray) -> np.ndarray:
         (asked if asked is not None else []).extend(places.tolist())
         return np.zeros((len(places), 30, 20, 3), np.uint8)
 
-    return all_plots(judged, scores or score(judged), make_epochs(), 2, pixels_of)
+    return all_plots(outputs, scores or score(outputs), make_epochs(), 2, pixels_of)
 
 
 def test_every_plot_is_a_png_of_its_size(tmp_path):
-    for plot in plots_of(make_judged()):
+    for plot in plots_of(make_outputs()):
         picture = Image.open(plot.save(tmp_path / "plots"))
         assert picture.format == "PNG"
         assert picture.size == pytest.approx((plot.width * DPI, plot.height * DPI), abs=1)
@@ -67,29 +67,29 @@ def test_every_plot_is_a_png_of_its_size(tmp_path):
 
 
 def test_the_same_scores_give_the_same_bytes():
-    assert [plot.png for plot in plots_of(make_judged())] == [plot.png for plot in plots_of(make_judged())]
+    assert [plot.png for plot in plots_of(make_outputs())] == [plot.png for plot in plots_of(make_outputs())]
 
 
 @pytest.mark.parametrize("classes", [("<script>", "$x$ & $\\frac$"), ("_hidden", "_b"), ("a\nb", "c" * 200), ("", " ")])
 def test_no_class_name_breaks_a_plot(classes):
-    for plot in plots_of(make_judged(classes)):
+    for plot in plots_of(make_outputs(classes)):
         assert Image.open(io.BytesIO(plot.png)).size[0] > 100
 
 
 def test_a_class_whose_name_begins_with_an_underscore_has_its_place_in_the_legend():
-    judged = make_judged(("a", "_hidden"))
-    assert "_hidden" in words(roc(judged, score(judged)))
+    outputs = make_outputs(("a", "_hidden"))
+    assert "_hidden" in words(roc(outputs, score(outputs)))
 
 
 @pytest.mark.parametrize("count", [3, 4, 30])
 def test_many_classes_have_a_curve_each_up_to_eight(count):
-    judged = make_judged(tuple(f"class {number}" for number in range(count)), scans=5 * count)
-    assert words(roc(judged, score(judged))).count("AUC") == min(count, 8)
+    outputs = make_outputs(tuple(f"class {number}" for number in range(count)), scans=5 * count)
+    assert words(roc(outputs, score(outputs))).count("AUC") == min(count, 8)
 
 
 def test_test_scans_of_one_class_have_no_curve_but_a_plot():
-    judged = Judged(("a", "b"), np.zeros(5, np.int64), make_judged(scans=5).test_logits)
-    assert "AUC" not in words(roc(judged, score(judged)))
+    outputs = ModelOutputs(("a", "b"), np.zeros(5, np.int64), make_outputs(scans=5).test_logits)
+    assert "AUC" not in words(roc(outputs, score(outputs)))
 
 
 def test_the_learning_rate_has_a_panel_where_it_changes():
@@ -115,15 +115,15 @@ def test_any_number_of_epochs_is_drawn(count):
 
 
 def test_the_confusion_matrix_shows_counts_and_shares_of_the_row():
-    scores = score(Judged(("a", "b"), np.array([0, 0, 0, 0, 1]), np.eye(2)[[0, 0, 0, 1, 1]] * 3.0))
+    scores = score(ModelOutputs(("a", "b"), np.array([0, 0, 0, 0, 1]), np.eye(2)[[0, 0, 0, 1, 1]] * 3.0))
     text = words(confusion_matrix(scores))
     assert all(cell in text for cell in ("3\n75%", "1\n25%", "0\n0%", "1\n100%"))
 
 
 def test_the_mistakes_are_asked_for_by_place_and_shown_without_names():
-    judged, asked = make_judged(), list[int]()
-    plots_of(judged, asked=asked)
-    wrong = set(np.flatnonzero(judged.test_logits.argmax(1) != judged.test_labels).tolist())
+    outputs, asked = make_outputs(), list[int]()
+    plots_of(outputs, asked=asked)
+    wrong = set(np.flatnonzero(outputs.test_logits.argmax(1) != outputs.test_labels).tolist())
     assert asked
     assert set(asked) <= wrong
     text = words(mistakes([Mistake(17, "Tumor", "Normal", 0.987)], np.zeros((1, 30, 20, 3), np.uint8), 40))
@@ -132,16 +132,16 @@ def test_the_mistakes_are_asked_for_by_place_and_shown_without_names():
 
 
 def test_without_mistakes_the_sheet_says_so():
-    judged, asked = make_judged(signal=99), list[int]()
-    sheet = next(plot for plot in plots_of(judged, asked=asked) if plot.name == "mistakes.png")
+    outputs, asked = make_outputs(signal=99), list[int]()
+    sheet = next(plot for plot in plots_of(outputs, asked=asked) if plot.name == "mistakes.png")
     assert asked == []
     assert "No mistake among 40 test scans." in words(sheet)
 
 
 def test_cross_validation_is_drawn_where_there_was_one():
-    assert cross_validation(score(make_judged())) is None
+    assert cross_validation(score(make_outputs())) is None
     fold = dict.fromkeys(FIGURES, 0.9)
     told = {"folds": [fold, fold | {"roc_auc": None}], "mean": fold | {"roc_auc": None}, "std": fold}
-    scores = score(make_judged()).with_context({}, False, {}, told)
+    scores = score(make_outputs()).with_context({}, False, {}, told)
     assert "ROC-AUC" in words(cross_validation(scores))
-    assert {plot.name for plot in plots_of(make_judged(), scores)} == NAMES | {"cross_validation.png"}
+    assert {plot.name for plot in plots_of(make_outputs(), scores)} == NAMES | {"cross_validation.png"}

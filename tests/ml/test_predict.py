@@ -12,9 +12,9 @@ from ml.image.dataset.scans import load_manifest
 from ml.image.dataset.splits import split_scans
 from ml.image.networks import network
 from ml.image.pixels.decoding import decode
-from ml.image.serving.predictor import KeptScan, Predictor, ScanInput, predict
+from ml.image.serving.predictor import CachedScan, Predictor, ScanInput, predict
 from ml.runtime.errors import ImageError, ModelFileError
-from ml.runtime.prefetch import in_rounds
+from ml.runtime.prefetch import batched_for_streams
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels
 
 
@@ -69,7 +69,7 @@ def test_logits_of_batches_are_those_that_predictions_are_made_of(predictor):
 
 def test_a_kept_scan_is_read_and_decoded_once():
     read = list[int]()
-    scan = KeptScan("a", lambda: read.append(1) or encode(make_pixels()))
+    scan = CachedScan("a", lambda: read.append(1) or encode(make_pixels()))
     assert read == [], "not before somebody looks at it"
     assert scan.pixels() is scan.pixels()
     assert np.array_equal(scan.pixels(), ScanInput("a", encode(make_pixels())).pixels())
@@ -83,7 +83,7 @@ def test_a_kept_scan_that_cannot_be_read_is_not_tried_again():
         read.append(1)
         raise ImageError("The scan is no longer there.")
 
-    scan = KeptScan("a", gone)
+    scan = CachedScan("a", gone)
     for _ in range(2):
         with pytest.raises(ImageError, match="no longer there"):
             scan.pixels()
@@ -92,15 +92,15 @@ def test_a_kept_scan_that_cannot_be_read_is_not_tried_again():
 
 def test_a_scan_is_decoded_in_the_window_that_is_asked_for():
     content = make_dicom(np.array([[-160, 40, 240]], np.int16))
-    for scan in (ScanInput("a", content), KeptScan("a", content)):
+    for scan in (ScanInput("a", content), CachedScan("a", content)):
         assert np.array_equal(scan.pixels((50, 100)), decode(content, (50, 100)))
     assert not np.array_equal(decode(content, (50, 100)), decode(content))
 
 
 def test_the_last_batches_are_shared_evenly_between_the_streams():
-    sizes = [[len(some) for some in in_rounds(range(count), 4, 2)] for count in (0, 1, 5, 8, 11, 18)]
+    sizes = [[len(some) for some in batched_for_streams(range(count), 4, 2)] for count in (0, 1, 5, 8, 11, 18)]
     assert sizes == [[], [1], [3, 2], [4, 4], [4, 4, 2, 1], [4, 4, 4, 4, 1, 1]]
-    assert [n for some in in_rounds(range(18), 4, 2) for n in some] == list(range(18)), "in their order"
+    assert [n for some in batched_for_streams(range(18), 4, 2) for n in some] == list(range(18)), "in their order"
 
 
 def test_no_scans_give_no_predictions(predictor):

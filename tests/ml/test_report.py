@@ -12,30 +12,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml.evaluation.metrics import Judged, Scores, score
-from ml.image.dataset.inspection import Inspection, warnings
+from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.image.dataset.inspection import Inspection, dataset_warnings
 from ml.reporting.plots import Plot, all_plots
 from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
-from tests.ml.test_plots import make_epochs, make_judged
+from tests.ml.test_plots import make_epochs, make_outputs
 
 COUNTS = {"train": 326, "validation": 46, "test": 93}
 CLEAN = {"patients": 0, "duplicates": 0, "near_duplicates": 0}
 FOLDS = {"folds": [{"f1": 0.9}, {"f1": 0.8}], "mean": {"f1": 0.85}, "std": {"f1": 0.05}}
 
 
-def make_scores(patients_known: bool = False, judged: Judged | None = None, **context: object) -> Scores:
-    return score(judged or make_judged()).with_context(COUNTS, patients_known, CLEAN, **context)  # type: ignore[arg-type]
+def make_scores(patients_known: bool = False, outputs: ModelOutputs | None = None, **context: object) -> Scores:
+    return score(outputs or make_outputs()).with_context(COUNTS, patients_known, CLEAN, **context)  # type: ignore[arg-type]
 
 
 @cache  # a plot is drawn as a PNG once
 def make_plots(classes: tuple[str, ...]) -> list[Plot]:
-    judged = make_judged(classes)
-    scores = make_scores(judged=judged)
-    return all_plots(judged, scores, make_epochs(), 2, lambda places: np.zeros((len(places), 9, 9, 3), np.uint8))
+    outputs = make_outputs(classes)
+    scores = make_scores(outputs=outputs)
+    return all_plots(outputs, scores, make_epochs(), 2, lambda places: np.zeros((len(places), 9, 9, 3), np.uint8))
 
 
 def make_inputs(classes: tuple[str, ...] = ("Normal", "Tumor"), **fields: object) -> ReportInputs:
-    scores, plots = make_scores(judged=make_judged(classes)), make_plots(classes)
+    scores, plots = make_scores(outputs=make_outputs(classes)), make_plots(classes)
     inputs = ReportInputs(
         scores=scores,
         plots=plots,
@@ -142,7 +142,7 @@ def test_a_hostile_name_is_only_text(tmp_path):
 def test_all_warnings_of_the_inspection_are_shown_also_that_of_unknown_patients(tmp_path):
     counts = {"Normal": 9, "Tumor": 2}
     found = Inspection(tiny=1, duplicates=2, imbalance=4.5, with_patient=0, modes={"grey": 9, "RGB": 2})
-    told = warnings(found, counts)
+    told = dataset_warnings(found, counts)
     assert len(told) == 5
     assert any("patient-0012_slice-3.png" in one for one in told)
     text, _ = written(make_inputs(dataset={"images": 11, "classes": counts, "warnings": told}), tmp_path)
@@ -200,7 +200,7 @@ def test_the_verdict_says_what_makes_it_too_good():
 
 
 def test_the_verdict_of_several_classes_speaks_of_none():
-    text = " ".join(verdict(make_scores(judged=make_judged(("a", "b", "c")))))
+    text = " ".join(verdict(make_scores(outputs=make_outputs(("a", "b", "c")))))
     assert "on average over the classes" in text
     assert "false alarms" not in text
 

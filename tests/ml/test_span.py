@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml.image.learning.span_sgd import SpanLinear
+from ml.image.learning.span_sgd import SpanSgdLinear
 
 RATE = 0.05
 PLAIN = {"momentum": 0.9}
@@ -57,7 +57,7 @@ def train_plainly(linear: nn.Linear, windows: list[int], **options: float) -> li
     return norms
 
 
-def learn(span: SpanLinear, window: int) -> list[float]:
+def learn(span: SpanSgdLinear, window: int) -> list[float]:
     norms = []
     for number, rows in enumerate(batches(window)):
         span.gather(rows, gradient_of(span.forward(rows)))
@@ -66,8 +66,8 @@ def learn(span: SpanLinear, window: int) -> list[float]:
     return norms
 
 
-def train_in_span(linear: nn.Linear, windows: list[int], **options: float) -> tuple[SpanLinear, list[float]]:
-    span, norms = SpanLinear(linear, **options), []
+def train_in_span(linear: nn.Linear, windows: list[int], **options: float) -> tuple[SpanSgdLinear, list[float]]:
+    span, norms = SpanSgdLinear(linear, **options), []
     for window in windows:
         span.enter(inputs_of(window))
         norms += learn(span, window)
@@ -90,7 +90,7 @@ def test_the_weights_are_those_of_plain_sgd(windows, options):
 def test_a_step_of_several_batches_is_one_of_their_sum():
     both, parts = make_linear(), make_linear()
     first, second = batches(0)[:2]
-    spans = [SpanLinear(linear, **DECAYING) for linear in (both, parts)]
+    spans = [SpanSgdLinear(linear, **DECAYING) for linear in (both, parts)]
     for span in spans:
         span.enter(inputs_of(0))
     whole = torch.cat([first, second])
@@ -112,7 +112,7 @@ def test_a_scan_that_a_batch_has_twice_counts_twice():
     outputs.backward(gradient := gradient_of(outputs))
     expected = nn.utils.get_total_norm([plain.weight.grad, plain.bias.grad])
     torch.optim.SGD(plain.parameters(), RATE).step()
-    span = SpanLinear(spanned, 0.0)
+    span = SpanSgdLinear(spanned, 0.0)
     span.enter(inputs_of(0))
     span.gather(rows, gradient)
     assert float(span.squared_norm().sqrt()) == pytest.approx(float(expected), rel=1e-9)
@@ -167,7 +167,7 @@ def test_a_place_is_gone_back_to(windows, options):
 def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: int, **options: float) -> torch.Tensor:
     """The weight after `last`, gone on from a state that was taken in `window` or between windows."""
     linear = make_linear()
-    span = SpanLinear(linear, **options)
+    span = SpanSgdLinear(linear, **options)
     span.restore(state, None if window is None else inputs_of(window))
     if window is None:
         span.enter(inputs_of(last))

@@ -26,7 +26,7 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def likeness(text: str, bits: int = 0) -> str:
+def hash_of(text: str, bits: int = 0) -> str:
     """A descriptor; another text is far away, and `bits` of its bits are turned."""
     number = int(sha(text), 16) ^ ((1 << bits) - 1) << 100
     return f"{number:064x}"
@@ -35,7 +35,9 @@ def likeness(text: str, bits: int = 0) -> str:
 def make_scan(label: str, name: str, patient: str | None = None, **fields: object) -> ScanFile:
     whose = sha(patient)[:16] if patient else None
     return ScanFile(
-        f"{label}/{name}.png", label, **{"sha256": sha(name), "patient": whose, "likeness": likeness(name), **fields}
+        f"{label}/{name}.png",
+        label,
+        **{"sha256": sha(name), "patient": whose, "perceptual_hash": hash_of(name), **fields},
     )
 
 
@@ -97,9 +99,9 @@ def datasets(draw: st.DrawFn) -> DatasetReport:
             same = f"{draw(st.integers(0, number))}-0"
             fields: dict[str, object] = {}
             if kind == "copy":
-                fields = {"sha256": sha(same), "likeness": likeness(same)}
+                fields = {"sha256": sha(same), "perceptual_hash": hash_of(same)}
             elif kind == "near":
-                fields = {"likeness": likeness(same, draw(st.integers(1, 9)))}
+                fields = {"perceptual_hash": hash_of(same, draw(st.integers(1, 9)))}
             where = draw(st.sampled_from(classes)) if kind == "other class" else label
             scans.append(make_scan(where, name, patient, **fields))
     report = report_of(*scans)
@@ -239,7 +241,7 @@ def test_names_of_files_do_not_matter():
 def test_patient_copies_and_near_duplicates_join_groups_through_third_scans():
     first, second = make_scan("Tumor", "1", "Anna"), make_scan("Tumor", "2", "Anna")
     copy = make_scan("Tumor", "3", "Berta", sha256=second.sha256)
-    near = make_scan("Normal", "4", None, likeness=likeness("3", 9))
+    near = make_scan("Normal", "4", None, perceptual_hash=hash_of("3", 9))
     other = make_scan("Normal", "5", "Clara")
     groups = group_scans([first, second, copy, near, other])
     assert len(set(groups[:4].tolist())) == 1
@@ -248,7 +250,7 @@ def test_patient_copies_and_near_duplicates_join_groups_through_third_scans():
 
 def test_blank_scans_do_not_make_two_patients_one():
     scans = [
-        make_scan("Normal", f"{i}", f"{i // 2}", **({"sha256": "0", "likeness": ""} if i % 2 else {}))
+        make_scan("Normal", f"{i}", f"{i // 2}", **({"sha256": "0", "perceptual_hash": ""} if i % 2 else {}))
         for i in range(20)
     ]
     assert len(set(group_scans(scans).tolist())) == 10
@@ -280,7 +282,7 @@ def test_too_few_patients_are_refused_with_the_parameters_and_the_remedy():
 
 
 def test_copies_are_not_different_scans():
-    copies = [make_scan("Tumor", f"{i}", sha256=sha("one"), likeness=likeness("one")) for i in range(9)]
+    copies = [make_scan("Tumor", f"{i}", sha256=sha("one"), perceptual_hash=hash_of("one")) for i in range(9)]
     with pytest.raises(BadDataset, match=r"Class Tumor has too few different scans \(1\)"):
         split_scans(report_of(*copies, *make_scans({"Normal": 9}).scans), 0)
 
@@ -333,8 +335,8 @@ def leaks_of(test: ScanFile, learned: ScanFile = TRAINED) -> Leaks:
         (make_scan("Tumor", "other", None), Leaks()),
         (make_scan("Tumor", "other", "Anna"), Leaks(patients=1)),
         (make_scan("Normal", "trained", None), Leaks(duplicates=1)),
-        (make_scan("Tumor", "other", None, likeness=likeness("trained", 18)), Leaks(near_duplicates=1)),
-        (make_scan("Tumor", "other", None, likeness=likeness("trained", 19)), Leaks()),
+        (make_scan("Tumor", "other", None, perceptual_hash=hash_of("trained", 18)), Leaks(near_duplicates=1)),
+        (make_scan("Tumor", "other", None, perceptual_hash=hash_of("trained", 19)), Leaks()),
         (make_scan("Tumor", "trained", "Anna"), Leaks(patients=1, duplicates=1)),
         (make_scan("Tumor", "validation", "Berta"), Leaks(duplicates=1)),
     ],
@@ -345,7 +347,7 @@ def test_a_leak_is_told_for_each_thing_that_is_shared(test, expected):
 
 
 def test_black_pictures_are_no_leak():
-    black = {"sha256": sha("black"), "likeness": ""}
+    black = {"sha256": sha("black"), "perceptual_hash": ""}
     assert not leaks_of(make_scan("Tumor", "b", "Berta", **black), make_scan("Tumor", "a", "Anna", **black)).any
 
 
@@ -354,7 +356,7 @@ def test_what_the_weights_have_learned_from_counts_too():
     new = report_of(
         make_scan("Tumor", "a2", "Anna"),
         make_scan("Tumor", "b"),
-        make_scan("Tumor", "c2", likeness=likeness("c", 5)),
+        make_scan("Tumor", "c2", perceptual_hash=hash_of("c", 5)),
         make_scan("Tumor", "d"),
     )
     split = Split(np.array([], np.int64), np.array([], np.int64), np.arange(4))
@@ -373,7 +375,7 @@ def test_a_lineage_is_sorted_compact_and_holds_no_name():
 
 
 def test_scans_that_nothing_describes_have_a_lineage_too():
-    report = report_of(ScanFile("a", "Normal", sha("a"), None), make_scan("Normal", "b", None, likeness=""))
+    report = report_of(ScanFile("a", "Normal", sha("a"), None), make_scan("Normal", "b", None, perceptual_hash=""))
     split = Split(np.array([], np.int64), np.array([], np.int64), np.arange(2))
     assert leaks(report, split, lineage(report, range(2))) == Leaks(duplicates=1)
 

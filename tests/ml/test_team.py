@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from ml.image.engines.engines import open_engine
+from ml.image.engines.backends import open_engine
 from ml.image.engines.features import Features
-from ml.image.learning.checkpoints import Keeper, Origin, load
-from ml.image.learning.ddp_launch import MemberLost, gathered
-from ml.image.learning.train import Start, TrainConfig, TrainData, train
+from ml.image.learning.checkpoints import CheckpointWriter, Origin, load
+from ml.image.learning.ddp_launch import WorkerLost, launch_workers
+from ml.image.learning.ddp_worker import training_group
+from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, train
 from ml.image.networks import network
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
-from ml.image.stages.ddp_worker import training_team
 from ml.runtime.cache import Cache, Cached
 from ml.runtime.config import CheckpointPlan
 from ml.runtime.errors import BadParams, PipelineError
 from ml.runtime.events import Epoch
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
 from tests.ml.builders import (
     CLASSES,
@@ -58,53 +58,53 @@ def _a_machine_without_gpus(monkeypatch):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_each_row_is_one_members(count, size):
     rows = np.arange(count)
-    shares = [Team(rank, size).mine(rows) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).own_rows(rows) for rank in range(size)]
     assert sorted(np.concatenate(shares)) == list(rows)
 
 
 def test_a_member_without_a_row_computes_one_that_nobody_needs():
-    assert list(Team(1, 2).share(np.array([5]))) == [5]
-    assert list(Team(1, 2).share(np.array([5, 6, 7]))) == [6]
+    assert list(ProcessGroup(1, 2).rows_to_compute(np.array([5]))) == [5]
+    assert list(ProcessGroup(1, 2).rows_to_compute(np.array([5, 6, 7]))) == [6]
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 
-def _quietly(work: Callable[[Team], object], team: Team) -> None:
-    work(team)
+def _quietly(work: Callable[[ProcessGroup], object], group: ProcessGroup) -> None:
+    work(group)
 
 
 @dataclass(frozen=True)
 class Exchange:
     """A member that takes part in what `exchanged` does."""
 
-    def load(self) -> Callable[[Team], None]:
-        return lambda team: _quietly(exchanged, team)
+    def load(self) -> Callable[[ProcessGroup], None]:
+        return lambda group: _quietly(exchanged, group)
 
 
-def exchanged(team: Team) -> list[object]:
+def exchanged(group: ProcessGroup) -> list[object]:
     one, five = np.array([[1.5, 2.5]]), np.arange(10.0).reshape(5, 2)
     return [
-        team.together(team.share(one), 1).tolist(),
-        team.together(team.share(five), 5).tolist(),
-        team.total([1.0, float(team.rank)]),
-        team.common(np.array([True, team.rank == 0, False])).tolist(),
-        team.told(f"rank {team.rank}"),
+        group.gather_rows(group.rows_to_compute(one), 1).tolist(),
+        group.gather_rows(group.rows_to_compute(five), 5).tolist(),
+        group.sum([1.0, float(group.rank)]),
+        group.all_true(np.array([True, group.rank == 0, False])).tolist(),
+        group.broadcast(f"rank {group.rank}"),
     ]
 
 
 def test_members_exchange_arrays_numbers_and_words():
-    with gathered(2, Exchange()) as team:
-        assert (team.rank, team.size, team.leads) == (0, 2, True)
-        assert exchanged(team) == [
+    with launch_workers(2, Exchange()) as group:
+        assert (group.rank, group.size, group.is_leader) == (0, 2, True)
+        assert exchanged(group) == [
             [[1.5, 2.5]],
             [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]],
             [2.0, 1.0],
             [True, False, False],
             "rank 0",
         ]
-    assert (team.rank, team.size) == (0, 1)
-    assert exchanged(team)[2] == [1.0, 0.0]
+    assert (group.rank, group.size) == (0, 1)
+    assert exchanged(group)[2] == [1.0, 0.0]
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class Narrow:
     params: Params
     kind: str
 
-    def load(self) -> Callable[[Team], None]:
-        return lambda team: _quietly(self.epochs, team)
+    def load(self) -> Callable[[ProcessGroup], None]:
+        return lambda group: _quietly(self.epochs, group)
 
-    def epochs(self, team: Team, **config: object) -> list[Epoch]:
+    def epochs(self, group: ProcessGroup, **config: object) -> list[Epoch]:
         model = make_tiny_model(dropout=0.0) if self.kind == "tiny" else make_narrow_model(head=self.kind, dropout=0.0)
-        data = make_tuned_data(model, team) if self.kind == "tiny" else make_data(team=team)
-        return list(train(TrainConfig(model, self.params, team=team, **config), data))
+        data = make_tuned_data(model, group) if self.kind == "tiny" else make_data(group=group)
+        return list(train(TrainConfig(model, self.params, group=group, **config), data))
 
 
 def numbers_of(epochs: list[Epoch]) -> list[float]:
@@ -149,9 +149,9 @@ def test_two_processes_learn_what_one_learns(case):
     kind, fields = CASES[case]
     params = make_params(**{**EXACT, **fields})
     told: list[list[float]] = [[], []]
-    alone = Narrow(params, kind).epochs(ALONE, on_step=lambda epoch, loss, rate: told[0].append(loss))
-    with gathered(2, Narrow(params, kind)) as team:
-        both = Narrow(params, kind).epochs(team, on_step=lambda epoch, loss, rate: told[1].append(loss))
+    alone = Narrow(params, kind).epochs(SINGLE_PROCESS, on_step=lambda epoch, loss, rate: told[0].append(loss))
+    with launch_workers(2, Narrow(params, kind)) as group:
+        both = Narrow(params, kind).epochs(group, on_step=lambda epoch, loss, rate: told[1].append(loss))
     assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-5, abs=1e-6)
     assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-6)
     assert alone[-1].train_loss != pytest.approx(alone[0].train_loss, rel=1e-2)
@@ -159,9 +159,9 @@ def test_two_processes_learn_what_one_learns(case):
 
 def test_early_stopping_stays_in_step():
     job = Narrow(make_params(**EXACT, augmentation=False, epochs=50, patience=2), "vgg")
-    alone = job.epochs(ALONE)
-    with gathered(2, job) as team:
-        both = job.epochs(team)
+    alone = job.epochs(SINGLE_PROCESS)
+    with launch_workers(2, job) as group:
+        both = job.epochs(group)
     assert len(both) == len(alone) < 50
 
 
@@ -169,9 +169,9 @@ def test_the_cores_are_shared_and_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with gathered(2, Exchange()) as team:
+        with launch_workers(2, Exchange()) as group:
             assert torch.get_num_threads() == 2
-            exchanged(team)
+            exchanged(group)
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -186,7 +186,7 @@ def make_resnet() -> Model:
     built = network.build(2, 0, "resnet18", "gap", 0.0)
     model = Model(built, CLASSES, Transform(64, 64), {"params": {"dropout": 0.0}}, "resnet18", "gap")
     pixels = torch.from_numpy(make_scans(8, 64))
-    network.calibrate(built, [model.transform.normalize(pixels)])
+    network.calibrate_batch_norms(built, [model.transform.normalize(pixels)])
     return model
 
 
@@ -201,22 +201,22 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
     """As the training stage does it, cache and checkpoints included."""
     model, split, labels = make_resnet(), make_split(), np.arange(44) % 2
     cached = Cached(Cache(folder / "cache", 2**30), "key")
-    resume, start = where.get("resume"), where.get("start", Start())
-    with training_team(
+    resume, start = where.get("resume"), where.get("start", ResumePoint())
+    with training_group(
         params, model, pixels=pixels, labels=labels, split=split, positive=1, resume=resume, folder=folder
-    ) as team:
+    ) as group:
         opened: dict[int, Features] = {}
 
         def features(top: int) -> Features:
             if top not in opened:
                 backbone = open_engine(model.cut(top)[0], model.transform, "fp32")
-                opened[top] = Features(backbone, np.load(pixels), team, cached if top == 0 else None)
+                opened[top] = Features(backbone, np.load(pixels), group, cached if top == 0 else None)
             return opened[top]
 
         epochs = list(start.history)
         keeper = where.get("keep", lambda epoch, state: None)
         for epoch in train(
-            TrainConfig(model, params, team=team, start=start, keep=keeper), TrainData(features, labels, split, 1)
+            TrainConfig(model, params, group=group, start=start, keep=keeper), TrainData(features, labels, split, 1)
         ):
             epochs.append(epoch)
             where.get("on_epoch", lambda epoch: None)(epoch)
@@ -243,11 +243,11 @@ def test_two_go_on_from_a_checkpoint_to_the_same_end(pixels, tmp_path):
     params = make_params(**fields, monitor="val_f1", patience=1)
     whole = train_resnet(params, pixels, tmp_path)
     origin, done = Origin(params.model_dump(mode="json"), "digest", "scans", 7, "engine"), []
-    keep = Keeper(CheckpointPlan(tmp_path / "kept", 0.0), origin, done, lambda event: None)
+    keep = CheckpointWriter(CheckpointPlan(tmp_path / "kept", 0.0), origin, done, lambda event: None)
     train_resnet(params, pixels, tmp_path, keep=keep, on_epoch=done.append)
     kept = sorted((tmp_path / "kept").iterdir())[-1]
     checkpoint = load(kept)
-    start = Start(checkpoint.history, checkpoint.state)
+    start = ResumePoint(checkpoint.history, checkpoint.state)
     resumed = train_resnet(params, pixels, tmp_path, resume=kept, start=start)
     assert 0 < checkpoint.epoch < len(whole)
     assert numbers_of(resumed) == numbers_of(whole)
@@ -257,7 +257,7 @@ def test_two_go_on_from_a_checkpoint_to_the_same_end(pixels, tmp_path):
 
 
 def test_too_few_devices_are_a_wrong_parameter():
-    with pytest.raises(BadParams, match=r"^devices: .*no GPU"), gathered(64, Exchange()):
+    with pytest.raises(BadParams, match=r"^devices: .*no GPU"), launch_workers(64, Exchange()):
         raise AssertionError("nobody may come this far")
 
 
@@ -268,12 +268,12 @@ class Failing:
     error: Exception
     loading: bool = False
 
-    def load(self) -> Callable[[Team], None]:
+    def load(self) -> Callable[[ProcessGroup], None]:
         if self.loading:
             raise self.error
         return self._fail
 
-    def _fail(self, team: Team) -> None:
+    def _fail(self, group: ProcessGroup) -> None:
         raise self.error
 
 
@@ -288,15 +288,15 @@ class Failing:
 )
 def test_a_members_failure_is_the_trainings(error, code, words, loading):
     started = time.monotonic()
-    with pytest.raises(PipelineError, match=words) as raised, gathered(2, Failing(error, loading)) as team:
-        exchanged(team)
+    with pytest.raises(PipelineError, match=words) as raised, launch_workers(2, Failing(error, loading)) as group:
+        exchanged(group)
     assert raised.value.code == code
     assert time.monotonic() - started < 60
     assert members() == []
 
 
 def test_the_leaders_own_error_stays_what_it_is():
-    with pytest.raises(ZeroDivisionError), gathered(2, Exchange()):
+    with pytest.raises(ZeroDivisionError), launch_workers(2, Exchange()):
         raise ZeroDivisionError
     assert members() == []
 
@@ -308,22 +308,22 @@ class Endless:
     ending: int
     rank: int = 1
 
-    def load(self) -> Callable[[Team], None]:
+    def load(self) -> Callable[[ProcessGroup], None]:
         return self._go_on
 
-    def _go_on(self, team: Team) -> None:
+    def _go_on(self, group: ProcessGroup) -> None:
         for number in range(10**9):
-            if number == 3 and team.rank == self.rank:
+            if number == 3 and group.rank == self.rank:
                 os.kill(os.getpid(), self.ending)
-            team.total([1.0])
+            group.sum([1.0])
             time.sleep(0.05)
 
 
-def exchange_for_ever(team: Team, started: list[float]) -> None:
+def exchange_for_ever(group: ProcessGroup, started: list[float]) -> None:
     """As `Endless` does; notes when it began."""
     started.append(time.monotonic())
     while True:
-        team.total([1.0])
+        group.sum([1.0])
 
 
 def members() -> list[int]:
@@ -335,7 +335,7 @@ def members() -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if b"ml.image.stages.ddp_worker" in command and parent == os.getpid():
+        if b"ml.image.learning.ddp_worker" in command and parent == os.getpid():
             found.append(int(folder.name))
     return found
 
@@ -343,8 +343,8 @@ def members() -> list[int]:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_member_that_is_killed_ends_the_training_at_once(ending):
     started: list[float] = []
-    with pytest.raises(MemberLost, match=f"signal {ending}") as raised, gathered(2, Endless(ending)) as team:
-        exchange_for_ever(team, started)
+    with pytest.raises(WorkerLost, match=f"signal {ending}") as raised, launch_workers(2, Endless(ending)) as group:
+        exchange_for_ever(group, started)
     assert time.monotonic() - started[0] < 10
     assert raised.value.retryable
     assert members() == []
@@ -352,18 +352,18 @@ def test_a_member_that_is_killed_ends_the_training_at_once(ending):
 
 def test_of_three_the_killed_one_is_named(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    with pytest.raises(MemberLost, match=r"Process 3 of the 3 .* signal 9"), gathered(3, Endless(9, 2)) as team:
-        exchange_for_ever(team, [])
+    with pytest.raises(WorkerLost, match=r"Process 3 of the 3 .* signal 9"), launch_workers(3, Endless(9, 2)) as group:
+        exchange_for_ever(group, [])
 
 
 LEADER = """
 import sys, time
 from tests.ml.test_team import Endless
-from ml.gathering import gathered
+from ml.image.learning.ddp_launch import launch_workers
 import signal
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-with gathered(2, Endless(0, 99)) as team:
-    print("gathered", flush=True)
+with launch_workers(2, Endless(0, 99)) as team:
+    print("launched", flush=True)
     while True:
         team.total([1.0])
 """
@@ -387,7 +387,7 @@ def test_no_member_outlives_its_leader(ending, tmp_path):
     )  # fmt: skip
     try:
         assert leader.stdout is not None
-        assert leader.stdout.readline() == b"gathered\n"
+        assert leader.stdout.readline() == b"launched\n"
         (member,) = children_of(leader.pid)
         leader.send_signal(ending)
         leader.wait(20)

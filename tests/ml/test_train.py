@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ml.image.learning.train import TrainConfig, TrainData, class_weights, logits_of, step_of, train
+from ml.image.learning.train import TrainConfig, TrainData, class_weights, logits_of, step_share, train
 from ml.image.networks.network import Model
 from ml.runtime.errors import BadParams
 from ml.runtime.events import Epoch
@@ -227,7 +227,7 @@ def test_blocks_that_diverge_name_the_rate_that_is_theirs():
     [(4, 1, [1, 1, 1, 1]), (4, 3, [None, None, 1 / 3, 1]), (5, 2, [None, 0.5, None, 0.5, 1]), (2, 8, [None, 0.5])],
 )
 def test_steps_take_whole_groups_and_the_last_what_is_left(batches, accumulate, shares):
-    steps = [step_of(number, batches, accumulate) for number in range(batches)]
+    steps = [step_share(number, batches, accumulate) for number in range(batches)]
     assert [share if completes else None for completes, share in steps] == shares
     total = sum(share for _, share in steps)
     assert total == pytest.approx(math.ceil(batches / accumulate))

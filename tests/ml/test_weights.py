@@ -56,18 +56,18 @@ def make_model(name: str = "resnet18", head: str = "gap") -> Model:
 
 def test_the_file_that_is_looked_for_is_the_one_that_torchvision_publishes(downloads, tmp_path):
     with pytest.raises(WeightsMissing, match=PUBLISHED):
-        weights.imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(RESNET, tmp_path)
     assert downloads == [f"https://download.pytorch.org/models/{PUBLISHED}"]
 
 
 def test_a_sites_own_file_with_its_hash_is_taken_and_nothing_is_downloaded(downloads, tmp_path):
     published = make_published()
     path = put(published.state_dict(), tmp_path / "weights")
-    found = weights.imagenet_weights(RESNET, tmp_path / "weights")
+    found = weights.find_imagenet_weights(RESNET, tmp_path / "weights")
     assert found == path
     model = make_model()
     before = {name: value.clone() for name, value in model.network.fc.state_dict().items()}
-    network.begin_from_published(model.network, RESNET, found, include_top=False)
+    network.load_published_weights(model.network, RESNET, found, include_top=False)
     for name, value in published.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(model.network.state_dict()[name], value), name
@@ -81,7 +81,7 @@ def test_torchs_own_cache_is_looked_into_too(tmp_path, monkeypatch, downloads):
     cached = tmp_path / "torch" / "checkpoints" / PUBLISHED
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"x")
-    assert weights.imagenet_weights(RESNET) == cached
+    assert weights.find_imagenet_weights(RESNET) == cached
     assert downloads == []
 
 
@@ -93,7 +93,7 @@ def test_a_download_lands_in_torchs_cache_and_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "fetch", fetch)
     cached = tmp_path / "torch" / "checkpoints" / PUBLISHED
     with pytest.raises(WeightsMissing, match=rf"content of {PUBLISHED} has not the hash"):
-        weights.imagenet_weights(RESNET)
+        weights.find_imagenet_weights(RESNET)
     assert not cached.exists()
 
 
@@ -101,26 +101,26 @@ def test_a_file_with_the_wrong_hash_is_named(tmp_path):
     path = put(make_published().state_dict(), tmp_path)
     wrong = path.rename(tmp_path / "resnet18-00000000.pth")
     with pytest.raises(WeightsMissing, match=rf"put torchvision's {PUBLISHED} into .*{wrong.name} has not the hash"):
-        weights.imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(RESNET, tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path):
     path = put(make_published().state_dict(), tmp_path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(WeightsMissing, match=rf"content of {path.name} has not the hash of its name: copy it again"):
-        weights.imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(RESNET, tmp_path)
 
 
 def test_a_good_file_is_found_beside_a_damaged_one(tmp_path):
     (tmp_path / "resnet18-00000000.pth").write_bytes(b"torn")
     path = put(make_published().state_dict(), tmp_path)
-    assert weights.imagenet_weights(RESNET, tmp_path) == path
+    assert weights.find_imagenet_weights(RESNET, tmp_path) == path
 
 
 def test_files_of_other_networks_are_not_looked_at(tmp_path):
     put(make_published("resnet50").state_dict(), tmp_path, "resnet50")
     with pytest.raises(WeightsMissing, match="of resnet18 are in no cache"):
-        weights.imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(RESNET, tmp_path)
 
 
 # --- what is in the file ---------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_files_of_other_networks_are_not_looked_at(tmp_path):
 def test_weights_of_another_network_are_refused(tmp_path):
     path = put(make_published("efficientnet_b0").state_dict(), tmp_path)
     with pytest.raises(ModelFileError, match="does not hold the weights of a resnet18"):
-        network.begin_from_published(make_model().network, RESNET, path, include_top=False)
+        network.load_published_weights(make_model().network, RESNET, path, include_top=False)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet18"])
@@ -139,7 +139,7 @@ def test_weights_of_other_shapes_or_with_some_missing_are_refused(tmp_path, name
         del state["layer4.1.conv2.weight"]
     path = put(state, tmp_path)
     with pytest.raises(ModelFileError, match="does not hold the weights of a resnet18"):
-        network.begin_from_published(make_model().network, RESNET, path, include_top=False)
+        network.load_published_weights(make_model().network, RESNET, path, include_top=False)
 
 
 class Spy:
@@ -188,16 +188,16 @@ def test_a_file_is_found_in_the_folder_or_by_its_path(tmp_path):
     (tmp_path / "weights").mkdir()
     inside, outside = tmp_path / "weights" / "a.safetensors", tmp_path / "b.safetensors"
     inside.write_bytes(b"a"), outside.write_bytes(b"b")
-    assert weights.file_weights("a.safetensors", tmp_path / "weights") == inside
-    assert weights.file_weights(str(outside), tmp_path / "weights") == outside
-    assert weights.file_weights(str(outside), None) == outside
+    assert weights.find_weights_file("a.safetensors", tmp_path / "weights") == inside
+    assert weights.find_weights_file(str(outside), tmp_path / "weights") == outside
+    assert weights.find_weights_file(str(outside), None) == outside
 
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_missing_file_says_where_to_put_it(tmp_path, folder):
     where = str(tmp_path) if folder else "RENALQ_WEIGHTS_DIR"
     with pytest.raises(WeightsMissing, match=rf"no file c\.safetensors in .*{where}.*: put it there"):
-        weights.file_weights("secret/c.safetensors", tmp_path if folder else None)
+        weights.find_weights_file("secret/c.safetensors", tmp_path if folder else None)
 
 
 def test_a_model_of_ours_gives_backbone_head_and_lineage(tmp_path):
@@ -206,7 +206,7 @@ def test_a_model_of_ours_gives_backbone_head_and_lineage(tmp_path):
     kept = Model(theirs.network, CLASSES, theirs.transform, {"lineage": ["p", "q"]}, "resnet18", "gap")
     network.save(kept, tmp_path / "model.safetensors")
     model = Model(network.build(2, 5, "resnet18", "gap"), CLASSES, Transform(64, 64), {}, "resnet18", "gap")
-    assert network.begin_from_file(model, tmp_path / "model.safetensors") == ("p", "q")
+    assert network.load_file_weights(model, tmp_path / "model.safetensors") == ("p", "q")
     state, expected = model.network.state_dict(), theirs.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
@@ -216,7 +216,7 @@ def test_a_model_of_other_classes_gives_its_backbone_alone(tmp_path):
     four = network.build(4, 5, "resnet18", "gap")
     before = four.fc[1].weight.detach().clone()
     model = Model(four, ("Cyst", "Normal", "Stone", "Tumor"), Transform(64, 64), {}, "resnet18", "gap")
-    network.begin_from_file(model, tmp_path / "model.safetensors")
+    network.load_file_weights(model, tmp_path / "model.safetensors")
     assert torch.equal(four.conv1.weight, make_model().network.conv1.weight)
     assert torch.equal(four.fc[1].weight, before)
 
@@ -224,14 +224,14 @@ def test_a_model_of_other_classes_gives_its_backbone_alone(tmp_path):
 def test_a_model_of_another_network_is_a_wrong_parameter(tmp_path):
     network.save(make_model(), tmp_path / "model.safetensors")
     with pytest.raises(BadParams, match=r"^weights: they are of resnet18, but network is efficientnet_b0"):
-        network.begin_from_file(make_model("efficientnet_b0"), tmp_path / "model.safetensors")
+        network.load_file_weights(make_model("efficientnet_b0"), tmp_path / "model.safetensors")
 
 
 def test_a_state_dict_of_torchvisions_can_be_named_as_a_file(tmp_path):
     published = make_published()
     torch.save(published.state_dict(), tmp_path / "own.pth")
     model = make_model()
-    assert network.begin_from_file(model, tmp_path / "own.pth") == ()
+    assert network.load_file_weights(model, tmp_path / "own.pth") == ()
     assert torch.equal(model.network.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
 
 
@@ -242,7 +242,7 @@ def test_include_top_takes_vgg16s_hidden_layers(tmp_path):
     path = put(published.state_dict(), tmp_path, "vgg16")
     for include_top in (True, False):
         built = network.build(2, 0)
-        network.begin_from_published(built, of, path, include_top)
+        network.load_published_weights(built, of, path, include_top)
         for layer in ("0", "3"):
             same = torch.equal(built.classifier[int(layer)].weight, published.classifier[int(layer)].weight)
             assert same == include_top

@@ -344,9 +344,9 @@ def test_of_all_classes_each_is_stored_before_the_next_is_made(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a worker's memory does not grow with the number of classes."""
-    happened, put, of_class = list[str](), BlobStore.put, Explainer._of_class
+    happened, put, of_class = list[str](), BlobStore.put, Explainer._explain_class
     monkeypatch.setattr(BlobStore, "put", lambda *of: happened.append("stored") or put(*of))
-    monkeypatch.setattr(Explainer, "_of_class", lambda *of: happened.append("made") or of_class(*of))
+    monkeypatch.setattr(Explainer, "_explain_class", lambda *of: happened.append("made") or of_class(*of))
     job = ask(GOOD, explain="all")
     happened.clear()
     predict_chunk(held(resources, job))

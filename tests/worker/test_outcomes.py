@@ -2,20 +2,21 @@
 
 from jobs.results.cache import CachedResult
 from jobs.settings import Settings
-from ml.image.serving.predictor import Prediction
+from ml.image.pipeline import ImagePipeline
+from ml.pipelines import Prediction
 from worker.handlers.outcomes import UNPLACED, DispositionPolicy
 
 KIDNEYS = ("Normal", "Tumor")
 
 
 def judge(classes: tuple[str, ...] = KIDNEYS, **policy: float) -> DispositionPolicy:
-    return DispositionPolicy.of(Settings(**policy), classes, "torch-fp32")  # type: ignore[arg-type]
+    return DispositionPolicy.of(Settings(**policy), ImagePipeline(), classes, "torch-fp32")  # type: ignore[arg-type]
 
 
 def predicted(tumor: float, ood_score: float | None = 0.5, ood_reason: str | None = None) -> Prediction:
     label, confidence = ("Tumor", tumor) if tumor >= 0.5 else ("Normal", 1 - tumor)
     probabilities, statistics = {"Normal": 1 - tumor, "Tumor": tumor}, {"brightness": 90.0}
-    seen = {"ood_score": ood_score, "oddity": ood_reason, "statistics": statistics}
+    seen = {"ood_score": ood_score, "ood_reason": ood_reason, "statistics": statistics}
     return Prediction("7", label, confidence, probabilities, **seen)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
-"""What a folder of scans is like, before anything is trained: counts for a report, and what to do about them.
+"""Data quality of a dataset: counts for a report, and warnings with a remedy each.
 
-Warnings name no file and no patient, so they may be logged and shown. Only a contradiction names its two files: nobody
-can mend it otherwise, and the same list already names files that cannot be read.
+Warnings contain no file names and no patients, so they may be logged and shown. Label conflicts name their two files, as
+they cannot be fixed otherwise; they belong to the problems, which also name unreadable files.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ml.image.dataset.perceptual_hash import near_duplicates
+from ml.image.dataset.perceptual_hash import group_near_duplicates
 
 if TYPE_CHECKING:
     from ml.image.dataset.scan import ScanFile
 
-TINY = 32  # pixels of a side, below which enlarging shows a network nothing but blur
-UNBALANCED = 3.0  # scans of the largest class for each of the smallest, from which cross-entropy neglects the latter
-NAMED_CONFLICTS = 20
+TINY = 32  # pixels of the shorter side; upscaled from fewer, a scan is only blur
+UNBALANCED = 3.0  # largest class / smallest class; from here on cross-entropy neglects the smallest
+NAMED_CONFLICTS = 20  # conflicts that are listed by name; the rest is only counted
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, median and greatest of a length in pixels."""
+    """Minimum, median and maximum of a length in pixels."""
 
     least: int
     median: int
@@ -33,56 +33,56 @@ class Spread:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Counts of scans, except where said. JSON by `dataclasses.asdict`, and back by `from_json`."""
+    """Counts of scans, unless documented otherwise. To JSON by `dataclasses.asdict`, and back by `from_json`."""
 
     broken: int = 0
     tiny: int = 0
     blank: int = 0
     duplicates: int = 0
-    """The same file as one before."""
+    """Scans whose file is identical to an earlier one."""
     conflicts: int = 0
-    """Contents that lie under several labels."""
+    """Distinct files that occur under several labels."""
     near_duplicates: int = 0
-    """Scans in groups of near-duplicates, of which none is the same file as another."""
+    """Scans in groups of near-duplicates, without identical files."""
     near_duplicate_groups: int = 0
-    """Such groups."""
+    """Number of groups of near-duplicates."""
     near_conflicts: int = 0
     """Groups of near-duplicates under several labels."""
     largest_group: int = 0
-    """Scans in the largest of these groups."""
+    """Scans in the largest group of near-duplicates."""
     imbalance: float | None = None
-    """Scans of the largest class for each scan of the smallest."""
+    """Scans of the largest class / scans of the smallest class."""
     modes: dict[str, int] = field(default_factory=dict)
     height: Spread | None = None
     width: Spread | None = None
     sizes: int = 0
-    """Distinct heights × widths."""
+    """Number of distinct (height, width) pairs."""
     label_folders: int = 0
     ignored_files: int = 0
-    """Files that are no images."""
+    """Files that are not images."""
     stray_images: int = 0
-    """Images outside of the label folders, ignored too."""
+    """Images outside of the class folders; they are ignored too."""
     patients: int = 0
-    """Patients, where anything tells them."""
+    """Number of known patients."""
     with_patient: int = 0
     patients_with_several_labels: int = 0
     modalities: dict[str, int] = field(default_factory=dict)
-    """DICOM modality → scans."""
+    """DICOM modality → number of scans."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Inspection:
-        """What `asdict` gave, back. TypeError for other fields."""
+        """The inverse of `asdict`. TypeError for unknown fields."""
         sides = {name: Spread(**fields[name]) for name in ("height", "width") if fields.get(name)}
         return cls(**{**fields, **sides})
 
 
 def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: int = 0, stray: int = 0) -> Inspection:
-    """Count everything. `counts`: scans a class; `ignored`, `stray`: files that are no images, or in no class."""
+    """Count everything. `counts`: scans per class; `ignored`: files that are not images; `stray`: images in no class."""
     read = [scan for scan in scans if scan.height]
     return Inspection(
         broken=len(scans) - len(read),
         tiny=sum(min(scan.height, scan.width) < TINY for scan in read),
-        blank=sum(scan.likeness == "" for scan in read),
+        blank=sum(scan.perceptual_hash == "" for scan in read),
         duplicates=len(read) - len({scan.sha256 for scan in read}),
         conflicts=sum(len({scan.label for scan in copies}) > 1 for copies in _copies(read)),
         **_near_duplicates(read),
@@ -100,10 +100,10 @@ def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: in
 
 
 def _copies(scans: Sequence[ScanFile]) -> list[list[ScanFile]]:
-    """Scans of one content, at least two; blank ones aside, which say nothing of any label."""
+    """Groups of two or more scans with identical files; without blank scans, which contradict no label."""
     found: dict[str, list[ScanFile]] = {}
     for scan in scans:
-        if scan.likeness != "":
+        if scan.perceptual_hash != "":
             found.setdefault(scan.sha256, []).append(scan)
     return [copies for copies in found.values() if len(copies) > 1]
 
@@ -111,13 +111,13 @@ def _copies(scans: Sequence[ScanFile]) -> list[list[ScanFile]]:
 def _near_duplicates(scans: Sequence[ScanFile]) -> dict[str, int]:
     distinct = list({scan.sha256: scan for scan in scans}.values())
     groups: dict[int, list[ScanFile]] = {}
-    for scan, group in zip(distinct, near_duplicates([scan.likeness for scan in distinct]), strict=True):
-        groups.setdefault(int(group), []).append(scan)
-    large = [members for members in groups.values() if len(members) > 1]
+    for scan, number in zip(distinct, group_near_duplicates([scan.perceptual_hash for scan in distinct]), strict=True):
+        groups.setdefault(int(number), []).append(scan)
+    large = [group for group in groups.values() if len(group) > 1]
     return {
         "near_duplicates": sum(map(len, large)),
         "near_duplicate_groups": len(large),
-        "near_conflicts": sum(len({scan.label for scan in members}) > 1 for members in large),
+        "near_conflicts": sum(len({scan.label for scan in group}) > 1 for group in large),
         "largest_group": max(map(len, large), default=0),
     }
 
@@ -142,11 +142,11 @@ def _spread(lengths: list[int]) -> Spread | None:
     return Spread(min(lengths), round(statistics.median(lengths)), max(lengths)) if lengths else None
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
-def conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
-    """A sentence for each picture that lies under two labels, naming the files."""
+def label_conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
+    """A sentence for each picture that occurs under two labels, with the names of both files."""
     found = []
     for copies in _copies(scans):
         other = next((scan for scan in copies if scan.label != copies[0].label), None)
@@ -159,8 +159,8 @@ def conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
         yield f"{len(found) - NAMED_CONFLICTS} more pictures lie under two labels."
 
 
-def warnings(found: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
-    """What does not forbid training but spoils it or its scores, each with what to do. No file and no patient named."""
+def dataset_warnings(found: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
+    """Findings that do not prevent training but degrade it or its scores, each with a remedy. No names in them."""
     scans = sum(counts.values())
     return (*_picture_warnings(found), *_label_warnings(found, counts), *_patient_warnings(found, scans))
 

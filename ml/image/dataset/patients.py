@@ -1,7 +1,7 @@
-"""Which patient a scan is of: told by the names below the class folder or by DICOM, and kept as a hash only.
+"""The patient of a scan, from its path below the class folder or from DICOM; kept as a hash only.
 
-The hash is a pseudonym, not an anonymization: who has the list of all patient numbers can hash them too. So manifests
-and lineages are to be guarded like the scans' file names.
+The hash is a pseudonym, not an anonymization: anyone with the list of patient numbers can hash them too. Protect manifests
+and lineages like the scans' file names.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ _WORDS = {
 _START, _END = r"(?:^|[/_\-. ])", r"(?=[/_\-. ]|$)"
 _NUMBER = re.compile(f"{_START}({'|'.join(_WORDS)})" + r"(?:[_\- ]?id)?[_\- ]?(\d+)" + _END, re.IGNORECASE)
 _BARCODE = re.compile(f"{_START}(TCGA-[A-Z0-9]{{2}}-[A-Z0-9]{{4}}|C3[LN]-[0-9]{{5}}){_END}", re.IGNORECASE)
-_NOBODY = re.compile(
+_PLACEHOLDER = re.compile(
     r"[0\W_]*|anon(ymous|ymi[sz]ed)?\W*|unknown|none|null|nil|n/?a|no ?id|removed|de-?identified|x+", re.IGNORECASE
 )
 
 
 def patient_of(name: str, identity: str | None) -> str | None:
-    """16 hex digits for the patient of a scan; None where nothing tells it.
+    """A pseudonym of 16 hex digits for the patient of a scan; None if the patient is unknown.
 
-    `name`: the path below the class folder. A patient is a word and a number between separators (`patient_12`, `P0012`,
-    `case-3/slice.png`, `sub-01`) or a barcode of TCGA or CPTAC; a bare number, `Tumor- (12)` or `image(12)` is none.
-    `identity`: DICOM's PatientID, used where the name tells nothing; what stands for "removed" is nobody's.
+    Args:
+        name: path below the class folder. A patient id is a word and a number between separators (`patient_12`, `P0012`,
+            `case-3/slice.png`, `sub-01`) or a TCGA or CPTAC barcode; `Tumor- (12)`, `image(12)` or a bare number is none.
+        identity: DICOM's PatientID, used if the name has no id; placeholders such as "anonymous" are ignored.
     """
-    told = _told_by(name) or _somebody(identity)
-    return hashlib.sha256(told.encode()).hexdigest()[:16] if told else None
+    patient = _from_name(name) or _from_dicom(identity)
+    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
-def _told_by(name: str) -> str | None:
+def _from_name(name: str) -> str | None:
     if barcode := _BARCODE.search(name):
         return barcode.group(1).upper()
     number = _NUMBER.search(name)
     return _WORDS[number.group(1).lower()] + number.group(2) if number else None
 
 
-def _somebody(identity: str | None) -> str | None:
-    # One placeholder for all would make all scans one patient's, and no split would be possible.
-    told = (identity or "").strip()
-    return None if _NOBODY.fullmatch(told) else told
+def _from_dicom(identity: str | None) -> str | None:
+    # If a placeholder counted as a patient, all scans would be of one patient and could not be split.
+    patient = (identity or "").strip()
+    return None if _PLACEHOLDER.fullmatch(patient) else patient

@@ -1,4 +1,4 @@
-"""A folder of scans, one folder a class: found, decoded once, checked and counted; and the manifest that keeps it."""
+"""A dataset folder with one subfolder per class: find, decode and check its scans; write and read its manifest."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from ml.image.dataset.inspection import Inspection, conflicts, inspect_scans, warnings
+from ml.image.dataset.inspection import Inspection, dataset_warnings, inspect_scans, label_conflicts
 from ml.image.dataset.patients import patient_of
-from ml.image.dataset.perceptual_hash import describe
+from ml.image.dataset.perceptual_hash import hash_image
 from ml.image.dataset.scan import ScanFile
 from ml.image.pixels.decoding import SUFFIXES, colour_mode, decode, is_dicom
 from ml.runtime.errors import BadDataset, ImageError
-from ml.runtime.prefetch import ahead
+from ml.runtime.prefetch import prefetch
 
-MIN_PER_CLASS = 5  # fewer cannot be split 80/20 with a scan of each class on both sides
-NAMED_FILES = 20  # broken files named in the problems; the rest is counted
-_WRAPPERS = 2  # folders around the class folders that a zip may have
+MIN_PER_CLASS = 5  # with fewer, an 80/20 split cannot have a scan of each class on both sides
+NAMED_FILES = 20  # broken files listed by name in the problems; the rest is only counted
+_MAX_WRAPPERS = 2  # levels of folders that a zip may have around its class folders
 _MODALITY = re.compile(r"[A-Z]{2,16}")
 
-Sink = Callable[[int, np.ndarray], None]
-Report = Callable[[float], None]
+OnPixels = Callable[[int, np.ndarray], None]
+OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a folder holds: scans a class, their number, a digest of contents and labels, and what is wrong.
+    """What a dataset contains: scans per class, their total (`images`), and a digest of contents and labels.
 
-    `problems` forbid training; `warnings` say what spoils it or its scores, and what to do about it.
+    `problems` prevent training. `warnings` describe what degrades training or its scores, and how to fix it.
     """
 
     classes: dict[str, int]
@@ -52,17 +52,17 @@ class DatasetReport:
 
     @property
     def labels(self) -> np.ndarray:
-        """Each scan's class as an index: int64 [images]."""
+        """The class index of each scan, int64 [images]."""
         index = {name: number for number, name in enumerate(self.names)}
         return np.array([index[scan.label] for scan in self.scans], dtype=np.int64)
 
     def digest_of(self, scans: Iterable[int]) -> str:
-        """Which scans these are: two networks' scores on scans of the same digest are comparable."""
+        """Identifies a set of scans: scores of two networks are comparable if their test scans have the same digest."""
         chosen = sorted(f"{self.scans[scan].label}\0{self.scans[scan].sha256}" for scan in scans)
         return hashlib.sha256("\n".join(chosen).encode()).hexdigest()
 
     def raise_for_problems(self) -> None:
-        """BadDataset with all reasons when there is one."""
+        """BadDataset with all problems, if there are any."""
         if self.problems:
             raise BadDataset(" ".join(self.problems))
 
@@ -71,13 +71,13 @@ class DatasetReport:
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name → its image files (also those in folders below), sorted; looks through up to two wrapper folders."""
+    """Class name → its image files (searched recursively), sorted; skips up to two levels of wrapper folders."""
     return {sub.name: sorted(path for path in sub.rglob("*") if _is_image(path)) for sub in _class_folders(folder)}
 
 
 def _class_folders(folder: Path) -> list[Path]:
     root = folder
-    for _ in range(_WRAPPERS):
+    for _ in range(_MAX_WRAPPERS):
         below = _subfolders(root)
         if len(below) != 1 or _images_in(root) or _images_in(below[0]) or not _subfolders(below[0]):
             break
@@ -94,12 +94,12 @@ def _images_in(folder: Path) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    # DICOM files often have no suffix at all; readme.txt and labels.csv are nobody's scan.
+    # DICOM files often have no suffix; files such as readme.txt and labels.csv are no scans.
     return path.is_file() and not path.name.startswith(".") and (path.suffix.lower() in SUFFIXES or not path.suffix)
 
 
-def _left_over(folder: Path, found: dict[str, list[Path]]) -> tuple[int, int]:
-    """How many files belong to no class: those that are no images, and images outside of the class folders."""
+def _count_unused(folder: Path, found: dict[str, list[Path]]) -> tuple[int, int]:
+    """Files that belong to no class: (files that are no images, images outside of the class folders)."""
     taken = {path for paths in found.values() for path in paths}
     hidden = (".", "__MACOSX")
     rest = [
@@ -119,49 +119,54 @@ def _left_over(folder: Path, found: dict[str, list[Path]]) -> tuple[int, int]:
 def check_dataset(
     folder: Path,
     classes: int | None = None,
-    sink: Sink | None = None,
-    report: Report | None = None,
+    on_pixels: OnPixels | None = None,
+    on_progress: OnProgress | None = None,
     window: tuple[float, float] | None = None,
 ) -> DatasetReport:
-    """Decode every scan once and say what is wrong, naming files relative to `folder`.
+    """Decode every scan once and report problems; files are named relative to `folder`.
 
-    `classes`: how many class folders there must be. `sink` gets each scan's index and pixels (uint8 [h, w, 3]) in the
-    order of `scans`, so that whoever needs the pixels need not decode again. `report` hears the fraction done.
-    `window`: centre and width of the CT window in Hounsfield units, None for each file's own.
+    Args:
+        folder: has one subfolder per class.
+        classes: the required number of class folders; None for any.
+        on_pixels: called with each readable scan's index and pixels (uint8 [height, width, 3]) in the order of the
+            report's `scans`, so that callers need not decode again.
+        on_progress: called with the fraction done, 0 to 1, after each scan.
+        window: centre and width of the CT window in Hounsfield units; None: the window stored in each file.
     """
     found = find_classes(folder)
     counts = {name: len(paths) for name, paths in found.items()}
     scans, broken = [], []
-    for index, (scan, problem, pixels) in enumerate(_examined(folder, found, window)):
+    for index, (scan, problem, pixels) in enumerate(_read_all(folder, found, window)):
         scans.append(scan)
         if problem or pixels is None:
             broken.append(f"{scan.path}: {problem}")
-        elif sink:
-            sink(index, pixels)
-        if report:
-            report((index + 1) / sum(counts.values()))
-    problems = (*_shape_problems(counts, classes), *_broken_problems(broken), *conflicts(scans))
-    inspection = inspect_scans(scans, counts, *_left_over(folder, found))
-    noted = warnings(inspection, counts)
-    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans), noted, inspection)
+        elif on_pixels:
+            on_pixels(index, pixels)
+        if on_progress:
+            on_progress((index + 1) / sum(counts.values()))
+    problems = (*_shape_problems(counts, classes), *_broken_problems(broken), *label_conflicts(scans))
+    inspection = inspect_scans(scans, counts, *_count_unused(folder, found))
+    warnings = dataset_warnings(inspection, counts)
+    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans), warnings, inspection)
 
 
 def count_images(folder: Path) -> int:
-    """How many scans `check_dataset` will look at."""
+    """The number of scans that `check_dataset` will read."""
     return sum(len(paths) for paths in find_classes(folder).values())
 
 
-Examined = tuple[ScanFile, str | None, np.ndarray | None]
+ReadScan = tuple[ScanFile, str | None, np.ndarray | None]
+"""The scan, why it cannot be read, and its pixels."""
 
 
-def _examined(folder: Path, found: dict[str, list[Path]], window: tuple[float, float] | None) -> Iterator[Examined]:
-    # A patient's name is looked for below the class folder: what stands above it would be every scan's patient.
+def _read_all(folder: Path, found: dict[str, list[Path]], window: tuple[float, float] | None) -> Iterator[ReadScan]:
+    # Patient ids are searched below the class folder only: one in a parent folder's name would apply to every scan.
     roots = {root.name: root for root in _class_folders(folder)}
     work = [(path, label) for label, paths in found.items() for path in paths]
-    return ahead(lambda item: _examine(folder, roots[item[1]], window, item), work)
+    return prefetch(lambda item: _read_scan(folder, roots[item[1]], window, item), work)
 
 
-def _examine(folder: Path, root: Path, window: tuple[float, float] | None, item: tuple[Path, str]) -> Examined:
+def _read_scan(folder: Path, root: Path, window: tuple[float, float] | None, item: tuple[Path, str]) -> ReadScan:
     path, label = item
     name = path.relative_to(folder).as_posix()
     try:
@@ -176,11 +181,11 @@ def _examine(folder: Path, root: Path, window: tuple[float, float] | None, item:
     except ImageError as error:
         return scan, str(error), None
     height, width = pixels.shape[:2]
-    return replace(scan, likeness=describe(pixels), height=height, width=width, mode=mode), None, pixels
+    return replace(scan, perceptual_hash=hash_image(pixels), height=height, width=width, mode=mode), None, pixels
 
 
 def _dicom_header(content: bytes) -> tuple[str | None, str | None]:
-    """(PatientID, modality), None where it is not told."""
+    """(PatientID, modality); None for missing values and for files that are not DICOM."""
     if not is_dicom(content):
         return None, None
     import pydicom
@@ -189,9 +194,9 @@ def _dicom_header(content: bytes) -> tuple[str | None, str | None]:
         tags = ["PatientID", "Modality"]
         header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=tags)
         identity, modality = str(header.get("PatientID") or ""), str(header.get("Modality") or "")
-    except Exception:  # a damaged header: decoding names the file as broken
+    except Exception:  # a damaged header: decoding reports the file as broken
         return None, None
-    # Whoever wrote something else into the tag may have written a name.
+    # Free text in the modality tag could contain a name, so it is not kept.
     return identity or None, modality if _MODALITY.fullmatch(modality) else "other"
 
 
@@ -215,7 +220,7 @@ def _broken_problems(broken: list[str]) -> Iterator[str]:
 
 
 def _digest(scans: list[ScanFile]) -> str:
-    """sha256 over the sorted (label, content sha256): the same scans under other names are the same dataset."""
+    """SHA-256 over the sorted (label, content hash) pairs, so file names do not matter."""
     lines = sorted(f"{scan.label}\0{scan.sha256}\n" for scan in scans)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -224,14 +229,15 @@ def _digest(scans: list[ScanFile]) -> str:
 
 
 def save_manifest(report: DatasetReport, path: Path) -> None:
-    """Write the report as JSON."""
+    """Write the report as JSON, atomically."""
     partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+    fields = asdict(report) | {"scans": [scan.as_json() for scan in report.scans]}
+    partial_path.write_text(json.dumps(fields, indent=1), encoding="utf-8")
     partial_path.replace(path)
 
 
 def load_manifest(path: Path) -> DatasetReport:
-    """Read what `save_manifest` wrote; BadDataset when there is none, or one that another version wrote."""
+    """Read what `save_manifest` wrote. BadDataset if there is no manifest, or if another version wrote it."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -244,7 +250,7 @@ def load_manifest(path: Path) -> DatasetReport:
 
 def _report_of(fields: dict[str, Any]) -> DatasetReport:
     lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("problems", "warnings") if name in fields}
-    scans = tuple(ScanFile(**scan) for scan in fields["scans"])
+    scans = tuple(ScanFile.from_json(scan) for scan in fields["scans"])
     inspection = Inspection.from_json(fields.get("inspection", {}))
     rest: dict[str, Any] = {**fields, **lists, "scans": scans, "inspection": inspection}
     return DatasetReport(**rest)

@@ -1,4 +1,4 @@
-"""Train, validation and test: no patient, no picture and no near-duplicate of one is on two sides."""
+"""Splits into training, validation and test scans; patients, copies and near-duplicates stay on one side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ml.image.dataset.perceptual_hash import near_duplicates
+from ml.image.dataset.perceptual_hash import group_near_duplicates
 from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import DatasetReport
 from ml.runtime.errors import BadDataset
@@ -16,7 +16,7 @@ from ml.runtime.errors import BadDataset
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of scans, int64, sorted: learned from; choosing epoch, temperature and threshold; only evaluated."""
+    """Sorted scan indices, int64: to learn from; to choose epoch, temperature and threshold; to evaluate only."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -25,7 +25,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _Group:
-    """Scans that stay together: their indices, how many of each class, and what they draw lots by."""
+    """Scans that stay together: indices, number of scans per class, and the name that decides the draw."""
 
     indices: list[int]
     counts: np.ndarray
@@ -33,12 +33,12 @@ class _Group:
 
 
 def split_scans(report: DatasetReport, seed: int, test_size: float = 0.2, validation_size: float = 0.1) -> Split:
-    """A split stratified by class, in which groups (see `group_scans`) stay whole; sizes are shares of all scans.
+    """A split stratified by class that keeps groups (see `group_scans`) whole; sizes are fractions of all scans.
 
-    Groups are drawn in the order of a hash of `seed` and themselves, first for the test, then for validation, until
-    each class has its share. So a scan that tested one network is hardly ever trained on by the next one when the
-    dataset has only grown. `validation_size` 0 leaves validation empty.
-    BadDataset when a class has too few groups for a scan of it on every side.
+    Groups are drawn in the order of a hash of `seed` and the group, first for test, then for validation, until each
+    class has its share. So when a dataset grows, test scans of one network rarely become training scans of the next.
+    `validation_size` 0 leaves validation empty.
+    BadDataset if a class has too few groups to be on every side.
     """
     groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
     sides = 3 if validation_size else 2
@@ -51,18 +51,18 @@ def split_scans(report: DatasetReport, seed: int, test_size: float = 0.2, valida
 
 
 def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: float = 0.1) -> list[Split]:
-    """Cross-validation: `folds` splits that test each scan exactly once, stratified, in which groups stay whole.
+    """Cross-validation: `folds` stratified splits that test each scan exactly once and keep groups whole.
 
-    Validation is drawn from what a fold does not test. A group's fold is drawn by a hash of `seed` and itself; it
-    goes elsewhere only where that fold is full. BadDataset when a class has fewer groups than there are folds.
+    Validation scans are drawn from those that a fold does not test. A hash of `seed` and the group decides its fold,
+    unless that fold is full. BadDataset if a class has fewer groups than there are folds.
     """
     groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
     _require_folds(report, groups, folds)
-    place = _places(groups, totals, folds, seed)
+    assigned = _assign_folds(groups, totals, folds, seed)
     splits = []
     for fold in range(folds):
-        test = [group for group, at in zip(groups, place, strict=True) if at == fold]
-        rest = [group for group, at in zip(groups, place, strict=True) if at != fold]
+        test = [group for group, at in zip(groups, assigned, strict=True) if at == fold]
+        rest = [group for group, at in zip(groups, assigned, strict=True) if at != fold]
         validation, train = _draw(rest, totals, validation_size, leave=1) if validation_size else ([], rest)
         splits.append(_split(train, validation, test))
         sides = 3 if validation_size else 2
@@ -71,19 +71,19 @@ def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: f
 
 
 def group_scans(scans: Sequence[ScanFile]) -> np.ndarray:
-    """A number for each scan, int64 [scans]: the same for scans that belong together, directly or through others.
+    """A group number for each scan, int64 [scans]. Scans that belong together, also transitively, have the same.
 
-    Scans belong together when they share a patient, are the same file, or are near-duplicates. Blank scans are of
-    their patient only: the same black picture does not make two patients one.
+    Scans belong together if they share a patient, are the same file, or are near-duplicates. Blank scans are grouped
+    by patient only: an identical black picture does not connect two patients.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    near = near_duplicates([scan.likeness for scan in scans])
+    near = group_near_duplicates([scan.perceptual_hash for scan in scans])
     tokens: dict[str, int] = {}
     edges = [(index, int(group)) for index, group in enumerate(near)]
     for index, scan in enumerate(scans):
-        content = scan.likeness != "" and f"content {scan.sha256}"
+        content = scan.perceptual_hash != "" and f"content {scan.sha256}"
         for token in (content, scan.patient and f"patient {scan.patient}"):
             if token:
                 edges.append((index, len(scans) + tokens.setdefault(token, len(tokens))))
@@ -97,31 +97,31 @@ def group_scans(scans: Sequence[ScanFile]) -> np.ndarray:
 
 
 def _groups(report: DatasetReport, seed: int) -> list[_Group]:
-    """All groups in the order of their lots."""
-    members: dict[int, list[int]] = {}
+    """All groups in the order in which they are drawn."""
+    by_number: dict[int, list[int]] = {}
     for index, group in enumerate(group_scans(report.scans)):
-        members.setdefault(int(group), []).append(index)
+        by_number.setdefault(int(group), []).append(index)
     labels, classes = report.labels, len(report.classes)
     groups = [
         _Group(indices, np.bincount(labels[indices], minlength=classes), _name(report.scans, indices))
-        for indices in members.values()
+        for indices in by_number.values()
     ]
-    return sorted(groups, key=lambda group: _lot(seed, group.name))
+    return sorted(groups, key=lambda group: _draw_key(seed, group.name))
 
 
 def _name(scans: Sequence[ScanFile], indices: list[int]) -> str:
     return min(scans[index].patient or scans[index].sha256 for index in indices)
 
 
-def _lot(seed: int | str, name: str) -> str:
-    """A group's place in the draw: it depends on the seed and the group alone, not on what else is in the dataset."""
+def _draw_key(seed: int | str, name: str) -> str:
+    """Decides when a group is drawn: by the seed and the group alone, not by the rest of the dataset."""
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
 
 def _draw(groups: list[_Group], totals: np.ndarray, size: float, leave: int) -> tuple[list[_Group], list[_Group]]:
-    """(drawn, rest): in order, each group that brings none of its classes far past its share of `totals`.
+    """(drawn, rest): in order, each group that keeps all of its classes near their share of `totals`.
 
-    Of each class at least one group is drawn and at least `leave` are left, wherever that is possible.
+    If possible, at least one group of each class is drawn and at least `leave` groups of it remain.
     """
     share, drawn = np.rint(size * totals), np.zeros(len(groups), dtype=bool)
     held, left = np.zeros_like(share), np.sum([group.counts > 0 for group in groups], axis=0)
@@ -135,7 +135,7 @@ def _draw(groups: list[_Group], totals: np.ndarray, size: float, leave: int) -> 
         has = group.counts > 0
         if np.all((held + group.counts / 2 <= share)[has]) and np.all(left[has] > leave):
             take(number)
-    for label in range(len(totals)):  # a class whose every group is larger than its share
+    for label in range(len(totals)):  # a class of which every group is larger than its share
         spare = [n for n, group in enumerate(groups) if group.counts[label] and np.all(left[group.counts > 0] > leave)]
         if not held[label] and spare:
             take(min(spare, key=lambda number: len(groups[number].indices)))
@@ -143,27 +143,27 @@ def _draw(groups: list[_Group], totals: np.ndarray, size: float, leave: int) -> 
     return chosen, [group for group, taken in zip(groups, drawn, strict=True) if not taken]
 
 
-def _places(groups: list[_Group], totals: np.ndarray, folds: int, seed: int) -> list[int]:
-    """Each group's fold. Large groups choose first, so that small ones can even out what they leave."""
+def _assign_folds(groups: list[_Group], totals: np.ndarray, folds: int, seed: int) -> list[int]:
+    """Each group's fold. Large groups are placed first, so that small ones can even out the loads."""
     loads, share = np.zeros((folds, len(totals))), totals / folds
     remaining = np.sum([group.counts > 0 for group in groups], axis=0)
-    places = [0] * len(groups)
+    folds_of = [0] * len(groups)
     for number in sorted(range(len(groups)), key=lambda number: -len(groups[number].indices)):
         group = groups[number]
         has = group.counts > 0
-        wanted = int(_lot(f"fold {seed}", group.name)[:8], 16) * folds >> 32
+        wanted = int(_draw_key(f"fold {seed}", group.name)[:8], 16) * folds >> 32
         allowed = _allowed(loads, remaining, has)
         if not (allowed[wanted] and np.all((loads[wanted] + group.counts / 2 <= share)[has])):
             load = (loads / totals)[:, has].sum(axis=1)
             wanted = int(np.argmin(np.where(allowed, load, np.inf)))
-        places[number] = wanted
+        folds_of[number] = wanted
         loads[wanted] += group.counts
         remaining = remaining - has
-    return places
+    return folds_of
 
 
 def _allowed(loads: np.ndarray, remaining: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """Which folds a group of the classes `has` may go to: where a class has just enough groups left, to empty ones."""
+    """Which folds a group with the classes `has` may go to: if a class has barely enough groups left, only empty ones."""
     allowed = np.ones(len(loads), dtype=bool)
     for label in np.flatnonzero(has):
         empty = loads[:, label] == 0
@@ -177,7 +177,7 @@ def _split(train: list[_Group], validation: list[_Group], test: list[_Group]) ->
     return Split(*(np.sort(np.array(side, dtype=np.int64)) for side in sides))
 
 
-# --- what cannot be split --------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def _available(groups: list[_Group]) -> np.ndarray:
@@ -215,7 +215,7 @@ def _require_folds(report: DatasetReport, groups: list[_Group], folds: int) -> N
 
 
 def _require_classes(report: DatasetReport, split: Split, sides: int, asked: str) -> None:
-    """Also for what counting cannot foresee: patients with scans of several classes, folds that leave little."""
+    """Checks the result: patients with scans of several classes can leave a side without a class despite the counts."""
     labels = report.labels
     for what, side in (("train", split.train), ("test", split.test), ("validate", split.validation))[:sides]:
         missing = set(range(len(report.names))) - set(labels[side].tolist())

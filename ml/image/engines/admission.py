@@ -1,9 +1,9 @@
-"""Which engines may predict with a network: each is tried on the network's own test scans, beside fp32.
+"""Which dtypes a network may predict in: each is tried on the network's own test scans and compared with fp32.
 
-Rounding is harmless for most networks and ruins some, and nobody can tell which by looking. So what is faster than fp32
-has to show that it says the same: with bf16 every label is the same and no probability moves by more than 0.01; with
-int8 neither F1 nor sensitivity falls by more than 0.005, and no probability moves by more than 0.05. With both no
-out-of-distribution score moves by more than 0.1.
+Rounding is harmless for most networks and ruins some, which cannot be predicted. So a dtype that is faster than fp32 is
+only admitted if its outputs are nearly the same. With bf16, no label may change and no probability may differ by more
+than 0.01. With int8, neither F1 nor sensitivity may fall by more than 0.005, and no probability may differ by more than
+0.05. With either, no OOD score may differ by more than 0.1.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ from torch import nn
 from ml.evaluation.calibration import Calibration, softmax
 from ml.evaluation.intervals import Decisions, figures
 from ml.evaluation.metrics import positive_index
-from ml.image.engines.base import Form, Precision, outputs_of
-from ml.image.engines.engines import engine_name, forms, open_engine
-from ml.image.engines.graphs import Ranges, graph_of, ranges_of
-from ml.image.networks.descriptor import served
+from ml.image.engines.backends import engine_name, open_engine, supported_dtypes
+from ml.image.engines.engine import Dtype, Precision, outputs_of
+from ml.image.engines.graphs import Ranges, activation_ranges, graph_of
+from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.network import Model
-from ml.image.networks.ood import Outliers
+from ml.image.networks.ood import OodDetector
 from ml.runtime.errors import EngineNotAdmitted
 
-TRIED = 64
-"""Test scans, at most: beyond that the trial takes longer than it tells."""
-SEEN = 32
-"""Training scans that give int8 its ranges. Their mean hardly moves with more."""
-LARGEST = {"bf16": 0.01, "int8": 0.05}
-"""How far a probability may move."""
-LEAST_LOSS = 0.005
+TRIAL_SCANS = 64
+"""Test scans per trial, at most; more take time and change little."""
+RANGE_SCANS = 32
+"""Training scans that determine the activation ranges of int8; their mean hardly changes with more."""
+MAX_PROBABILITY_SHIFT = {"bf16": 0.01, "int8": 0.05}
+MAX_FIGURE_LOSS = 0.005
 """How far int8 may lower F1 and sensitivity."""
-LARGEST_SCORE = 0.1
-"""How far an out-of-distribution score may move, of the 1 from which a scan is rejected."""
+MAX_OOD_SHIFT = 0.1
+"""How far an OOD score may differ; from 1 on a scan is rejected."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How an engine did on `scans` test scans: what it moved, and whether that is little enough."""
+    """The result of trying an engine on `scans` test scans."""
 
     admitted: bool
     reason: str
@@ -51,21 +50,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Admission:
-    """All trials by the engine's name, the ranges that int8 needs (see ml.image.engines.graphs), and what the
-    out-of-distribution score needs, by now with each form's shift."""
+    """All trials by engine name, the activation ranges for int8 (see ml.image.engines.graphs), and the OOD detector
+    with the shift of each dtype."""
 
     trials: Mapping[str, Trial] = field(default_factory=dict)
     ranges: Ranges | None = None
-    outliers: Outliers | None = None
+    ood: OodDetector | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a model file's metadata."""
         ranges = None if self.ranges is None else [list(one) for one in self.ranges]
         engines = {name: asdict(trial) for name, trial in self.trials.items()}
-        return {"engines": engines, "ranges": ranges, "outliers": self.outliers and self.outliers.as_dict()}
+        return {"engines": engines, "ranges": ranges, "outliers": self.ood and self.ood.as_dict()}
 
 
-def whole(model: Model) -> nn.Sequential:
+def whole_network(model: Model) -> nn.Sequential:
     """The network from normalized pixels to logits."""
     return nn.Sequential(*model.cut())
 
@@ -76,69 +75,84 @@ def admit(
     pictures: np.ndarray,
     labels: np.ndarray,
     seen: np.ndarray,
-    outliers: Outliers | None = None,
-    learnt_in: Form = "fp32",
+    ood: OodDetector | None = None,
+    fitted_in: Dtype = "fp32",
 ) -> Admission:
-    """Try every engine that this machine computes in hardware.
+    """Try every dtype that this machine computes in hardware.
 
-    `pictures`: test scans, uint8 [n, height, width, 3], with int `labels` [n]. `seen`: training scans, for the ranges
-    and the shifts. `learnt_in`: the form of the engine that gave `outliers` its descriptors.
+    Args:
+        model: the trained network.
+        calibration: its temperature and threshold.
+        pictures: test scans, uint8 [n, height, width, 3].
+        labels: their class indices, int [n].
+        seen: training scans, uint8 [m, height, width, 3], for int8's ranges and the shifts of descriptors.
+        ood: the OOD detector, if there is one.
+        fitted_in: the dtype of the descriptors that `ood` was fitted to.
     """
-    layers, ranges = served(model).eval(), None
-    tried, known = dict[Form, np.ndarray](), dict[Form, np.ndarray]()
-    for form in reversed(forms()):
-        if form == "int8":
-            ranges = ranges_of(graph_of(layers, model.transform), seen)
-        outputs = outputs_of(open_engine(layers, model.transform, form, ranges), np.concatenate([pictures, seen]))
-        tried[form], known[form] = outputs[: len(pictures)], outputs[len(pictures) :]
+    layers, ranges = with_descriptor(model).eval(), None
+    on_test, on_seen = dict[Dtype, np.ndarray](), dict[Dtype, np.ndarray]()
+    for dtype in reversed(supported_dtypes()):
+        if dtype == "int8":
+            ranges = activation_ranges(graph_of(layers, model.transform), seen)
+        outputs = outputs_of(open_engine(layers, model.transform, dtype, ranges), np.concatenate([pictures, seen]))
+        on_test[dtype], on_seen[dtype] = outputs[: len(pictures)], outputs[len(pictures) :]
     classes = len(model.classes)
-    shifted = _shifted(outliers, {form: each[:, classes:] for form, each in known.items()}, learnt_in)
-    moved = _moved(shifted, {form: each[:, classes:] for form, each in tried.items()})
-    judge = Judge(calibration, labels, positive_index(model.classes), tried["fp32"][:, :classes])
-    judged = {form: judge.trial(form, each[:, :classes]) for form, each in tried.items()}
-    return Admission({engine_name(form): _near(judged[form], moved[form]) for form in judged}, ranges, shifted)
+    ood = _with_shifts(ood, {dtype: each[:, classes:] for dtype, each in on_seen.items()}, fitted_in)
+    score_shifts = _score_shifts(ood, {dtype: each[:, classes:] for dtype, each in on_test.items()})
+    comparison = ReferenceComparison(calibration, labels, positive_index(model.classes), on_test["fp32"][:, :classes])
+    trials = {
+        engine_name(dtype): _checked_score(comparison.trial(dtype, outputs[:, :classes]), score_shifts[dtype])
+        for dtype, outputs in on_test.items()
+    }
+    return Admission(trials, ranges, ood)
 
 
-def _shifted(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray], learnt_in: Form) -> Outliers | None:
-    """With what each form's rounding shifts in the descriptors of training scans, against the form that these were
-    learnt in (where this machine only emulates that one, against fp32). What a form does not shift is left out."""
-    if outliers is None:
+def _with_shifts(
+    ood: OodDetector | None, descriptors: Mapping[Dtype, np.ndarray], fitted_in: Dtype
+) -> OodDetector | None:
+    """The detector with the mean shift of each dtype's descriptors, [n, width], against the dtype it was fitted in.
+
+    If this machine only emulates the latter, shifts are against fp32. Dtypes without a shift are left out.
+    """
+    if ood is None:
         return None
-    origin = learnt_in if learnt_in in descriptors else "fp32"
-    shifts = {str(form): (each - descriptors[origin]).mean(axis=0) for form, each in descriptors.items()}
-    return replace(outliers, shifts={form: shift for form, shift in shifts.items() if shift.any()})
+    origin = fitted_in if fitted_in in descriptors else "fp32"
+    shifts = {str(dtype): (each - descriptors[origin]).mean(axis=0) for dtype, each in descriptors.items()}
+    return replace(ood, shifts={dtype: shift for dtype, shift in shifts.items() if shift.any()})
 
 
-def _moved(outliers: Outliers | None, descriptors: Mapping[Form, np.ndarray]) -> dict[Form, float]:
-    """How far each form moves an out-of-distribution score, at most."""
-    if outliers is None:
+def _score_shifts(ood: OodDetector | None, descriptors: Mapping[Dtype, np.ndarray]) -> dict[Dtype, float]:
+    """The largest difference of an OOD score from fp32, by dtype."""
+    if ood is None:
         return dict.fromkeys(descriptors, 0.0)
-    scores = {form: outliers.through(form).descriptors.quotients(each) for form, each in descriptors.items()}
-    return {form: float(np.abs(each - scores["fp32"]).max()) for form, each in scores.items()}
+    scores = {dtype: ood.for_dtype(dtype).descriptors.quotients(each) for dtype, each in descriptors.items()}
+    return {dtype: float(np.abs(each - scores["fp32"]).max()) for dtype, each in scores.items()}
 
 
-def _near(trial: Trial, moved: float) -> Trial:
-    """The trial, refused where a score moved too far."""
-    if not trial.admitted or moved <= LARGEST_SCORE:
+def _checked_score(trial: Trial, shift: float) -> Trial:
+    """The trial, refused if an OOD score differs too much."""
+    if not trial.admitted or shift <= MAX_OOD_SHIFT:
         return trial
-    why = f"an out-of-distribution score moved by {moved:.2f}, more than {LARGEST_SCORE}"
+    why = f"an out-of-distribution score moved by {shift:.2f}, more than {MAX_OOD_SHIFT}"
     return replace(trial, admitted=False, reason=why)
 
 
-def form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:
-    """The form that a network predicts in here: the fastest that was admitted, or the one that is asked for.
+def choose_dtype(metadata: Mapping[str, Any], precision: Precision = "auto") -> Dtype:
+    """The dtype that a network predicts in on this machine: the fastest admitted one, or the requested one.
 
-    A file without trials, of an earlier version, predicts in the precision that it was trained with.
-    EngineNotAdmitted where what is asked for is not in this machine's hardware, or was not admitted.
+    Networks of earlier versions have no trials; they predict in the precision that they were trained with.
+    EngineNotAdmitted if the requested dtype is not supported by the hardware, or was not admitted.
     """
     trials: Mapping[str, Any] | None = metadata.get("engines")
-    here = forms()
+    supported = supported_dtypes()
     if precision == "auto":
         if trials is None and (trained := metadata.get("precision", "auto")) != "auto":
-            return cast(Form, trained)
-        allowed = ("bf16", "fp32") if trials is None else tuple(form for form in here if _is_admitted(trials, form))
-        return next(form for form in here if form in allowed)
-    if precision != "fp32" and precision not in here:
+            return cast(Dtype, trained)
+        admitted = (
+            ("bf16", "fp32") if trials is None else tuple(dtype for dtype in supported if _is_admitted(trials, dtype))
+        )
+        return next(dtype for dtype in supported if dtype in admitted)
+    if precision != "fp32" and precision not in supported:
         raise EngineNotAdmitted(f"precision: this machine does not compute {precision} in hardware; use auto or fp32.")
     if trials is not None and not _is_admitted(trials, precision):
         why = trials.get(engine_name(precision), {}).get("reason", "it was not tried on a machine like this one")
@@ -146,21 +160,24 @@ def form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:
     return precision
 
 
-def floating_form_of(metadata: Mapping[str, Any], precision: Precision = "auto") -> Form:
-    """The form that parts of a network are computed in: that of its predictions, but never int8, whose ranges are of
-    the whole network. There the fastest other one that was admitted. EngineNotAdmitted as `form_of` has it."""
-    form, trials = form_of(metadata, precision), metadata.get("engines") or {}
-    if form != "int8":
-        return form
-    return "bf16" if "bf16" in forms() and _is_admitted(trials, "bf16") else "fp32"
+def choose_float_dtype(metadata: Mapping[str, Any], precision: Precision = "auto") -> Dtype:
+    """The dtype for parts of a network: that of its predictions, but never int8.
+
+    int8's ranges are known for the whole network only; the fastest other admitted dtype replaces it. Raises as
+    `choose_dtype`.
+    """
+    dtype, trials = choose_dtype(metadata, precision), metadata.get("engines") or {}
+    if dtype != "int8":
+        return dtype
+    return "bf16" if "bf16" in supported_dtypes() and _is_admitted(trials, "bf16") else "fp32"
 
 
-def _is_admitted(trials: Mapping[str, Any], form: Form) -> bool:
-    return form == "fp32" or bool(trials.get(engine_name(form), {}).get("admitted"))
+def _is_admitted(trials: Mapping[str, Any], dtype: Dtype) -> bool:
+    return dtype == "fp32" or bool(trials.get(engine_name(dtype), {}).get("admitted"))
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class ReferenceComparison:
     """Compares logits [n, classes] with those of fp32, `reference`, on scans with int `labels` [n]."""
 
     calibration: Calibration
@@ -168,34 +185,34 @@ class Judge:
     positive: int | None
     reference: np.ndarray
 
-    def trial(self, form: Form, logits: np.ndarray) -> Trial:
-        """Whether these are near enough for an engine of this form."""
+    def trial(self, dtype: Dtype, logits: np.ndarray) -> Trial:
+        """Whether these logits are close enough to admit an engine with this dtype."""
         ours, theirs = (softmax(each, self.calibration.temperature) for each in (logits, self.reference))
         difference = float(np.abs(ours - theirs).max())
-        changed = int((self._decided(logits) != self._decided(self.reference)).sum())
-        why = self._against(form, logits, changed, difference)
-        reason = why or ("the reference" if form == "fp32" else f"as fp32 on {len(logits)} test scans")
-        return Trial(why is None, reason, len(logits), changed, round(difference, 6))
+        changed = int((self._decide(logits) != self._decide(self.reference)).sum())
+        refusal = self._refusal(dtype, logits, changed, difference)
+        reason = refusal or ("the reference" if dtype == "fp32" else f"as fp32 on {len(logits)} test scans")
+        return Trial(refusal is None, reason, len(logits), changed, round(difference, 6))
 
-    def _against(self, form: Form, logits: np.ndarray, changed: int, difference: float) -> str | None:
-        """What speaks against it; None for nothing."""
-        if form == "fp32":
+    def _refusal(self, dtype: Dtype, logits: np.ndarray, changed: int, difference: float) -> str | None:
+        """Why it is not admitted; None if it is."""
+        if dtype == "fp32":
             return None
         if not np.isfinite(logits).all():
             return "its answers are not finite"
-        if difference > LARGEST[form]:
-            return f"a probability moved by {difference:.3f}, more than {LARGEST[form]}"
-        if form == "bf16":
+        if difference > MAX_PROBABILITY_SHIFT[dtype]:
+            return f"a probability moved by {difference:.3f}, more than {MAX_PROBABILITY_SHIFT[dtype]}"
+        if dtype == "bf16":
             return f"{changed} labels changed" if changed else None
         for name in ("f1", "recall"):
             lost = self._figure(name, self.reference) - self._figure(name, logits)
-            if lost > LEAST_LOSS:
-                return f"{'F1' if name == 'f1' else 'sensitivity'} fell by {lost:.3f}, more than {LEAST_LOSS}"
+            if lost > MAX_FIGURE_LOSS:
+                return f"{'F1' if name == 'f1' else 'sensitivity'} fell by {lost:.3f}, more than {MAX_FIGURE_LOSS}"
         return None
 
-    def _decided(self, logits: np.ndarray) -> np.ndarray:
+    def _decide(self, logits: np.ndarray) -> np.ndarray:
         return self.calibration.decide(logits, self.positive)
 
     def _figure(self, name: str, logits: np.ndarray) -> float:
-        made = Decisions(self.labels, self._decided(logits), logits, np.arange(len(logits)), self.positive)
-        return float(np.nan_to_num(figures(np.ones((1, len(logits))), made)[name][0]))
+        decisions = Decisions(self.labels, self._decide(logits), logits, np.arange(len(logits)), self.positive)
+        return float(np.nan_to_num(figures(np.ones((1, len(logits))), decisions)[name][0]))

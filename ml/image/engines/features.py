@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ml.image.engines.base import Engine
+from ml.image.engines.engine import Engine
 from ml.image.pixels.augmentation import Augment
 from ml.runtime.cache import Cached, read_features
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.runtime.tensorfile import reserve
 
 IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked temporary file
@@ -25,8 +25,10 @@ IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked 
 class Features:
     """Features of a dataset's scans. `pixels`: uint8 [scans, height, width, 3], an array or a map of a file."""
 
-    def __init__(self, engine: Engine, pixels: np.ndarray, team: Team = ALONE, cached: Cached | None = None) -> None:
-        self.engine, self._pixels, self._team, self._cached = engine, pixels, team, cached
+    def __init__(
+        self, engine: Engine, pixels: np.ndarray, group: ProcessGroup = SINGLE_PROCESS, cached: Cached | None = None
+    ) -> None:
+        self.engine, self._pixels, self._group, self._cached = engine, pixels, group, cached
         self._tell: Callable[[int], None] = lambda count: None
         self._kept: np.ndarray | None = None
         self._known = np.zeros(len(pixels), dtype=bool)
@@ -52,7 +54,7 @@ class Features:
 
     def remember(self) -> None:
         """Leave the plain features in the cache, for the next training of these scans."""
-        if self._cached is not None and self._kept is not None and self._team.leads:
+        if self._cached is not None and self._kept is not None and self._group.is_leader:
             self._cached.store(self._kept, self._known)
 
     def augmented(self, scans: np.ndarray, augment: Augment) -> np.ndarray:
@@ -72,11 +74,11 @@ class Features:
     def _computed(
         self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
-        if self._team.size == 1:
+        if self._group.size == 1:
             yield from self._streamed(rows, pixels_of)
             return
-        share = [features for _, features in self._streamed(self._team.share(rows), pixels_of)]
-        yield slice(0, len(rows)), self._team.together(np.concatenate(share), len(rows))
+        share = [features for _, features in self._streamed(self._group.rows_to_compute(rows), pixels_of)]
+        yield slice(0, len(rows)), self._group.gather_rows(np.concatenate(share), len(rows))
 
     def _streamed(
         self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
@@ -87,7 +89,7 @@ class Features:
         for features in self.engine.stream(batches):
             yield slice(done, done + len(features)), features
             done += len(features)
-            self._tell(len(features) * self._team.size)
+            self._tell(len(features) * self._group.size)
 
     def _room(self, shape: tuple[int, ...]) -> np.ndarray:
         if self._kept is None:
@@ -96,11 +98,11 @@ class Features:
 
     def _recall(self) -> None:
         # Members of a team must know the same, or one would wait for shares that another does not compute.
-        entry = self._team.told(self._cached.entry() if self._cached is not None else None)
+        entry = self._group.broadcast(self._cached.entry() if self._cached is not None else None)
         found = read_features(entry) if entry is not None else None
         if found is not None and found[1].shape != self._known.shape:
             found = None
-        known = self._team.common(self._known if found is None else found[1])
+        known = self._group.all_true(self._known if found is None else found[1])
         if found is not None and known.any():
             self._known = known.copy()
             self._room(found[0].shape[1:])[known] = found[0][known]

@@ -18,23 +18,23 @@ import torch
 from torch import nn
 
 from ml.image.engines import openvino_import
-from ml.image.networks.descriptor import Described
+from ml.image.networks.feature_descriptor import HeadWithDescriptor
 from ml.image.pixels.transforms import Transform
 
 Ranges = Sequence[tuple[float, float]]
 """Lowest and highest value that comes into each layer that is quantized, in the order of the graph."""
-_SEEN_AT_ONCE = 4  # pictures; see ml.image.engines.engines.SMALL_BATCH
+_SEEN_AT_ONCE = 4  # pictures; see ml.image.engines.backends.SMALL_BATCH
 
 
 def graph_of(layers: nn.Sequential, transform: Transform) -> Any:
     """An `openvino.Model` of the layers: uint8 [n, height, width, 3] → float32 [n, …].
 
-    With a `Described` at the end it has two outputs, logits and descriptor: behind a Concat the logits would be rounded
+    With a `HeadWithDescriptor` at the end it has two outputs, logits and descriptor: behind a Concat the logits would be rounded
     to bf16 wherever the network is.
     """
     leaves = list(_leaves(layers))
     graph = _written(leaves, transform) if all(map(_can_be_written, leaves)) else _traced(layers, transform)
-    if not any(isinstance(leaf, Described) for leaf in leaves):
+    if not any(isinstance(leaf, HeadWithDescriptor) for leaf in leaves):
         return graph
     concat = graph.get_results()[0].input_value(0).get_node()
     return openvino_import.openvino().Model(concat.input_values(), graph.get_parameters(), "network")
@@ -52,7 +52,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _can_be_written(layer: nn.Module) -> bool:
-    if isinstance(layer, Described):
+    if isinstance(layer, HeadWithDescriptor):
         return all(map(_can_be_written, _leaves(layer.head)))
     kinds = nn.Conv2d | nn.ReLU | nn.MaxPool2d | nn.AdaptiveAvgPool2d | nn.Flatten | nn.Linear | nn.Dropout
     return isinstance(layer, kinds)
@@ -89,7 +89,7 @@ def _write_layer(op: Any, layer: nn.Module, node: Any) -> Any:
         return op.reshape(node, np.array([0, -1]), True)
     if isinstance(layer, nn.Dropout):
         return node
-    if isinstance(layer, Described):
+    if isinstance(layer, HeadWithDescriptor):
         return _write_described(op, layer, node)
     side = int(layer.output_size)  # type: ignore[arg-type]
     output = node if hasattr(node, "get_partial_shape") else node.output(0)
@@ -97,7 +97,7 @@ def _write_layer(op: Any, layer: nn.Module, node: Any) -> Any:
     return node if sides == [side, side] else op.adaptive_avg_pool(node, op.constant(np.array([side, side])))
 
 
-def _write_described(op: Any, layer: Described, features: Any) -> Any:
+def _write_described(op: Any, layer: HeadWithDescriptor, features: Any) -> Any:
     logits = features
     for leaf in _leaves(layer.head):
         logits = _write_layer(op, leaf, logits)
@@ -135,7 +135,7 @@ def _traced(layers: nn.Sequential, transform: Transform) -> Any:
 # --- int8 ------------------------------------------------------------------------------------------------------------
 
 
-def ranges_of(graph: Any, pictures: np.ndarray) -> Ranges:
+def activation_ranges(graph: Any, pictures: np.ndarray) -> Ranges:
     """The range of what comes into each layer that `quantize` changes: mean over uint8 pictures [n, height, width, 3].
 
     Their lowest and highest values' mean, not the extremes: one odd picture must not coarsen all others.

@@ -13,13 +13,13 @@ import torch
 from ml.runtime.errors import DeviceOutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from ml.image.engines.base import Engine
+    from ml.image.engines.engine import Engine
 
 log = logging.getLogger("ml")
 
 
-class HalvingEngine:
-    """An engine (see `ml.image.engines.engines.Engine`) around another. Who streams through it sees nothing of the
+class OomFallbackEngine:
+    """An engine (see `ml.image.engines.backends.Engine`) around another. Who streams through it sees nothing of the
     halving."""
 
     def __init__(self, engine: Engine) -> None:

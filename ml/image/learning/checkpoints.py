@@ -1,7 +1,7 @@
 """A training's checkpoints: what it takes to go on after an epoch as if nothing had happened.
 
 A checkpoint is a safetensors file. Its tensors are those of what learns: weights, the optimizer's, standardization
-(`ml.image.learning.vgg_head.Head.state` says when few of them are enough), and the weights of the best epoch where
+(`ml.image.learning.vgg_head.VggHeadLearner.state` says when few of them are enough), and the weights of the best epoch where
 that is another one. Its metadata carry the rest:
 
 - the epochs so far, and the origin: what the training is made of. Another origin is refused;
@@ -56,7 +56,7 @@ class Origin:
     engine: str
 
     @classmethod
-    def of(cls, params: Params, report: DatasetReport, network: nn.Module, engine: str) -> Origin:
+    def from_training(cls, params: Params, report: DatasetReport, network: nn.Module, engine: str) -> Origin:
         """The origin of a training that has not begun."""
         scans = json.dumps([(scan.label, scan.sha256, scan.patient) for scan in report.scans])
         # Parameters only: what an untrained network's normalizations are calibrated to differs by a machine's rounding.
@@ -133,7 +133,7 @@ def load(path: Path) -> Checkpoint:
         raise BadCheckpoint(_NOT_OURS) from error
 
 
-def resumed(plan: CheckpointPlan, origin: Origin) -> Checkpoint | None:
+def load_resume_checkpoint(plan: CheckpointPlan, origin: Origin) -> Checkpoint | None:
     """The checkpoint that the plan goes on from; BadCheckpoint when it is not one of the same training."""
     if plan.resume is None:
         return None
@@ -145,7 +145,7 @@ def resumed(plan: CheckpointPlan, origin: Origin) -> Checkpoint | None:
 # --- during a training -----------------------------------------------------------------------------------------------
 
 
-class Keeper:
+class CheckpointWriter:
     """Writes a checkpoint at the end of an epoch, when it is time. `history` is the list that the training extends."""
 
     def __init__(self, plan: CheckpointPlan, origin: Origin, history: Sequence[Epoch], emit: Emit) -> None:

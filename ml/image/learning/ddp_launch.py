@@ -1,10 +1,10 @@
 """Processes of one machine that train together: how they find each other, and how none outlives the rest.
 
 The process that asks for a team leads it: it tells the epochs and writes the files. The others are its children,
-`python -m ml.image.stages.ddp_worker`; each reads its job from a file, and runs the same training in step. A member
+`python -m ml.image.learning.ddp_worker`; each reads its job from a file, and runs the same training in step. A member
 whose leader is gone sees its stdin end and leaves; the leader ends the members whenever it leaves the team; and
 where one dies, the connections to it break, so that the others' next exchange fails at once. A process that stands
-still without dying is given up after `PATIENCE`.
+still without dying is given up after `EXCHANGE_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ import torch
 import torch.distributed as dist
 
 from ml.runtime.errors import BadParams, PipelineError, as_pipeline_error
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
-PATIENCE = timedelta(minutes=30)  # of an exchange; a member may wait this long for another one's share of the features
+EXCHANGE_TIMEOUT = timedelta(
+    minutes=30
+)  # of an exchange; a member may wait this long for another one's share of the features
 START_SECONDS = 180.0  # in which a member must have loaded its job
 BLAME_SECONDS = 5.0  # in which a member whose connection broke is found to have died
 
 
-class MemberLost(PipelineError):
+class WorkerLost(PipelineError):
     """A process of the training ended before its time. Whatever ended it may be over, so trying again can help."""
 
     retryable = True
@@ -44,13 +46,13 @@ class MemberLost(PipelineError):
 class Job(Protocol):
     """What a member does. It travels by pickle, so its class must be one that can be imported."""
 
-    def load(self) -> Callable[[Team], None]:
+    def load(self) -> Callable[[ProcessGroup], None]:
         """Read all that it needs from disk; what it answers runs when the whole team is there."""
         ...
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankConfig:
     """A member's place: how it finds the others, and what it has to do."""
 
     rank: int
@@ -70,29 +72,32 @@ class Seat:
 
 
 @contextmanager
-def gathered(size: int, job: Job, folder: Path | None = None) -> Iterator[Team]:
+def launch_workers(size: int, job: Job, folder: Path | None = None) -> Iterator[ProcessGroup]:
     """Lead a team of `size` processes, of which the others do `job`. With size 1 there is nobody else.
 
     `folder`: of which files for the members may be written below. BadParams names `devices` where the machine has too
     few; a member's own PipelineError, or MemberLost, where one of them fails.
     """
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     require_devices(size)
     with tempfile.TemporaryDirectory(prefix="renalq-team-", dir=folder) as place, _sharing_cores(size):
-        members, team = _Members([Seat(rank, size, Path(place), job) for rank in range(1, size)]), Team(0, size)
+        members, group = (
+            _Members([RankConfig(rank, size, Path(place), job) for rank in range(1, size)]),
+            ProcessGroup(0, size),
+        )
         try:
             members.start()
-            with joined(team, Path(place)), members.watched():
-                yield team
+            with connected(group, Path(place)), members.watched():
+                yield group
         except PipelineError:
             raise
         except Exception as error:
             raise members.blamed_for(error) from error
         finally:
             members.end()
-            team.size = 1
+            group.size = 1
 
 
 def require_devices(size: int) -> None:
@@ -105,18 +110,18 @@ def require_devices(size: int) -> None:
 
 
 @contextmanager
-def joined(team: Team, folder: Path) -> Iterator[None]:
+def connected(group: ProcessGroup, folder: Path) -> Iterator[None]:
     """Be connected to the other members, through a file in `folder` that tells where they listen."""
-    with_gpus = team.device().type == "cuda"
+    with_gpus = group.device().type == "cuda"
     if with_gpus:
-        torch.cuda.set_device(team.device())
+        torch.cuda.set_device(group.device())
     with _on_this_machine_only():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if with_gpus else "gloo",
             init_method=f"file://{folder / 'meeting'}",
-            rank=team.rank,
-            world_size=team.size,
-            timeout=PATIENCE,
+            rank=group.rank,
+            world_size=group.size,
+            timeout=EXCHANGE_TIMEOUT,
         )
     try:
         yield
@@ -150,7 +155,7 @@ def _sharing_cores(size: int) -> Iterator[None]:
 class _Members:
     """The other processes, as their leader holds them."""
 
-    def __init__(self, seats: list[Seat]) -> None:
+    def __init__(self, seats: list[RankConfig]) -> None:
         self._seats = seats
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -162,7 +167,7 @@ class _Members:
         for seat in self._seats:
             paper = seat.folder / f"seat-{seat.rank}"
             paper.write_bytes(pickle.dumps(seat))
-            command = [sys.executable, "-m", "ml.image.stages.ddp_worker", str(paper)]
+            command = [sys.executable, "-m", "ml.image.learning.ddp_worker", str(paper)]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=own))
         deadline = time.monotonic() + START_SECONDS
         while not all(seat.ready.exists() for seat in self._seats):
@@ -181,7 +186,7 @@ class _Members:
         time.sleep(0.2)  # those that only lost their connection to the first one may be dead by now too
         return min((_failure(seat, process) for seat, process in self._dead()), key=_generality)
 
-    def _dead(self) -> list[tuple[Seat, subprocess.Popen[bytes]]]:
+    def _dead(self) -> list[tuple[RankConfig, subprocess.Popen[bytes]]]:
         pairs = zip(self._seats, self._processes, strict=False)
         return [(seat, process) for seat, process in pairs if process.poll() is not None]
 
@@ -219,14 +224,14 @@ def _is_of_connections(error: Exception) -> bool:
     return isinstance(error, RuntimeError)  # dist.DistError and DDP's are RuntimeErrors
 
 
-def _failure(seat: Seat, process: subprocess.Popen[bytes]) -> PipelineError:
+def _failure(seat: RankConfig, process: subprocess.Popen[bytes]) -> PipelineError:
     """What ended a member: told by itself, else by its exit code."""
     try:
         told = json.loads(seat.failure.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         code = process.returncode
         end = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        return MemberLost(f"Process {seat.rank + 1} of the {seat.size} that train together {end}; start the job again.")
+        return WorkerLost(f"Process {seat.rank + 1} of the {seat.size} that train together {end}; start the job again.")
     failure = PipelineError(told["detail"])
     failure.code, failure.retryable = told["code"], told["retryable"]
     return failure
@@ -234,20 +239,20 @@ def _failure(seat: Seat, process: subprocess.Popen[bytes]) -> PipelineError:
 
 def _generality(failure: PipelineError) -> int:
     """A member that was killed, or failed for a reason with a name, says more than one that lost its connection."""
-    return 2 if failure.code == PipelineError.code and not isinstance(failure, MemberLost) else 1
+    return 2 if failure.code == PipelineError.code and not isinstance(failure, WorkerLost) else 1
 
 
 # --- a member's own side ---------------------------------------------------------------------------------------------
 
 
-def sit_down(seat: Seat) -> None:
+def run_worker(seat: RankConfig) -> None:
     """Do a member's job to its end; what fails is left for the leader to read."""
     try:
         work = seat.job.load()
         seat.ready.touch()
-        team = Team(seat.rank, seat.size)
-        with joined(team, seat.folder):
-            work(team)
+        group = ProcessGroup(seat.rank, seat.size)
+        with connected(group, seat.folder):
+            work(group)
     except BaseException as error:
         failure = as_pipeline_error(error)
         told = {"code": failure.code, "detail": str(failure), "retryable": failure.retryable}

@@ -1,7 +1,7 @@
 """What learns: the part of a network above the cut, and what a training loop asks of it.
 
-Two kinds stand behind this: `ml.image.learning.vgg_head.Head`, VGG16's large classifier under SGD, by the span of
-its inputs; and `ml.image.learning.torch_learner.Tail`, everything else, by torch.
+Two kinds stand behind this: `ml.image.learning.vgg_head.VggHeadLearner`, VGG16's large classifier under SGD, by the span of
+its inputs; and `ml.image.learning.torch_learner.TorchLearner`, everything else, by torch.
 """
 
 from __future__ import annotations
@@ -97,17 +97,17 @@ class Learner(Protocol):
         ...
 
 
-def below(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+def strip_prefix(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def under(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+def add_prefix(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     """The same tensors with `prefix` before their names."""
     return {prefix + name: value for name, value in tensors.items()}
 
 
-def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
+def cloned(tensors: Tensors) -> dict[str, torch.Tensor]:
     """Copies that stay as they are."""
     return {name: value.detach().clone() for name, value in tensors.items()}
 

@@ -12,7 +12,7 @@ from ml.image.pixels.augmentation import Augment
 from ml.spec.image import Params
 
 WINDOW = 2048  # most training scans whose features are in memory at once, where they are 25088 numbers (205 MB)
-TUNED_WINDOW = 512  # with unfrozen blocks, where a scan's are up to 800,000 (VGG16's second block: 3.2 MB)
+FINE_TUNE_WINDOW = 512  # with unfrozen blocks, where a scan's are up to 800,000 (VGG16's second block: 3.2 MB)
 
 
 class Sampler:

@@ -39,7 +39,7 @@ class _Pair:
         self.a.add_(other.a, alpha=factor)
 
 
-class SpanLinear:
+class SpanSgdLinear:
     """One nn.Linear under SGD. Use: `enter` a window, `forward`, `gather` and `step` on its rows, `settle` it."""
 
     def __init__(self, linear: nn.Linear, momentum: float, weight_decay: float = 0.0) -> None:

@@ -14,35 +14,40 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ml.image.engines.engines import device_has_bf16
+from ml.image.engines.backends import device_has_bf16
 from ml.image.learning.learner import (
     Batch,
     Criterion,
     Tensors,
-    below,
+    add_prefix,
     device,
     optimizer_state,
     restore_optimizer,
     set_rate,
-    under,
+    strip_prefix,
 )
 from ml.image.learning.schedules import Phase
 from ml.image.learning.standardization import Standardization
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
 
 
-class Tail:
+class TorchLearner:
     """See `ml.image.learning.learner.Learner`. `above`: the layers that learn, changed in place; its first Linear
     takes the features where no block is among them."""
 
     def __init__(
-        self, above: nn.Sequential, params: Params, phase: Phase, criterion: Criterion, team: Team = ALONE
+        self,
+        above: nn.Sequential,
+        params: Params,
+        phase: Phase,
+        criterion: Criterion,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.device = team.device() if team.size > 1 else device()
+        self.device = group.device() if group.size > 1 else device()
         self._above = above.to(self.device).requires_grad_(True)
-        self._criterion, self._clip, self._team = criterion, params.clip_norm, team
-        self._module: nn.Module = _in_step(self._above) if team.size > 1 else self._above
+        self._criterion, self._clip, self._group = criterion, params.clip_norm, group
+        self._module: nn.Module = _in_step(self._above) if group.size > 1 else self._above
         self._optimizer = _optimizer(params, list(self._above.parameters()))
         self._standardized = Standardization(params.standardizes and phase.top == 0)
         self._low = params.precision != "fp32" and (phase.top > 0 or self.device.type == "cuda") and device_has_bf16()
@@ -62,8 +67,8 @@ class Tail:
         """See `Learner`. With several devices the logits are those of this process' rows."""
         assert self._window is not None
         _learning_mode(self._above)
-        mine = self._team.mine(batch.rows)
-        labels, share = self._team.mine(batch.labels).to(self.device), batch.share * self._team.size
+        mine = self._group.own_rows(batch.rows)
+        labels, share = self._group.own_rows(batch.labels).to(self.device), batch.share * self._group.size
         with self._synchronizing(batch.rate is not None):
             with self._casting():
                 logits = self._module(self._window[mine].to(self.device))
@@ -117,17 +122,17 @@ class Tail:
         """See `Learner`."""
         parameters = dict(self._above.named_parameters())
         return {
-            **under("above.", self.place()),
-            **under("optimizer.", optimizer_state(self._optimizer, parameters)),
+            **add_prefix("above.", self.place()),
+            **add_prefix("optimizer.", optimizer_state(self._optimizer, parameters)),
             **self._standardized.state(),
         }
 
     def restore(self, state: Tensors, window: torch.Tensor | None) -> None:
         """See `Learner`."""
         self._standardized.restore(state)
-        self.put(below(state, "above."))
+        self.put(strip_prefix(state, "above."))
         parameters = dict(self._above.named_parameters())
-        restore_optimizer(self._optimizer, parameters, below(state, "optimizer."))
+        restore_optimizer(self._optimizer, parameters, strip_prefix(state, "optimizer."))
         self._window = None if window is None else self._standardized(window)
 
     def finish(self) -> None:

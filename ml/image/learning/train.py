@@ -21,15 +21,15 @@ from torch import nn
 
 from ml.image.dataset.splits import Split
 from ml.image.engines.features import Features
-from ml.image.learning.learner import Batch, Criterion, Learner, Tensors, below, copied, under
-from ml.image.learning.sampling import TUNED_WINDOW, WINDOW, Sampler
+from ml.image.learning.learner import Batch, Criterion, Learner, Tensors, add_prefix, cloned, strip_prefix
+from ml.image.learning.sampling import FINE_TUNE_WINDOW, WINDOW, Sampler
 from ml.image.learning.schedules import Phase, best_epoch, is_over, learning_rate, phases
-from ml.image.learning.torch_learner import Tail
-from ml.image.learning.vgg_head import Head
+from ml.image.learning.torch_learner import TorchLearner
+from ml.image.learning.vgg_head import VggHeadLearner
 from ml.image.networks.network import Model
 from ml.runtime.errors import BadParams, naming_out_of_memory
 from ml.runtime.events import Epoch
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
 
 HEAD_SHARE = 0.1  # of a scan's step in the head, of its time in the backbone: for the progress only
@@ -38,7 +38,7 @@ _BEST = "best."
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a training goes on: after the last epoch of `history`, with the `state` of that moment. The default: at the
     beginning."""
 
@@ -59,8 +59,8 @@ class TrainConfig:
     on_progress: Callable[[float], None] = lambda fraction: None
     on_step: Callable[[int, float, float], None] = lambda epoch, loss, rate: None
     keep: Callable[[int, Callable[[], Tensors]], None] = lambda epoch, state: None
-    start: Start = Start()
-    team: Team = ALONE
+    start: ResumePoint = ResumePoint()
+    group: ProcessGroup = SINGLE_PROCESS
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def _train_phase(
     params = config.params
     last = phase == phases(params)[-1]
     with naming_out_of_memory():
-        learner, best = begin(config, data, phase, history)
+        learner, best = start_phase(config, data, phase, history)
     while not is_over(params, phase, history):
         with naming_out_of_memory():
             history.append(_told_epoch(learner, data, config, phase, history, progress))
         more = not is_over(params, phase, history)
         if more and params.keep == "best" and best_epoch(params, history) == len(history):
-            best = copied(learner.place())
+            best = cloned(learner.place())
         yield history[-1]
         if more or not last:
             config.keep(len(history), partial(_state, learner, best, params, tuple(history)))
@@ -113,7 +113,7 @@ def _told_epoch(
 ) -> Epoch:
     started, total = time.perf_counter(), config.params.total_epochs
     loss, accuracy, rate = train_one_epoch(learner, data, config, phase, history, progress)
-    val_loss, val_accuracy, val_f1 = evaluate(learner, data, phase, config.team)
+    val_loss, val_accuracy, val_f1 = evaluate(learner, data, phase, config.group)
     if not (math.isfinite(loss) and math.isfinite(val_loss)):
         rate_of = "fine_tune_learning_rate" if phase.top else "learning_rate"
         raise BadParams(f"{rate_of}: the loss became infinite; choose a smaller one, or set clip_norm.")
@@ -123,7 +123,9 @@ def _told_epoch(
     )  # fmt: skip
 
 
-def begin(config: TrainConfig, data: TrainData, phase: Phase, history: Sequence[Epoch]) -> tuple[Learner, Tensors]:
+def start_phase(
+    config: TrainConfig, data: TrainData, phase: Phase, history: Sequence[Epoch]
+) -> tuple[Learner, Tensors]:
     """What learns in this phase, as it stands after `history`; and the best that was kept of it so far."""
     params, features = config.params, data.features(phase.top)
     learner = _learner(config, data, phase)
@@ -134,13 +136,13 @@ def begin(config: TrainConfig, data: TrainData, phase: Phase, history: Sequence[
     if config.start.history and config.start.history[-1].phase == phase.name:
         window = torch.from_numpy(features.plain(data.split.train)) if sampler.one_window else None
         learner.restore({n: v for n, v in config.start.state.items() if not n.startswith(_BEST)}, window)
-        best = below(config.start.state, _BEST)
-        return learner, best or copied(learner.place())
-    return learner, copied(learner.place()) if history and params.keep == "best" else {}
+        best = strip_prefix(config.start.state, _BEST)
+        return learner, best or cloned(learner.place())
+    return learner, cloned(learner.place()) if history and params.keep == "best" else {}
 
 
 def _state(learner: Learner, best: Tensors, params: Params, history: Sequence[Epoch]) -> Tensors:
-    kept = {} if best_epoch(params, history) == len(history) else under(_BEST, best)
+    kept = {} if best_epoch(params, history) == len(history) else add_prefix(_BEST, best)
     return {**learner.state(), **kept}
 
 
@@ -148,11 +150,11 @@ def _learner(config: TrainConfig, data: TrainData, phase: Phase) -> Learner:
     params, model = config.params, config.model
     _, above = model.cut(phase.top)
     criterion = Criterion(class_weights(params, data), params.label_smoothing)
-    if (phase.top, model.head, params.optimizer, config.team.size) == (0, "vgg", "sgd", 1):
+    if (phase.top, model.head, params.optimizer, config.group.size) == (0, "vgg", "sgd", 1):
         head = above[0]
         assert isinstance(head, nn.Sequential)
-        return Head(head, params, criterion)
-    return Tail(above, params, phase, criterion, config.team)
+        return VggHeadLearner(head, params, criterion)
+    return TorchLearner(above, params, phase, criterion, config.group)
 
 
 def class_weights(params: Params, data: TrainData) -> torch.Tensor | None:
@@ -167,69 +169,74 @@ def train_one_epoch(
     learner: Learner, data: TrainData, config: TrainConfig, phase: Phase, history: Sequence[Epoch], progress: _Progress
 ) -> tuple[float, float, float]:
     """One pass over the training scans; mean loss and accuracy as they were while learning, and the last rate."""
-    params, epoch, team = config.params, len(history) + 1, config.team
+    params, epoch, group = config.params, len(history) + 1, config.group
     mine = [one for one in history if one.phase == phase.name]
     sampler, features = sampler_of(params, data, phase), data.features(phase.top)
     loss_sum, correct, seen, step_loss, rate = 0.0, 0.0, 0, 0.0, 0.0
-    with _dropout_of(params, epoch, team):
+    with _dropout_of(params, epoch, group):
         for scans, batches in sampler.windows(epoch):
             if not (learner.in_window and sampler.one_window):
                 learner.enter(torch.from_numpy(sampler.features(features, scans, epoch)))
             labels = torch.from_numpy(data.labels[scans])
             for number, rows in enumerate(batches):
                 rate = learning_rate(params, phase, len(mine) + seen / sampler.count, mine)
-                completes, share = step_of(number, len(batches), params.accumulate)
+                completes, share = step_share(number, len(batches), params.accumulate)
                 logits, loss = learner.learn(Batch(rows, labels[rows], share, rate if completes else None))
                 loss_sum, step_loss, seen = loss_sum + loss * len(rows), step_loss + loss * share, seen + len(rows)
-                correct += float((logits.argmax(1) == team.mine(labels[rows])).sum())
+                correct += float((logits.argmax(1) == group.own_rows(labels[rows])).sum())
                 if completes:
-                    config.on_step(epoch, team.total([step_loss])[0], rate)
+                    config.on_step(epoch, group.sum([step_loss])[0], rate)
                     step_loss = 0.0
                 progress.learned(len(rows), phase)
     if not sampler.one_window:
         learner.leave()
-    loss_sum, correct = team.total([loss_sum, correct])
+    loss_sum, correct = group.sum([loss_sum, correct])
     return loss_sum / seen, correct / seen, rate
 
 
 @contextmanager
-def _dropout_of(params: Params, epoch: int, team: Team) -> Iterator[None]:
+def _dropout_of(params: Params, epoch: int, group: ProcessGroup) -> Iterator[None]:
     """Dropout as a function of seed and epoch (and of the process), so that a training can go on; the caller's random
     numbers are left as they are."""
     with torch.random.fork_rng():
-        torch.manual_seed((params.seed * 1_000_003 + epoch) * 64 + team.rank)
+        torch.manual_seed((params.seed * 1_000_003 + epoch) * 64 + group.rank)
         yield
 
 
 def sampler_of(params: Params, data: TrainData, phase: Phase) -> Sampler:
     """In which order and in which windows a phase sees its scans."""
-    return Sampler(params, data.split.train, data.labels, TUNED_WINDOW if phase.top else WINDOW)
+    return Sampler(params, data.split.train, data.labels, FINE_TUNE_WINDOW if phase.top else WINDOW)
 
 
-def step_of(number: int, batches: int, accumulate: int) -> tuple[bool, float]:
+def step_share(number: int, batches: int, accumulate: int) -> tuple[bool, float]:
     """Whether a window's batch completes a step, and its share in it; the last step may be of fewer batches."""
     first = number - number % accumulate
     size = min(accumulate, batches - first)
     return number == first + size - 1, 1 / size
 
 
-def evaluate(learner: Learner, data: TrainData, phase: Phase, team: Team = ALONE) -> tuple[float, float, float]:
+def evaluate(
+    learner: Learner, data: TrainData, phase: Phase, group: ProcessGroup = SINGLE_PROCESS
+) -> tuple[float, float, float]:
     """Mean loss, accuracy and F1 on the validation scans, without dropout."""
     scans = data.split.validation
-    logits = logits_of(learner.logits, data.features(phase.top), scans, team)
+    logits = logits_of(learner.logits, data.features(phase.top), scans, group)
     labels = torch.from_numpy(data.labels[scans])
     loss, predicted = F.cross_entropy(logits, labels), logits.argmax(1)
     return float(loss), float((predicted == labels).float().mean()), _f1(labels, predicted, data)
 
 
 def logits_of(
-    head: Callable[[torch.Tensor], torch.Tensor], features: Features, scans: np.ndarray, team: Team = ALONE
+    head: Callable[[torch.Tensor], torch.Tensor],
+    features: Features,
+    scans: np.ndarray,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> torch.Tensor:
     """float32 [len(scans), classes] of scans as they are; their features are computed on first use."""
     features.keep(scans)
-    mine = team.share(scans)
+    mine = group.rows_to_compute(scans)
     parts = [head(torch.from_numpy(features.plain(mine[start : start + 512]))) for start in range(0, len(mine), 512)]
-    return torch.from_numpy(team.together(torch.cat(parts).numpy(), len(scans)))
+    return torch.from_numpy(group.gather_rows(torch.cat(parts).numpy(), len(scans)))
 
 
 def _f1(labels: torch.Tensor, predicted: torch.Tensor, data: TrainData) -> float:

@@ -13,26 +13,26 @@ from ml.image.learning.learner import (  # fmt: skip
     Batch,
     Criterion,
     Tensors,
-    below,
+    add_prefix,
     device,
     optimizer_state,
     restore_optimizer,
     set_rate,
-    under,
+    strip_prefix,
 )
-from ml.image.learning.span_sgd import SpanLinear
+from ml.image.learning.span_sgd import SpanSgdLinear
 from ml.image.learning.standardization import Standardization
 from ml.spec.image import Params
 
 
-class Head:
+class VggHeadLearner:
     """See `ml.image.learning.learner.Learner`. `classifier`: Linear, ReLU, then anything; changed in place."""
 
     def __init__(self, classifier: nn.Sequential, params: Params, criterion: Criterion) -> None:
         self.device = device()
         self._classifier, self._criterion = classifier.to(self.device), criterion
         self._linear = cast(nn.Linear, classifier[0])
-        self._first = SpanLinear(self._linear, params.momentum, params.weight_decay)
+        self._first = SpanSgdLinear(self._linear, params.momentum, params.weight_decay)
         self._rest = cast(nn.Sequential, classifier[2:])
         self._clip = params.clip_norm
         self._optimizer = torch.optim.SGD(
@@ -97,13 +97,13 @@ class Head:
     @torch.no_grad()
     def place(self) -> Tensors:
         """See `Learner`."""
-        return {**under("first.", self._first.place()), **under("rest.", self._rest.state_dict())}
+        return {**add_prefix("first.", self._first.place()), **add_prefix("rest.", self._rest.state_dict())}
 
     @torch.no_grad()
     def put(self, place: Tensors) -> None:
         """See `Learner`."""
-        self._first.put(below(place, "first."))
-        self._rest.load_state_dict(below(place, "rest."))
+        self._first.put(strip_prefix(place, "first."))
+        self._rest.load_state_dict(strip_prefix(place, "rest."))
 
     @torch.no_grad()
     def state(self) -> Tensors:
@@ -113,9 +113,9 @@ class Head:
         """
         parameters = dict(self._rest.named_parameters())
         return {
-            **under("first.", self._first.state()),
-            **under("rest.", self._rest.state_dict()),
-            **under("optimizer.", optimizer_state(self._optimizer, parameters)),
+            **add_prefix("first.", self._first.state()),
+            **add_prefix("rest.", self._rest.state_dict()),
+            **add_prefix("optimizer.", optimizer_state(self._optimizer, parameters)),
             **self._standardized.state(),
         }
 
@@ -125,9 +125,9 @@ class Head:
         state = {name: value.to(self.device) for name, value in state.items()}
         self._standardized.restore(state)
         inputs = None if window is None else self._standardized(window.to(self.device))
-        self._first.restore(below(state, "first."), inputs)
-        self._rest.load_state_dict(below(state, "rest."))
-        restore_optimizer(self._optimizer, dict(self._rest.named_parameters()), below(state, "optimizer."))
+        self._first.restore(strip_prefix(state, "first."), inputs)
+        self._rest.load_state_dict(strip_prefix(state, "rest."))
+        restore_optimizer(self._optimizer, dict(self._rest.named_parameters()), strip_prefix(state, "optimizer."))
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ml.image.pixels.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 
 HeadKind = Literal["vgg", "gap"]
 HIDDEN = 4096  # of the head that VGG16 came with

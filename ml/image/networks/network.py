@@ -97,7 +97,7 @@ def _initialize(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, images: Iterable[torch.Tensor]) -> None:
+def calibrate_batch_norms(network: nn.Module, images: Iterable[torch.Tensor]) -> None:
     """Set the batch normalizations of an untrained network to mean and variance of these normalized images, float32
     [n, 3, height, width]. Left at 0 and 1, signals of 60 random layers die out (EfficientNet: 1e-14) or explode.
 
@@ -118,7 +118,7 @@ def calibrate(network: nn.Module, images: Iterable[torch.Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class Begun:
+class InitialWeights:
     """What a network began with: `source` in words, the file's `sha256`, and the `lineage` of the scans it has seen."""
 
     source: str = "none"
@@ -126,13 +126,13 @@ class Begun:
     lineage: tuple[str, ...] = ()
 
 
-def begin_from_published(network: nn.Module, of: Architecture, weights: Path, include_top: bool) -> None:
+def load_published_weights(network: nn.Module, of: Architecture, weights: Path, include_top: bool) -> None:
     """Take ImageNet's backbone from a state dict of torchvision's; with `include_top` VGG16's two hidden layers too."""
     kept = ("classifier.0.", "classifier.3.") if include_top else ()
     _take(network, _backbone_of(read_state_dict(weights), of, kept), of)
 
 
-def begin_from_file(model: Model, path: Path) -> tuple[str, ...]:
+def load_file_weights(model: Model, path: Path) -> tuple[str, ...]:
     """Take the weights of a RenalQ model file, head included where it fits, or of a state dict of torchvision's: the
     backbone. Returns the lineage of the scans that these weights have seen.
 

@@ -19,7 +19,7 @@ _NAMED = re.compile(r"^(?P<stem>.+)-(?P<hash>[0-9a-f]{8})\.pth$")
 MAX_BYTES = 2**30
 
 
-def imagenet_weights(of: Architecture, weights_dir: Path | None = None) -> Path:
+def find_imagenet_weights(of: Architecture, weights_dir: Path | None = None) -> Path:
     """The path of the network's ImageNet weights: in `weights_dir`, in torch's cache, or downloaded into that cache.
 
     Any file in `weights_dir` with the published name but for the hash serves, if its content has the hash of its name:
@@ -41,7 +41,7 @@ def imagenet_weights(of: Architecture, weights_dir: Path | None = None) -> Path:
     return cache
 
 
-def file_weights(name: str, weights_dir: Path | None) -> Path:
+def find_weights_file(name: str, weights_dir: Path | None) -> Path:
     """The path of `weights: file:NAME`: in `weights_dir`, else NAME as a path; WeightsMissing where there is none."""
     for place in (*([weights_dir / name] if weights_dir else []), Path(name)):
         if place.is_file():

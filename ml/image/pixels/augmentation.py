@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ml.runtime.torchvision_ops import torchvision
+from ml.runtime.torchvision_import import torchvision
 
 RAND_AUGMENT = {"num_ops": 2, "magnitude": 9}  # Cubuk et al. 2020, as torchvision's references train with it
 

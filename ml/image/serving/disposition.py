@@ -1,42 +1,33 @@
-"""What may be done with a prediction: take the class, look again, or throw the scan out. In one word, with a reason."""
+"""The disposition of a prediction: accept its class, have a person look at it (indeterminate), or reject the scan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ml.evaluation.metrics import positive_class
+from ml.pipelines import INDETERMINATE, REJECTED, Disposition
 
-REJECTED, INDETERMINATE = "rejected", "indeterminate"
-_LARGEST = 99.0  # times the limit; beyond it only the size of the mistake grows
+_MAX_SHOWN = 99.0  # times the limit; larger scores are not told apart
 _ADVICE = "Check that it is an axial CT slice in the usual window."
 
 
-@dataclass(frozen=True)
-class Disposition:
-    """`word`: a class's name in lower case, indeterminate or rejected. `reason`: why it is none of the classes."""
-
-    word: str
-    reason: str | None = None
-
-
-def dispose(
+def disposition_of(
     probabilities: Mapping[str, float],
     ood_score: float | None,
     low: float,
     high: float,
-    oddity: str | None = None,
+    ood_reason: str | None = None,
     label: str | None = None,
 ) -> Disposition:
-    """What to do with a prediction.
+    """The disposition of a prediction under the limits `low` and `high`, probabilities 0 to 1.
 
-    Two classes: the negative one where the positive one's probability is at most `low`, the positive one where it is at
-    least `high`. More: the most probable one where its probability is at least `high`. `oddity`: what sets the scan
-    apart, in words (`Prediction.oddity`); it is only told where the scan is rejected. `label`: what the network calls
-    it. Its own threshold may lie beyond `low` or `high`; then the two disagree, and a person has to look.
+    With two classes: the negative class if the probability of the positive one is at most `low`, the positive class if
+    it is at least `high`. With more: the most probable class if its probability is at least `high`. An `ood_score`
+    above 1 rejects the scan, and `ood_reason` (see `Prediction`) explains why. `label`: the network's own decision. Its
+    threshold may lie outside of `low` and `high`; if the two disagree, the result is indeterminate.
     """
     if ood_score is not None and ood_score > 1:
-        return Disposition(REJECTED, _unlike(ood_score, oddity))
+        return Disposition(REJECTED, _rejection(ood_score, ood_reason))
     positive = positive_class(tuple(probabilities))
     found = _of_many(probabilities, high) if positive is None else _of_two(probabilities, positive, low, high)
     if label is None or found.word in (INDETERMINATE, label.lower()):
@@ -47,14 +38,14 @@ def dispose(
     )
 
 
-def _unlike(ood_score: float, oddity: str | None) -> str:
-    because = f": {oddity}" if oddity else ""
+def _rejection(ood_score: float, ood_reason: str | None) -> str:
+    because = f": {ood_reason}" if ood_reason else ""
     return f"The scan is unlike those that the network has learnt from ({_times(ood_score)}){because}. {_ADVICE}"
 
 
 def _times(ood_score: float) -> str:
-    if ood_score > _LARGEST:
-        return f"more than {_LARGEST:.0f} times the limit"
+    if ood_score > _MAX_SHOWN:
+        return f"more than {_MAX_SHOWN:.0f} times the limit"
     return f"{ood_score:.1f} times the limit" if ood_score >= 1.05 else "just above the limit"
 
 
@@ -64,7 +55,7 @@ def _of_two(probabilities: Mapping[str, float], positive: str, low: float, high:
         return Disposition(next(name for name in probabilities if name != positive).lower())
     if value >= high:
         return Disposition(positive.lower())
-    said = _said(value, low, high)
+    said = _rounded(value, low, high)
     return Disposition(
         INDETERMINATE, f"The network is unsure: {positive} {said} lies between {low:.2f} and {high:.2f}."
     )
@@ -75,14 +66,14 @@ def _of_many(probabilities: Mapping[str, float], high: float) -> Disposition:
     value = probabilities[name]
     if value >= high:
         return Disposition(name.lower())
-    said = _said(value, high)
+    said = _rounded(value, high)
     return Disposition(
         INDETERMINATE, f"The network is unsure: {name}, the likeliest, has {said}, less than {high:.2f}."
     )
 
 
-def _said(value: float, *limits: float) -> str:
-    """Two digits, or more where these would be those of a limit that it has not reached."""
+def _rounded(value: float, *limits: float) -> str:
+    """With two digits, or more if it would round to one of the limits."""
     for digits in (2, 3, 4):
         said = f"{value:.{digits}f}"
         if float(said) not in limits:

@@ -1,6 +1,6 @@
-"""The reference that drift is measured against: histograms of the test scans, as the network sees and calls them.
+"""The reference for drift monitoring: histograms of the test scans' input statistics, confidences and labels.
 
-Test scans, since nothing was fitted to them: what they show is what a network meets in use, if nothing has changed.
+Test scans are used because nothing was fitted to them: as long as nothing changes, scans in production look like them.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import numpy as np
 from ml.image.pixels.statistics import MEANINGS
 
 BINS = 10
-"""Of a histogram, at most; and at most one for ten scans, at least two."""
+"""Bins of a histogram at most; there is one bin per ten scans, but at least two."""
 CONFIDENCE = "confidence"
 _TOLERANCE = {CONFIDENCE: 0.01} | {name: meaning.tolerance for name, meaning in MEANINGS.items()}
 
 
-def reference_of(
+def drift_reference(
     statistics: Sequence[Mapping[str, float]],
     confidences: Sequence[float],
     labels: Sequence[str],
     classes: Sequence[str],
     rejected: int | None,
 ) -> dict[str, Any]:
-    """For the `evaluated` event: see the keys below.
+    """The `reference` of the `evaluated` event: scans, statistics, classes and (if known) rejected.
 
-    `statistics`, `confidences` and called `labels` are of the same scans, of which so many were `rejected`: None,
-    and no such key, where the network cannot tell. A value x is in bin bisect_right(edges, x). A bin may hold
-    none of these scans, where many have the same value.
+    `statistics`, `confidences` and predicted `labels` are of the same scans. `rejected`: how many of them were out of
+    distribution; None, and no such key, if the network has no OOD detector. A value x belongs to bin
+    bisect_right(edges, x); a bin may be empty if many scans have the same value.
     """
     values = {name: [one[name] for one in statistics] for name in MEANINGS} | {CONFIDENCE: list(confidences)}
-    called = Counter(labels)
-    found = {
+    predicted = Counter(labels)
+    reference = {
         "scans": len(labels),
         "statistics": {name: _histogram(name, each) for name, each in values.items()},
-        "classes": {name: called[name] for name in classes},
+        "classes": {name: predicted[name] for name in classes},
     }
-    return found if rejected is None else found | {"rejected": rejected}
+    return reference if rejected is None else reference | {"rejected": rejected}
 
 
 def _histogram(name: str, values: Sequence[float]) -> dict[str, list[float]]:
@@ -50,10 +50,10 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, list[float]]:
 
 
 def _edges(values: Sequence[float], tolerance: float) -> list[float]:
-    """Inner edges at the quantiles, in strictly rising order.
+    """Strictly increasing inner edges at the quantiles.
 
-    An edge at the lowest value would leave nothing below it, and where all values are equal (the colour of grey scans)
-    nothing apart from what comes later: it is moved up by what does not matter.
+    No value lies below an edge at the minimum, so later values could not be told apart where all values are equal (the
+    colour of grey scans). Such an edge is moved up by the tolerance of the statistic.
     """
     bins = min(BINS, max(2, len(values) // 10))
     quantiles, lowest = np.quantile(values, np.arange(1, bins) / bins), min(values)

@@ -1,94 +1,94 @@
-"""Stage 2, prepare_base_model: the network with a new head, frozen but for it, begun from the weights that are asked
-for."""
+"""Stage 2, prepare_base_model: the network with a new head on a frozen backbone, and its initial weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ml.image.networks import network, weights
 from ml.image.networks.architectures import ARCHITECTURES
-from ml.image.networks.network import Begun, Model
+from ml.image.networks.network import InitialWeights, Model
 from ml.image.stages.run import Run
 from ml.runtime.errors import BadParams, ModelFileError, WeightsMissing
 
-CALIBRATED_ON = 64  # training scans that an untrained network's batch normalizations are set by
-OUTPUTS = tuple(str(number) for number in range(1000))  # of a network as ImageNet knows it
+CALIBRATION_SCANS = 64  # training scans by which the batch normalizations of an untrained network are set
+IMAGENET_OUTPUTS = tuple(str(number) for number in range(1000))
 
 
-def prepare_base_model(state: Run) -> None:
-    """Prepare the network. Alone, the stage writes it, and the network that it came from."""
-    state.model = prepared(state)
-    if state.whole:
+def prepare_base_model(run: Run) -> None:
+    """Prepare the network. A stage that runs alone writes it, together with the original network."""
+    run.model = build_base_model(run)
+    if run.in_one_process:
         return
-    paths = state.config.prepare_base_model
-    network.save(state.model, paths.updated_base_model_path)
-    network.save(_as_it_came(state), paths.base_model_path)
+    paths = run.config.prepare_base_model
+    network.save(run.model, paths.updated_base_model_path)
+    network.save(_original_network(run), paths.base_model_path)
 
 
-def prepared(state: Run) -> Model:
-    """The network before training; its metadata say what it began with."""
-    params, report = state.params, state.report
+def build_base_model(run: Run) -> Model:
+    """The network before training; its metadata say which weights it started from."""
+    params, report = run.params, run.report
     classes, head = report.names, params.head_kind
     built = network.build(len(classes), params.seed, params.network, head, params.dropout)
-    model = Model(built, classes, state.transform, {}, params.network, head)
-    begun = _begin(state, model)
+    model = Model(built, classes, run.transform, {}, params.network, head)
+    initial = _load_initial_weights(run, model)
     built.eval()
-    metadata = provenance(state) | {"weights": {"source": begun.source, "sha256": begun.sha256}}
-    return replace(model, metadata=metadata | {"begun_lineage": list(begun.lineage)})
+    metadata = {
+        "params": params.model_dump(mode="json"),
+        "dataset_digest": report.digest,
+        "weights": {"source": initial.source, "sha256": initial.sha256},
+        "begun_lineage": list(initial.lineage),
+    }
+    return replace(model, metadata=metadata)
 
 
-def provenance(state: Run) -> dict[str, Any]:
-    """What a model file says of its making, before it learned."""
-    return {"params": state.params.model_dump(mode="json"), "dataset_digest": state.report.digest}
-
-
-def _begin(state: Run, model: Model) -> Begun:
+def _load_initial_weights(run: Run, model: Model) -> InitialWeights:
     try:
-        return _take_weights(state, model)
+        return _load_weights(run, model)
     except ModelFileError as error:
         raise WeightsMissing(f"weights: {error} Put a whole one there, or begin from others.") from error
 
 
-def _take_weights(state: Run, model: Model) -> Begun:
-    params, of = state.params, ARCHITECTURES[model.architecture]
+def _load_weights(run: Run, model: Model) -> InitialWeights:
+    params, architecture = run.params, ARCHITECTURES[model.architecture]
     if params.weights == "none":
-        network.calibrate(model.network, _calibration_images(state))
-        return Begun()
+        network.calibrate_batch_norms(model.network, _calibration_images(run))
+        return InitialWeights()
     if params.weights == "imagenet":
-        path = weights.imagenet_weights(of, state.around.weights_dir)
-        network.begin_from_published(model.network, of, path, params.include_top)
-        return Begun("imagenet", weights.sha256(path))
-    path = _base_file(state)
-    return Begun(params.weights, weights.sha256(path), network.begin_from_file(model, path))
+        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
+        network.load_published_weights(model.network, architecture, path, params.include_top)
+        return InitialWeights("imagenet", weights.sha256(path))
+    path = _weights_file(run)
+    return InitialWeights(params.weights, weights.sha256(path), network.load_file_weights(model, path))
 
 
-def _base_file(state: Run) -> Path:
-    if state.around.base_weights is not None:
-        return state.around.base_weights
-    kind, _, name = state.params.weights.partition(":")
+def _weights_file(run: Run) -> Path:
+    if run.environment.base_weights is not None:
+        return run.environment.base_weights
+    kind, _, name = run.params.weights.partition(":")
     if kind == "version":
         raise BadParams("weights: versions are known to the API; here, give a model file as weights: file:PATH.")
-    return weights.file_weights(name, state.around.weights_dir)
+    return weights.find_weights_file(name, run.environment.weights_dir)
 
 
-def _calibration_images(state: Run) -> list[torch.Tensor]:
-    random = np.random.default_rng(state.params.seed)
-    chosen = np.sort(random.permutation(state.split.train)[:CALIBRATED_ON])
-    normalize = state.transform.normalize
-    return [normalize(torch.from_numpy(state.pixels[chosen[at : at + 16]])) for at in range(0, len(chosen), 16)]
+def _calibration_images(run: Run) -> list[torch.Tensor]:
+    random = np.random.default_rng(run.params.seed)
+    chosen = np.sort(random.permutation(run.split.train)[:CALIBRATION_SCANS])
+    normalize = run.transform.normalize
+    return [normalize(torch.from_numpy(run.pixels[chosen[at : at + 16]])) for at in range(0, len(chosen), 16)]
 
 
-def _as_it_came(state: Run) -> Model:
-    """The network with 1000 outputs, untrained or as torchvision publishes it."""
-    params = state.params
-    of = ARCHITECTURES[params.network]
-    built = network.build(len(OUTPUTS), params.seed, params.network, params.head_kind, params.dropout)
+def _original_network(run: Run) -> Model:
+    """The network with its 1000 ImageNet outputs, untrained or with torchvision's weights."""
+    params = run.params
+    architecture = ARCHITECTURES[params.network]
+    outputs = IMAGENET_OUTPUTS
+    built = network.build(len(outputs), params.seed, params.network, params.head_kind, params.dropout)
     if params.weights == "imagenet":
-        path = weights.imagenet_weights(of, state.around.weights_dir)
-        network.begin_from_published(built, of, path, params.network == "vgg16" and params.head_kind == "vgg")
-    return Model(built.eval(), OUTPUTS, state.transform, {"weights": params.weights}, params.network, params.head_kind)
+        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
+        include_top = params.network == "vgg16" and params.head_kind == "vgg"
+        network.load_published_weights(built, architecture, path, include_top)
+    return Model(built.eval(), outputs, run.transform, {"weights": params.weights}, params.network, params.head_kind)

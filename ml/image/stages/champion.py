@@ -1,10 +1,9 @@
-"""The champion beside the new network, on the same test scans: what a promotion gate goes by.
+"""The champion beside the new network, on the same test scans: the basis of a promotion gate.
 
-Figures of two networks on different scans say little about which is better, and figures on scans that one of them has
-learnt from say nothing. So both are scored on the test scans that neither has learnt from (see
-ml.image.dataset.lineage), and each as it predicts: with its own transform, window, temperature and threshold, on the
-fastest engine that it is admitted for. Were one of them rounded and the other not, a network could be worse than
-itself.
+Scores on different scans say little about which network is better, and scores on scans that a network has learned from
+say nothing. So both are scored on the test scans that neither has learned from (see ml.image.dataset.lineage). Each is
+scored as it predicts: with its own transform, window, temperature and threshold, on the fastest engine that it is
+admitted for. Otherwise a network could score worse than itself just because of rounding.
 """
 
 from __future__ import annotations
@@ -18,34 +17,36 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import Judged, Scores, score
-from ml.image.dataset.lineage import unlearnt
+from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.image.dataset.lineage import unseen_test_scans
 from ml.image.networks import network
 from ml.image.networks.network import Model
 from ml.image.pixels.decoding import decode
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import Predictor
-from ml.image.stages.ingestion import unpacked
+from ml.image.stages.ingestion import scans_folder
 from ml.image.stages.run import Run
 from ml.runtime.errors import ModelFileError
-from ml.runtime.prefetch import ahead, batched
+from ml.runtime.prefetch import batched, prefetch
 
-LEAST_SCANS = 10
-"""Test scans that must be left, where the champion has learnt from some: fewer tell nothing."""
-LEAST_OF_CLASS = 3
-"""Of each class among them."""
+MIN_SCANS = 10
+"""Test scans that a comparison needs if the champion has learned from some of them."""
+MIN_SCANS_PER_CLASS = 3
+"""Number of each class among them."""
 
 log = logging.getLogger("ml")
 
 
-class Incomparable(Exception):
-    """Why the two cannot be compared, for people: what would stand behind a colon."""
+class NotComparable(Exception):
+    """Why the two networks cannot be compared; the message continues a sentence after a colon."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`champion` and `candidate`: both networks' metrics on the same `scans` test scans, those of `test_digest`. Where
-    they are not `comparable`, `why` says why."""
+    """Metrics of both networks on the same `scans` test scans, which `test_digest` identifies.
+
+    If they are not `comparable`, `why` gives the reason and the rest is empty.
+    """
 
     comparable: bool
     why: str = ""
@@ -59,16 +60,18 @@ class Comparison:
         return asdict(self)
 
 
-def compare(state: Run, model: Model, judged: Judged, tell: Callable[[float], None]) -> Comparison | None:
-    """Score the champion that the run was given beside `model`, whose answers to all test scans are `judged`.
+def compare_with_champion(
+    run: Run, model: Model, outputs: ModelOutputs, on_progress: Callable[[float], None]
+) -> Comparison | None:
+    """Score the run's champion beside `model`, whose outputs on all test scans are `outputs`.
 
-    None where none was given. Nothing that is wrong with the champion fails a training, which is good without it.
+    None if the run has no champion. Errors of the champion never fail a training: they make it not comparable.
     """
-    if state.around.champion is None:
+    if run.environment.champion is None:
         return None
     try:
-        return _compare(state, model, judged, _load(state.around.champion), tell)
-    except Incomparable as why:
+        return _compare(run, model, outputs, _load(run.environment.champion), on_progress)
+    except NotComparable as why:
         return Comparison(False, str(why))
     except Exception as error:
         log.exception("the champion could not be scored")
@@ -79,79 +82,86 @@ def _load(path: Path) -> Model:
     try:
         return network.load(path)
     except (ModelFileError, OSError, KeyError) as error:
-        raise Incomparable("its file cannot be read") from error
+        raise NotComparable("its file cannot be read") from error
 
 
-def _compare(state: Run, model: Model, judged: Judged, champion: Model, tell: Callable[[float], None]) -> Comparison:
+def _compare(
+    run: Run, model: Model, outputs: ModelOutputs, champion: Model, on_progress: Callable[[float], None]
+) -> Comparison:
     if champion.classes != model.classes:
-        raise Incomparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
-    places = _fair(state, model, judged, champion)
-    scans, some = state.split.test[places], _only(judged, places)
-    ours = _score(state, model, scans, some, lambda fraction: tell(fraction / 2))
-    theirs = _score(state, champion, scans, some, lambda fraction: tell((1 + fraction) / 2))
-    digest = state.report.digest_of(scans)
+        raise NotComparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
+    positions = _unseen_by_both(run, model, outputs, champion)
+    scans, subset = run.split.test[positions], _subset(outputs, positions)
+    ours = _score(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
+    theirs = _score(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
+    digest = run.report.digest_of(scans)
     return Comparison(True, "", digest, len(scans), champion=theirs.as_dict(), candidate=ours.as_dict())
 
 
 # --- which scans -----------------------------------------------------------------------------------------------------
 
 
-def _fair(state: Run, model: Model, judged: Judged, champion: Model) -> np.ndarray:
-    """The places among the test scans of those that neither network has learnt from."""
-    learnt = champion.metadata.get("lineage")
-    if learnt is None:
-        raise Incomparable("its file does not tell what it has learnt from")
-    places = unlearnt(state.report, state.split, (*learnt, *model.metadata.get("begun_lineage", ())))
-    tested = len(judged.test_labels)
-    left = np.bincount(judged.test_labels[places], minlength=len(model.classes))
-    if len(places) < tested and (len(places) < LEAST_SCANS or left.min() < LEAST_OF_CLASS):
+def _unseen_by_both(run: Run, model: Model, outputs: ModelOutputs, champion: Model) -> np.ndarray:
+    """Positions among the test scans of those that neither network has learned from."""
+    lineage = champion.metadata.get("lineage")
+    if lineage is None:
+        raise NotComparable("its file does not tell what it has learnt from")
+    ancestors = (*lineage, *model.metadata.get("begun_lineage", ()))
+    positions = unseen_test_scans(run.report, run.split, ancestors)
+    tested = len(outputs.test_labels)
+    left = np.bincount(outputs.test_labels[positions], minlength=len(model.classes))
+    if len(positions) < tested and (len(positions) < MIN_SCANS or left.min() < MIN_SCANS_PER_CLASS):
         others = ", ".join(f"{count} {name}" for name, count in zip(model.classes, left, strict=True))
-        raise Incomparable(
-            f"of the {tested} test scans one of the two has learnt from {tested - len(places)}, and the others are too "
-            f"few: {others}, where {LEAST_SCANS} scans with {LEAST_OF_CLASS} of each class are needed"
+        raise NotComparable(
+            f"of the {tested} test scans one of the two has learnt from {tested - len(positions)}, and the others are "
+            f"too few: {others}, where {MIN_SCANS} scans with {MIN_SCANS_PER_CLASS} of each class are needed"
         )
-    return places
+    return positions
 
 
-def _only(judged: Judged, places: np.ndarray) -> Judged:
-    """The answers to some of the test scans."""
-    groups = None if judged.groups is None else np.unique(judged.groups[places], return_inverse=True)[1]
+def _subset(outputs: ModelOutputs, positions: np.ndarray) -> ModelOutputs:
+    """The outputs for some of the test scans."""
+    groups = None if outputs.groups is None else np.unique(outputs.groups[positions], return_inverse=True)[1]
     return replace(
-        judged, test_labels=judged.test_labels[places], test_logits=judged.test_logits[places], groups=groups
+        outputs,
+        test_labels=outputs.test_labels[positions],
+        test_logits=outputs.test_logits[positions],
+        groups=groups,
     )
 
 
-# --- what a network says of them -------------------------------------------------------------------------------------
+# --- what each network predicts --------------------------------------------------------------------------------------
 
 
-def _score(state: Run, model: Model, scans: np.ndarray, judged: Judged, tell: Callable[[float], None]) -> Scores:
-    """The network's scores on these scans, with labels and groups as `judged` has them."""
-    answers = replace(judged, test_logits=_answers(state, model, scans, tell))
-    return score(answers, Calibration.of(model.metadata))
+def _score(
+    run: Run, model: Model, scans: np.ndarray, outputs: ModelOutputs, on_progress: Callable[[float], None]
+) -> Scores:
+    """The network's scores on these scans, whose labels and groups are in `outputs`."""
+    predicted = replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
+    return score(predicted, Calibration.from_metadata(model.metadata))
 
 
-def _answers(state: Run, model: Model, scans: np.ndarray, tell: Callable[[float], None]) -> np.ndarray:
-    """Its logits float32 [len(scans), classes], as it predicts."""
-    predictor, found, done = Predictor.of(model), [], 0
-    pictures = _pictures(state, model.transform, scans)
+def _predicted_logits(run: Run, model: Model, scans: np.ndarray, on_progress: Callable[[float], None]) -> np.ndarray:
+    """Logits as the network predicts them, float32 [len(scans), classes]."""
+    predictor, parts, done = Predictor.from_model(model), [], 0
+    pictures = _pictures(run, model.transform, scans)
     batches = (np.stack(batch) for batch in batched(pictures, predictor.engine.batch))
     for logits in predictor.logits(batches):
-        found.append(logits)
+        parts.append(logits)
         done += len(logits)
-        tell(done / len(scans))
-    return np.concatenate(found)
+        on_progress(done / len(scans))
+    return np.concatenate(parts)
 
 
-def _pictures(state: Run, transform: Transform, scans: np.ndarray) -> Iterable[np.ndarray]:
-    """The scans as this transform wants them, uint8 [height, width, 3] each: those of the run where it wants the same,
-    else decoded once more."""
-    ours = state.transform
+def _pictures(run: Run, transform: Transform, scans: np.ndarray) -> Iterable[np.ndarray]:
+    """The scans under this transform, uint8 [height, width, 3] each; decoded again if it differs from the run's."""
+    ours = run.transform
     if (transform.height, transform.width, transform.window) == (ours.height, ours.width, ours.window):
-        return (state.pixels[scan] for scan in scans)
-    return _decoded(state, transform, scans)
+        return (run.pixels[scan] for scan in scans)
+    return _decoded(run, transform, scans)
 
 
-def _decoded(state: Run, transform: Transform, scans: np.ndarray) -> Iterator[np.ndarray]:
-    folder = unpacked(state)
-    files = (folder / state.report.scans[scan].path for scan in scans)
-    return ahead(lambda file: transform.resize(decode(file, transform.window)), files)
+def _decoded(run: Run, transform: Transform, scans: np.ndarray) -> Iterator[np.ndarray]:
+    folder = scans_folder(run)
+    files = (folder / run.report.scans[scan].path for scan in scans)
+    return prefetch(lambda file: transform.resize(decode(file, transform.window)), files)

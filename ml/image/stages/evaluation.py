@@ -1,11 +1,14 @@
-"""Stage 4, evaluation: the trained network on scans that nothing of its making has seen; writes scores.json, the plots,
-and the report."""
+"""Stage 4, evaluation: the trained network on test scans, which played no part in its training.
+
+Writes scores.json, the plots and the report.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from platform import python_version
 from typing import Any
@@ -13,145 +16,140 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import Judged, Scores, score
+from ml.evaluation.metrics import ModelOutputs, Scores, score
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.dataset.splits import group_scans
 from ml.image.learning.schedules import best_epoch
 from ml.image.networks import weights
 from ml.image.networks.network import Model
-from ml.image.networks.ood import Outliers
+from ml.image.networks.ood import OodDetector
 from ml.image.pixels.statistics import input_statistics
-from ml.image.serving.drift_reference import reference_of
+from ml.image.serving.drift_reference import drift_reference
 from ml.image.stages import champion, crossvalidation
 from ml.image.stages.run import Run, write_json
-from ml.image.stages.training import descriptors, test_logits
+from ml.image.stages.training import scan_descriptors, scan_logits
 from ml.runtime.errors import BadParams
 from ml.runtime.events import Epoch, Evaluated, reporter
-from ml.runtime.versions import installed
+from ml.runtime.versions import installed_versions
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
-FOLD_SHARE = 0.9  # of the new network's share of the stage's progress, where there are folds
-CHAMPION_SHARE = 0.5  # of the stage's progress, where a champion is scored too
+FOLD_SHARE = 0.9  # of the progress of testing the new network, if there are folds
+CHAMPION_SHARE = 0.5  # of the stage's progress, if there is a champion
 
 
-def evaluation(state: Run) -> None:
-    """See the module."""
-    started, tell = time.perf_counter(), reporter(state.emit, "evaluation")
-    own = 1.0 - (CHAMPION_SHARE if state.around.champion else 0.0)
-    model = state.model_of(state.config.training.trained_model_path)
-    judged, folds = _tested(state, model, lambda fraction: tell(own * fraction))
-    _remember(state)
-    leaked = leaks(state.report, state.split, model.metadata.get("begun_lineage", ()))
-    scores = score(judged).with_context(_counts(state), _patients_known(state), _as_counts(leaked), folds)
-    beside = champion.compare(state, model, judged, lambda fraction: tell(own + (1 - own) * fraction))
-    state.device_seconds += time.perf_counter() - started
+def evaluation(run: Run) -> None:
+    """Run the stage; see the module's docstring."""
+    started, on_progress = time.perf_counter(), reporter(run.emit, "evaluation")
+    own_share = 1.0 - (CHAMPION_SHARE if run.environment.champion else 0.0)
+    model = run.load_model(run.config.training.trained_model_path)
+    outputs, folds = _test(run, model, lambda fraction: on_progress(own_share * fraction))
+    _cache_features(run)
+    leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
+    scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
+    comparison = champion.compare_with_champion(
+        run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
+    )
+    run.device_seconds += time.perf_counter() - started
     metrics = scores.as_dict() | {
-        "test_digest": state.report.digest_of(state.split.test),
+        "test_digest": run.report.digest_of(run.split.test),
         "engines": model.metadata.get("engines", {}),
     }
-    write_json(state.config.evaluation.scores_path, metrics)
-    _show(state, model, judged, scores, leaked)
-    reference = _reference(state, model, judged)
-    state.emit(Evaluated(metrics, reference, beside.as_dict() if beside else None))
+    write_json(run.config.evaluation.scores_path, metrics)
+    _write_report(run, model, outputs, scores, leaked)
+    reference = _reference(run, model, outputs)
+    run.emit(Evaluated(metrics, reference, comparison.as_dict() if comparison else None))
 
 
-def _tested(state: Run, model: Model, tell: Callable[[float], None]) -> tuple[Judged, dict[str, Any] | None]:
-    """The network's answers to the test scans, and the folds' figures, if they are wanted."""
-    begin = 1 - FOLD_SHARE if state.params.folds else 1.0
-    state.features(model, 0).on_images(_counting(state, lambda fraction: tell(begin * fraction)))
-    judged = _judged(state, model)
-    if not state.params.folds:
-        return judged, None
-    return judged, crossvalidation.run(state, lambda fraction: tell(begin + FOLD_SHARE * fraction))
+def _test(run: Run, model: Model, on_progress: Callable[[float], None]) -> tuple[ModelOutputs, dict[str, Any] | None]:
+    """The network's outputs for the test scans, and the figures of the folds, if the parameters ask for folds."""
+    begin = 1 - FOLD_SHARE if run.params.folds else 1.0
+    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(begin * fraction)))
+    outputs = _model_outputs(run, model)
+    if not run.params.folds:
+        return outputs, None
+    return outputs, crossvalidation.cross_validate(run, lambda fraction: on_progress(begin + FOLD_SHARE * fraction))
 
 
-def _remember(state: Run) -> None:
-    """Leave features in the cache, but for those of a backbone whose top has learned: no other training has it."""
-    tuned = any(epoch.phase == "fine_tune" for epoch in state.epochs)
-    for top, features in state.opened.items():
+def _cache_features(run: Run) -> None:
+    """Store features in the cache; not those of a fine-tuned backbone, which no other training can use."""
+    tuned = any(epoch.phase == "fine_tune" for epoch in run.epochs)
+    for top, features in run.features_by_top.items():
         if top or not tuned:
             features.remember()
 
 
-def _judged(state: Run, model: Model) -> Judged:
-    report, split = state.report, state.split
+def _model_outputs(run: Run, model: Model) -> ModelOutputs:
+    report, split = run.report, run.split
     scans = np.concatenate([split.test, split.validation])
-    logits = test_logits(state, model, scans)
+    logits = scan_logits(run, model, scans)
     groups = group_scans([report.scans[scan] for scan in split.test])
     tested = len(split.test)
-    return Judged(
+    return ModelOutputs(
         model.classes, report.labels[split.test], logits[:tested],
-        report.labels[split.validation], logits[tested:], groups, state.params.seed,
+        report.labels[split.validation], logits[tested:], groups, run.params.seed,
     )  # fmt: skip
 
 
-def _reference(state: Run, model: Model, judged: Judged) -> dict[str, Any]:
-    """What the test scans are like, by the engine that training uses: predictions of an admitted one hardly differ."""
-    scans, calibration, outliers = state.split.test, Calibration.of(model.metadata), Outliers.of(model.metadata)
-    statistics = [input_statistics(state.pixels[scan]) for scan in scans]
-    decided = calibration.decide(judged.test_logits, judged.positive)
-    confidences = calibration.probabilities(judged.test_logits)[np.arange(len(decided)), decided]
-    rejected = int((outliers.scores(descriptors(state, model, scans), statistics) > 1).sum()) if outliers else None
-    labels = [model.classes[place] for place in decided]
-    return reference_of(statistics, confidences.tolist(), labels, model.classes, rejected)
+def _reference(run: Run, model: Model, outputs: ModelOutputs) -> dict[str, Any]:
+    """The reference for drift, on the engine that training uses; an admitted engine's predictions hardly differ."""
+    scans = run.split.test
+    calibration, ood = Calibration.from_metadata(model.metadata), OodDetector.from_metadata(model.metadata)
+    statistics = [input_statistics(run.pixels[scan]) for scan in scans]
+    decided = calibration.decide(outputs.test_logits, outputs.positive)
+    confidences = calibration.probabilities(outputs.test_logits)[np.arange(len(decided)), decided]
+    rejected = int((ood.scores(scan_descriptors(run, model, scans), statistics) > 1).sum()) if ood else None
+    labels = [model.classes[index] for index in decided]
+    return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected)
 
 
-def _counting(state: Run, tell: Callable[[float], None]) -> Callable[[int], None]:
-    total, done = len(state.split.test) + len(state.split.validation), 0
+def _count_images(run: Run, on_progress: Callable[[float], None]) -> Callable[[int], None]:
+    total, done = len(run.split.test) + len(run.split.validation), 0
 
     def count(images: int) -> None:
         nonlocal done
         done += images
-        tell(min(done / total, 1.0))
+        on_progress(min(done / total, 1.0))
 
     return count
 
 
-# --- what the answers alone cannot tell ------------------------------------------------------------------------------
+# --- context of the scores -------------------------------------------------------------------------------------------
 
 
-def _counts(state: Run) -> dict[str, int]:
-    split = state.split
+def _counts(run: Run) -> dict[str, int]:
+    split = run.split
     return {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
 
 
-def _patients_known(state: Run) -> bool:
-    return all(scan.patient for scan in state.report.scans)
+def _patients_known(run: Run) -> bool:
+    return all(scan.patient for scan in run.report.scans)
 
 
-def _as_counts(found: Leaks) -> dict[str, int]:
-    return {
-        "patients": found.patients,
-        "duplicates": found.duplicates,
-        "near_duplicates": found.near_duplicates,
-    }
+# --- report ----------------------------------------------------------------------------------------------------------
 
 
-# --- what people look at ---------------------------------------------------------------------------------------------
-
-
-def _show(state: Run, model: Model, judged: Judged, scores: Scores, leaked: Leaks) -> None:
+def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores, leaked: Leaks) -> None:
     from ml.reporting import plots
     from ml.reporting.report import ReportInputs, write_report
 
-    epochs, root, params = state.epochs or _history(state), state.config.evaluation.root_dir, state.params
+    epochs, root, params = run.epochs or _history(run), run.config.evaluation.root_dir, run.params
     best = best_epoch(params, epochs)
-    for old in root.glob("*.png"):  # of an earlier run: this one may have fewer
+    for old in root.glob("*.png"):  # of an earlier run, which may have had more of them
         old.unlink()
-    drawn = plots.all_plots(judged, scores, epochs, best, lambda places: state.pixels[state.split.test[places]])
-    for plot in drawn:
+    all_plots = plots.all_plots(outputs, scores, epochs, best, lambda positions: run.pixels[run.split.test[positions]])
+    for plot in all_plots:
         plot.save(root)
     inputs = ReportInputs(
         scores=scores,
-        plots=drawn,
+        plots=all_plots,
         made_at=datetime.now(UTC),
         parameters=params.model_dump(mode="json"),
         dataset={
-            "images": state.report.images,
-            "classes": state.report.classes,
-            "warnings": list(state.report.warnings),
+            "images": run.report.images,
+            "classes": run.report.classes,
+            "warnings": list(run.report.warnings),
         },
-        dataset_digest=state.report.digest,
+        dataset_digest=run.report.digest,
         network=f"{model.architecture}, head {model.head}",
         engine=str(model.metadata.get("engine", "")),
         device=str(model.metadata.get("device", "")),
@@ -160,35 +158,35 @@ def _show(state: Run, model: Model, judged: Judged, scores: Scores, leaked: Leak
         training_seconds=sum(epoch.seconds for epoch in epochs),
         best_epoch=best,
         weights_sha256=(model.metadata.get("weights") or {}).get("sha256"),
-        model_sha256=weights.sha256(state.config.training.trained_model_path),
-        revision=state.around.revision,
-        versions={"python": python_version(), **installed(PACKAGES)},
+        model_sha256=weights.sha256(run.config.training.trained_model_path),
+        revision=run.environment.revision,
+        versions={"python": python_version(), **installed_versions(PACKAGES)},
         leak_reasons=leaked.reasons(),
-        split_notes=_split_notes(state),
+        split_notes=_split_notes(run),
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 
 
-def _split_notes(state: Run) -> list[str]:
-    params, groups = state.params, len(np.unique(group_scans(state.report.scans)))
+def _split_notes(run: Run) -> list[str]:
+    params, groups = run.params, len(np.unique(group_scans(run.report.scans)))
     return [
-        f"Of {state.report.images} scans, {groups} groups were drawn by lot with seed {params.seed}, by class: "
+        f"Of {run.report.images} scans, {groups} groups were drawn by lot with seed {params.seed}, by class: "
         f"{params.test_size:g} for the test, {params.validation_size:g} for validation.",
         "Scans of one patient, copies, and near-duplicates are one group and stay together.",
     ]
 
 
-def _history(state: Run) -> list[Epoch]:
+def _history(run: Run) -> list[Epoch]:
     try:
-        content: list[dict[str, Any]] = json.loads(state.config.training.history_path.read_text(encoding="utf-8"))
+        content: list[dict[str, Any]] = json.loads(run.config.training.history_path.read_text(encoding="utf-8"))
         return [Epoch(**fields) for fields in content]
     except (OSError, ValueError) as error:
         raise BadParams("There is no training yet: run the stage training first.") from error
 
 
-def artifacts(state: Run) -> dict[str, str]:
-    """Name → path of what the run leaves, but for the network."""
-    config, root = state.config, state.config.evaluation.root_dir
+def artifacts(run: Run) -> dict[str, str]:
+    """Name → path of the files that the run writes, without the model file."""
+    config, root = run.config, run.config.evaluation.root_dir
     paths = [config.evaluation.scores_path, config.training.history_path]
     paths += [config.data_ingestion.manifest_path, config.data_ingestion.report_path]
     paths += [root / "report.html", root / "report.pdf", *sorted(root.glob("*.png"))]

@@ -1,5 +1,7 @@
-"""Stage 1, data_ingestion: a folder of scans, or a zip (local, or downloaded) → manifest.json, dataset_report.json, and
-pixels.npy with every scan decoded once."""
+"""Stage 1, data_ingestion: a folder of scans, or a zip (local or downloaded), is checked and decoded.
+
+Writes manifest.json, dataset_report.json, and pixels.npy with all scans in the network's input size.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from ml.runtime.errors import BadDataset, BadParams
 from ml.runtime.events import reporter
 from ml.runtime.tensorfile import reserve
 
-DOWNLOAD_SHARE = 0.4  # of the stage's progress, when there is something to download
+DOWNLOAD_SHARE = 0.4  # of the stage's progress, if the zip is downloaded
 
 
-def data_ingestion(state: Run) -> None:
-    """See the module."""
-    paths, tell = state.config.data_ingestion, reporter(state.emit, "data_ingestion")
+def data_ingestion(run: Run) -> None:
+    """Run the stage; see the module's docstring."""
+    paths, on_progress = run.config.data_ingestion, reporter(run.emit, "data_ingestion")
     paths.root_dir.mkdir(parents=True, exist_ok=True)
     begin = 0.0
     if not paths.local_data_file.exists():
@@ -35,34 +37,36 @@ def data_ingestion(state: Run) -> None:
                 "data_ingestion: local_data_file does not exist, and source_URL is not set: put a zip there, or name "
                 "the scans with --data."
             )
-        fetch(paths.source_url, paths.local_data_file, report=lambda fraction: tell(DOWNLOAD_SHARE * fraction))
+        fetch(
+            paths.source_url, paths.local_data_file, on_progress=lambda fraction: on_progress(DOWNLOAD_SHARE * fraction)
+        )
         begin = DOWNLOAD_SHARE
-    # A folder has no hash of its own; and reading it to hash it would take as long as most of what a cache saves.
-    key = None if state.around.cache is None or paths.local_data_file.is_dir() else _key(state)
-    # A stage alone always unpacks: whoever runs it wants to see the scans.
-    if key is None or not state.whole or not _recalled(state, key):
-        _unpack(state)
-        report = _decode_all(state, lambda fraction: tell(begin + (1 - begin) * fraction))
+    # A folder is not cached: reading all of it for its hash would take almost as long as decoding it.
+    key = None if run.environment.cache is None or paths.local_data_file.is_dir() else _key(run)
+    # A stage that runs alone always unpacks, so that its user can look at the scans.
+    if key is None or not run.in_one_process or not _restore(run, key):
+        _unpack(run)
+        report = _decode_all(run, lambda fraction: on_progress(begin + (1 - begin) * fraction))
         report.raise_for_problems()
         save_manifest(report, paths.manifest_path)
         if key is not None:
-            _remember(state, key)
-    state.__dict__.pop("report", None)
-    found = {"warnings": list(state.report.warnings), "inspection": asdict(state.report.inspection)}
-    write_json(paths.report_path, {"classes": state.report.classes, "images": state.report.images, **found})
+            _store(run, key)
+    run.__dict__.pop("report", None)
+    found = {"warnings": list(run.report.warnings), "inspection": asdict(run.report.inspection)}
+    write_json(paths.report_path, {"classes": run.report.classes, "images": run.report.images, **found})
 
 
-def unpacked(state: Run) -> Path:
-    """The folder of the scans. Where their pixels came out of the cache they were not unpacked: then they are here."""
-    folder = state.config.data_ingestion.scans_dir
+def scans_folder(run: Run) -> Path:
+    """The folder of the scans; unpacked now if their pixels came from the cache."""
+    folder = run.config.data_ingestion.scans_dir
     if not folder.exists():
-        _unpack(state)
+        _unpack(run)
     return folder
 
 
-def _unpack(state: Run) -> None:
-    """The zip's scans into `unzip_dir`; a folder is read where it lies."""
-    paths, config = state.config.data_ingestion, state.config
+def _unpack(run: Run) -> None:
+    """Unpack the zip into `unzip_dir`; a folder is read in place."""
+    paths, config = run.config.data_ingestion, run.config
     if not paths.local_data_file.is_dir():
         extract_zip(paths.local_data_file, paths.unzip_dir)
         return
@@ -75,8 +79,8 @@ def _unpack(state: Run) -> None:
             )
 
 
-def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
-    paths, transform = state.config.data_ingestion, state.transform
+def _decode_all(run: Run, on_progress: Callable[[float], None]) -> DatasetReport:
+    paths, transform = run.config.data_ingestion, run.transform
     partial = paths.pixels_path.with_name(f".{paths.pixels_path.name}.partial")
     shape = (count_images(paths.scans_dir), transform.height, transform.width, 3)
     try:
@@ -85,7 +89,7 @@ def _decode_all(state: Run, tell: Callable[[float], None]) -> DatasetReport:
         def keep(index: int, image: np.ndarray) -> None:
             pixels[index] = transform.resize(image)
 
-        report = check_dataset(paths.scans_dir, state.params.classes, keep, tell, transform.window)
+        report = check_dataset(paths.scans_dir, run.params.classes, keep, on_progress, transform.window)
         if not report.problems:
             partial.replace(paths.pixels_path)
     finally:
@@ -103,27 +107,27 @@ def _pixels_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _key(state: Run) -> str:
-    archive = weights.sha256(state.config.data_ingestion.local_data_file)
-    return key_of(archive=archive, size=state.params.image_size, window=state.params.window, version=1)
+def _key(run: Run) -> str:
+    archive = weights.sha256(run.config.data_ingestion.local_data_file)
+    return key_of(archive=archive, size=run.params.image_size, window=run.params.window, version=1)
 
 
-def _recalled(state: Run, key: str) -> bool:
-    """Whether this zip was decoded for an earlier training, which left manifest and pixels in the cache."""
-    assert state.around.cache is not None
-    entry, paths = state.around.cache.find(key), state.config.data_ingestion
+def _restore(run: Run, key: str) -> bool:
+    """Take manifest and pixels from the cache; False if no earlier training has decoded this zip."""
+    assert run.environment.cache is not None
+    entry, paths = run.environment.cache.find(key), run.config.data_ingestion
     try:
-        if entry is None or _has_other_classes(state, entry):
+        if entry is None or _has_other_classes(run, entry):
             return False
         for name, target in (("pixels.npy", paths.pixels_path), ("manifest.json", paths.manifest_path)):
             _link(entry / name, target)
-    except (OSError, BadDataset):  # removed just now, or left by another version
+    except (OSError, BadDataset):  # removed just now, or written by another version
         return False
     return True
 
 
-def _has_other_classes(state: Run, entry: Path) -> bool:
-    wanted = state.params.classes
+def _has_other_classes(run: Run, entry: Path) -> bool:
+    wanted = run.params.classes
     return wanted is not None and len(load_manifest(entry / "manifest.json").classes) != wanted
 
 
@@ -137,8 +141,8 @@ def _link(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def _remember(state: Run, key: str) -> None:
-    assert state.around.cache is not None
-    paths = state.config.data_ingestion
+def _store(run: Run, key: str) -> None:
+    assert run.environment.cache is not None
+    paths = run.config.data_ingestion
     pixels = np.load(paths.pixels_path, mmap_mode="r")
-    state.around.cache.store(key, {"pixels.npy": pixels, "manifest.json": paths.manifest_path.read_bytes()})
+    run.environment.cache.store(key, {"pixels.npy": pixels, "manifest.json": paths.manifest_path.read_bytes()})

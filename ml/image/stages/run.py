@@ -1,4 +1,4 @@
-"""One run of the pipeline: where its stages read and write, whom they tell, and what they hand on in memory."""
+"""The state of one pipeline run: where its stages read and write, where events go, and what they share in memory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ml.image.dataset.scans import DatasetReport, load_manifest
 from ml.image.dataset.splits import Split, split_scans
-from ml.image.engines.engines import open_engine
+from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import checksum
 from ml.image.networks import network
@@ -23,14 +22,18 @@ from ml.runtime.cache import Cache, Cached, key_of
 from ml.runtime.config import CheckpointPlan, PipelineConfig
 from ml.runtime.errors import BadDataset, BadParams
 from ml.runtime.events import Emit, Epoch
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a run finds where it runs: folders of weights, the file that `weights: file:` or `version:` stands for, the
-    cache, checkpoints, the code's revision, and the champion's file, which is scored beside the new network."""
+class RunEnvironment:
+    """What a run needs besides its configuration and parameters.
+
+    `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
+    `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
+    is scored on the same test scans as the new network.
+    """
 
     weights_dir: Path | None = None
     base_weights: Path | None = None
@@ -42,32 +45,34 @@ class Surroundings:
 
 @dataclass
 class Run:
-    """One run. A stage that runs alone reads from disk what is None here."""
+    """One run. Stages fill in `model`, `epochs` and so on; a stage that runs alone reads what is missing from disk."""
 
     config: PipelineConfig
     params: Params
     emit: Emit
-    around: Surroundings = field(default_factory=Surroundings)
-    whole: bool = False  # all four stages in this process
+    environment: RunEnvironment = field(default_factory=RunEnvironment)
+    in_one_process: bool = False
+    """All four stages run in this process."""
     model: Model | None = None
     epochs: list[Epoch] = field(default_factory=list)
     device_seconds: float = 0.0
-    opened: dict[int, Features] = field(default_factory=dict)
+    features_by_top: dict[int, Features] = field(default_factory=dict)
+    """By number of unfrozen blocks."""
 
     @property
     def transform(self) -> Transform:
         """The transform that the parameters ask for."""
-        of, (height, width, _) = ARCHITECTURES[self.params.network], self.params.image_size
-        return Transform(height, width, of.mean, of.std, self.params.window)
+        architecture, (height, width, _) = ARCHITECTURES[self.params.network], self.params.image_size
+        return Transform(height, width, architecture.mean, architecture.std, self.params.window)
 
     @cached_property
     def report(self) -> DatasetReport:
-        """What data_ingestion found."""
+        """The result of data_ingestion."""
         return load_manifest(self.config.data_ingestion.manifest_path)
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """Every scan's pixels as data_ingestion left them: uint8 [scans, height, width, 3], mapped from the file."""
+        """All scans as data_ingestion decoded them: uint8 [scans, height, width, 3], memory-mapped."""
         try:
             pixels: np.ndarray = np.load(self.config.data_ingestion.pixels_path, mmap_mode="r")
         except (OSError, ValueError) as error:
@@ -78,42 +83,34 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """Who is learned from, who chooses, and who is only evaluated."""
+        """The training, validation and test scans."""
         return split_scans(self.report, self.params.seed, self.params.test_size, self.params.validation_size)
 
-    def model_of(self, path: Path) -> Model:
-        """The model that the stage before left, in memory or at `path`."""
-        self.report  # noqa: B018 - without a dataset that is what is wrong, not the missing file
+    def load_model(self, path: Path) -> Model:
+        """The model of the previous stage, from memory or from `path`."""
+        self.report  # noqa: B018 - if there is no dataset either, that is the error to report
         return self.model or network.load(path)
 
-    def features(self, model: Model, top: int, team: Team = ALONE) -> Features:
-        """The features below `top` unfrozen blocks of this model's network; opened once."""
-        if top not in self.opened:
+    def features(self, model: Model, top: int, group: ProcessGroup = SINGLE_PROCESS) -> Features:
+        """The features below the `top` uppermost blocks of this model's network; opened once."""
+        if top not in self.features_by_top:
             below, _ = model.cut(top)
-            engine = open_engine(below, model.transform, precision_of(self.params))
+            engine = open_engine(below, model.transform, training_precision(self.params))
             cached = None
-            if self.around.cache is not None:
+            if self.environment.cache is not None:
                 scans = [scan.sha256 for scan in self.report.scans]
                 weights = [checksum(value) for value in below.state_dict().values()]
                 key = key_of(
                     scans=scans, network=model.architecture, head=model.head, top=top, weights=weights,
                     transform=model.transform.as_dict(), engine=engine.name, batch=engine.batch,
                 )  # fmt: skip
-                cached = Cached(self.around.cache, key)
-            self.opened[top] = Features(engine, self.pixels, team, cached)
-        return self.opened[top]
-
-
-def precision_of(params: Params) -> Any:
-    """What the engines are asked for. bf16 rounds each layer's output by 0.4 %. A trained network hardly notices, nor
-    do VGG16 and the transformer; the deeper ones of random weights make up to 16 % of it: fp32 for these."""
-    if params.precision == "auto" and params.weights == "none" and params.network not in ("vgg16", "vit_b_16"):
-        return "fp32"
-    return params.precision
+                cached = Cached(self.environment.cache, key)
+            self.features_by_top[top] = Features(engine, self.pixels, group, cached)
+        return self.features_by_top[top]
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file at once."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

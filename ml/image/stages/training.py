@@ -1,4 +1,7 @@
-"""Stage 3, training: features once, then what learns; writes model.safetensors and history.json."""
+"""Stage 3, training: train the network, calibrate it, fit its OOD detector, try its engines.
+
+Writes model.safetensors and history.json.
+"""
 
 from __future__ import annotations
 
@@ -14,74 +17,74 @@ from ml.evaluation.calibration import Calibration, calibrate
 from ml.evaluation.metrics import positive_index
 from ml.image.dataset.lineage import lineage
 from ml.image.dataset.splits import Split, group_scans
-from ml.image.engines.admission import SEEN, TRIED, Admission, admit
-from ml.image.engines.engines import device_name, plain_form
-from ml.image.learning.checkpoints import Keeper, Origin, resumed
-from ml.image.learning.train import Start, TrainConfig, TrainData, logits_of, train
+from ml.image.engines.admission import RANGE_SCANS, TRIAL_SCANS, Admission, admit
+from ml.image.engines.backends import default_dtype, device_name, training_precision
+from ml.image.learning.checkpoints import CheckpointWriter, Origin, load_resume_checkpoint
+from ml.image.learning.ddp_worker import training_group
+from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, logits_of, train
 from ml.image.networks import network
-from ml.image.networks.descriptor import descriptors_of
+from ml.image.networks.feature_descriptor import feature_descriptors
 from ml.image.networks.network import Model
-from ml.image.networks.ood import Outliers, Unseen, learn
+from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector
 from ml.image.pixels.statistics import input_statistics
-from ml.image.stages.ddp_worker import training_team
-from ml.image.stages.run import Run, precision_of, write_json
+from ml.image.stages.run import Run, write_json
 from ml.runtime.events import Resumed, Steps, reporter
-from ml.runtime.process_group import Team
+from ml.runtime.process_group import ProcessGroup
 
-STEPS_EVERY = 0.5  # seconds between two events of steps
-RESEMBLED = 512  # training scans, at most, that others are compared with; more would take time and tell little
+STEPS_EVERY = 0.5  # seconds between two `steps` events
+OOD_SCANS = 512  # scans of a side, at most, that the OOD detector is fitted to; more take time and change little
 
 
-def training(state: Run) -> None:
-    """See the module."""
+def training(run: Run) -> None:
+    """Run the stage; see the module's docstring."""
     started = time.perf_counter()
-    model = state.model_of(state.config.prepare_base_model.updated_base_model_path)
-    if not state.whole:
+    model = run.load_model(run.config.prepare_base_model.updated_base_model_path)
+    if not run.in_one_process:
         network.own_memory(model)
-    with _together(state, model) as members:
-        _train(state, model, members)
-    _forget_what_moved(state, members)
-    calibration, outliers = _calibrate(state, model), _outliers(state, model)
-    admission = _admit(state, model, calibration, outliers)
-    learned = _learned(state, model, calibration) | admission.as_dict()
-    state.model = replace(model, metadata={**model.metadata, **learned})
-    state.device_seconds += time.perf_counter() - started
-    network.save(state.model, state.config.training.trained_model_path)
-    write_json(state.config.training.history_path, [asdict(epoch) for epoch in state.epochs])
+    with _process_group(run, model) as group:
+        _train(run, model, group)
+    _drop_stale_features(run, group)
+    calibration, ood = _calibrate(run, model), _fit_ood(run, model)
+    admission = _admit(run, model, calibration, ood)
+    metadata = _training_metadata(run, model, calibration) | admission.as_dict()
+    run.model = replace(model, metadata={**model.metadata, **metadata})
+    run.device_seconds += time.perf_counter() - started
+    network.save(run.model, run.config.training.trained_model_path)
+    write_json(run.config.training.history_path, [asdict(epoch) for epoch in run.epochs])
 
 
-def _together(state: Run, model: Model) -> AbstractContextManager[Team]:
-    """Who trains: this process, or several on the devices of this machine."""
-    return training_team(
-        state.params, model,
-        pixels=state.config.data_ingestion.pixels_path, labels=state.report.labels, split=state.split,
-        positive=positive_index(model.classes), resume=state.around.checkpoints.resume,
-        folder=state.config.data_ingestion.root_dir,
+def _process_group(run: Run, model: Model) -> AbstractContextManager[ProcessGroup]:
+    """This process alone, or with DDP workers on the devices of this machine."""
+    return training_group(
+        run.params, model,
+        pixels=run.config.data_ingestion.pixels_path, labels=run.report.labels, split=run.split,
+        positive=positive_index(model.classes), resume=run.environment.checkpoints.resume,
+        folder=run.config.data_ingestion.root_dir,
     )  # fmt: skip
 
 
-def _train(state: Run, model: Model, members: Team) -> None:
-    data = data_of(state, model, state.split, members)
-    origin = Origin.of(state.params, state.report, model.network, data.features(0).engine.name)
-    keeper = Keeper(state.around.checkpoints, origin, state.epochs, state.emit)
-    start = _start(state, origin)
-    steps, tell = _StepTeller(state), reporter(state.emit, "training")
-    config = TrainConfig(model, state.params, tell, steps, keeper, start, members)
+def _train(run: Run, model: Model, group: ProcessGroup) -> None:
+    data = train_data(run, model, run.split, group)
+    origin = Origin.from_training(run.params, run.report, model.network, data.features(0).engine.name)
+    writer = CheckpointWriter(run.environment.checkpoints, origin, run.epochs, run.emit)
+    start = _resume_point(run, origin)
+    steps, on_progress = _StepEvents(run), reporter(run.emit, "training")
+    config = TrainConfig(model, run.params, on_progress, steps, writer, start, group)
     for epoch in train(config, data):
         steps.flush()
-        state.epochs.append(epoch)
-        state.emit(epoch)
+        run.epochs.append(epoch)
+        run.emit(epoch)
 
 
-def data_of(state: Run, model: Model, split: Split, members: Team) -> TrainData:
-    """What a training of this model learns from."""
+def train_data(run: Run, model: Model, split: Split, group: ProcessGroup) -> TrainData:
+    """The features, labels and split that this model is trained with."""
     return TrainData(
-        lambda top: state.features(model, top, members), state.report.labels, split, positive_index(model.classes)
+        lambda top: run.features(model, top, group), run.report.labels, split, positive_index(model.classes)
     )
 
 
-def head_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Features to logits, float32 [n, classes]."""
+def head_forward(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from features to logits, float32 [n, classes]."""
     _, above = model.cut()
     above.eval()
 
@@ -93,88 +96,94 @@ def head_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
     return logits
 
 
-def test_logits(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
-    """Logits of scans by the whole network, on the engine that training uses: float32 [len(scans), classes].
-    Predictions may use another, which was admitted for saying nearly the same."""
-    return logits_of(head_of(model), state.features(model, 0), scans).numpy()
+def scan_logits(run: Run, model: Model, scans: np.ndarray) -> np.ndarray:
+    """Logits of scans on the engine that training uses: float32 [len(scans), classes].
+
+    Predictions may use another engine, which was admitted because its outputs are nearly the same.
+    """
+    return logits_of(head_forward(model), run.features(model, 0), scans).numpy()
 
 
-def descriptors(state: Run, model: Model, scans: np.ndarray) -> np.ndarray:
-    """Descriptors of scans (see ml.image.networks.descriptor), some at a time: their features may be fifty times as
-    large."""
-    features = state.features(model, 0)
+def scan_descriptors(run: Run, model: Model, scans: np.ndarray) -> np.ndarray:
+    """Feature descriptors of scans, float32 [len(scans), maps].
+
+    They are computed in batches, since the features below them can be fifty times as large.
+    """
+    features = run.features(model, 0)
     features.keep(scans)
     parts = (scans[start : start + 512] for start in range(0, len(scans), 512))
-    return np.concatenate([descriptors_of(model, features.plain(part)) for part in parts])
+    return np.concatenate([feature_descriptors(model, features.plain(part)) for part in parts])
 
 
-def _calibrate(state: Run, model: Model) -> Calibration:
-    """Temperature and threshold, by the validation scans: a prediction of this network has to use them."""
-    scans = state.split.validation
-    return calibrate(state.report.labels[scans], test_logits(state, model, scans), positive_index(model.classes))
+def _calibrate(run: Run, model: Model) -> Calibration:
+    """Temperature and threshold by the validation scans; predictions of this network use both."""
+    scans = run.split.validation
+    return calibrate(run.report.labels[scans], scan_logits(run, model, scans), positive_index(model.classes))
 
 
-def _admit(state: Run, model: Model, calibration: Calibration, outliers: Outliers | None) -> Admission:
-    """Which engines may predict with this network, by some of its test scans; int8 is fitted to training scans."""
-    tested, seen = _evenly(state.split.test, TRIED), _evenly(state.split.train, SEEN)
-    pictures, labels, learnt_in = state.pixels, state.report.labels[tested], plain_form(precision_of(state.params))
-    return admit(model, calibration, pictures[tested], labels, pictures[seen], outliers, learnt_in)
+def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
+    """Try engines on some of the test scans; int8 gets its ranges from training scans."""
+    tested, seen = _evenly(run.split.test, TRIAL_SCANS), _evenly(run.split.train, RANGE_SCANS)
+    pixels, labels, fitted_in = run.pixels, run.report.labels[tested], default_dtype(training_precision(run.params))
+    return admit(model, calibration, pixels[tested], labels, pixels[seen], ood, fitted_in)
 
 
 def _evenly(scans: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the scans, from all over."""
+    """At most `most` of the scans, evenly spaced."""
     return scans[np.unique(np.linspace(0, len(scans) - 1, min(len(scans), most)).astype(int))]
 
 
-def _outliers(state: Run, model: Model) -> Outliers | None:
-    """What the training scans are like, for those that are not: see ml.image.networks.ood."""
-    groups = group_scans(state.report.scans)  # of all: what links two of the sample may be outside of it
-    scans, unseen = (_evenly(side, RESEMBLED) for side in (state.split.train, state.split.validation))
-    statistics = [input_statistics(state.pixels[scan]) for scan in scans]
-    beside = Unseen(descriptors(state, model, unseen), groups[unseen])
-    return learn(descriptors(state, model, scans), statistics, groups[scans], beside)
+def _fit_ood(run: Run, model: Model) -> OodDetector | None:
+    """The OOD detector for this network; see ml.image.networks.ood."""
+    groups = group_scans(run.report.scans)  # of all scans: two in the sample may be linked by one outside of it
+    scans, validation = (_evenly(side, OOD_SCANS) for side in (run.split.train, run.split.validation))
+    statistics = [input_statistics(run.pixels[scan]) for scan in scans]
+    unseen = UnseenDescriptors(scan_descriptors(run, model, validation), groups[validation])
+    return fit_detector(scan_descriptors(run, model, scans), statistics, groups[scans], unseen)
 
 
-def _learned(state: Run, model: Model, calibration: Calibration) -> dict[str, object]:
-    """What a model file says of its learning."""
-    seen = lineage(state.report, [*state.split.train, *state.split.validation])
+def _training_metadata(run: Run, model: Model, calibration: Calibration) -> dict[str, object]:
+    """What the model file says about the training."""
+    seen = lineage(run.report, [*run.split.train, *run.split.validation])
     return {
-        "params": state.params.model_dump(mode="json"),  # a stage of its own may have got others than the one before
+        "params": run.params.model_dump(mode="json"),  # if stages run alone, they may have different parameters
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
         "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
-        "precision": precision_of(state.params),
-        "engine": state.features(model, 0).engine.name,
+        "precision": training_precision(run.params),
+        "engine": run.features(model, 0).engine.name,
         "device": device_name(),
     }
 
 
-def _forget_what_moved(state: Run, members: Team) -> None:
-    """Features below unfrozen blocks are still true, but the whole backbone's are not once its top has learned; and
-    nothing is computed together any more."""
-    if members.size > 1:
-        state.opened.clear()
-    elif any(epoch.phase == "fine_tune" for epoch in state.epochs):
-        state.opened.pop(0)
+def _drop_stale_features(run: Run, group: ProcessGroup) -> None:
+    """Features below unfrozen blocks stay valid, but those of the whole backbone do not if its top was fine-tuned.
+
+    After a training on several devices all are dropped, since they are tied to the process group.
+    """
+    if group.size > 1:
+        run.features_by_top.clear()
+    elif any(epoch.phase == "fine_tune" for epoch in run.epochs):
+        run.features_by_top.pop(0)
 
 
-def _start(state: Run, origin: Origin) -> Start:
-    checkpoint = resumed(state.around.checkpoints, origin)
+def _resume_point(run: Run, origin: Origin) -> ResumePoint:
+    checkpoint = load_resume_checkpoint(run.environment.checkpoints, origin)
     if checkpoint is None:
-        return Start()
-    state.epochs.extend(checkpoint.history)
-    state.emit(Resumed(checkpoint.epoch))
-    return Start(checkpoint.history, checkpoint.state)
+        return ResumePoint()
+    run.epochs.extend(checkpoint.history)
+    run.emit(Resumed(checkpoint.epoch))
+    return ResumePoint(checkpoint.history, checkpoint.state)
 
 
-class _StepTeller:
-    """Gathers steps into one event for each half second."""
+class _StepEvents:
+    """Collects optimizer steps into one event per half second."""
 
-    def __init__(self, state: Run) -> None:
-        self._emit = state.emit
+    def __init__(self, run: Run) -> None:
+        self._emit = run.emit
         self._losses: list[float] = []
-        batches = -(-len(state.split.train) // state.params.batch_size)
+        batches = -(-len(run.split.train) // run.params.batch_size)
         self._epoch, self._rate = 0, 0.0
-        self._done = len(state.epochs) * -(-batches // state.params.accumulate)  # of the attempt before
+        self._done = len(run.epochs) * -(-batches // run.params.accumulate)  # steps of the previous attempt
         self._last = time.monotonic()
 
     def __call__(self, epoch: int, loss: float, rate: float) -> None:
@@ -186,7 +195,7 @@ class _StepTeller:
             self.flush()
 
     def flush(self) -> None:
-        """Tell what is gathered."""
+        """Emit the collected steps."""
         if self._losses:
             self._emit(Steps(self._epoch, self._done + 1, self._losses, self._rate))
             self._done += len(self._losses)

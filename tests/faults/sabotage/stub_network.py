@@ -49,7 +49,7 @@ class Prediction:
     retryable: bool = False
     ood_score: float | None = None
     statistics: dict[str, float] = field(default_factory=dict)
-    oddity: str | None = None
+    ood_reason: str | None = None
 
 
 class Predictor:
@@ -69,7 +69,7 @@ class Predictor:
 
 
 class _SmallDevice:
-    """As ml.image.engines.engines.Engine, with memory for so many images at once."""
+    """As ml.image.engines.backends.Engine, with memory for so many images at once."""
 
     name, batch, streams = "small", BATCH, 1
 
@@ -83,9 +83,9 @@ class _SmallDevice:
 def _through_device(scans: list[ScanInput]) -> list[ScanInput]:
     import numpy as np
 
-    from ml.image.engines.oom_fallback import HalvingEngine
+    from ml.image.engines.oom_fallback import OomFallbackEngine
 
-    assert sum(map(len, HalvingEngine(_SmallDevice()).stream([np.zeros((len(scans), 1))]))) == len(scans)
+    assert sum(map(len, OomFallbackEngine(_SmallDevice()).stream([np.zeros((len(scans), 1))]))) == len(scans)
     return scans
 
 

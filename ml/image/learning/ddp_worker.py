@@ -1,4 +1,4 @@
-"""A process of a training on several devices. `training_team` starts them; `python -m ml.image.stages.ddp_worker
+"""A process of a training on several devices. `training_group` starts them; `python -m ml.image.learning.ddp_worker
 FILE` is one."""
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ml.image.dataset.splits import Split
-from ml.image.engines.engines import open_engine
+from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import load
-from ml.image.learning.ddp_launch import Seat, gathered, sit_down
-from ml.image.learning.train import Start, TrainConfig, TrainData, train
+from ml.image.learning.ddp_launch import RankConfig, launch_workers, run_worker
+from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, train
 from ml.image.networks import network
-from ml.image.stages.run import precision_of
-from ml.runtime.process_group import ALONE, Team
+from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingJob:
     """A training as a member does it: the network's file, the pixels' file (.npy), and what the leader knows besides.
 
     See `ml.image.learning.ddp_launch.Job`. `resume`: the checkpoint that the leader goes on from.
@@ -44,28 +43,28 @@ class Training:
     positive: int | None = None
     resume: Path | None = None
 
-    def load(self) -> Callable[[Team], None]:
+    def load(self) -> Callable[[ProcessGroup], None]:
         """See `ml.image.learning.ddp_launch.Job`."""
         model = network.load(self.model)
         network.own_memory(model)
         pixels = np.load(self.pixels, mmap_mode="r")
         checkpoint = None if self.resume is None else load(self.resume)
-        start = Start() if checkpoint is None else Start(checkpoint.history, checkpoint.state)
-        return lambda team: self._train(model, pixels, start, team)
+        start = ResumePoint() if checkpoint is None else ResumePoint(checkpoint.history, checkpoint.state)
+        return lambda group: self._train(model, pixels, start, group)
 
-    def _train(self, model: network.Model, pixels: np.ndarray, start: Start, team: Team) -> None:
+    def _train(self, model: network.Model, pixels: np.ndarray, start: ResumePoint, group: ProcessGroup) -> None:
         @cache
         def features(top: int) -> Features:
             below, _ = model.cut(top)
-            return Features(open_engine(below, model.transform, precision_of(self.params)), pixels, team)
+            return Features(open_engine(below, model.transform, training_precision(self.params)), pixels, group)
 
-        config = TrainConfig(model, self.params, start=start, team=team)
+        config = TrainConfig(model, self.params, start=start, group=group)
         for _ in train(config, TrainData(features, self.labels, self.split, self.positive)):
             pass
 
 
 @contextmanager
-def training_team(
+def training_group(
     params: Params,
     model: network.Model,
     *,
@@ -75,7 +74,7 @@ def training_team(
     positive: int | None = None,
     resume: Path | None = None,
     folder: Path | None = None,
-) -> Iterator[Team]:
+) -> Iterator[ProcessGroup]:
     """The processes that train `model` together, as `params.devices` asks; with one device, this one alone.
 
     `pixels`: the file (.npy) of all scans' pixels; `labels`, `split`, `positive`: as in
@@ -85,27 +84,27 @@ def training_team(
     that fails.
     """
     if params.devices == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     with TemporaryDirectory(prefix="renalq-member-", dir=folder) as place:
         path = Path(place) / "model.safetensors"
         network.save(model, path)
-        job = Training(path, pixels.absolute(), params, labels, split, positive, resume and resume.absolute())
-        with gathered(params.devices, job, folder) as team:
+        job = TrainingJob(path, pixels.absolute(), params, labels, split, positive, resume and resume.absolute())
+        with launch_workers(params.devices, job, folder) as group:
             path.unlink()  # each has it mapped by now
-            yield team
+            yield group
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Be the member whose `Seat` is in the file that is named on the command line."""
+    """Be the member whose `RankConfig` is in the file that is named on the command line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the leader is the one that ends the team
     threading.Thread(target=_leave_with_the_leader, daemon=True).start()
     seat = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - our leader's, in a folder of its own
-    assert isinstance(seat, Seat)
-    sit_down(seat)
+    assert isinstance(seat, RankConfig)
+    run_worker(seat)
     return 0
 
 

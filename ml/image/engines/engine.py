@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-Form = Literal["fp32", "bf16", "int8"]
+Dtype = Literal["fp32", "bf16", "int8"]
 """What the products are computed in."""
 
 
