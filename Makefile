@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What pip or a user has put into these would reach into the virtual environment.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test faults long storm up lint doctor clean
+.PHONY: help setup demo test faults long picture storm up lint doctor clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ faults: setup ## Every case of the fault list: real processes, killed in every w
 
 long: setup ## Tests that train for minutes: does Grad-CAM find the tumours?
 	@pytest -m long -s
+
+picture: setup ## Draw docs/architecture.svg and list the rooms, from the import graph.
+	@python -m tests.docs.picture
 
 storm: setup ## Kill everything for a while, then count: make storm SEED=1 MINUTES=10.
 	@python -m tests.faults.storm --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
