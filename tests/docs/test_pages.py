@@ -12,7 +12,7 @@ WIDTH = 100
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 PATH = re.compile(r"`((?:api|jobs|worker|ml|cli|migrations|bench|tests|docs|deploy|config)/[a-z0-9_./-]+)`")
-TARGET = re.compile(r"(?:^|`)make ([a-z]+(?:-[a-z]+)*)", re.MULTILINE)
+TARGET = re.compile(r"(?:^|`)make ([a-z]+(?:-[a-z]+)*)(?![-\w])", re.MULTILINE)
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
