@@ -119,5 +119,5 @@ def _deep_object(self: object, field: fields.Field, **kwargs: object) -> dict[st
     return {"style": "deepObject", "explode": True} if isinstance(field, fields.Dict) else {}
 
 
-KEY = "A key: rq_…. HTTP Basic is taken too, with the key as its password."
+KEY = "An API key: rq_…. HTTP Basic is accepted too, with the key as its password."
 DESCRIPTION = "Train, track and use a kidney-CT classifier. Not for diagnosis. Errors are RFC 9457 problem details."

@@ -1,1 +1,1 @@
-"""What a job is: its states, its rows, the verbs that move it on. Both the API and the workers import this package."""
+"""The job queue and its registries in Postgres, used by the API and the workers: states, tables and transitions."""

@@ -1,8 +1,8 @@
-"""Addresses that scans may be fetched from, and that webhooks may be sent to: asked when they come, and again at use.
+"""Checks of URLs that scans are fetched from and webhooks are sent to, against server-side request forgery (SSRF).
 
-Our processes stand inside the network, and would else reach for others what these cannot reach themselves. So scans
-are fetched from hosts alone that `RENALQ_FETCH_HOSTS` names. Webhooks are sent to those that `RENALQ_WEBHOOK_HOSTS`
-names, and to the public internet.
+RenalQ runs inside a network that clients cannot reach themselves. So scans are fetched only from the hosts in
+`RENALQ_FETCH_HOSTS`, and webhooks are sent only to the hosts in `RENALQ_WEBHOOK_HOSTS` and to the public internet. URLs
+are checked when they are received, and again before use.
 """
 
 import re
@@ -11,84 +11,84 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 Host = tuple[str, int | None]
-"""A name and a port; without a port, the usual one of http or https."""
+"""A host name and a port; None: the default port of http or https."""
 
-PLAIN = re.compile(r"https?://[!-\[\]-~]+", re.IGNORECASE)
-"""ASCII without blanks, control characters and backslashes: two parsers of such an address agree on its host."""
-USUAL_PORTS = {"http": 80, "https": 443}
+URL_CHARACTERS = re.compile(r"https?://[!-\[\]-~]+", re.IGNORECASE)
+"""ASCII without spaces, control characters and backslashes: all parsers agree on the host of such a URL."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 MALFORMED = "Must be an http:// or https:// address, with all but ASCII percent-encoded."
 CREDENTIALS = "Must not hold a user name or a password."
 REFUSED = "Scans are not fetched from this host. Add it to RENALQ_FETCH_HOSTS, or store the scan with POST /scans."
 NOT_PUBLIC = "Webhooks are not sent to this host: it is not a public one. Add it to RENALQ_WEBHOOK_HOSTS."
 GLOBAL_UNICAST = IPv6Network("2000::/3")
-"""Outside of it are IPv4 addresses in IPv6 dress (mapped, NAT64), too."""
-NEARER_THAN_THEY_LOOK = tuple(map(IPv4Network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24")))
-"""Answered by the host that a virtual machine runs on, or by a relay; not each Python knows them for no public ones."""
+"""Addresses outside include IPv4 addresses in IPv6 notation (mapped, NAT64)."""
+EXTRA_NON_PUBLIC_NETWORKS = tuple(map(IPv4Network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24")))
+"""Served by the host of a virtual machine or by a relay; some versions of Python count them as public."""
 
 
 def parse_hosts(text: str) -> frozenset[Host]:
-    """The hosts in a list such as `pacs.example, 10.0.0.5:8042`.
+    """Parse a list such as `pacs.example, 10.0.0.5:8042`.
 
     Raises:
-        ValueError: an entry is no host name with or without a port.
+        ValueError: an entry is not a host name with an optional port.
     """
     return frozenset(_host(entry.strip()) for entry in text.split(",") if entry.strip())
 
 
-def complaint(url: str, hosts: frozenset[Host]) -> str | None:
-    """Why nothing may be fetched from this address, or None. The words repeat nothing of it: it may name a patient."""
-    return ill_formed(url) or (None if is_named(url, hosts) else REFUSED)
+def fetch_url_error(url: str, hosts: frozenset[Host]) -> str | None:
+    """Why scans cannot be fetched from this URL, or None. The text does not quote the URL: it may contain a name."""
+    return malformed_url_error(url) or (None if is_allowed(url, hosts) else REFUSED)
 
 
-def webhook_complaint(url: str, hosts: frozenset[Host]) -> str | None:
-    """Why nothing may be sent to this address, or None. A name is not looked up: where it leads is seen at sending."""
-    return ill_formed(url) or (None if is_named(url, hosts) or not _is_inside(url) else NOT_PUBLIC)
+def webhook_url_error(url: str, hosts: frozenset[Host]) -> str | None:
+    """Why webhooks cannot be sent to this URL, or None. Host names are resolved only when sending."""
+    return malformed_url_error(url) or (None if is_allowed(url, hosts) or not _is_inside(url) else NOT_PUBLIC)
 
 
-def ill_formed(url: str) -> str | None:
-    """Why this is no address that two parsers read alike, or None."""
-    if not PLAIN.fullmatch(url):
+def malformed_url_error(url: str) -> str | None:
+    """Why this is not a well-formed http(s) URL, or None."""
+    if not URL_CHARACTERS.fullmatch(url):
         return MALFORMED
     try:
         parts = urlsplit(url)
-        named = parts.hostname and parts.port != 0
+        valid = parts.hostname and parts.port != 0
     except ValueError:
         return MALFORMED
-    if not named:
+    if not valid:
         return MALFORMED
     return CREDENTIALS if "@" in parts.netloc else None
 
 
-def is_named(url: str, hosts: frozenset[Host]) -> bool:
-    """Whether the hosts name that of this well-formed address."""
+def is_allowed(url: str, hosts: frozenset[Host]) -> bool:
+    """Whether the host of this well-formed URL is in `hosts`."""
     parts = urlsplit(url)
-    name, port, usual = parts.hostname or "", parts.port, USUAL_PORTS[parts.scheme]
-    return (name, port or usual) in hosts or ((name, None) in hosts and port in (None, usual))
+    name, port, default = parts.hostname or "", parts.port, DEFAULT_PORTS[parts.scheme]
+    return (name, port or default) in hosts or ((name, None) in hosts and port in (None, default))
 
 
 def is_public(address: str) -> bool:
-    """Whether this numeric address leads to the public internet: not to this machine, its network or its cloud."""
-    found = ip_address(address)
-    if isinstance(found, IPv6Address) and (found not in GLOBAL_UNICAST or found.sixtofour or found.teredo):
+    """Whether this IP address is on the public internet: not this machine, its network or its cloud."""
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address) and (ip not in GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
         return False
-    return found.is_global and not found.is_multicast and not any(found in near for near in NEARER_THAN_THEY_LOOK)
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in EXTRA_NON_PUBLIC_NETWORKS)
 
 
 def _is_inside(url: str) -> bool:
-    """Whether the host is plainly no public one: a number that is none, or this machine by its name."""
+    """Whether the host is obviously not public: a non-public IP address, or localhost."""
     name = (urlsplit(url).hostname or "").rstrip(".")
     try:
         return not is_public(name)
     except ValueError:
         pass
     try:
-        return not is_public(socket.inet_ntoa(socket.inet_aton(name)))  # 127.1, 0x7f000001: so a connection reads it
+        return not is_public(socket.inet_ntoa(socket.inet_aton(name)))  # 127.1 and 0x7f000001, as connect() reads them
     except OSError:
         return name == "localhost" or name.endswith(".localhost")
 
 
 def _host(entry: str) -> Host:
     parts = urlsplit(f"//{entry}")
-    if parts.netloc != entry or "@" in entry or not parts.hostname or not PLAIN.fullmatch(f"http://{entry}"):
+    if parts.netloc != entry or "@" in entry or not parts.hostname or not URL_CHARACTERS.fullmatch(f"http://{entry}"):
         raise ValueError(f"{entry!r} is no host name: write pacs.example or pacs.example:8042")
     return parts.hostname, parts.port

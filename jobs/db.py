@@ -1,4 +1,4 @@
-"""Engine, sessions, and the declarative base with the naming convention of constraints."""
+"""Engines, sessions, prepared statements, LISTEN, and the declarative base."""
 
 import datetime as dt
 import select
@@ -12,8 +12,8 @@ from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
 Sessions = sessionmaker[Session]
 
-# Named constraints can be dropped by a migration on every database alike; unnamed ones only by guessing.
-NAMING = {
+# With a naming convention, migrations can drop constraints by name.
+NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
     "ck": "ck_%(table_name)s_%(constraint_name)s",
@@ -23,19 +23,22 @@ NAMING = {
 
 
 class Base(DeclarativeBase):
-    """Every table's base."""
+    """Base class of all tables."""
 
-    metadata = MetaData(naming_convention=NAMING)
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
 
 
-PATIENCE = "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s"
+TIMEOUT_OPTIONS = "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s"
 
 
 def make_engine(
     url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = "", **more: Any
 ) -> Engine:
-    """An engine for Postgres by psycopg2. Connections are tested before use, as Postgres may restart under us; not
-    with `pre_ping=False`, for those who try again by themselves. `options`: more of Postgres' own, such as `-c name=x`.
+    """An engine for Postgres with psycopg2.
+
+    Args:
+        pre_ping: test connections before use, since Postgres may restart. False for callers that retry by themselves.
+        options: further options of Postgres, such as `-c name=x`.
 
     Raises:
         ValueError: the URL names another database or driver.
@@ -51,18 +54,18 @@ def make_engine(
         pool_pre_ping=pre_ping,
         pool_timeout=10,
         **more,
-        hide_parameters=True,  # an error's text must not carry what was in a row: it may be a file's name
+        hide_parameters=True,  # errors must not contain values of a row, such as the name of a file
         connect_args={
             "application_name": application,
             "connect_timeout": 5,
-            # A peer that vanished without a word is noticed in 30 s, not in the kernel's two hours.
+            # A peer that vanished is noticed in 30 s; the kernel's default is two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 4,
-            "tcp_user_timeout": 30_000,  # the same for one that takes nothing we send
-            # No statement waits for a lock longer than a lease lives: a stuck one must fail, not hang. And nobody keeps
-            # one who is frozen in the middle of a transaction.
-            "options": f"-c timezone=UTC {PATIENCE} {options}".rstrip(),
+            "tcp_user_timeout": 30_000,  # the same for one that does not acknowledge data
+            # A statement that is stuck on a lock must fail within the time of a lease; a process that is frozen in a
+            # transaction must not keep its locks.
+            "options": f"-c timezone=UTC {TIMEOUT_OPTIONS} {options}".rstrip(),
         },
     )
 
@@ -70,24 +73,26 @@ def make_engine(
 def session_factory(
     url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = ""
 ) -> Sessions:
-    """A factory of sessions. The caller owns each transaction: `with sessions.begin() as session`."""
+    """A session factory. The caller owns each transaction: `with sessions.begin() as session`."""
     return sessionmaker(make_engine(url, pool_size, application, pre_ping, options), expire_on_commit=False)
 
 
-def forgetful_sessions(url: str, application: str) -> Sessions:
-    """Sessions for verbs of one statement whose loss does no harm: each is committed at once, and its commit does not
-    wait for the disk. Should Postgres crash, the last fraction of a second of them may be forgotten."""
+def async_commit_sessions(url: str, application: str) -> Sessions:
+    """Sessions that commit each statement without waiting for the disk. A crash of Postgres may lose the last fraction
+    of a second, so use them only where that does no harm."""
     engine = make_engine(
         url, 1, application, pre_ping=False, options="-c synchronous_commit=off", isolation_level="AUTOCOMMIT"
     )
     return sessionmaker(engine, expire_on_commit=False)
 
 
-class Prepared:
-    """A statement that Postgres parses and plans once a connection, and that takes one trip: for what is done for
-    every unit. Types are Postgres' names of its parameters $1, $2 …
+class PreparedStatement:
+    """A statement that Postgres parses and plans once per connection, for statements that run for every unit.
 
-    A PREPARE outlives the transaction, even one that is rolled back; what is prepared is noted beside the connection.
+    PREPARE outlives the transaction, even if it is rolled back; the names are kept in `connection.info`.
+
+    Args:
+        types: Postgres types of the parameters $1, $2, …, separated by commas.
     """
 
     def __init__(self, name: str, types: str, sql: str) -> None:
@@ -96,21 +101,21 @@ class Prepared:
         self._execute = f"EXECUTE {name} ({', '.join(['%s'] * len(types.split(',')))})"
 
     def __call__(self, session: Session, *values: object) -> CursorResult[Any]:
-        """Execute it in the session's transaction. Ids are given as text."""
+        """Execute it in the session's transaction. Pass ids as text."""
         connection = session.connection()
-        known: set[str] = connection.info.setdefault("prepared", set())
-        if self._name not in known:
+        prepared: set[str] = connection.info.setdefault("prepared", set())
+        if self._name not in prepared:
             connection.exec_driver_sql(self._prepare)
-            known.add(self._name)
+            prepared.add(self._name)
         return connection.exec_driver_sql(self._execute, values)
 
 
 @contextmanager
 def listening(engine: Engine, *channels: str) -> Iterator["Notifications"]:
-    """LISTEN on the channels with a connection of its own, outside the pool."""
+    """LISTEN on the channels with a dedicated connection outside the pool."""
     raw = engine.raw_connection()
     driver = raw.driver_connection
-    raw.detach()  # ours alone from here on: a listening connection must not return to the pool
+    raw.detach()  # a listening connection must not return to the pool
     try:
         driver.set_session(autocommit=True)  # type: ignore[union-attr]
         cursor = raw.cursor()
@@ -122,16 +127,16 @@ def listening(engine: Engine, *channels: str) -> Iterator["Notifications"]:
 
 
 class Notifications:
-    """What NOTIFY brings to one connection."""
+    """Notifications on one connection."""
 
     def __init__(self, connection) -> None:  # type: ignore[no-untyped-def]
         self._connection = connection
 
     def wait(self, seconds: float) -> list[str]:
-        """Payloads that came within `seconds`; an empty list when none did.
+        """Payloads received within `seconds`; empty if there were none.
 
         Raises:
-            psycopg2.OperationalError: the connection is gone; open another.
+            psycopg2.OperationalError: the connection is lost; open a new one.
         """
         if not self._connection.notifies:
             select.select([self._connection], [], [], seconds)
@@ -142,9 +147,9 @@ class Notifications:
 
 
 NOW = func.clock_timestamp()
-"""Only Postgres' clock decides."""
+"""All times come from Postgres' clock."""
 
 
 def seconds(value: Any) -> ColumnElement[dt.timedelta]:
-    """A Postgres interval of so many seconds."""
+    """A Postgres interval in seconds."""
     return func.make_interval(0, 0, 0, 0, 0, 0, value)

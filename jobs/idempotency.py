@@ -1,9 +1,10 @@
-"""Idempotency keys: one key of a client, one thing made, and the first answer again for as long as it is kept.
+"""Idempotency keys: one key makes one resource, and repeats the first response as long as it is stored.
 
-A key is known by its SHA-256 and belongs to a tenant. While its first request is being answered it is locked; the
-`locked_at` of the lock is a fence: who lost the lock to another writes nothing. A process that died leaves a lock that
-is taken over after `LOCK_SECONDS`. What it had made by then is found by the one that takes over, instead of a second
-being made: a job bears the key itself (`Job.idempotency_key`), and of other things the key's row bears the id (`bear`).
+A key is stored as its SHA-256 and belongs to a tenant. It is locked while its first request is being answered;
+`locked_at` is the fence of the lock: a request that has lost it writes nothing. The lock of a process that died is
+taken over after `LOCK_SECONDS`. The request that takes it over finds what the dead one had made, instead of making a
+second one: a job holds the key itself (`Job.idempotency_key`), and for other resources the key's row holds their id
+(`attach_resource`).
 """
 
 import datetime as dt
@@ -20,12 +21,12 @@ from jobs.errors import IdempotencyConflict, IdempotencyInFlight
 from jobs.tables import IdempotencyKey, Job
 
 LOCK_SECONDS = 60.0
-"""A request that has not been answered for so long is taken for dead."""
+"""A request that has not been answered for so long (s) counts as dead."""
 
 
 @dataclass(frozen=True)
-class Keyed:
-    """A request that came with a key. `fingerprint`: SHA-256 of all that makes it this request and no other."""
+class KeyedRequest:
+    """A request with a key. `fingerprint`: SHA-256 of everything that distinguishes the request."""
 
     tenant_id: str
     key_sha256: str
@@ -33,33 +34,33 @@ class Keyed:
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """Go on: the lock is ours. `made_id`: what an earlier try has made already."""
+class Acquired:
+    """The lock is acquired. `resource_id`: what an earlier attempt has made already."""
 
     locked_at: dt.datetime
-    made_id: uuid.UUID | None
+    resource_id: uuid.UUID | None
 
 
 @dataclass(frozen=True)
-class Replay:
-    """The first answer."""
+class StoredResponse:
+    """The first response."""
 
     status: int
     headers: Mapping[str, str]
     body: str
 
 
-def begin(session: Session, keyed: Keyed, hours: float) -> Fresh | Replay:
-    """Lock the key, or give back its first answer. Commit at once: others wait for this row.
+def acquire(session: Session, keyed: KeyedRequest, hours: float) -> Acquired | StoredResponse:
+    """Lock the key, or return its stored response. Commit at once: others wait for this row.
 
     Args:
-        hours: how long a key is remembered.
+        hours: how long a key is kept.
 
     Raises:
         IdempotencyConflict: the key came with another request.
         IdempotencyInFlight: the first request with it is still being answered.
     """
-    _forget(session, and_(_is_old(hours), _is(keyed)))
+    _delete_keys(session, and_(_is_expired(hours), _same_key(keyed)))
     new = insert(IdempotencyKey).values(**vars(keyed))
     stale = and_(
         IdempotencyKey.status.is_(None),
@@ -71,88 +72,88 @@ def begin(session: Session, keyed: Keyed, hours: float) -> Fresh | Replay:
             index_elements=["tenant_id", "key_sha256"], set_={"locked_at": NOW}, where=stale
         ).returning(IdempotencyKey.locked_at)
     )
-    return _told(session, keyed) if locked_at is None else Fresh(locked_at, made(session, keyed))
+    return _stored_response(session, keyed) if locked_at is None else Acquired(locked_at, find_resource(session, keyed))
 
 
-def made(session: Session, keyed: Keyed) -> uuid.UUID | None:
-    """The job that bears the key, or what else was noted as made with it."""
-    job = session.scalar(select(Job.id).where(_bears(keyed)))
-    return job or session.scalar(select(IdempotencyKey.made_id).where(_is(keyed)))
+def find_resource(session: Session, keyed: KeyedRequest) -> uuid.UUID | None:
+    """Id of the job that has the key, or of the resource attached to it."""
+    job = session.scalar(select(Job.id).where(_has_key(keyed)))
+    return job or session.scalar(select(IdempotencyKey.made_id).where(_same_key(keyed)))
 
 
-def bear(session: Session, keyed: Keyed, held: Fresh, made_id: uuid.UUID) -> None:
-    """Note what is made, in the transaction that makes it: both are there, or neither.
+def attach_resource(session: Session, keyed: KeyedRequest, lock: Acquired, resource_id: uuid.UUID) -> None:
+    """Store the resource's id with the key, in the transaction that makes the resource.
 
     Raises:
-        IdempotencyInFlight: another has taken the lock over, and makes it.
+        IdempotencyInFlight: another request has taken over the lock, and makes it.
     """
-    noted = session.execute(update(IdempotencyKey).where(_is(keyed), _holds(held)).values(made_id=made_id))
-    if noted.rowcount == 0:  # type: ignore[attr-defined]
+    attached = session.execute(update(IdempotencyKey).where(_same_key(keyed), _holds(lock)).values(made_id=resource_id))
+    if attached.rowcount == 0:  # type: ignore[attr-defined]
         raise IdempotencyInFlight
 
 
-def finish(session: Session, keyed: Keyed, held: Fresh, answer: Replay) -> None:
-    """Keep the answer, unless another has taken the lock over."""
-    values = {"status": answer.status, "headers": dict(answer.headers), "body": answer.body}
-    session.execute(update(IdempotencyKey).where(_is(keyed), _holds(held)).values(**values))
+def store_response(session: Session, keyed: KeyedRequest, lock: Acquired, response: StoredResponse) -> None:
+    """Store the response, unless another request has taken over the lock."""
+    values = {"status": response.status, "headers": dict(response.headers), "body": response.body}
+    session.execute(update(IdempotencyKey).where(_same_key(keyed), _holds(lock)).values(**values))
 
 
-def release(session: Session, keyed: Keyed, held: Fresh) -> None:
-    """Give the key up after an error: the next request with it is a first one.
+def release(session: Session, keyed: KeyedRequest, lock: Acquired) -> None:
+    """Delete the key after an error, so that the next request with it counts as the first.
 
-    Where something was made with it already (the error came after its commit), only the lock goes: the same request
-    again finds it, and another request is still refused.
+    If a resource was made already (the error came after its commit), only the lock is released: the same request finds
+    the resource, and a different request is still refused.
     """
-    nothing_made = and_(IdempotencyKey.made_id.is_(None), ~exists().where(_bears(keyed)))
-    session.execute(delete(IdempotencyKey).where(_is(keyed), _holds(held), nothing_made))
-    session.execute(update(IdempotencyKey).where(_is(keyed), _holds(held)).values(locked_at=func.to_timestamp(0)))
+    nothing_made = and_(IdempotencyKey.made_id.is_(None), ~exists().where(_has_key(keyed)))
+    session.execute(delete(IdempotencyKey).where(_same_key(keyed), _holds(lock), nothing_made))
+    session.execute(update(IdempotencyKey).where(_same_key(keyed), _holds(lock)).values(locked_at=func.to_timestamp(0)))
 
 
 def prune(session: Session, hours: float, limit: int = 1000) -> int:
-    """Forget keys older than this, `limit` at a time. Returns how many were forgotten."""
-    old = select(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).where(_is_old(hours))
+    """Delete up to `limit` keys older than this, and return how many were deleted."""
+    old = select(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).where(_is_expired(hours))
     some = old.order_by(IdempotencyKey.created_at).limit(limit)
-    return _forget(session, tuple_(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).in_(some))
+    return _delete_keys(session, tuple_(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).in_(some))
 
 
-def _told(session: Session, keyed: Keyed) -> Replay:
+def _stored_response(session: Session, keyed: KeyedRequest) -> StoredResponse:
     row = session.execute(
         select(IdempotencyKey.fingerprint, IdempotencyKey.status, IdempotencyKey.headers, IdempotencyKey.body).where(
-            _is(keyed)
+            _same_key(keyed)
         )
     ).first()
-    if row is None:  # given up this moment
+    if row is None:  # released in between
         raise IdempotencyInFlight
     if row.fingerprint != keyed.fingerprint:
         raise IdempotencyConflict
     if row.status is None:
         raise IdempotencyInFlight
-    return Replay(row.status, row.headers or {}, row.body or "")
+    return StoredResponse(row.status, row.headers or {}, row.body or "")
 
 
-def _forget(session: Session, which: ColumnElement[bool]) -> int:
-    """Remove keys, and take them off their jobs: each is free to be used anew."""
+def _delete_keys(session: Session, which: ColumnElement[bool]) -> int:
+    """Delete keys, also from their jobs, so that they can be used again."""
     old = delete(IdempotencyKey).where(which).returning(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256)
-    gone = session.execute(old.execution_options(synchronize_session=False)).all()
-    if gone:
-        bears = tuple_(Job.tenant_id, Job.idempotency_key).in_([tuple(row) for row in gone])
+    deleted = session.execute(old.execution_options(synchronize_session=False)).all()
+    if deleted:
+        has_key = tuple_(Job.tenant_id, Job.idempotency_key).in_([tuple(row) for row in deleted])
         session.execute(
-            update(Job).where(bears).values(idempotency_key=None).execution_options(synchronize_session=False)
+            update(Job).where(has_key).values(idempotency_key=None).execution_options(synchronize_session=False)
         )
-    return len(gone)
+    return len(deleted)
 
 
-def _is(keyed: Keyed) -> ColumnElement[bool]:
+def _same_key(keyed: KeyedRequest) -> ColumnElement[bool]:
     return and_(IdempotencyKey.tenant_id == keyed.tenant_id, IdempotencyKey.key_sha256 == keyed.key_sha256)
 
 
-def _bears(keyed: Keyed) -> ColumnElement[bool]:
+def _has_key(keyed: KeyedRequest) -> ColumnElement[bool]:
     return and_(Job.tenant_id == keyed.tenant_id, Job.idempotency_key == keyed.key_sha256)
 
 
-def _holds(held: Fresh) -> ColumnElement[bool]:
-    return and_(IdempotencyKey.status.is_(None), IdempotencyKey.locked_at == held.locked_at)
+def _holds(lock: Acquired) -> ColumnElement[bool]:
+    return and_(IdempotencyKey.status.is_(None), IdempotencyKey.locked_at == lock.locked_at)
 
 
-def _is_old(hours: float) -> ColumnElement[bool]:
+def _is_expired(hours: float) -> ColumnElement[bool]:
     return IdempotencyKey.created_at < NOW - seconds(hours * 3600)

@@ -1,4 +1,4 @@
-"""API keys: made once, shown once, kept as a hash; and what each may do."""
+"""API keys and their scopes. A secret is shown once and stored as a hash."""
 
 import hashlib
 import secrets
@@ -18,7 +18,7 @@ DEFAULT_TENANT = "default"
 
 
 class Scope(StrEnum):
-    """What a key may do. `admin` includes all others."""
+    """A permission of a key. `admin` includes all others."""
 
     JOBS_READ = "jobs:read"
     JOBS_WRITE = "jobs:write"
@@ -28,14 +28,14 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks: a key, the tenant that it belongs to, and its scopes."""
+    """The caller: a key with its tenant and scopes."""
 
     key_id: uuid.UUID
     tenant_id: str
     scopes: frozenset[str]
 
     def may(self, scope: Scope) -> bool:
-        """Whether the key holds the scope."""
+        """Whether the key has the scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
 
@@ -48,7 +48,7 @@ class NewKey:
 
 
 def create(session: Session, name: str, scopes: Sequence[str], tenant_id: str = DEFAULT_TENANT) -> NewKey:
-    """Make a key of 256 random bits."""
+    """Create a key of 256 random bits."""
     secret = PREFIX + secrets.token_urlsafe(32)
     key = ApiKey(
         tenant_id=tenant_id, name=name, scopes=list(scopes), secret_sha256=_hash(secret), hint=secret[: len(PREFIX) + 4]
@@ -59,18 +59,18 @@ def create(session: Session, name: str, scopes: Sequence[str], tenant_id: str = 
 
 
 def authenticate(session: Session, secret: str) -> Principal | None:
-    """The principal of a key that is known and not revoked. Looked up by hash: nothing to time."""
+    """The principal of a valid key. The lookup is by hash, so that its timing reveals nothing of the secret."""
     key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret), ApiKey.revoked_at.is_(None)))
     return Principal(key.id, key.tenant_id, frozenset(key.scopes)) if key else None
 
 
-def listed(session: Session, tenant_id: str) -> Sequence[ApiKey]:
-    """The tenant's keys, oldest first, revoked ones too."""
+def list_keys(session: Session, tenant_id: str) -> Sequence[ApiKey]:
+    """The tenant's keys, oldest first, including revoked ones."""
     return session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)).all()
 
 
 def revoke(session: Session, tenant_id: str, key_id: uuid.UUID) -> None:
-    """End a key. Repeated: the same.
+    """Revoke a key. Idempotent.
 
     Raises:
         KeyNotFound: no such key of this tenant.
@@ -90,7 +90,7 @@ def _hash(secret: str) -> str:
 
 
 def main() -> None:
-    """`python -m jobs.keys NAME [SCOPE…]`: make a key (scope admin by default) and print its secret, once."""
+    """`python -m jobs.keys NAME [SCOPE…]`: create a key (scope admin by default) and print its secret."""
     import sys
 
     from jobs.db import session_factory

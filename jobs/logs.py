@@ -1,4 +1,4 @@
-"""One way to log: a JSON object a line on stderr. Ids only; nothing of the patient, no file names, no bodies."""
+"""Logging: one JSON object per line on stderr. Log ids only: no patient data, file names or request bodies."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ import structlog
 
 
 def configure(process: str, level: str = "INFO") -> None:
-    """Set up logging of this process, our events and the libraries' alike."""
+    """Configure logging of this process, for structlog and for libraries that use `logging`."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

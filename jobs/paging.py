@@ -1,4 +1,4 @@
-"""Pages of rows by key, not by offset: rows that arrive meanwhile shift nothing."""
+"""Keyset pagination: new rows do not shift pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Page(Generic[T]):
-    """Some rows. `next` is the `after` of the page that follows, null on the last one."""
+    """A page of rows. `next` is the `after` of the next page, None on the last one."""
 
     data: Sequence[T]
     has_more: bool
@@ -17,7 +17,7 @@ class Page(Generic[T]):
 
 
 def page(rows: Sequence[T], limit: int, key: Any) -> Page[T]:
-    """A page of `limit` rows out of `limit + 1` that were asked for: the last one says only that there are more."""
+    """A page of `limit` rows, given a query of `limit + 1` rows: the extra row only tells that there are more."""
     kept = rows[:limit]
     more = len(rows) > limit
     return Page(kept, more, str(key(kept[-1])) if more else None)

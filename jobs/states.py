@@ -1,27 +1,27 @@
-"""The words that jobs, units and results are described in, and the moves that are legal.
+"""States of jobs, units, results and datasets, and the legal transitions of units.
 
-Every state is one lower-case word of text, the same in Postgres, in JSON and in Python. `jobs/tables` turns
-`TERMINAL` and `Lane` into CHECK constraints, so that the database refuses what is not written here.
+A state is one lower-case word, the same in Postgres, JSON and Python. `jobs/tables` makes CHECK constraints of these
+enums, so that the database refuses any other value.
 """
 
 from enum import StrEnum
 
 
 class JobKind(StrEnum):
-    """What a job does. The worker chooses its task by this word."""
+    """What a job does. It decides which Celery task runs it."""
 
     TRAIN = "train"
-    PREDICT = "predict"  # one scan, somebody waits for it
+    PREDICT = "predict"  # one scan, for a client that waits
     PREDICT_BATCH = "predict_batch"
     INGEST = "ingest"  # check an uploaded dataset
 
 
 PREDICTIONS = (JobKind.PREDICT, JobKind.PREDICT_BATCH)
-"""Kinds of jobs that have a result for each scan."""
+"""Kinds of jobs with a result per scan."""
 
 
 class Lane(StrEnum):
-    """A Celery queue. Workers subscribe to lanes, so that long work never stands before urgent work."""
+    """A Celery queue. Workers subscribe to lanes, so that long work never delays urgent work."""
 
     URGENT = "urgent"
     BATCH = "batch"
@@ -29,10 +29,10 @@ class Lane(StrEnum):
 
 
 class JobState(StrEnum):
-    """A job's state. "Cancel requested" is a column, not a state: the work may still end in any of four ways."""
+    """A job's state. "Cancel requested" is a column, not a state: the job may still end in any terminal state."""
 
     QUEUED = "queued"  # → running when a worker claims its first unit; → cancelled by the API
-    RUNNING = "running"  # → one of the four below when its last unit has ended
+    RUNNING = "running"  # → one of the four below when its last unit ends
     SUCCEEDED = "succeeded"
     PARTIALLY_SUCCEEDED = "partially_succeeded"  # a batch in which some scans failed or were cancelled
     FAILED = "failed"
@@ -40,10 +40,10 @@ class JobState(StrEnum):
 
 
 class UnitState(StrEnum):
-    """A unit is what one worker claims at a time: a whole training, or a chunk of a batch."""
+    """A unit is what a worker claims at a time: a whole training, or a chunk of a batch."""
 
     QUEUED = "queued"  # → dispatched by the dispatcher; → running by a worker; → cancelled by the API
-    DISPATCHED = "dispatched"  # its doorbell was rung; → running by a worker; rung again when nobody comes
+    DISPATCHED = "dispatched"  # message sent or unit reserved; → running by a worker; sent again if unclaimed
     RUNNING = "running"  # leased; → succeeded/failed/cancelled by its worker; → queued when the lease is lost
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -51,11 +51,11 @@ class UnitState(StrEnum):
 
 
 class ResultState(StrEnum):
-    """One scan's place in a prediction job."""
+    """The state of one scan in a prediction job."""
 
     PENDING = "pending"
     SUCCEEDED = "succeeded"
-    FAILED = "failed"  # a broken scan is a row with its own error, never a failed job
+    FAILED = "failed"  # a broken scan has its own error and does not fail the job
     CANCELLED = "cancelled"
 
 
@@ -86,4 +86,4 @@ TRANSITIONS: dict[UnitState, frozenset[UnitState]] = {
     UnitState.FAILED: frozenset(),
     UnitState.CANCELLED: frozenset(),
 }
-"""The legal moves of a unit. A trigger in Postgres refuses any other (see `jobs/tables`)."""
+"""Legal transitions of a unit. A trigger in Postgres refuses all others."""

@@ -5,6 +5,7 @@ data_ingestion …     one of these stages alone, reading from disk what the one
 predict MODEL FILE…  predictions as a table
 check FOLDER_OR_ZIP  what a dataset holds and what is wrong with it
 phantom …            synthetic CT to try it with
+run JOB.json         a training of any pipeline, as workers start it
 
 `python -m ml COMMAND --help` tells the options of each; that of train also has examples, and all parameters.
 With --events, stdout carries one JSON object a line (ml.runtime.events) and nothing else; logs go to stderr.
@@ -13,6 +14,7 @@ With --events, stdout carries one JSON object a line (ml.runtime.events) and not
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -26,7 +28,8 @@ from typing import NoReturn, TextIO, TypeAlias
 from ml.command.options import USUAL_CONFIG, USUAL_OUT, USUAL_PARAMS, config_of, params_of, training_help
 from ml.runtime.config import CheckpointPlan
 from ml.runtime.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
-from ml.runtime.events import STAGES, Emit, Event, Failed, to_json
+from ml.runtime.events import Emit, Event, Failed, to_json
+from ml.spec.image_pipeline import STAGES
 
 log = logging.getLogger("ml")
 
@@ -61,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("dataset", type=Path)
     check.set_defaults(command=_check)
     commands.add_parser("phantom", help="write synthetic CT")
+    run = commands.add_parser("run", help="train what a JSON file describes: how workers start their children")
+    run.add_argument("job", type=Path)
+    run.set_defaults(command=_run_job)
     return parser
 
 
@@ -139,9 +145,28 @@ def _pipeline(parsed: argparse.Namespace) -> int:
         return _run(parsed, console.show)
 
 
+def _run_job(parsed: argparse.Namespace) -> int:
+    """A worker's child: the training that a JSON file describes, of whichever pipeline; its events on stdout."""
+    signal.signal(signal.SIGTERM, _end_at_once)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+    def train(emit: Emit) -> None:
+        from ml.pipelines import TrainingJob, pipeline_of
+
+        job = TrainingJob.of(json.loads(parsed.job.read_text(encoding="utf-8")))
+        pipeline_of(job.pipeline).train(job, emit)
+
+    return _reporting(train, _json_lines(_own_stdout()))
+
+
 def _run(parsed: argparse.Namespace, emit: Emit) -> int:
+    return _reporting(lambda emit: _run_stages(parsed, emit), emit)
+
+
+def _reporting(train: Callable[[Emit], None], emit: Emit) -> int:
+    """Run it; whatever it raises becomes a `failed` event. Returns the exit code."""
     try:
-        _run_stages(parsed, emit)
+        train(emit)
     except Exception as error:
         failure = as_pipeline_error(error)
         if failure.code == PipelineError.code:
@@ -155,11 +180,11 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
     # Before torch is imported: who has misspelt an option need not wait for it.
     config, params = config_of(parsed.config, parsed.data, parsed.out), params_of(parsed.params, parsed.settings)
 
-    from ml.image.stages import stages
-    from ml.image.stages.run import Run, Surroundings
+    from ml.image.stages import runner
+    from ml.image.stages.run import Run, RunEnvironment
     from ml.runtime.cache import Cache
 
-    around = Surroundings(
+    environment = RunEnvironment(
         weights_dir=Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None,
         base_weights=parsed.base_weights,
         cache=Cache(parsed.cache, parsed.cache_bytes) if parsed.cache else None,
@@ -168,9 +193,9 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
         champion=parsed.champion,
     )
     if parsed.stage == "train":
-        stages.run(config, params, emit, around)
+        runner.run_all(config, params, emit, environment)
     else:
-        stages.run_stage(parsed.stage, Run(config, params, emit, around))
+        runner.run_stage(parsed.stage, Run(config, params, emit, environment))
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:

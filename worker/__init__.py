@@ -1,1 +1,1 @@
-"""The doers: the dispatcher rings, the workers claim units and run them."""
+"""The processes that do the work: the dispatcher publishes units to Celery, the workers claim and run them."""

@@ -1,13 +1,14 @@
 """The Celery app: queues, routing, and every setting with its reason.
 
-A message only rings a doorbell: it carries a unit's id, and losing, doubling or delaying it does no harm, since the
-worker claims the row in Postgres or goes back to sleep.
+A message carries only a unit's id. A lost, duplicate or late message does no harm: the worker claims the row in
+Postgres, and does nothing if that is refused.
 """
 
 import os
 from typing import Any
 
 from celery import Celery, Task
+from celery.worker.consumer import Consumer
 from kombu import Queue
 
 from jobs.settings import Settings
@@ -23,39 +24,41 @@ TASK_OF = {
 }
 
 TRACK = "renalq.track"
-"""Records in MLflow what it missed. It belongs to no unit, and doing it twice does no harm."""
+"""Backfill of MLflow. It belongs to no unit, and running it twice does no harm."""
+
+EVENTS_DELAY_SECONDS = 0.1
 
 app = Celery("renalq", broker=SETTINGS.redis_url, include=["worker.tasks"])
 
 app.conf.update(
-    # The message only rings. With late acknowledgement a task longer than the visibility timeout ran three times.
+    # Postgres holds the state. With late acknowledgement a task longer than the visibility timeout ran three times.
     task_acks_late=False,
     # Results live in Postgres; Celery's result backend answers PENDING for an unknown id.
     task_ignore_result=True,
-    # A prefetched message of a worker that died was lost to the others.
+    # Messages prefetched by a worker that died were lost to the others.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
-    # The dispatcher retries, and knows how to wait; Celery's own retry would block it.
+    # The dispatcher retries by itself; Celery's own retry would block it.
     task_publish_retry=False,
-    # True would loop a unit that kills its worker without end.
+    # True would repeat a unit that kills its worker endlessly.
     task_reject_on_worker_lost=False,
-    # CUDA cannot be forked; a spawned child has imported nothing that it does not need.
+    # CUDA cannot be forked, and a spawned child imports only what it needs.
     worker_pool_start_method="spawn",
     worker_concurrency=1,
-    # A new child now and then gives leaked memory of native libraries back; the network is loaded anew then.
+    # A new child now and then frees leaked memory of native libraries; it loads the network again.
     worker_max_tasks_per_child=10_000,
-    # Work goes on while Redis is away: it needs Postgres only.
+    # Work continues while Redis is away: it only needs Postgres.
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_connection_retry=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_transport_options={
-        # kombu's default waits for ever on a socket whose peer has vanished.
+        # kombu waits forever on a dead socket by default.
         "socket_timeout": 5,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
         "health_check_interval": 10,
-        # Urgent scans first where a worker serves several lanes.
+        # Urgent scans come first where a worker serves several lanes.
         "queue_order_strategy": "priority",
     },
     # JSON only: a pickle from Redis would run code. Ids only: arguments are readable in Redis and in Flower.
@@ -66,8 +69,8 @@ app.conf.update(
     task_create_missing_queues=False,
     # Flower shows tasks as they come and go.
     worker_send_task_events=True,
-    # … a tenth of a second later, so that no task waits for them.
-    worker_consumer="worker.consumer:EventsLater",
+    # They are sent a little later, so that no task waits for them.
+    worker_consumer="worker.app:DelayedEventsConsumer",
     task_track_started=False,
     # Our own JSON lines (worker/execution/signals.py) instead of Celery's.
     worker_hijack_root_logger=False,
@@ -76,16 +79,45 @@ app.conf.update(
 )
 
 
-def ring(task: str, lane: Lane, unit_id: str) -> None:
-    """Publish a unit's doorbell. Raises kombu's OperationalError where Redis cannot be reached."""
+def publish_unit(task: str, lane: Lane, unit_id: str) -> None:
+    """Publish a unit's message.
+
+    Raises:
+        kombu.exceptions.OperationalError: Redis cannot be reached.
+    """
     app.send_task(task, kwargs={"unit_id": unit_id}, queue=lane.value, retry=False, ignore_result=True)
 
 
-def ring_tracking() -> None:
-    """Ask a training worker to record what MLflow missed. Raises kombu's OperationalError."""
+def publish_tracking() -> None:
+    """Ask a training worker to backfill MLflow.
+
+    Raises:
+        kombu.exceptions.OperationalError: Redis cannot be reached.
+    """
     app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True)
 
 
 def worker_name(task: Task[Any, Any]) -> str:
-    """The name that claims carry: the Celery worker's and the process's."""
+    """The worker's name in claims: Celery's name and the process id."""
     return f"{task.request.hostname or 'worker'}/{os.getpid()}"
+
+
+class DelayedEventsConsumer(Consumer):
+    """Sends buffered events for Flower a little later, all at once.
+
+    Celery sends them before it passes the task to its process: a round trip to Redis that every unit would wait for.
+    """
+
+    _is_scheduled = False
+
+    def on_send_event_buffered(self) -> None:  # type: ignore[override]
+        """Called for each event that enters the buffer."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.timer.call_after(EVENTS_DELAY_SECONDS, self._send_events)
+
+    def _send_events(self, *_: Any) -> None:
+        self._is_scheduled = False
+        dispatcher: Any = getattr(self, "event_dispatcher", None)
+        if dispatcher is not None:  # there is none while Redis is away
+            dispatcher.flush()

@@ -1,4 +1,4 @@
-"""The Celery tasks: claim the unit, and hand it to the room that does it."""
+"""The Celery tasks: claim the unit, and pass it to its handler."""
 
 import time
 import uuid
@@ -15,53 +15,53 @@ from worker.execution.running import holding, running
 from worker.execution.signals import draining
 from worker.execution.unit import Claiming, UnitLease
 
-GOES_ON_SECONDS = 0.5
-"""A task goes on with units that were promised to its worker for so long; then Flower sees another task."""
+RESERVED_SECONDS = 0.5
+"""For so long a task continues with units reserved for its worker. Then it ends, so that Flower shows progress."""
 
 
 @app.task(name=TASK_OF[JobKind.TRAIN], bind=True)
 def train(self: "Task[Any, Any]", unit_id: str) -> None:
-    """Run a training in a child process of its own."""
-    _work_on(self, unit_id)
+    """Run a training in its own child process."""
+    _run(self, unit_id)
 
 
 @app.task(name=TASK_OF[JobKind.PREDICT], bind=True)
 def predict(self: "Task[Any, Any]", unit_id: str) -> None:
-    """Predict a chunk of scans; the network stays loaded."""
-    _work_on(self, unit_id)
+    """Predict a chunk of scans, or explain results; the network stays loaded."""
+    _run(self, unit_id)
 
 
 @app.task(name=TASK_OF[JobKind.INGEST], bind=True)
 def ingest(self: "Task[Any, Any]", unit_id: str) -> None:
     """Check an uploaded dataset."""
-    _work_on(self, unit_id)
+    _run(self, unit_id)
 
 
 @app.task(name=TRACK)
 def track() -> None:
     """Record in MLflow what it missed while it was away."""
-    from worker.tracking.backfill import catch_up
+    from worker.tracking.backfill import backfill_runs
 
-    catch_up(resources())
+    backfill_runs(resources())
 
 
-def _work_on(task: "Task[Any, Any]", unit_id: str) -> None:
-    """Do the unit, and for a while what was promised to this lane. While draining nothing new is begun: the dispatcher
-    rings again elsewhere."""
+def _run(task: "Task[Any, Any]", unit_id: str) -> None:
+    """Run the unit, and for a while units reserved in its lane. A draining worker starts nothing: the dispatcher sends
+    the unit elsewhere."""
     if draining():
         return
-    follow = _follow(task)
-    with running(uuid.UUID(unit_id), worker_name(task), resources(), follow) as unit:
+    claim_next = _claim_reserved(task)
+    with running(uuid.UUID(unit_id), worker_name(task), resources(), claim_next) as unit:
         if unit is not None:
-            _do(unit)
-    while unit is not None and unit.following is not None:
-        with holding(unit.following, resources(), follow) as unit:
-            _do(unit)
+            _handle(unit)
+    while unit is not None and unit.next_claim is not None:
+        with holding(unit.next_claim, resources(), claim_next) as unit:
+            _handle(unit)
 
 
-def _follow(task: "Task[Any, Any]") -> Claiming:
-    """How to claim what was promised to the lane that this task was rung on, for as long as the task may go on."""
-    deadline = time.monotonic() + GOES_ON_SECONDS
+def _claim_reserved(task: "Task[Any, Any]") -> Claiming:
+    """Claims units reserved in the task's lane, until the task should end."""
+    deadline = time.monotonic() + RESERVED_SECONDS
     delivered: Any = task.request.delivery_info
     lane, worker, lease = Lane(delivered["routing_key"]), worker_name(task), resources().settings.lease_seconds
 
@@ -73,9 +73,9 @@ def _follow(task: "Task[Any, Any]") -> Claiming:
     return claim
 
 
-def _do(unit: UnitLease) -> None:
-    """Hand the unit to the room that does it. Rooms are imported when first needed: a child that only looks after
-    trainings never loads torch."""
+def _handle(unit: UnitLease) -> None:
+    """Pass the unit to its handler. Handlers are imported when first needed: a process that only supervises trainings
+    never loads torch."""
     match unit.claim.kind:
         case JobKind.TRAIN:
             from worker.handlers.train import run_training

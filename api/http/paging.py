@@ -17,7 +17,7 @@ class PageQuery(ma.Schema):
     """A page of a list, by id."""
 
     limit = fields.Integer(load_default=50, validate=validate.Range(1, 100))
-    after = fields.UUID(load_default=None, metadata={"description": "`next` of the page before."})
+    after = fields.UUID(load_default=None, metadata={"description": "`next` of the previous page."})
 
 
 class NumberedQuery(ma.Schema):
@@ -31,7 +31,7 @@ class NamedQuery(ma.Schema):
     """A page of a list, by name."""
 
     limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
-    after = fields.String(load_default="", metadata={"description": "`next` of the page before."})
+    after = fields.String(load_default="", metadata={"description": "`next` of the previous page."})
 
 
 def one_page(rows: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ProblemSchema(Schema):
     status = fields.Integer(required=True)
     detail = fields.String(required=True)
     instance = fields.String(required=True)
-    code = fields.String(required=True, metadata={"description": "A stable word for programs."})
+    code = fields.String(required=True, metadata={"description": "Stable error code for programs."})
     request_id = fields.String(required=True)
     errors = fields.List(fields.Nested(FieldProblemSchema))
     reasons = fields.List(fields.String())

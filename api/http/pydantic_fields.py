@@ -33,7 +33,7 @@ def schema_of(model: type[BaseModel], renamed: Mapping[str, str] = MappingProxyT
     """
     found = model.model_json_schema()
     required = found.get("required", ())
-    declared = {name: _field(name, told, name in required) for name, told in found.get("properties", {}).items()}
+    declared = {name: _field(name, one, name in required) for name, one in found.get("properties", {}).items()}
     schema = _ModelSchema.from_dict(declared, name=f"{model.__name__}Schema")
     schema._model, schema._renamed = model, renamed  # type: ignore[attr-defined]
     return schema
@@ -69,21 +69,21 @@ def _complaints(model: type[BaseModel], data: Json) -> Iterator[tuple[str, str]]
         yield from contradictions(params)
 
 
-def _field(name: str, told: Json, required: bool) -> fields.Field[Any]:
+def _field(name: str, schema: Json, required: bool) -> fields.Field[Any]:
     """The field of a property of the model's JSON schema."""
-    alternatives = told.get("anyOf", [told])
+    alternatives = schema.get("anyOf", [schema])
     kinds = [kind for kind in alternatives if kind.get("type") != "null"]
     try:
-        field = _field_of(kinds, told.get("api", {}))
+        field = _field_of(kinds, schema.get("api", {}))
     except (LookupError, ValueError):
         raise TypeError(f"{name}: there is no field for {kinds}.") from None
-    field.metadata = {**field.metadata, **_present(told, "default", "description")}
+    field.metadata = {**_present(schema, "default", "description"), **field.metadata}
     field.required, field.allow_none = required, len(kinds) < len(alternatives)
     return field
 
 
 def _field_of(kinds: list[Json], api: Json) -> fields.Field[Any]:
-    if len(kinds) > 1:
+    if {"type": "boolean"} in kinds and len(kinds) > 1:
         return WordOrBoolean([word for kind in kinds if kind["type"] != "boolean" for word in _words(kind)])
     (kind,) = kinds
     make = _list if kind["type"] == "array" else _scalar

@@ -1,4 +1,4 @@
-"""Datasets: upload, list, look, delete."""
+"""Datasets: create, list, show, delete."""
 
 import uuid
 from pathlib import PurePosixPath
@@ -13,6 +13,7 @@ from api.http.context import admit, principal, quota, services, tenant, transact
 from api.http.fields import File, ModelChoice, Time, exactly_one, one_of
 from api.http.idempotency import idempotent, key
 from api.http.paging import PageQuery, PageSchema
+from api.http.pipeline_fields import PipelineName
 from api.intake import scan_store
 from api.intake.feedback_zip import feedback_zip
 from api.intake.upload_store import from_upload
@@ -24,31 +25,34 @@ from jobs.results import queries
 from jobs.states import DatasetState
 from jobs.storage import archives
 from jobs.storage.archives import Limits
+from ml.spec.pipeline import IMAGE
 
 blueprint = Blueprint(
-    "datasets", __name__, url_prefix="/datasets", description="Zips with one folder a class, checked before use."
+    "datasets", __name__, url_prefix="/datasets", description="Zips with one folder per class, checked before use."
 )
 
 
 class DatasetUpload(ma.Schema):
-    """A zip with one folder a class."""
+    """A zip with one folder per class."""
 
     file = File(required=True)
+    pipeline = PipelineName(load_default=IMAGE)
     name = fields.String(validate=validate.Length(1, 200))
 
 
 class TruthsChoice(ma.Schema):
-    """Which truths: all, or those told since a time, or of one version's predictions."""
+    """Which feedback: all, or since a time, or on one version's predictions."""
 
     since = Time()
     model = ModelChoice()
 
 
 class DatasetJson(ma.Schema):
-    """A whole upload of such a zip; or scans whose truth is known, each in the folder of its class."""
+    """A finished upload of such a zip, or scans with feedback."""
 
     upload_id = fields.UUID()
     truths = fields.Nested(TruthsChoice, unknown=ma.RAISE)
+    pipeline = PipelineName(load_default=IMAGE)
     name = fields.String(validate=validate.Length(1, 200))
 
     @ma.validates_schema
@@ -57,22 +61,23 @@ class DatasetJson(ma.Schema):
 
 
 class DatasetSchema(ma.Schema):
-    """A dataset: `problems` says why it is invalid, `warnings` what is doubtful about it."""
+    """A dataset: `problems` make it invalid, `warnings` make scores on it doubtful."""
 
     id = fields.UUID(attribute="dataset.id")
     name = fields.String(attribute="dataset.name")
+    pipeline = fields.String(attribute="dataset.pipeline")
     state = fields.String(validate=one_of(DatasetState))
     digest = fields.String(attribute="dataset.digest", allow_none=True)
     classes = fields.Dict(attribute="dataset.classes", keys=fields.String(), values=fields.Integer(), allow_none=True)
     problems = fields.List(fields.String())
-    warnings = fields.List(fields.String(), metadata={"description": "What makes scores on it doubtful."})
+    warnings = fields.List(fields.String(), metadata={"description": "Reasons to doubt scores on it."})
     size = fields.Integer(attribute="dataset.archive_bytes")
     job_id = fields.UUID(attribute="dataset.job_id", allow_none=True)
     created_at = Time(attribute="dataset.created_at")
 
 
 class CheckedDatasetSchema(DatasetSchema):
-    """A dataset with all that its check found."""
+    """A dataset with the full report of its check."""
 
     report = fields.Dict(attribute="dataset.report", allow_none=True)
 
@@ -104,24 +109,26 @@ def _checked_by(job_id: uuid.UUID) -> Accepted:
 @idempotent(_checked_by)
 @from_upload("file")
 def create_dataset(body: dict[str, Any]) -> Accepted:
-    """Upload a dataset, take a whole upload for one, or make one of known truths; a job checks it."""
+    """Create a dataset from a zip, a finished upload, or scans with feedback; a job checks it."""
     if "truths" in body:
         with feedback_zip(body["truths"]) as stream:
-            return _created(body.get("name", "truths"), stream)
+            return _created(body, body.get("name", "truths"), stream)
     file = body["file"]
-    # An empty zip goes on: its check will say what is missing, like that of any other unfit dataset.
+    # An empty zip is accepted: its check reports what is missing, as for any invalid dataset.
     archives.count_members(file.stream, Limits.of(services().settings), may_be_empty=True)
     admit()
-    return _created(body.get("name") or PurePosixPath(scan_store.file_name(file) or "dataset").stem[:200], file.stream)
+    name = body.get("name") or PurePosixPath(scan_store.file_name(file) or "dataset").stem[:200]
+    return _created(body, name, file.stream)
 
 
-def _created(name: str, stream: IO[bytes]) -> Accepted:
+def _created(body: dict[str, Any], name: str, stream: IO[bytes]) -> Accepted:
     store = services().blobs
     stream.seek(0)
     blob = store.put(stream)
     with transaction() as session:
         catalog.ensure_blob(session, store, blob, stream)
-        view, _ = catalog.create(session, tenant(), name, blob, principal().key_id, key(), quota())
+        pipeline = body["pipeline"]
+        view, _ = catalog.create(session, tenant(), name, blob, principal().key_id, key(), quota(), pipeline)
     return _accepted(view)
 
 
@@ -151,8 +158,8 @@ def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
 @blueprint.response(204)
 @blueprint.doc(operationId="deleteDataset")
 def delete_dataset(dataset_id: uuid.UUID) -> None:
-    """Delete a dataset that no job needs."""
+    """Delete a dataset that no unfinished job uses."""
     with transaction() as session:
         sha256 = catalog.delete(session, tenant(), dataset_id)
-    with transaction() as session:  # only now: a row never names bytes that are gone
+    with transaction() as session:  # after the commit, so that no row refers to missing bytes
         catalog.release_blob(session, services().blobs, sha256)

@@ -1,4 +1,4 @@
-"""Truths: pathology's word on the scans of a prediction."""
+"""Feedback: the true class of predicted scans, as pathology reports it."""
 
 import uuid
 from typing import Any
@@ -16,17 +16,19 @@ from jobs.models import feedback
 from jobs.results import queries
 from jobs.tables import Truth
 
-blueprint = Blueprint("truths", __name__, url_prefix="/jobs", description="What scans turned out to show.")
+blueprint = Blueprint(
+    "truths", __name__, url_prefix="/jobs", description="Feedback: the true class of predicted scans."
+)
 
 
 class TruthRequest(ma.Schema):
-    """One of the model's classes."""
+    """The true class, one of the model's classes."""
 
     label = fields.String(required=True, validate=validate.Length(1, 100))
 
 
 class TruthSchema(ma.Schema):
-    """What a scan turned out to show, and what was predicted of it."""
+    """True and predicted class of a scan."""
 
     scan_id = fields.UUID()
     job_id = fields.UUID(allow_none=True)
@@ -36,7 +38,7 @@ class TruthSchema(ma.Schema):
     confidence = fields.Float()
     disposition = fields.String(allow_none=True)
     predicted_at = Time()
-    at = Time(metadata={"description": "When it was told."})
+    at = Time(metadata={"description": "When it was reported."})
 
 
 @blueprint.route("/<id:job_id>/results/<id:scan_id>/truth", methods=["POST"])
@@ -46,7 +48,7 @@ class TruthSchema(ma.Schema):
 @blueprint.doc(operationId="tellTruth")
 @idempotent()
 def tell_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
-    """Tell what a scan turned out to show. Told again, it is corrected."""
+    """Report the true class of a scan. A second report corrects the first."""
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
         return feedback.record(session, view, scan_id, body["label"], principal().key_id)
@@ -57,6 +59,6 @@ def tell_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> T
 @blueprint.response(200, TruthSchema)
 @blueprint.doc(operationId="getTruth")
 def get_truth(job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
-    """Show what a scan turned out to show, as it was told last of this job's model."""
+    """Show the latest feedback on a scan for this job's model."""
     with transaction() as session:
         return feedback.latest(session, queries.job(session, tenant(), job_id), scan_id)

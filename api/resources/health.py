@@ -1,4 +1,4 @@
-"""Is this process alive, and can the stack do work? Asked of Postgres alone: the API touches no Redis."""
+"""Liveness and readiness. Only Postgres is asked: the API has no connection to Redis."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from jobs.queue import processes
 from jobs.states import Lane
 from jobs.tables import Process
 
-blueprint = Blueprint("health", __name__, url_prefix="/health", description="For probes.")
+blueprint = Blueprint("health", __name__, url_prefix="/health", description="Liveness and readiness probes.")
 NO_DATABASE = "database: Postgres does not answer."
 LEAST_SECONDS = 15.0
-"""A process that was seen within this time lives, however short the clocks are."""
+"""A process seen within this time counts as alive, however short the heartbeat interval."""
 
 
 class HealthSchema(ma.Schema):
@@ -34,7 +34,7 @@ class HealthSchema(ma.Schema):
 @blueprint.response(200, HealthSchema)
 @blueprint.doc(operationId="live", security=[])
 def live() -> dict[str, Any]:
-    """Whether this process answers."""
+    """Show that this process responds."""
     return {"status": "live", "reasons": []}
 
 
@@ -44,7 +44,7 @@ def live() -> dict[str, Any]:
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json")
 @blueprint.doc(operationId="ready", security=[])
 def ready() -> dict[str, Any] | Response:
-    """Whether jobs can be taken and done; if not, why."""
+    """Show whether jobs can be accepted and processed; if not, why."""
     reasons = not_ready_reasons()
     if not reasons:
         return {"status": "ready", "reasons": []}
@@ -53,7 +53,7 @@ def ready() -> dict[str, Any] | Response:
 
 
 def not_ready_reasons() -> list[str]:
-    """What keeps jobs from being done: database, broker, workers."""
+    """Reasons why jobs cannot be processed: database, broker, workers."""
     try:
         with transaction() as session:
             seen = processes.list_alive(session, max(LEAST_SECONDS, 3 * services().settings.process_seconds))

@@ -1,4 +1,4 @@
-"""API keys: made, listed and revoked by an administrator."""
+"""API keys: created, listed and revoked by an administrator."""
 
 import uuid
 from typing import Any
@@ -15,7 +15,7 @@ from api.http.paging import PageSchema, one_page
 from jobs import keys
 from jobs.keys import Scope
 
-blueprint = Blueprint("keys", __name__, url_prefix="/keys", description="Who may ask what.")
+blueprint = Blueprint("keys", __name__, url_prefix="/keys", description="API keys and their scopes.")
 
 
 class KeyRequest(ma.Schema):
@@ -31,13 +31,13 @@ class KeySchema(ma.Schema):
     id = fields.UUID()
     name = fields.String()
     scopes = fields.List(fields.String(validate=one_of(Scope)))
-    hint = fields.String(metadata={"description": "How the secret begins."})
+    hint = fields.String(metadata={"description": "First characters of the secret."})
     created_at = Time()
     revoked_at = Time(allow_none=True)
 
 
 class NewKeySchema(KeySchema):
-    """A key with its secret, which is shown this once: null where an answer comes again by its Idempotency-Key."""
+    """A key with its secret, which is shown only once: null in a response repeated by its Idempotency-Key."""
 
     secret = fields.String(allow_none=True)
 
@@ -55,12 +55,12 @@ class KeysPage(PageSchema):
 @blueprint.doc(operationId="createKey")
 @idempotent(secrets=["secret"])
 def create_key(body: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Make a key. Its secret is shown this once."""
+    """Create a key. Its secret is shown only now."""
     with transaction() as session:
         new = keys.create(session, body["name"], body["scopes"], tenant())
         session.refresh(new.key)
-    shown = {name: getattr(new.key, name) for name in KeySchema().fields} | {"secret": new.secret}
-    return shown, 201, {"Location": f"/keys/{new.key.id}"}
+    response = {name: getattr(new.key, name) for name in KeySchema().fields} | {"secret": new.secret}
+    return response, 201, {"Location": f"/keys/{new.key.id}"}
 
 
 @blueprint.route("")

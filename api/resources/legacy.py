@@ -1,7 +1,7 @@
-"""The endpoints of three older documents, under the names that their clients know.
+"""Endpoints of three earlier API documents, for their clients.
 
-Each is a façade: it submits a job like any other and, but for a training, waits for its end. What is not done in time
-goes on, and the answer says where.
+Each submits a job like any other and, except for a training, waits for its end. A job that does not end in time goes
+on, and the response names it.
 """
 
 import io
@@ -22,6 +22,7 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, Time
 from api.http.idempotency import idempotent
+from api.http.pipeline_fields import spec_of
 from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
 from api.http.responses import BINARY, JSON, PNG, download
 from api.intake import scan_store
@@ -40,28 +41,30 @@ from jobs.results.queries import JobView
 from jobs.states import JobKind, ResultState
 from jobs.tables import Json, ModelVersion, ScanResult
 
-blueprint = Blueprint("older", __name__, description="Names of older documents. They wait for their job, 60 s at most.")
+blueprint = Blueprint(
+    "older", __name__, description="Endpoints of earlier API documents. They wait for their job, 60 s at most."
+)
 
 MAX_IMAGES = 100
-UNREADABLE = ("BAD_IMAGE", BadInput.code, TooLarge.code)
-"""Codes of results that failed because of what was sent."""
+UNREADABLE = ("BAD_IMAGE", spec_of({}).inputs.refusal_code, TooLarge.code)
+"""Error codes of results that failed because of the request."""
 TRAIN_FIRST = "No model is champion yet. Train one first: POST /train."
 LATE = "The job is not done yet, and goes on: its Location says how far it is. Or send the same again later."
 
-DISPOSITION, UNTOLD = "Renalq-Disposition", "unknown"
+DISPOSITION, UNKNOWN = "Renalq-Disposition", "unknown"
 DISPOSITIONS = {
     DISPOSITION: {
         "schema": {"type": "string"},
-        "description": "What may be done with each image, in their order: its class in lower case, `indeterminate`, or "
-        "`rejected`, whose class is not to be used. Comma-separated; other letters than ASCII's are percent-encoded.",
+        "description": "Disposition of each image in their order: its class in lower case, `indeterminate`, or "
+        "`rejected` (its class must not be used). Comma-separated; non-ASCII characters are percent-encoded.",
     }
 }
 
-Found = tuple[list[Json], int, dict[str, str]]
+Predictions = tuple[list[Json], int, dict[str, str]]
 
 
 class NewestTrainRequest(TrainRequest):
-    """A training; on the newest dataset that is ready, where it names none."""
+    """A training, by default on the newest ready dataset."""
 
     @ma.validates_schema
     def _one_source(self, data: dict[str, Any], **kwargs: Any) -> None:
@@ -76,14 +79,14 @@ class ImagesJson(ma.Schema):
 
 
 class FoundSchema(ma.Schema):
-    """What an image shows."""
+    """Prediction for an image."""
 
     image = fields.String(required=True, metadata={"description": "Its class, such as Normal or Tumor."})
     confidence = fields.Float(required=True)
 
 
 class ModelReadySchema(ma.Schema):
-    """The model that predicts."""
+    """The champion."""
 
     status = fields.String(required=True, validate=validate.OneOf(["ready"]))
     model_path = fields.String(required=True)
@@ -91,14 +94,14 @@ class ModelReadySchema(ma.Schema):
 
 
 class NoModelSchema(ma.Schema):
-    """There is no model."""
+    """There is no champion."""
 
     status = fields.String(required=True, validate=validate.OneOf(["not_found"]))
     message = fields.String(required=True)
 
 
 class ModelInfoSchema(ma.Schema):
-    """The model that predicts, in short."""
+    """The champion in short."""
 
     version = fields.String()
     classes = fields.List(fields.String())
@@ -107,7 +110,7 @@ class ModelInfoSchema(ma.Schema):
 
 
 class OlderHealthSchema(ma.Schema):
-    """Whether jobs are done now (`degraded`: they are taken, and wait), and the model that does them."""
+    """Whether jobs are being processed (`degraded`: they are accepted, and wait), and the champion."""
 
     status = fields.String(required=True, validate=validate.OneOf(["healthy", "degraded"]))
     reasons = fields.List(fields.String(), required=True)
@@ -115,16 +118,16 @@ class OlderHealthSchema(ma.Schema):
         ModelInfoSchema,
         required=True,
         allow_none=True,
-        metadata={"description": "The key's champion; null where there is none, or no key that may read it."},
+        metadata={"description": "The tenant's champion; null without one, or without a key that may read it."},
     )
 
 
-# --- what a job has found, for whoever waits ---
+# --- waiting for a job's results ---
 
 
 @contextmanager
 def _submitting(body: dict[str, Any]) -> Iterator[None]:
-    """No model is 404 here. At the end the body is empty: we wait long, and its images are not to be held meanwhile."""
+    """Without a champion the response is 404. The body is emptied at the end: images are not kept during the wait."""
     try:
         yield
     except NoChampion:
@@ -134,7 +137,7 @@ def _submitting(body: dict[str, Any]) -> Iterator[None]:
 
 
 def _results(job_id: uuid.UUID) -> list[ScanResult]:
-    """All results of the job, once it has ended well. If it does not, or not in time, the answer says where it is.
+    """All results of the job, once it has succeeded. Otherwise, or after `MAX_WAIT`, the response links to the job.
 
     Raises:
         InvalidFields: images cannot be read.
@@ -142,7 +145,7 @@ def _results(job_id: uuid.UUID) -> list[ScanResult]:
     """
     view = waiting.wait_for_end(job_id, waiting.MAX_WAIT)
     if not view.terminal:
-        abort(problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), **_address(job_id)}))
+        abort(problem(503, "NOT_DONE_YET", LATE, {"Retry-After": str(RETRY_SECONDS), **_location(job_id)}))
     with transaction() as session:
         results = list(queries.results(session, view, None, MAX_IMAGES).data)
     failed = [row for row in results if row.state != ResultState.SUCCEEDED]
@@ -153,16 +156,18 @@ def _results(job_id: uuid.UUID) -> list[ScanResult]:
 
 def _refuse(view: JobView, failed: list[ScanResult]) -> NoReturn:
     errors = [(row.ordinal, row.error) for row in failed if row.error]
-    unreadable = [(_pointer(view, place), error["detail"]) for place, error in errors if error["code"] in UNREADABLE]
+    unreadable = [
+        (_pointer(view, ordinal), error["detail"]) for ordinal, error in errors if error["code"] in UNREADABLE
+    ]
     if unreadable:
         raise InvalidFields(unreadable)
     error = view.job.error or failed[0].error
     if error is None:
         raise Conflict("The job was cancelled. Send the same again, with a new Idempotency-Key if it had one.")
-    abort(problem(500, error["code"], error["detail"], _address(view.job.id)))
+    abort(problem(500, error["code"], error["detail"], _location(view.job.id)))
 
 
-def _address(job_id: uuid.UUID) -> dict[str, str]:
+def _location(job_id: uuid.UUID) -> dict[str, str]:
     return {"Location": f"/jobs/{job_id}"}
 
 
@@ -172,12 +177,12 @@ def _pointer(view: JobView, ordinal: int) -> str:
     return "/file" if request.files else "/image"
 
 
-def _found(job_id: uuid.UUID) -> Found:
+def _predictions(job_id: uuid.UUID) -> Predictions:
     results = _results(job_id)
     found = [{"image": row.label, "confidence": round(row.confidence or 0.0, 4)} for row in results]
-    # The older documents fix the body, but whoever reads the class of a rejected scan must be able to see that it is.
-    words = (quote(row.disposition or UNTOLD, safe=" ") for row in results)
-    return found, 200, {DISPOSITION: ", ".join(words)}
+    # The earlier documents fix the body, so a header says which scans were rejected.
+    dispositions = (quote(row.disposition or UNKNOWN, safe=" ") for row in results)
+    return found, 200, {DISPOSITION: ", ".join(dispositions)}
 
 
 def _overlay(job_id: uuid.UUID) -> Response:
@@ -186,7 +191,7 @@ def _overlay(job_id: uuid.UUID) -> Response:
         with transaction() as session:
             overlay = queries.artifact(session, job_id, explanations.artifact_name(0))
     except ArtifactNotFound:
-        return problem(500, "NOT_EXPLAINED", MISSING_NOTE, _address(job_id))
+        return problem(500, "NOT_EXPLAINED", MISSING_NOTE, _location(job_id))
     return download(overlay.sha256, "explanation.png", overlay.media_type)
 
 
@@ -202,7 +207,7 @@ def _overlay(job_id: uuid.UUID) -> Response:
 @blueprint.doc(operationId="olderTrain")
 @idempotent(waiting.accepted)
 def train(body: dict[str, Any]) -> waiting.Answer:
-    """Train a network, with the parameters' defaults on the newest dataset that is ready where nothing else is said."""
+    """Train a network; by default on the newest ready dataset, with default parameters."""
     return waiting.accepted(train_on_newest(body))
 
 
@@ -212,12 +217,12 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderPredict")
-@idempotent(_found)
-def predict(body: dict[str, Any]) -> Found:
+@idempotent(_predictions)
+def predict(body: dict[str, Any]) -> Predictions:
     """Classify one scan and wait for it: a list of one."""
     with _submitting(body):
         job_id = predict_one({**body, "metadata": {}})
-    return _found(job_id)
+    return _predictions(job_id)
 
 
 @blueprint.route("/batch_predict", methods=["POST"])
@@ -226,12 +231,12 @@ def predict(body: dict[str, Any]) -> Found:
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
 @blueprint.doc(operationId="olderBatchPredict")
-@idempotent(_found)
-def batch_predict(body: dict[str, Any]) -> Found:
-    """Classify up to a hundred scans and wait for them; one that is no image refuses all."""
+@idempotent(_predictions)
+def batch_predict(body: dict[str, Any]) -> Predictions:
+    """Classify up to a hundred scans and wait for them. A file that is no image fails the whole request."""
     with _submitting(body):
         job_id = _batch(body["images"])
-    return _found(job_id)
+    return _predictions(job_id)
 
 
 def _batch(images: list[bytes]) -> uuid.UUID:
@@ -243,7 +248,7 @@ def _refuse_unreadable(images: list[bytes]) -> None:
     wrong = []
     for number, image in enumerate(images):
         try:
-            scan_store.check(io.BytesIO(image))
+            scan_store.inspect_scan(io.BytesIO(image), spec_of({}).inputs)
         except (BadInput, TooLarge) as error:
             wrong.append((f"/images/{number}", str(error)))
     if wrong:
@@ -258,7 +263,7 @@ def _refuse_unreadable(images: list[bytes]) -> None:
 @blueprint.doc(operationId="olderExplain")
 @idempotent(_overlay)
 def explain(body: dict[str, Any]) -> Response:
-    """Show what in a scan spoke for its class: the Grad-CAM overlay, as PNG."""
+    """Show which parts of a scan its class was inferred from: the Grad-CAM overlay, as PNG."""
     with _submitting(body):
         job_id = predict_one({**body, "explain": True, "metadata": {}})
     return _overlay(job_id)
@@ -270,7 +275,7 @@ def explain(body: dict[str, Any]) -> Response:
 @blueprint.alt_response(404, schema=NoModelSchema, content_type=JSON)
 @blueprint.doc(operationId="olderModelStatus")
 def model_status() -> dict[str, str] | Response:
-    """Say whether there is a model that predicts."""
+    """Show whether there is a champion."""
     found = _champion()
     if found is None:
         return make_response({"status": "not_found", "message": "Model needs to be trained"}, 404)
@@ -286,9 +291,9 @@ def model_status() -> dict[str, str] | Response:
 @blueprint.response(200, OlderHealthSchema)
 @blueprint.doc(operationId="olderHealth", security=[{}, {"key": []}])
 def health() -> dict[str, Any]:
-    """Say whether jobs are done now; with a key that may read, by which model too."""
+    """Show whether jobs are being processed; with a key that may read, the champion too."""
     reasons = not_ready_reasons()
-    if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without it no key is known, and none wrong
+    if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without a database no key can be checked
         g.principal = authenticated()
     may_read = "principal" in g and g.principal.may(Scope.JOBS_READ)
     return {

@@ -28,7 +28,7 @@ ACCURACY_DAYS = 30
 Values = Mapping[tuple[str, ...], float]
 """Values of a gauge by the values of its labels."""
 
-blueprint = Blueprint("metrics", __name__, description="For Prometheus.")
+blueprint = Blueprint("metrics", __name__, description="Metrics in Prometheus' format.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Collector:
 @blueprint.alt_response(200, schema=TEXT, content_type=OPENMETRICS, success=True)
 @blueprint.doc(operationId="getPrometheusMetrics")
 def get_metrics() -> Response:
-    """Show the champion's drift, its truths, and what is in the queue, in Prometheus' format."""
+    """Show the champion's drift and accuracy, and the queue, in Prometheus' format."""
     with transaction() as session:
         gauges = [*_queue(session), *_champion(session)]
     content, media_type = _exposition(gauges, request.headers.get("Accept", ""))

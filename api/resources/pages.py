@@ -1,4 +1,4 @@
-"""The first page: public and without data. Its script fetches everything with the reader's key."""
+"""The console: a public page without data. Its script fetches everything with the reader's key."""
 
 import re
 
@@ -9,19 +9,19 @@ from api.http.auth import public
 from api.http.bodies import Blueprint
 from api.http.responses import HTML, JSON, TEXT
 
-blueprint = Blueprint("pages", __name__, description="What this is.")
+blueprint = Blueprint("pages", __name__, description="The start page.")
 
 POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
-"""Nothing from elsewhere, nothing inline, and no text ever becomes markup."""
+"""Content-Security-Policy: nothing from other origins, nothing inline, no HTML from strings."""
 ARGUMENT = re.compile(r"<(?:[^:<>]+:)?")
 NOTICE = "Not for diagnosis."
 
 
 class AboutSchema(Schema):
-    """What this is, and all that it answers."""
+    """Name, version and endpoints of the API."""
 
     name = fields.String(required=True)
     version = fields.String(required=True)
@@ -38,7 +38,7 @@ class AboutSchema(Schema):
 @blueprint.alt_response(304, description="The client has this page.", success=True)
 @blueprint.doc(operationId="firstPage", security=[])
 def first_page() -> Response | tuple[dict[str, object], int, dict[str, str]]:
-    """Show the first page; as JSON, what this is and which endpoints it has."""
+    """Show the start page; as JSON, name, version and endpoints of the API."""
     if request.accept_mimetypes.best_match([HTML, JSON]) == JSON:
         return _about(), 200, {"Vary": "Accept"}
     response = make_response(render_template("page.html", version=current_app.config["API_VERSION"]))

@@ -1,4 +1,4 @@
-"""Scans: one image or DICOM file each, stored once."""
+"""Scans: images and DICOM files, stored once by content."""
 
 import io
 import uuid
@@ -12,6 +12,7 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, File, Time
 from api.http.idempotency import idempotent
+from api.http.pipeline_fields import PipelineName, spec_of
 from api.intake import scan_store
 from api.intake.scan_store import MAX_SCANS
 from jobs.keys import Scope
@@ -25,12 +26,14 @@ class ScanUpload(ma.Schema):
     """One image or DICOM file."""
 
     file = File(required=True)
+    pipeline = PipelineName()
 
 
 class ScanJson(ma.Schema):
     """One image or DICOM file in base64."""
 
     image = Base64(required=True)
+    pipeline = PipelineName()
 
 
 class KnownRequest(ma.Schema):
@@ -44,14 +47,14 @@ class KnownRequest(ma.Schema):
 
 
 class ScanSchema(ma.Schema):
-    """A stored scan: nothing of the file's name or its patient is kept with it."""
+    """A stored scan. The file's name and patient data are not part of it."""
 
     id = fields.UUID()
     sha256 = fields.String()
     size = fields.Integer()
     media_type = fields.String()
-    width = fields.Integer()
-    height = fields.Integer()
+    width = fields.Integer(allow_none=True)
+    height = fields.Integer(allow_none=True)
     created_at = Time()
 
 
@@ -71,7 +74,8 @@ class KnownScansSchema(ma.Schema):
 def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     """Store a scan. The same bytes give the same id."""
     stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
-    scan, new = scan_store.keep(stream, scan_store.check(stream, "/file" if "file" in body else "/image"))
+    looked = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
+    scan, new = scan_store.store_scan(stream, looked)
     return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
 
 
@@ -81,7 +85,7 @@ def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
 @blueprint.response(200, KnownScansSchema)
 @blueprint.doc(operationId="findKnownScans")
 def find_known(body: dict[str, Any]) -> dict[str, Any]:
-    """Say which files are stored already, by their hashes: only the others need be sent."""
+    """Look up which files are stored already, by hash, so that only the others need to be sent."""
     with transaction() as session:
         return {"data": queries.scans_by_hash(session, tenant(), body["sha256"])}
 

@@ -1,4 +1,4 @@
-"""Uploads that go on where they were cut off: tus 1.0.0 (https://tus.io/protocols/resumable-upload)."""
+"""Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload)."""
 
 import base64
 import binascii
@@ -24,18 +24,16 @@ from jobs.keys import Scope
 from jobs.tables import Upload
 
 VERSION = "1.0.0"
-PIECE = "application/offset+octet-stream"
-SILENCE_SECONDS = 15.0
-"""A client that sends nothing for so long has vanished, and its upload is let go."""
+CHUNK = "application/offset+octet-stream"
+IDLE_SECONDS = 15.0
+"""A client that sends nothing for this long is taken for gone, and its upload is unlocked."""
 BIGINT_DIGITS = 18
 
-blueprint = Blueprint(
-    "uploads", __name__, url_prefix="/uploads", description="Files in pieces (tus 1.0.0): what was cut off goes on."
-)
+blueprint = Blueprint("uploads", __name__, url_prefix="/uploads", description="Resumable uploads (tus 1.0.0).")
 
 
 class Bytes(fields.Integer):
-    """A number of bytes in a header: digits and nothing else."""
+    """A number of bytes in a header: only digits."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         if not (value.isascii() and value.isdigit() and len(value) <= BIGINT_DIGITS):
@@ -44,7 +42,7 @@ class Bytes(fields.Integer):
 
 
 class TusHeaders(ma.Schema):
-    """What every request bears."""
+    """Headers of every request."""
 
     class Meta:
         unknown = ma.EXCLUDE
@@ -53,20 +51,20 @@ class TusHeaders(ma.Schema):
 
 
 class NewUploadHeaders(TusHeaders):
-    """A file to come: its size (bytes), and its name as `filename BASE64`."""
+    """Size of a new file (bytes), and its name as `filename BASE64`."""
 
     size = Bytes(data_key="Upload-Length", required=True, validate=validate.Range(0))
     metadata = fields.String(data_key="Upload-Metadata", load_default="")
 
 
-class PieceHeaders(TusHeaders):
-    """Where a piece begins (bytes)."""
+class ChunkHeaders(TusHeaders):
+    """Offset of a chunk in the file (bytes)."""
 
     offset = Bytes(data_key="Upload-Offset", required=True, validate=validate.Range(0))
 
 
 class UploadSchema(ma.Schema):
-    """An upload that was begun: PATCH its `Location`."""
+    """A new upload: PATCH its `Location`."""
 
     id = fields.UUID(required=True)
     name = fields.String(required=True, allow_none=True)
@@ -81,7 +79,7 @@ def _check_version() -> None:
 
 
 @blueprint.after_request
-def _announce(response: Response) -> Response:
+def _add_tus_headers(response: Response) -> Response:
     response.headers["Tus-Resumable"] = VERSION
     response.headers["Tus-Version"] = VERSION
     return response
@@ -92,7 +90,7 @@ def _announce(response: Response) -> Response:
 @blueprint.response(204)
 @blueprint.doc(operationId="describeUploads")
 def describe() -> tuple[None, int, dict[str, str]]:
-    """Say what is spoken here."""
+    """Show the supported tus version and extensions."""
     limit = services().settings.max_upload_bytes
     return None, 204, {"Tus-Extension": "creation,expiration,termination", "Tus-Max-Size": str(limit)}
 
@@ -104,7 +102,7 @@ def describe() -> tuple[None, int, dict[str, str]]:
 @blueprint.doc(operationId="createUpload")
 @idempotent()
 def create_upload(headers: dict[str, Any]) -> tuple[Upload, int, dict[str, str]]:
-    """Begin an upload."""
+    """Create an upload."""
     upload = upload_store.create(headers["size"], _file_name(headers["metadata"]))
     return upload, 201, {"Location": f"/uploads/{upload.id}", **_expiry(upload)}
 
@@ -115,36 +113,36 @@ def create_upload(headers: dict[str, Any]) -> tuple[Upload, int, dict[str, str]]
 @blueprint.response(200)
 @blueprint.doc(operationId="getUploadOffset")
 def get_offset(headers: dict[str, Any], upload_id: uuid.UUID) -> Response:
-    """Say how much of an upload is here, in `Upload-Offset`."""
+    """Show how many bytes of an upload were received, in `Upload-Offset`."""
     upload, offset = upload_store.find(upload_id)
-    told = {"Upload-Length": str(upload.size), **_at(offset, upload)}
+    headers_ = {"Upload-Length": str(upload.size), **_at(offset, upload)}
     if upload.name is not None:
-        told["Upload-Metadata"] = f"filename {base64.b64encode(upload.name.encode()).decode()}"
-    response = current_app.response_class(headers=told)
+        headers_["Upload-Metadata"] = f"filename {base64.b64encode(upload.name.encode()).decode()}"
+    response = current_app.response_class(headers=headers_)
     del response.headers["Content-Type"]
     return response
 
 
 @blueprint.route("/<id:upload_id>", methods=["PATCH"])
 @needs(Scope.JOBS_WRITE)
-@blueprint.arguments(PieceHeaders, location="headers")
+@blueprint.arguments(ChunkHeaders, location="headers")
 @blueprint.response(204)
 @blueprint.doc(
     operationId="appendToUpload",
-    requestBody={"required": True, "content": {PIECE: {"schema": {"type": "string", "format": "binary"}}}},
+    requestBody={"required": True, "content": {CHUNK: {"schema": {"type": "string", "format": "binary"}}}},
 )
 def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, dict[str, str]]:
-    """Send the next piece. Of one that is cut off, what came is kept."""
-    if request.mimetype != PIECE:
-        raise UnsupportedMedia(f"Send the piece as {PIECE}.")
-    with upload_store.lock_upload(upload_id) as held:
-        if headers["offset"] != held.offset:
-            raise WrongOffset(given=headers["offset"], offset=held.offset, size=held.upload.size)
-        if (request.content_length or 0) > held.upload.size - held.offset:
-            raise TooLarge(f"The piece goes beyond the upload's {held.upload.size} bytes. Send only what is missing.")
-        _end_at_silence()
-        held.append(request.stream)
-        return None, 204, _at(held.offset, held.upload)
+    """Append the next chunk. If it is cut off, the received bytes are kept."""
+    if request.mimetype != CHUNK:
+        raise UnsupportedMedia(f"Send the piece as {CHUNK}.")
+    with upload_store.lock_upload(upload_id) as locked:
+        if headers["offset"] != locked.offset:
+            raise WrongOffset(given=headers["offset"], offset=locked.offset, size=locked.upload.size)
+        if (request.content_length or 0) > locked.upload.size - locked.offset:
+            raise TooLarge(f"The piece goes beyond the upload's {locked.upload.size} bytes. Send only what is missing.")
+        _set_idle_timeout()
+        locked.append(request.stream)
+        return None, 204, _at(locked.offset, locked.upload)
 
 
 @blueprint.route("/<id:upload_id>", methods=["DELETE"])
@@ -153,9 +151,9 @@ def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, di
 @blueprint.response(204)
 @blueprint.doc(operationId="deleteUpload")
 def delete_upload(headers: dict[str, Any], upload_id: uuid.UUID) -> None:
-    """Give an upload up."""
-    with upload_store.lock_upload(upload_id) as held:
-        held.remove()
+    """Delete an upload."""
+    with upload_store.lock_upload(upload_id) as locked:
+        locked.remove()
 
 
 def _at(offset: int, upload: Upload) -> dict[str, str]:
@@ -166,18 +164,18 @@ def _expiry(upload: Upload) -> dict[str, str]:
     return {"Upload-Expires": http_date(upload_store.expires_at(upload).astimezone(dt.UTC))}
 
 
-def _end_at_silence() -> None:
-    """A client that lost its network says no goodbye: gunicorn would wait for it, and hold the lock, for ever."""
+def _set_idle_timeout() -> None:
+    """Stop reading from a client that has lost its network: gunicorn would wait, and keep the lock, for ever."""
     connection = request.environ.get("gunicorn.socket")
     if connection is not None:
-        connection.settimeout(SILENCE_SECONDS)  # gunicorn sets it anew before the connection's next request
+        connection.settimeout(IDLE_SECONDS)  # gunicorn resets it before the connection's next request
 
 
 def _file_name(metadata: str) -> str | None:
-    """The `filename` among pairs of a word and base64; others are the client's own."""
+    """The value of `filename` in `Upload-Metadata`: pairs of a key and base64."""
     for pair in metadata.split(","):
-        word, _, value = pair.strip().partition(" ")
-        if word == "filename":
+        name, _, value = pair.strip().partition(" ")
+        if name == "filename":
             try:
                 name = base64.b64decode(value, validate=True).decode()
             except (binascii.Error, ValueError):

@@ -1,6 +1,6 @@
-"""Webhooks: made, listed and deleted; what was sent to them, and once more.
+"""Webhooks: create, list, delete; deliveries and redelivery.
 
-Their scopes are those of jobs: a webhook tells ids and states, no more than who may submit jobs knows.
+They have the scopes of jobs: a webhook sends ids and states, which a key with these scopes may read anyway.
 """
 
 import uuid
@@ -23,11 +23,11 @@ from jobs.keys import Scope
 from jobs.paging import Page
 from jobs.tables import Delivery, DeliveryState
 
-blueprint = Blueprint("webhooks", __name__, url_prefix="/webhooks", description="Who hears of what.")
+blueprint = Blueprint("webhooks", __name__, url_prefix="/webhooks", description="Webhooks and their deliveries.")
 
 
 class WebhookRequest(ma.Schema):
-    """A new webhook. Without `events` it hears of all of today's."""
+    """A new webhook. Without `events` it receives all types that exist now."""
 
     url = HttpUrl(required=True)
     events = fields.List(
@@ -38,7 +38,7 @@ class WebhookRequest(ma.Schema):
 
 
 class WebhookSchema(ma.Schema):
-    """A webhook, without its secret. Its receiver has answered 410 where it hears of no events any more."""
+    """A webhook, without its secret. `events` is empty after its receiver has answered 410."""
 
     id = fields.UUID()
     url = fields.String()
@@ -47,7 +47,7 @@ class WebhookSchema(ma.Schema):
 
 
 class NewWebhookSchema(WebhookSchema):
-    """A webhook with its secret (Standard Webhooks), which is shown this once: null where an answer comes again by its
+    """A webhook with its secret (Standard Webhooks), which is shown only once: null in a response repeated by its
     Idempotency-Key."""
 
     secret = fields.String(allow_none=True)
@@ -60,16 +60,16 @@ class WebhooksPage(PageSchema):
 
 
 class DeliverySchema(ma.Schema):
-    """One event on its way to a webhook."""
+    """An event sent to a webhook."""
 
     id = fields.UUID()
     type = fields.String(validate=one_of(EventType))
-    event_id = fields.String(metadata={"description": "The header webhook-id: the same each time that it is sent."})
+    event_id = fields.String(metadata={"description": "The header webhook-id: the same for each attempt."})
     state = fields.String(validate=one_of(DeliveryState))
     attempts = fields.Integer()
-    status = fields.Integer(allow_none=True, metadata={"description": "Of the latest answer."})
+    status = fields.Integer(allow_none=True, metadata={"description": "HTTP status of the latest attempt."})
     error = fields.String(allow_none=True)
-    next_at = Time(metadata={"description": "When it is sent next, while it is pending."})
+    next_at = Time(metadata={"description": "Time of the next attempt while it is pending."})
     created_at = Time()
     ended_at = Time(allow_none=True)
 
@@ -87,7 +87,7 @@ class DeliveriesPage(PageSchema):
 @blueprint.doc(operationId="createWebhook")
 @idempotent(secrets=["secret"])
 def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[str, str]]:
-    """Make a webhook. Its secret is shown this once."""
+    """Create a webhook. Its secret is shown only now."""
     if why := addresses.webhook_url_error(body["url"], services().settings.receiver_hosts):
         raise Invalid(why, "/url")
     with transaction() as session:
@@ -121,7 +121,7 @@ def delete_webhook(webhook_id: uuid.UUID) -> None:
 @blueprint.response(200, DeliveriesPage)
 @blueprint.doc(operationId="listDeliveries")
 def list_deliveries(query: dict[str, Any], webhook_id: uuid.UUID) -> Page[Delivery]:
-    """List what was sent to a webhook or waits to be, newest first."""
+    """List deliveries to a webhook, sent and pending, newest first."""
     with transaction() as session:
         return deliveries.list_deliveries(session, tenant(), webhook_id, **query)
 
@@ -131,7 +131,7 @@ def list_deliveries(query: dict[str, Any], webhook_id: uuid.UUID) -> Page[Delive
 @blueprint.response(202, DeliverySchema)
 @blueprint.doc(operationId="redeliver")
 def redeliver(webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> tuple[Delivery, int, dict[str, str]]:
-    """Send a delivery now, whatever became of it."""
+    """Send a delivery again now, whatever its state."""
     with transaction() as session:
         found = deliveries.redeliver(session, tenant(), webhook_id, delivery_id)
     return found, 202, {"Location": f"/webhooks/{webhook_id}/deliveries", "Retry-After": "1"}

@@ -1,0 +1,1 @@
+"""Datasets: the registry of uploaded zips, and zips made from feedback."""

@@ -1,4 +1,4 @@
-"""The dataset registry: a zip with one folder a class, checked by an ingest job before any training may use it."""
+"""The dataset registry: uploaded zips, each checked by an ingest job before a training may use it."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,18 @@ from typing import IO
 from sqlalchemy import ColumnElement, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, NoDataset
+from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, Invalid, NoDataset
 from jobs.paging import Page, page
 from jobs.queue.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
-from jobs.storage.blobs import Artifacts, Blob
+from jobs.storage.blobs import Blob, BlobStore
 from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion, Scan
+from ml.spec.pipeline import IMAGE
 
 
 @dataclass(frozen=True)
 class DatasetView:
-    """A dataset as a client sees it: one whose check has died is invalid, not checked for ever."""
+    """A dataset as clients see it: if its check has failed, it is `invalid` instead of `checking` for ever."""
 
     dataset: Dataset
     state: str
@@ -26,7 +27,7 @@ class DatasetView:
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What does not keep the dataset from being trained on, but makes its scores doubtful."""
+        """Findings that allow training but make its scores doubtful."""
         return (self.dataset.report or {}).get("warnings", [])
 
 
@@ -38,15 +39,19 @@ def create(
     created_by: uuid.UUID | None = None,
     idempotency_key: str | None = None,
     quota: Quota = UNLIMITED,
+    pipeline: str = IMAGE,
 ) -> tuple[DatasetView, Job]:
-    """Register a stored zip, and submit the job that checks it. Call `keep_blob` in the same transaction."""
-    dataset = Dataset(tenant_id=tenant_id, name=name, archive_sha256=blob.sha256, archive_bytes=blob.size)
+    """Register a stored zip and submit the job that checks it. Call `ensure_blob` in the same transaction."""
+    dataset = Dataset(
+        tenant_id=tenant_id, pipeline=pipeline, name=name, archive_sha256=blob.sha256, archive_bytes=blob.size
+    )
     session.add(dataset)
     session.flush()
     new = NewJob(
         tenant_id,
         JobKind.INGEST,
         Lane.BATCH,
+        pipeline,
         dataset_id=dataset.id,
         created_by=created_by,
         idempotency_key=idempotency_key,
@@ -67,7 +72,7 @@ def get(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> DatasetView:
     return _found(session.execute(_datasets(tenant_id).where(Dataset.id == dataset_id)).first())
 
 
-def listed(session: Session, tenant_id: str, limit: int, after: uuid.UUID | None) -> Page[DatasetView]:
+def list_datasets(session: Session, tenant_id: str, limit: int, after: uuid.UUID | None) -> Page[DatasetView]:
     """The tenant's datasets, newest first."""
     query = _datasets(tenant_id).order_by(Dataset.id.desc()).limit(limit + 1)
     if after is not None:
@@ -76,26 +81,33 @@ def listed(session: Session, tenant_id: str, limit: int, after: uuid.UUID | None
     return page([_view(dataset, state) for dataset, state in rows], limit, lambda view: view.dataset.id)
 
 
-def ready(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> Dataset:
-    """A dataset that may be trained on; it cannot be deleted before the transaction's end.
+def ready(session: Session, tenant_id: str, dataset_id: uuid.UUID, pipeline: str | None = None) -> Dataset:
+    """A dataset that may be trained on, locked against deletion until the transaction ends.
 
     Raises:
         DatasetNotFound, DatasetNotReady
+        Invalid: it is of another pipeline.
     """
     query = _datasets(tenant_id).where(Dataset.id == dataset_id).with_for_update(of=Dataset, read=True, key_share=True)
     view = _found(session.execute(query).first())
     if view.state != DatasetState.READY:
         raise DatasetNotReady(state=view.state)
+    if pipeline not in (None, theirs := view.dataset.pipeline):
+        raise Invalid(
+            f"This dataset is of the pipeline {theirs}: set pipeline: {theirs}, or name another one.", "/pipeline"
+        )
     return view.dataset
 
 
-def newest_ready(session: Session, tenant_id: str) -> Dataset:
+def newest_ready(session: Session, tenant_id: str, pipeline: str = IMAGE) -> Dataset:
     """The newest dataset that may be trained on.
 
     Raises:
         NoDataset
     """
-    ready = select(Dataset).where(Dataset.tenant_id == tenant_id, Dataset.state == DatasetState.READY)
+    ready = select(Dataset).where(
+        Dataset.tenant_id == tenant_id, Dataset.pipeline == pipeline, Dataset.state == DatasetState.READY
+    )
     found = session.scalar(ready.order_by(Dataset.id.desc()).limit(1))
     if found is None:
         raise NoDataset
@@ -110,11 +122,9 @@ def finish_check(
     problems: Sequence[str],
     report: Json | None = None,
 ) -> None:
-    """Write down what the ingest job found: ready with a digest and no problem, else invalid.
+    """Record the result of the ingest job: ready with a digest and without problems, otherwise invalid.
 
-    `report`: {"inspection": {…}, "warnings": […]}, as the check left it.
-
-    Said twice, it changes nothing: only a dataset that is still being checked is written.
+    Idempotent: only a dataset in the state `checking` is updated. `report`: {"inspection": {…}, "warnings": […]}.
     """
     good = digest is not None and not problems
     session.execute(
@@ -131,13 +141,13 @@ def finish_check(
 
 
 def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> str:
-    """Remove a dataset and return its zip's hash: give it to `free_blob` in a later transaction.
+    """Delete a dataset and return its zip's hash, for `release_blob` in a later transaction.
 
     Raises:
         DatasetNotFound
         DatasetInUse: a job that has not ended needs it.
     """
-    # The lock keeps trainings from beginning with it meanwhile: their foreign key waits for it.
+    # The lock blocks new trainings with it: their foreign key waits for it.
     mine = select(Dataset).where(Dataset.id == dataset_id, Dataset.tenant_id == tenant_id).with_for_update()
     dataset = session.scalar(mine)
     if dataset is None:
@@ -149,20 +159,20 @@ def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> str:
     return dataset.archive_sha256
 
 
-def keep_blob(session: Session, artifacts: Artifacts, blob: Blob, stream: IO[bytes]) -> None:
-    """Make sure that a blob is still there until the transaction's end: `free_blob` of its twin may have taken it."""
+def ensure_blob(session: Session, store: BlobStore, blob: Blob, stream: IO[bytes]) -> None:
+    """Guarantee that a blob stays stored until the transaction ends, whatever a concurrent `release_blob` removes."""
     _lock_blob(session, blob.sha256)
-    if not artifacts.exists(blob.sha256):
+    if not store.exists(blob.sha256):
         stream.seek(0)
-        artifacts.put(stream)
+        store.put(stream)
 
 
-def free_blob(session: Session, artifacts: Artifacts, sha256: str) -> bool:
-    """Remove a blob that nothing refers to. Returns whether it was removed."""
+def release_blob(session: Session, store: BlobStore, sha256: str) -> bool:
+    """Remove a blob if nothing refers to it. Returns whether it was removed."""
     _lock_blob(session, sha256)
     if session.scalar(select(or_(*_references(sha256)))):
         return False
-    artifacts.delete(sha256)
+    store.delete(sha256)
     return True
 
 

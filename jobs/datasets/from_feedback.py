@@ -1,9 +1,9 @@
-"""A dataset of truths: scans whose true class was told, as a zip with one folder a class.
+"""A dataset from feedback: scans with their true labels, as a zip with one folder per class.
 
-Scans of one patient, as the client's keys tell patients, lie in one folder: `Tumor/patient_NUMBER/scan-HASH.png`, which
-the check of a dataset reads (ml/image/dataset/patients.py). The number is a hash of tenant and key: a pseudonym, so
-that the key itself does not leave its row. No file's own name is taken over, since it may be a patient's; DICOM
-tells its patient by itself.
+Scans with the same patient key are in one folder, `Tumor/patient_NUMBER/scan-HASH.png`, from which the dataset check
+reads the patient (ml/image/dataset/patients.py). The number is a hash of tenant and key: a pseudonym, so that the key
+stays in the database. Original file names are not used, since they may contain a patient's name; a DICOM file has its
+own patient id.
 """
 
 import datetime as dt
@@ -20,18 +20,18 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Scan, Truth
 
-PATIENTS = 10**15
-"""More than anybody's patients: two of a million have the same number with a chance of one in two thousand."""
-LONG_AGO = (1980, 1, 1, 0, 0, 0)
-"""The time of every file, so that the same truths make the same bytes."""
+PSEUDONYMS = 10**15
+"""Number of pseudonyms: among a million patients, the chance of any collision is one in two thousand."""
+ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)
+"""Timestamp of every file, so that equal feedback makes equal bytes."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A stored scan (its bytes' hash, size, kind) with its true class, and whose it is, as far as a client told."""
+class LabelledScan:
+    """A stored scan with its true label, and the client's patient key if there is one."""
 
     sha256: str
     size: int
@@ -40,7 +40,7 @@ class Labelled:
     patient: str | None
 
     def path(self, tenant_id: str) -> str:
-        """Its place in the zip."""
+        """The file's name in the zip."""
         folder = [self.label] if self.patient is None else [self.label, _pseudonym(tenant_id, self.patient)]
         suffix = self.media_type.rpartition("/")[2].replace("tiff", "tif")
         return "/".join([*folder, f"scan-{self.sha256[:32]}.{suffix}"])
@@ -48,55 +48,55 @@ class Labelled:
 
 def _pseudonym(tenant_id: str, patient: str) -> str:
     digest = hashlib.sha256(f"{tenant_id}\0{patient}".encode()).digest()
-    return f"patient_{int.from_bytes(digest) % PATIENTS:015}"
+    return f"patient_{int.from_bytes(digest) % PSEUDONYMS:015}"
 
 
-def labelled(
+def labelled_scans(
     session: Session, tenant_id: str, since: dt.datetime | None = None, model_id: uuid.UUID | None = None
-) -> list[Labelled]:
-    """Each scan with the latest truth that was told of it; `since` then, of predictions by this model. Whose scan it is
-    any truth may say, whenever and of whichever model it was told.
+) -> list[LabelledScan]:
+    """Scans with their latest feedback; only feedback `since` then, and on predictions by this model, if given. The
+    patient key may come from any feedback on the scan.
 
     Raises:
-        Invalid: there is none.
+        Invalid: there is no such feedback.
     """
-    told = select(Truth.scan_id, Truth.label, Truth.patient).where(Truth.tenant_id == tenant_id)
-    patients = _latest(told.where(Truth.patient.is_not(None)))
+    feedback = select(Truth.scan_id, Truth.label, Truth.patient).where(Truth.tenant_id == tenant_id)
+    patients = _latest(feedback.where(Truth.patient.is_not(None)))
     if since is not None:
-        told = told.where(Truth.at >= since)
+        feedback = feedback.where(Truth.at >= since)
     if model_id is not None:
-        told = told.where(Truth.model_id == model_id)
-    last = _latest(told)
+        feedback = feedback.where(Truth.model_id == model_id)
+    last = _latest(feedback)
     rows = session.execute(
         select(Scan.sha256, Scan.size, Scan.media_type, last.c.label, patients.c.patient)
         .join(last, last.c.scan_id == Scan.id)
         .join(patients, patients.c.scan_id == Scan.id, isouter=True)
         .order_by(Scan.sha256)
     )
-    found = [Labelled(*row) for row in rows]
+    found = [LabelledScan(*row) for row in rows]
     if not found:
         detail = "No such truth is known. Tell some with POST /jobs/ID/results/SCAN_ID/truth, or ask for more of them."
         raise Invalid(detail, "/truths")
     return found
 
 
-def _latest(told: Select[uuid.UUID, str, str | None]) -> Subquery:
-    """Of each scan's truths the latest."""
-    return told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
+def _latest(feedback: Select[uuid.UUID, str, str | None]) -> Subquery:
+    """The latest feedback of each scan."""
+    return feedback.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
 
 
-def write_zip(target: IO[bytes], tenant_id: str, scans: Sequence[Labelled], artifacts: Artifacts) -> None:
-    """Write the zip. Images are packed already, so they are stored as they are.
+def write_zip(target: IO[bytes], tenant_id: str, scans: Sequence[LabelledScan], store: BlobStore) -> None:
+    """Write the zip without compression, since images are compressed already.
 
     Raises:
-        Invalid: the bytes of a scan are no longer stored.
+        Invalid: a scan's file is no longer stored.
     """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for scan in scans:
-            member = zipfile.ZipInfo(scan.path(tenant_id), LONG_AGO)
+            member = zipfile.ZipInfo(scan.path(tenant_id), ZIP_TIMESTAMP)
             member.file_size = scan.size
             try:
-                with artifacts.open(scan.sha256) as source, archive.open(member, "w") as sink:
+                with store.open(scan.sha256) as source, archive.open(member, "w") as sink:
                     shutil.copyfileobj(source, sink)
             except FileNotFoundError:
                 detail = f"The scan with the SHA-256 {scan.sha256} is no longer stored. Store it with POST /scans."

@@ -1,0 +1,1 @@
+"""Events: the log of each job, and webhooks with their deliveries."""

@@ -1,9 +1,9 @@
-"""Deliveries of events to webhooks: claimed, sent again, sent anew by hand, listed, forgotten.
+"""Deliveries of events to webhooks: claim, record attempts, redeliver, list and prune.
 
-A claim moves the delivery's next try ahead and is committed before anything is sent: nobody else sends it meanwhile,
-and a sender that dies leaves it to the next one. So an event arrives at least once, and bears the same id each time.
-Webhooks take turns, whoever owns them: however much is due to those that never answer, another waits for one try of
-each of them at most.
+A claim moves the delivery's next attempt into the future and is committed before anything is sent: no other sender
+takes it meanwhile, and if the sender dies, another one does afterwards. So an event is delivered at least once, each
+time with the same id. Webhooks take turns across tenants: however many deliveries are due to receivers that do not
+answer, another webhook waits for one attempt of each of them at most.
 """
 
 import datetime as dt
@@ -18,20 +18,20 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
 from jobs.errors import DeliveryNotFound, WebhookNotFound
-from jobs.events.webhooks import ring
+from jobs.events.webhooks import notify_sender
 from jobs.paging import Page, page
 from jobs.tables import Delivery, DeliveryState, Json, Webhook
 
-SPREAD = 0.2
-"""A wait is up to so much longer, by chance: what failed together does not come back together."""
+JITTER = 0.2
+"""Random extension of a wait, as a share of it, so that failed deliveries do not retry together."""
 GONE = 410
-"""The status by which a receiver says that it wants nothing more."""
+"""HTTP status by which a receiver unsubscribes."""
 
 
 @dataclass(frozen=True)
-class Due:
-    """A delivery that is ours to send. `attempts` counts this try. `next_at`, which the claim has set, is the fence of
-    what follows: another claim, or somebody who wants it sent anew meanwhile, sets another."""
+class DueDelivery:
+    """A claimed delivery. `attempts` includes this one. `next_at`, set by the claim, fences the record of the attempt:
+    another claim or a redelivery changes it."""
 
     id: uuid.UUID
     webhook_id: uuid.UUID
@@ -45,25 +45,25 @@ class Due:
     url: str
     secret: str
     now: dt.datetime
-    """By Postgres' clock: a receiver refuses what is signed at another time than its own."""
+    """By Postgres' clock: receivers reject signatures whose timestamp is too far from their own."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a try ended: without an error it was delivered. `status`: of the answer, if one came."""
+    """Outcome of an attempt: delivered if `error` is None. `status`: of the response, if there was one."""
 
     status: int | None
     error: str | None = None
 
 
-def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Collection[str]) -> Due | None:
-    """What has been due for longest to the webhook that was tried longest ago, held for `hold` seconds; None when
-    nothing is due. Commit at once.
+def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Collection[str]) -> DueDelivery | None:
+    """Claim the longest due delivery of the webhook that was tried longest ago; None if nothing is due. Commit at once.
 
     Args:
-        busy, full: webhooks and tenants that have to wait.
+        hold: seconds until another sender may claim it.
+        busy, full: webhooks and tenants to leave out.
     """
-    tried = _tried(_turn(busy, full))
+    tried = _mark_tried(_next_due(busy, full))
     row = session.execute(
         update(Delivery)
         .where(Delivery.id == tried.c.delivery_id)
@@ -71,20 +71,22 @@ def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Coll
         .returning(*_of_due(), tried.c.url, tried.c.secret, NOW.label("now"))
         .execution_options(synchronize_session=False)
     ).first()
-    return None if row is None else Due(**row._mapping)
+    return None if row is None else DueDelivery(**row._mapping)
 
 
-def _turn(busy: Collection[uuid.UUID], full: Collection[str]) -> CTE:
-    """Whose turn it is, locked. The webhook is locked first, so that where another dispatcher has it none of what is
-    due to it is touched; and nobody is waited for, such as who deletes the webhook and then its deliveries."""
-    waits = and_(Delivery.state == DeliveryState.PENDING, Delivery.next_at <= func.now())
+def _next_due(busy: Collection[uuid.UUID], full: Collection[str]) -> CTE:
+    """The next delivery, locked with its webhook. SKIP LOCKED leaves out all deliveries of a webhook that another
+    dispatcher is claiming from, and does not wait for a transaction that deletes a webhook."""
+    waiting = and_(Delivery.state == DeliveryState.PENDING, Delivery.next_at <= func.now())
     others = and_(Delivery.webhook_id.not_in(busy), Delivery.tenant_id.not_in(full))
-    due = select(Delivery.id, Delivery.webhook_id).join(Webhook, Webhook.id == Delivery.webhook_id).where(waits, others)
+    due = (
+        select(Delivery.id, Delivery.webhook_id).join(Webhook, Webhook.id == Delivery.webhook_id).where(waiting, others)
+    )
     first = due.order_by(Webhook.tried_at.nulls_first(), Delivery.next_at).limit(1)
     return first.with_for_update(of=[Webhook, Delivery], key_share=True, skip_locked=True).cte("turn")
 
 
-def _tried(turn: CTE) -> CTE:
+def _mark_tried(turn: CTE) -> CTE:
     marked = update(Webhook).where(Webhook.id == turn.c.webhook_id).values(tried_at=NOW)
     return marked.returning(turn.c.id.label("delivery_id"), Webhook.url, Webhook.secret).cte("tried")
 
@@ -94,29 +96,29 @@ def _of_due() -> list[Any]:
     return [getattr(Delivery, name) for name in own]
 
 
-def ended(session: Session, due: Due, attempt: Attempt, retries: Sequence[float]) -> None:
-    """Write down how a try ended, and when the next one is; and wake who sends, for what has waited behind it.
+def record_attempt(session: Session, due: DueDelivery, attempt: Attempt, retries: Sequence[float]) -> None:
+    """Record an attempt and schedule the next one; notify the sender, since this webhook may be claimed from again.
 
     Args:
-        retries: seconds until the second try, the third, and so on. None are left: it has failed.
+        retries: seconds until the second attempt, the third, and so on; after the last one the delivery fails.
     """
-    ring(session)
+    notify_sender(session)
     if attempt.status == GONE:
-        _silence(session, due)
+        _disable_webhook(session, due)
         retries = ()
-    told: Json = {"status": attempt.status, "error": attempt.error}
+    values: Json = {"status": attempt.status, "error": attempt.error}
     if attempt.error is None:
-        told.update(state=DeliveryState.DELIVERED, ended_at=NOW)
+        values.update(state=DeliveryState.DELIVERED, ended_at=NOW)
     elif due.attempts <= len(retries):
-        told.update(next_at=NOW + seconds(retries[due.attempts - 1] * random.uniform(1, 1 + SPREAD)))
+        values.update(next_at=NOW + seconds(retries[due.attempts - 1] * random.uniform(1, 1 + JITTER)))
     else:
-        told.update(state=DeliveryState.FAILED, ended_at=NOW)
+        values.update(state=DeliveryState.FAILED, ended_at=NOW)
     ours = and_(Delivery.id == due.id, Delivery.next_at == due.next_at, Delivery.state == DeliveryState.PENDING)
-    session.execute(_updated(ours, **told))
+    session.execute(_updated(ours, **values))
 
 
-def _silence(session: Session, due: Due) -> None:
-    """The webhook hears of nothing more, and stays with its deliveries, so that its owner sees why."""
+def _disable_webhook(session: Session, due: DueDelivery) -> None:
+    """Unsubscribe the webhook from all events. It stays with its deliveries, so that its owner can see the reason."""
     session.execute(update(Webhook).where(Webhook.id == due.webhook_id).values(events=[]))
     mine = and_(Delivery.webhook_id == due.webhook_id, Delivery.state == DeliveryState.PENDING)
     why = "The receiver has answered 410 to another delivery: nothing more is sent to it."
@@ -127,10 +129,10 @@ def _updated(which: ColumnElement[bool], **values: Any) -> Any:
     return update(Delivery).where(which).values(**values).execution_options(synchronize_session=False)
 
 
-# --- for the webhook's owner ---
+# --- for the owner of a webhook ---
 
 
-def listed(
+def list_deliveries(
     session: Session, tenant_id: str, webhook_id: uuid.UUID, limit: int, after: uuid.UUID | None
 ) -> Page[Delivery]:
     """A webhook's deliveries, newest first.
@@ -148,8 +150,8 @@ def listed(
 
 
 def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> Delivery:
-    """Send it now, whatever became of it: one try more, and where any are left of them, those after it. Should a try be
-    on its way this moment, it is sent once more when that has ended.
+    """Send a delivery again now, whatever its state: one more attempt, and the retries that are left. If an attempt is
+    in flight, it is sent again after that.
 
     Raises:
         DeliveryNotFound
@@ -159,14 +161,14 @@ def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_
     found: Delivery | None = session.scalar(again.returning(Delivery))
     if found is None:
         raise DeliveryNotFound
-    ring(session)
+    notify_sender(session)
     return found
 
 
 def prune(session: Session, days: float, limit: int = 10_000) -> int:
-    """Forget ended deliveries older than this, `limit` at a time. Returns how many were forgotten."""
+    """Delete up to `limit` ended deliveries older than this, and return how many were deleted."""
     now: dt.datetime = session.execute(select(func.now())).scalar_one()
-    # Their ids are ordered by time, so the primary key finds the oldest.
+    # Ids are ordered by time, so the primary key finds the oldest.
     old = select(Delivery.id).where(Delivery.id < _first_id(now - dt.timedelta(days=days)))
     some = old.where(Delivery.state != DeliveryState.PENDING).order_by(Delivery.id).limit(limit)
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
@@ -174,5 +176,5 @@ def prune(session: Session, days: float, limit: int = 10_000) -> int:
 
 
 def _first_id(time: dt.datetime) -> uuid.UUID:
-    """What no UUIDv7 of that millisecond or a later one is less than."""
+    """A lower bound of all UUIDv7 of that millisecond or later."""
     return uuid.UUID(int=int(time.timestamp() * 1000) << 80)

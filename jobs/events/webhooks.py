@@ -1,6 +1,6 @@
-"""Webhooks: who hears of what, and the deliveries that an event writes in its own transaction.
+"""Webhooks of a tenant, and `emit`, which writes an event's deliveries in the transaction of the event.
 
-What follows from a delivery is in `jobs.events.deliveries`; `worker.dispatcher.webhook_sender` sends it.
+`jobs.events.deliveries` manages deliveries; `worker.dispatcher.webhook_sender` sends them.
 """
 
 import base64
@@ -13,20 +13,20 @@ from enum import StrEnum
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from jobs.db import Prepared
+from jobs.db import PreparedStatement
 from jobs.errors import TooManyWebhooks, WebhookNotFound
 from jobs.tables import Json, Webhook, new_id
 
 DELIVERIES_CHANNEL = "renalq_deliveries"
 """NOTIFY channel: a delivery waits to be sent."""
 PREFIX = "whsec_"
-"""Standard Webhooks' mark of a secret: base64 of 24 to 64 bytes follows."""
-MOST = 20
-"""Webhooks that a tenant may have: each event writes a row for each of them."""
+"""Prefix of a secret in Standard Webhooks; base64 of 24 to 64 bytes follows."""
+MAX_WEBHOOKS = 20
+"""Webhooks per tenant: each event writes a row for each of them."""
 
 
 class EventType(StrEnum):
-    """What a webhook may hear of."""
+    """Events that a webhook can subscribe to."""
 
     JOB_SUCCEEDED = "job.succeeded"
     JOB_PARTIALLY_SUCCEEDED = "job.partially_succeeded"
@@ -38,17 +38,17 @@ class EventType(StrEnum):
     MODEL_DRIFTED = "model.drifted"
 
 
-# One trip, as jobs end often. $5: an id for each webhook that there may be. Webhooks are locked, so that none is
-# deleted before our rows refer to it; one that is being deleted this moment need not hear of anything.
-EMIT = Prepared(
+# One round trip, since jobs end often. $5: an id for each possible webhook. The lock keeps webhooks from being deleted
+# before the new rows refer to them; one that is being deleted right now is skipped.
+EMIT = PreparedStatement(
     "emit",
     "text, text, text, jsonb, text[], text",
     """
-WITH hears AS MATERIALIZED (
+WITH subscribed AS MATERIALIZED (
     SELECT id FROM webhooks WHERE tenant_id = $1 AND $3 = ANY (events) FOR KEY SHARE SKIP LOCKED
 ), written AS (
     INSERT INTO deliveries (id, webhook_id, tenant_id, event_id, type, data)
-    SELECT ($5)[row_number() OVER ()]::uuid, id, $1, $2, $3, $4 FROM hears
+    SELECT ($5)[row_number() OVER ()]::uuid, id, $1, $2, $3, $4 FROM subscribed
     ON CONFLICT (webhook_id, event_id) DO NOTHING RETURNING id
 )
 SELECT pg_notify($6, '') WHERE EXISTS (SELECT FROM written)
@@ -57,32 +57,31 @@ SELECT pg_notify($6, '') WHERE EXISTS (SELECT FROM written)
 
 
 def emit(session: Session, tenant_id: str, event_id: str, type_: str, data: Json) -> None:
-    """Write a delivery of the event for every webhook that hears of such, and wake the dispatcher at commit.
-
-    Emitted twice, it is delivered once: `event_id` is the event's own, such as `job_ID_succeeded`.
+    """Write a delivery for each webhook of the tenant that subscribes to the event, and notify the sender at commit.
 
     Args:
-        data: ids and states; nothing of a patient leaves the house.
+        event_id: identifies the event, such as `job_ID_succeeded`: emitted twice, it is delivered once.
+        data: ids and states, no patient data.
     """
-    ids = [str(new_id()) for _ in range(MOST)]
+    ids = [str(new_id()) for _ in range(MAX_WEBHOOKS)]
     EMIT(session, tenant_id, event_id, str(type_), json.dumps(data), ids, DELIVERIES_CHANNEL)
 
 
-def ring(session: Session) -> None:
-    """Wake whoever sends, at commit."""
+def notify_sender(session: Session) -> None:
+    """Notify the webhook sender at commit."""
     session.execute(select(func.pg_notify(DELIVERIES_CHANNEL, "")))
 
 
 def create(session: Session, tenant_id: str, url: str, events: Sequence[str]) -> Webhook:
-    """Make a webhook with a new secret of 256 random bits. `jobs.addresses` says which addresses may be given.
+    """Create a webhook with a new secret of 256 random bits. Check the URL with `jobs.addresses` first.
 
     Raises:
         TooManyWebhooks
     """
-    # One at a time per tenant, so that two at once do not both find room.
+    # Serialized per tenant, so that two concurrent calls cannot exceed the limit.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtext("webhooks:" + tenant_id))))
-    if len(listed(session, tenant_id)) >= MOST:
-        raise TooManyWebhooks(most=MOST)
+    if len(list_webhooks(session, tenant_id)) >= MAX_WEBHOOKS:
+        raise TooManyWebhooks(most=MAX_WEBHOOKS)
     secret = PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
     webhook = Webhook(tenant_id=tenant_id, url=url, events=list(dict.fromkeys(events)), secret=secret)
     session.add(webhook)
@@ -91,13 +90,13 @@ def create(session: Session, tenant_id: str, url: str, events: Sequence[str]) ->
     return webhook
 
 
-def listed(session: Session, tenant_id: str) -> Sequence[Webhook]:
+def list_webhooks(session: Session, tenant_id: str) -> Sequence[Webhook]:
     """The tenant's webhooks, oldest first."""
     return session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id).order_by(Webhook.id)).all()
 
 
 def remove(session: Session, tenant_id: str, webhook_id: uuid.UUID) -> None:
-    """Delete a webhook with its deliveries: nothing more is sent to it, but for what is on its way this moment.
+    """Delete a webhook with its deliveries. Only a request that is in flight still reaches it.
 
     Raises:
         WebhookNotFound

@@ -1,0 +1,1 @@
+"""Model versions: registry, gate, promotion, comparison, drift, feedback and reproduction."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from jobs.events.job_events import UNITS_CHANNEL
 from jobs.paging import Page, page
-from jobs.queue.job_events import UNITS_CHANNEL
 from jobs.tables import Dataset, Job, ModelEvaluation, ModelVersion, Promotion
 
 REGISTRY_SYNC = "mirror"
@@ -28,9 +28,18 @@ class ModelCardData:
     promotions: Sequence[Promotion]
 
 
-def list_versions(session: Session, tenant_id: str, limit: int, after: int | None) -> Page[ModelVersion]:
-    """The tenant's versions, newest first."""
+def list_versions(
+    session: Session,
+    tenant_id: str,
+    limit: int,
+    after: int | None,
+    pipeline: str | None = None,
+    task: str | None = None,
+) -> Page[ModelVersion]:
+    """The tenant's versions, newest first; of one pipeline or task, if named."""
     query = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version.desc())
+    for column, wanted in ((ModelVersion.pipeline, pipeline), (ModelVersion.task, task)):
+        query = query if wanted is None else query.where(column == wanted)
     if after is not None:
         query = query.where(ModelVersion.version < after)
     return page(session.scalars(query.limit(limit + 1)).all(), limit, lambda version: version.version)

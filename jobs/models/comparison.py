@@ -1,6 +1,7 @@
 """Scores of versions by the set of test scans: two versions are comparable if both have scores on the same set."""
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
@@ -9,14 +10,9 @@ from sqlalchemy.orm import Session, aliased
 
 from jobs.models import registry
 from jobs.models.gate import ChampionComparison
-from jobs.models.reproduction import different
+from jobs.models.reproduction import differences
 from jobs.tables import Json, ModelEvaluation, ModelVersion
-
-FIGURES = (
-    "accuracy", "precision", "recall", "f1", "specificity", "roc_auc", "pr_auc", "loss", "loss_calibrated", "ece",
-    "ece_chance",
-)  # fmt: skip
-"""The metrics that versions are compared by."""
+from ml.spec.registry import spec_of
 
 
 @dataclass(frozen=True)
@@ -140,16 +136,16 @@ def compare(session: Session, tenant_id: str, a: str, b: str) -> Comparison:
         a=one,
         b=other,
         scans=found.scans if found else None,
-        metrics=_figures(found) if found else {},
+        metrics=_figures(found, spec_of(one.pipeline).figures) if found else {},
         test_digest=found.test_digest if found else None,
         differences=_differences(one, other),
         note=_note(found),
     )
 
 
-def _figures(found: SharedScores) -> dict[str, list[float | None]]:
+def _figures(found: SharedScores, figures: Sequence[str]) -> dict[str, list[float | None]]:
     both = found.a, found.b
-    return {name: [each.get(name) for each in both] for name in FIGURES if any(name in each for each in both)}
+    return {name: [each.get(name) for each in both] for name in figures if any(name in each for each in both)}
 
 
 def _note(found: SharedScores | None) -> str:
@@ -164,7 +160,7 @@ def _note(found: SharedScores | None) -> str:
 def _differences(a: ModelVersion, b: ModelVersion) -> Json:
     sources = ({"dataset": each.dataset_digest, "code_revision": each.code_revision} for each in (a, b))
     return {
-        "params": different(a.params, b.params),
-        "environment": different(a.environment, b.environment),
-        **different(*sources),
+        "params": differences(a.params, b.params),
+        "environment": differences(a.environment, b.environment),
+        **differences(*sources),
     }

@@ -1,11 +1,11 @@
-"""Drift: how far what a version predicts now lies from its test scans, day by day (UTC), and how right it was.
+"""Drift: how far a version's predictions of a day (UTC) are from its test scans, and how often they were right.
 
-Each figure (the statistics of the pictures, the confidence, the predicted class, whether a scan was rejected) is
-compared in the bins of the version's reference by the population stability index: the sum over bins of
-(q - p) ln(q / p). Chance alone makes it (B - 1)(1/n + 1/m) on average, for B bins, n reference scans and m scans, and
-spreads it like a chi-squared number of B - 1 degrees of freedom times (1/n + 1/m) (Yurdakul 2018, "Statistical
-Properties of Population Stability Index"). So a figure has drifted where its index is above the bound and that average
-together, and above what chance alone makes it once in two thousand days as well: few scans alarm nobody.
+Each figure (the input statistics, the confidence, the predicted class, whether a scan was rejected) is compared in the
+bins of the version's reference by the population stability index (PSI): the sum over bins of (q - p) ln(q / p). Without
+drift, the PSI of B bins, n reference scans and m scans is distributed like (1/n + 1/m) times a chi-squared variable
+with B - 1 degrees of freedom, so its mean is (B - 1)(1/n + 1/m) (Yurdakul 2018, "Statistical Properties of Population
+Stability Index"). A figure has drifted if its PSI exceeds the bound plus that mean, and also the value that chance
+exceeds once in two thousand days: a few scans raise no alarm.
 """
 
 import datetime as dt
@@ -21,21 +21,21 @@ from sqlalchemy.orm import Session
 
 from jobs.events import webhooks
 from jobs.models import feedback
-from jobs.models.feedback import Judged
+from jobs.models.feedback import ConfusionCounts
 from jobs.queue.prediction_counts import CLASS, DISPOSITION, REJECTED
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, PredictionCount
 
 SMOOTHING = 0.5
-"""Scans added to each bin on both sides (Laplace's way), so that an empty one is not infinitely far."""
-RISK = 0.0005
-"""Chance of a verdict with no cause, over all figures. A day that is looked at again and again has several such
-chances; from 50 scans to 200, less than one day in a hundred brings one."""
+"""Scans added to each bin on both sides (additive smoothing), so that an empty bin does not make the PSI infinite."""
+FALSE_ALARM_RATE = 0.0005
+"""Probability of a false alarm of one check, over all figures. A day is checked repeatedly as scans arrive: between 50
+and 200 scans, fewer than one day in a hundred raises a false alarm."""
 MAX_POOLED_DAYS = 30
-"""Days that one verdict reaches back at most."""
+"""Days that one verdict pools at most."""
 MONITORED_DAYS = 2
-"""Days that drift is looked for in: the last scans of a day may be counted after the last look at it. Deliveries, by
-which it is known that a day's drift was told of, are kept for longer (`RENALQ_DELIVERY_DAYS`)."""
+"""Days that are checked: the last scans of a day may be counted after midnight. Deliveries prevent a second event for a
+day, so they are kept longer (`RENALQ_DELIVERY_DAYS`)."""
 
 Counts = Counter[tuple[str, str]]
 """Scans by figure and bin."""
@@ -43,53 +43,54 @@ Counts = Counter[tuple[str, str]]
 
 @dataclass(frozen=True)
 class DriftPolicy:
-    """From which index on a figure has drifted, and how many scans a verdict needs."""
+    """The PSI above which a figure has drifted, and how many scans a verdict needs."""
 
     bound: float
     least_scans: int
 
     @classmethod
     def of(cls, settings: Settings) -> "DriftPolicy":
-        """The policy of the settings."""
+        """The policy in the settings."""
         return cls(settings.drift_bound, settings.drift_least_scans)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure's index, and the limit that it must pass to have drifted."""
+    """A figure's PSI, and the limit above which it has drifted."""
 
     psi: float
     limit: float
 
     @property
     def drifted(self) -> bool:
-        """Whether it has."""
+        """Whether the PSI exceeds the limit."""
         return self.psi > self.limit
 
 
 @dataclass(frozen=True)
 class Day:
-    """A day with predictions, or with the truths of some: those that were taken over from equal ones are not counted,
-    and yet judged. `since`: the first of the days that the figures are of; None where there is no verdict, for want of
-    scans or of a reference."""
+    """A day with predictions, or with feedback on some. Cached results are not counted, but feedback on them is.
+
+    `since`: the first of the pooled days that the figures cover; None if there is no verdict, for lack of scans or of a
+    reference. `truths`: the feedback."""
 
     day: dt.date
     scans: int
     classes: dict[str, int]
     dispositions: dict[str, int]
     rejected_share: float | None
-    truths: Judged
+    truths: ConfusionCounts
     since: dt.date | None = None
     figures: dict[str, Figure] = field(default_factory=dict)
 
     @property
     def drifted(self) -> list[str]:
-        """The figures that have drifted."""
+        """Names of the figures that have drifted."""
         return [name for name, figure in self.figures.items() if figure.drifted]
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftReport:
     """A version's days, oldest first."""
 
     model: ModelVersion
@@ -99,18 +100,18 @@ class Drift:
 
     @property
     def latest(self) -> Day | None:
-        """The latest day with predictions."""
+        """The latest day with counted predictions."""
         return next((day for day in reversed(self.days) if day.scans), None)
 
     @property
     def drifted(self) -> bool:
-        """Whether a figure of the latest day has drifted."""
+        """Whether any figure of the latest day has drifted."""
         return self.latest is not None and bool(self.latest.drifted)
 
     @property
-    def truths(self) -> Judged:
-        """All days' truths together."""
-        return sum((day.truths for day in self.days), Judged())
+    def truths(self) -> ConfusionCounts:
+        """The feedback of all days together."""
+        return sum((day.truths for day in self.days), ConfusionCounts())
 
 
 # --- pure functions ---
@@ -126,8 +127,8 @@ def _shares(counts: Sequence[int]) -> list[float]:
     return [(number + SMOOTHING) / whole for number in counts]
 
 
-def chance(bins: int, n: int, m: int, risk: float) -> float:
-    """What the index is above with a probability of `risk` where nothing has changed. n, m: scans on either side."""
+def chance_limit(bins: int, n: int, m: int, risk: float) -> float:
+    """The PSI that is exceeded with probability `risk` if nothing has changed. n, m: scans on either side."""
     freedom = bins - 1
     if freedom < 1:
         return 0.0
@@ -136,20 +137,19 @@ def chance(bins: int, n: int, m: int, risk: float) -> float:
     return chi_squared * (1 / n + 1 / m)
 
 
-def limit(bins: int, n: int, m: int, bound: float, risk: float = RISK) -> float:
-    """Above this index a figure has drifted: beyond the bound and what chance adds to it on average, and beyond what
-    chance alone may well make it."""
-    on_average = (bins - 1) * (1 / n + 1 / m)
-    return max(bound + on_average, chance(bins, n, m, risk))
+def drift_limit(bins: int, n: int, m: int, bound: float, risk: float = FALSE_ALARM_RATE) -> float:
+    """The PSI above which a figure has drifted: more than the bound plus its mean by chance, and more than chance."""
+    mean = (bins - 1) * (1 / n + 1 / m)
+    return max(bound + mean, chance_limit(bins, n, m, risk))
 
 
 def figures(
     reference: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], bound: float
 ) -> dict[str, Figure]:
-    """Every figure that both sides have scans of, as histograms over the same bins."""
+    """Each figure that both sides have scans for. The sides are histograms over the same bins."""
     both = {name: (counts, found[name]) for name, counts in reference.items() if sum(counts) and sum(found[name])}
     return {
-        name: Figure(psi(old, new), limit(len(old), sum(old), sum(new), bound, RISK / len(both)))
+        name: Figure(psi(old, new), drift_limit(len(old), sum(old), sum(new), bound, FALSE_ALARM_RATE / len(both)))
         for name, (old, new) in both.items()
     }
 
@@ -157,38 +157,40 @@ def figures(
 # --- rows ---
 
 
-def drift(session: Session, version: ModelVersion, policy: DriftPolicy, days: int) -> Drift:
-    """The version's days with predictions or truths, of the last `days`."""
+def drift(session: Session, version: ModelVersion, policy: DriftPolicy, days: int) -> DriftReport:
+    """The version's days with predictions or feedback, among the last `days`."""
     first = _first_of(session, days)
     counted = _counted(session, version.id, first - dt.timedelta(days=MAX_POOLED_DAYS))
-    told = feedback.by_day(session, version, first)
-    known = sorted(day for day in {*counted, *told} if day >= first)
-    shown = [_day(version, policy, counted, day, told.get(day, Judged())) for day in known]
+    judged = feedback.counts_by_day(session, version, first)
+    listed = sorted(day for day in {*counted, *judged} if day >= first)
+    shown = [_day(version, policy, counted, day, judged.get(day, ConfusionCounts())) for day in listed]
     scans = (version.reference or {}).get("scans")
-    return Drift(version, scans, policy.bound, shown)
+    return DriftReport(version, scans, policy.bound, shown)
 
 
 def monitored_models(session: Session) -> Sequence[uuid.UUID]:
-    """The champions, of all tenants, that have predicted lately: `check_drift` at each of them."""
-    lately = PredictionCount.day >= _first_of(session, MONITORED_DAYS)
-    predicted = exists().where(PredictionCount.model_id == ModelVersion.id, lately)
+    """Champions of all tenants with predictions in the last `MONITORED_DAYS`: run `check_drift` for each of them."""
+    recent = PredictionCount.day >= _first_of(session, MONITORED_DAYS)
+    predicted = exists().where(PredictionCount.model_id == ModelVersion.id, recent)
     return session.scalars(select(ModelVersion.id).where(ModelVersion.champion, predicted)).all()
 
 
 def check_drift(session: Session, model_id: uuid.UUID, policy: DriftPolicy) -> None:
-    """Tell webhooks of this champion's drift: an event for each day, however often we look. Give each champion a
-    transaction of its own, so that a reference that cannot be read keeps no other from being told of."""
+    """Emit a webhook event for each recent day on which this champion has drifted, once per day however often it runs.
+
+    Use one transaction per champion, so that an unreadable reference of one does not block the others.
+    """
     version, first = session.get_one(ModelVersion, model_id), _first_of(session, MONITORED_DAYS)
     counted = _counted(session, model_id, first - dt.timedelta(days=MAX_POOLED_DAYS))
     for day in sorted(day for day in counted if day >= first):
-        if drifted := _day(version, policy, counted, day, Judged()).drifted:
+        if drifted := _day(version, policy, counted, day, ConfusionCounts()).drifted:
             data = {"model_version": str(version.version), "day": day.isoformat(), "figures": drifted}
             event_id = f"drift_{model_id}_{day}"
             webhooks.emit(session, version.tenant_id, event_id, webhooks.EventType.MODEL_DRIFTED, data)
 
 
 def _first_of(session: Session, days: int) -> dt.date:
-    """The first of the last `days` days (UTC), today among them."""
+    """The first of the last `days` days (UTC), including today."""
     now: dt.datetime = session.scalars(select(func.timezone("UTC", func.clock_timestamp()))).one()
     return now.date() - dt.timedelta(days=days - 1)
 
@@ -201,11 +203,13 @@ def _counted(session: Session, model_id: uuid.UUID, first: dt.date) -> dict[dt.d
     return found
 
 
-def _day(version: ModelVersion, policy: DriftPolicy, counted: dict[dt.date, Counts], day: dt.date, told: Judged) -> Day:
+def _day(
+    version: ModelVersion, policy: DriftPolicy, counted: dict[dt.date, Counts], day: dt.date, judged: ConfusionCounts
+) -> Day:
     mine = counted.get(day, Counter())
     classes, dispositions = _words(mine, CLASS), _words(mine, DISPOSITION)
     rejected = dispositions.get(REJECTED, 0) / sum(dispositions.values()) if dispositions else None
-    plain = Day(day, sum(classes.values()), classes, dispositions, rejected, told)
+    plain = Day(day, sum(classes.values()), classes, dispositions, rejected, judged)
     since, pooled = _pooled(counted, day, policy.least_scans)
     if not mine or since is None or not version.reference:
         return plain
@@ -219,8 +223,8 @@ def _words(counts: Counts, what: str) -> dict[str, int]:
 
 
 def _pooled(counted: dict[dt.date, Counts], day: dt.date, least: int) -> tuple[dt.date | None, Counts]:
-    """The day with as many of the days before it as it takes to have enough scans; their first day, None where all are
-    not enough."""
+    """Counts of the day, pooled with as many previous days as are needed for `least` scans, and the first of these
+    days; None if all are not enough."""
     pooled: Counts = Counter()
     for earlier in sorted((each for each in counted if each <= day), reverse=True):
         if day - earlier > dt.timedelta(days=MAX_POOLED_DAYS):

@@ -1,7 +1,7 @@
-"""Truths: what scans turned out to show, told of their predictions by those who know (pathology).
+"""Feedback (ground truth): true labels of predicted scans, for example from pathology.
 
-A truth is appended, never changed: of a scan and a model the latest one counts. It holds what was predicted and whose
-scan it is, so that it can be reckoned with after the results have expired.
+Feedback is appended, never changed; the latest row of a scan and model counts. A row copies the prediction and the
+patient key, so that it stays usable after the results have expired.
 """
 
 import datetime as dt
@@ -23,48 +23,50 @@ from jobs.tables import ModelVersion, ScanResult, Truth
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Predictions of which the truth is known: how many, and how many were right; the same of the scans that show the
-    positive class, of two, and of the others."""
+class ConfusionCounts:
+    """Predictions with a known true label, and how many were right. With two classes also by the true class: positive
+    and negative scans, and how many of each were predicted as such."""
 
     known: int = 0
     right: int = 0
     positives: int = 0
-    found: int = 0
+    true_positives: int = 0
     negatives: int = 0
-    cleared: int = 0
+    true_negatives: int = 0
 
-    def __add__(self, other: "Judged") -> "Judged":
-        return Judged(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: "ConfusionCounts") -> "ConfusionCounts":
+        return ConfusionCounts(
+            *(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
     @property
     def accuracy(self) -> float | None:
-        """Share of predictions that were right; None without any."""
+        """Share of predictions that were right; None if there are none."""
         return _share(self.right, self.known)
 
     @property
     def sensitivity(self) -> float | None:
-        """Share of the positive scans that were called so."""
-        return _share(self.found, self.positives)
+        """Share of the positive scans that were predicted positive."""
+        return _share(self.true_positives, self.positives)
 
     @property
     def specificity(self) -> float | None:
-        """Share of the negative scans that were called so."""
-        return _share(self.cleared, self.negatives)
+        """Share of the negative scans that were predicted negative."""
+        return _share(self.true_negatives, self.negatives)
 
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def tell(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_id: uuid.UUID | None = None) -> Truth:
-    """Write down what a scan of this job turned out to show.
+def record(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_id: uuid.UUID | None = None) -> Truth:
+    """Record the true label of a scan of this job.
 
     Raises:
         NoResults, ResultsExpired
         ResultNotFound: the job has no such scan.
-        WrongState: its result has not succeeded, so that there is nothing to judge.
-        Invalid: the model does not know this class.
+        WrongState: the scan has no prediction, since its result has not succeeded.
+        Invalid: the model has no such class.
     """
     result = _result(session, view, scan_id)
     known = classes(session, view)
@@ -90,7 +92,7 @@ def tell(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_id
 
 
 def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
-    """The scan's result in this job; where it came several times, they are alike."""
+    """The scan's result in this job. If the scan occurs several times, its results are equal."""
     require_prediction(view)
     found = _computed(session, view.job.id, scan_id) or _any_result(session, view.job.id, scan_id)
     if view.terminal:
@@ -103,8 +105,7 @@ def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
 
 
 def _computed(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> ScanResult | None:
-    """Found by the index of what was computed, as most results are. No limit and no order: for the sake of either
-    Postgres might rather read the whole job."""
+    """The scan's computed result, by its index. With LIMIT or ORDER BY Postgres might read the whole job instead."""
     mine = select(ScanResult).where(COMPUTED, ScanResult.scan_id == scan_id, ScanResult.job_id == job_id)
     return min(session.scalars(mine), key=lambda result: result.ordinal, default=None)
 
@@ -116,30 +117,29 @@ def _any_result(session: Session, job_id: uuid.UUID, scan_id: uuid.UUID) -> Scan
 
 
 def _patient(session: Session, tenant_id: str, scan_id: uuid.UUID, result: ScanResult) -> str | None:
-    """Whose scan it is, as the client told with this result, with another one that was computed for the scan, or with
-    one that an earlier truth was told of."""
+    """The client's patient key: of this result, of another computed result of the scan, or of earlier feedback."""
     if result.patient is not None:
         return result.patient
     others = select(ScanResult.patient).where(COMPUTED, ScanResult.scan_id == scan_id)
     keyed = others.where(ScanResult.tenant_id == tenant_id, ScanResult.patient.is_not(None))
     latest_keyed = keyed.order_by(ScanResult.finished_at.desc()).limit(1)
-    return session.scalar(latest_keyed) or _told_patient(session, tenant_id, scan_id)
+    return session.scalar(latest_keyed) or _patient_of_feedback(session, tenant_id, scan_id)
 
 
-def _told_patient(session: Session, tenant_id: str, scan_id: uuid.UUID) -> str | None:
-    # By way of the versions: truths have an index that begins with the model.
+def _patient_of_feedback(session: Session, tenant_id: str, scan_id: uuid.UUID) -> str | None:
+    # Via the versions: the index of feedback begins with the model.
     versions = select(ModelVersion.id).where(ModelVersion.tenant_id == tenant_id)
-    told = select(Truth.patient).where(Truth.model_id.in_(versions), Truth.scan_id == scan_id)
-    known = told.where(Truth.tenant_id == tenant_id, Truth.patient.is_not(None))
+    feedback = select(Truth.patient).where(Truth.model_id.in_(versions), Truth.scan_id == scan_id)
+    known = feedback.where(Truth.tenant_id == tenant_id, Truth.patient.is_not(None))
     return session.scalar(known.order_by(Truth.id.desc()).limit(1))
 
 
 def latest(session: Session, view: JobView, scan_id: uuid.UUID) -> Truth:
-    """What is known of the scan by now, whichever prediction of the job's model it was told of.
+    """The latest feedback on the scan, for any prediction of it by the job's model.
 
     Raises:
         NoResults
-        TruthNotFound: nobody has told it.
+        TruthNotFound: there is no feedback.
     """
     require_prediction(view)
     of_scan = select(Truth).where(Truth.model_id == view.job.model_id, Truth.scan_id == scan_id)
@@ -152,36 +152,36 @@ def latest(session: Session, view: JobView, scan_id: uuid.UUID) -> Truth:
 def labels(
     session: Session, model_id: uuid.UUID | None, scan_ids: Sequence[uuid.UUID | None]
 ) -> dict[uuid.UUID | None, str]:
-    """The true labels of these scans, where they were told of this model's predictions; of what is not stored (None)
-    nothing is known."""
+    """The true labels of these scans, from feedback on this model's predictions. None, the id of a scan that is not
+    stored, has none."""
     if model_id is None or not scan_ids:
         return {}
-    told = select(Truth.scan_id, Truth.label).where(Truth.model_id == model_id, Truth.scan_id.in_(scan_ids))
-    rows = session.execute(told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()))
+    feedback = select(Truth.scan_id, Truth.label).where(Truth.model_id == model_id, Truth.scan_id.in_(scan_ids))
+    rows = session.execute(feedback.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()))
     return {row.scan_id: row.label for row in rows}
 
 
-def by_day(session: Session, version: ModelVersion, first: dt.date) -> dict[dt.date, Judged]:
-    """How right the version was, by the day (UTC) of its predictions, from `first` on.
+def counts_by_day(session: Session, version: ModelVersion, first: dt.date) -> dict[dt.date, ConfusionCounts]:
+    """The version's counts by the day (UTC) of its predictions, from `first` on.
 
-    What RenalQ has rejected by itself is left out: nobody is to use the class that it still names.
+    Rejected scans are left out: their class must not be used.
     """
-    told = select(Truth).where(Truth.model_id == version.id)
-    last = told.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
+    feedback = select(Truth).where(Truth.model_id == version.id)
+    last = feedback.ext(distinct_on(Truth.scan_id)).order_by(Truth.scan_id, Truth.id.desc()).subquery()
     day = cast(func.timezone("UTC", last.c.predicted_at), Date).label("day")
     counted = select(day, last.c.label, last.c.predicted, func.count().label("scans"))
     counted = counted.where(day >= first, last.c.disposition.is_distinct_from(REJECTED))
-    positive, found = version.metrics.get("positive"), dict[dt.date, Judged]()
+    positive, found = version.metrics.get("positive"), dict[dt.date, ConfusionCounts]()
     for row in session.execute(counted.group_by(day, last.c.label, last.c.predicted)):
-        found[row.day] = found.get(row.day, Judged()) + _judged(row.label, row.predicted, row.scans, positive)
+        found[row.day] = found.get(row.day, ConfusionCounts()) + _counts(row.label, row.predicted, row.scans, positive)
     return found
 
 
-def _judged(label: str, predicted: str, scans: int, positive: str | None) -> Judged:
+def _counts(label: str, predicted: str, scans: int, positive: str | None) -> ConfusionCounts:
     right = scans if label == predicted else 0
     if positive is None:
-        return Judged(scans, right)
+        return ConfusionCounts(scans, right)
     called = scans if predicted == positive else 0
     if label == positive:
-        return Judged(scans, right, positives=scans, found=called)
-    return Judged(scans, right, negatives=scans, cleared=scans - called)
+        return ConfusionCounts(scans, right, positives=scans, true_positives=called)
+    return ConfusionCounts(scans, right, negatives=scans, true_negatives=scans - called)

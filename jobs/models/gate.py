@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from jobs.settings import Settings
 from jobs.tables import Json
+from ml.spec.pipeline import IMAGE, Bound, Gate
+from ml.spec.registry import spec_of
 
 LEAKS = {
     "patients": ("is of a patient", "are of patients", "that the network has learnt from"),
@@ -27,6 +29,17 @@ class GatePolicy:
     def of(cls, settings: Settings) -> "GatePolicy":
         """The policy in the settings."""
         return cls(settings.promote_min_f1, settings.promote_min_sensitivity, settings.promote_max_calibration_error)
+
+    def threshold(self, bound: Bound) -> float:
+        """The policy's value of the bound's setting, or the bound that the pipeline declares."""
+        mine = {
+            "promote_min_f1": self.min_f1,
+            "promote_min_sensitivity": self.min_sensitivity,
+            "promote_max_calibration_error": self.max_calibration_error,
+        }
+        declared = bound.most if bound.least is None else bound.least
+        value = mine.get(bound.setting or "", declared)
+        return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,26 @@ class Rule:
     sentence: str
 
 
-def gate(candidate: Json, versus: ChampionComparison | None, promote: str, policy: GatePolicy) -> Verdict:
+def gate(
+    candidate: Json,
+    versus: ChampionComparison | None,
+    promote: str,
+    policy: GatePolicy,
+    declared: Gate | None = None,
+) -> Verdict:
     """Whether a new version becomes champion.
 
-    A network that was tested on scans it was trained on is refused whatever its metrics. Without a champion, F1 must
-    reach `min_f1`; with one, it must not be lower than the champion's on the same test scans. Sensitivity and
-    calibration must meet the policy in both cases. An unknown metric fails its rule. Each checked rule gives a reason.
+    A network that was tested on scans it was trained on is refused whatever its metrics. Without a champion, the
+    leading figure must reach its bound; with one, it must not be worse than the champion's on the same test scans. The
+    pipeline's other bounds must hold in both cases. An unknown metric fails its rule. Each checked rule gives a reason.
 
     Args:
         candidate: the version's metrics on all its test scans.
         versus: None if there is no champion.
         promote: `auto`, or `never`: then the reasons say what the gate would have decided.
+        declared: which figures count, by the pipeline's spec; the image pipeline's if it is left out.
     """
-    rules = [*_leaks(candidate), *_figures(candidate, versus, policy)]
+    rules = [*_leaks(candidate), *_figures(candidate, versus, policy, declared or spec_of(IMAGE).gate)]
     promoted = all(rule.holds for rule in rules)
     reasons = [*(rule.sentence for rule in rules), *_notes(candidate)]
     if promote == "never":
@@ -93,41 +113,50 @@ def _leaks(metrics: Json) -> Iterator[Rule]:
         yield Rule(False, "Its scores are too good to go by: mend the dataset, and train anew.")
 
 
-def _figures(candidate: Json, versus: ChampionComparison | None, policy: GatePolicy) -> Iterator[Rule]:
+def _figures(candidate: Json, versus: ChampionComparison | None, policy: GatePolicy, declared: Gate) -> Iterator[Rule]:
     if versus is None:
-        yield _at_least("There is no champion yet, and F1", _number(candidate, "f1"), "the required", policy.min_f1)
+        first = f"There is no champion yet, and {declared.leads.title}"
+        yield _within(declared.leads.model_copy(update={"title": first}), candidate, policy)
     else:
-        yield _not_worse(versus)
-    sensitivity = _number(candidate, "recall")
-    yield _at_least("Sensitivity", sensitivity, "the required", policy.min_sensitivity)
-    yield _calibrated(candidate, policy.max_calibration_error)
+        yield _not_worse(versus, declared.leads)
+    for bound in declared.always:
+        yield _within(bound, candidate, policy)
 
 
-def _not_worse(versus: ChampionComparison) -> Rule:
+def _not_worse(versus: ChampionComparison, leads: Bound) -> Rule:
     name = f"the champion (version {versus.version})"
     if versus.candidate is None or versus.champion is None:
         return Rule(False, f"It cannot be compared with {name}: {versus.why}. {REMEDY}")
-    ours, theirs = _number(versus.candidate, "f1"), _number(versus.champion, "f1")
+    ours, theirs = _number(versus.candidate, leads.figure), _number(versus.champion, leads.figure)
     where = f" (version {versus.version}) on the same {versus.scans} test scans"
-    return _at_least("F1", ours, "the champion's", theirs, where)
+    held = _at_most if leads.least is None else _at_least
+    return held(leads.title, ours, "the champion's", theirs, where)
 
 
-def _calibrated(candidate: Json, most: float) -> Rule:
-    beyond = _number(candidate, "ece") - _number(candidate, "ece_chance")
-    if math.isnan(beyond):
-        return Rule(False, f"How well it is calibrated is not known; its error beyond chance must be ≤ {most:.2f}.")
-    error = max(0.0, beyond)
-    holds = error <= most
-    shown, bound = _shown(error, most)
-    return Rule(holds, f"Calibration error beyond chance {shown} {'≤' if holds else '>'} the allowed {bound}.")
+def _within(bound: Bound, candidate: Json, policy: GatePolicy) -> Rule:
+    value = _number(candidate, bound.figure)
+    if bound.minus is not None:
+        value = max(0.0, beyond) if not math.isnan(beyond := value - _number(candidate, bound.minus)) else math.nan
+    threshold = policy.threshold(bound)
+    if bound.unknown and math.isnan(value):
+        return Rule(False, bound.unknown.format(bound=threshold))
+    if bound.least is None:
+        return _at_most(bound.title, value, "the allowed", threshold)
+    return _at_least(bound.title, value, "the required", threshold)
 
 
 def _at_least(what: str, value: float, of_what: str, least: float, where: str = "") -> Rule:
     if math.isnan(value) or math.isnan(least):
         return Rule(False, f"{what} is not known, and cannot be held against {of_what} {least:.4f}{where}.")
-    holds = value >= least
     shown, bound = _shown(value, least)
-    return Rule(holds, f"{what} {shown} {'≥' if holds else '<'} {of_what} {bound}{where}.")
+    return Rule(value >= least, f"{what} {shown} {'≥' if value >= least else '<'} {of_what} {bound}{where}.")
+
+
+def _at_most(what: str, value: float, of_what: str, most: float, where: str = "") -> Rule:
+    if math.isnan(value) or math.isnan(most):
+        return Rule(False, f"{what} is not known; it must be ≤ {of_what} {most:.2f}{where}.")
+    shown, bound = _shown(value, most)
+    return Rule(value <= most, f"{what} {shown} {'≤' if value <= most else '>'} {of_what} {bound}{where}.")
 
 
 def _shown(value: float, bound: float) -> tuple[str, str]:

@@ -6,20 +6,22 @@ submitted before keep theirs. Nothing restarts.
 
 import uuid
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, NoChampion, NothingBefore, PromotionRefused
 from jobs.events import webhooks
+from jobs.events.job_events import wake_dispatcher
 from jobs.events.webhooks import EventType
 from jobs.models import cards, comparison, registry
 from jobs.models.comparison import PairedScores
 from jobs.models.gate import GatePolicy, gate
 from jobs.models.registry import NewModel
 from jobs.paging import Page, page
-from jobs.queue.job_events import wake_dispatcher
 from jobs.queue.leases import Claim
 from jobs.tables import Job, Json, ModelVersion, Promotion, PromotionMethod
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.registry import spec_of
 
 
 def register(
@@ -33,9 +35,9 @@ def register(
     job = session.get_one(Job, claim.job_id)
     version = registry.insert(session, job, new)
     comparison.save_scores(session, version, paired)
-    champion = registry.find_champion(session, claim.tenant_id)
+    champion = registry.find_champion(session, claim.tenant_id, version.pipeline, version.task)
     versus = comparison.compare_with_champion(session, version, champion, comparison.missing_reason(champion, paired))
-    verdict = gate(new.metrics, versus, job.promote, policy)
+    verdict = gate(new.metrics, versus, job.promote, policy, spec_of(version.pipeline).gate)
     version.gate = verdict.as_dict()
     job.model_id, job.model_version = version.id, version.version
     session.flush()
@@ -70,10 +72,11 @@ def promote(
         raise Invalid("Force needs a reason: say why this version is to be champion against the gate.", "/reason")
     registry.lock(session, tenant_id)
     version = registry.resolve(session, tenant_id, wanted)
-    champion = registry.find_champion(session, tenant_id)
+    champion = registry.find_champion(session, tenant_id, version.pipeline, version.task)
     if champion is not None and champion.id == version.id:
         return champion
-    verdict = gate(version.metrics, comparison.compare_with_champion(session, version, champion), "auto", policy)
+    versus = comparison.compare_with_champion(session, version, champion)
+    verdict = gate(version.metrics, versus, "auto", policy, spec_of(version.pipeline).gate)
     if not verdict.promoted and not force:
         raise PromotionRefused(version.version, verdict.reasons)
     before = current_promotion(session, champion)
@@ -87,15 +90,21 @@ def promote(
 
 
 def rollback(
-    session: Session, tenant_id: str, *, reason: str | None = None, key_id: uuid.UUID | None = None
+    session: Session,
+    tenant_id: str,
+    *,
+    pipeline: str = IMAGE,
+    task: str = DEFAULT_TASK,
+    reason: str | None = None,
+    key_id: uuid.UUID | None = None,
 ) -> ModelVersion:
-    """Return to the previous champion. Repeated rollbacks go back one more step each.
+    """Return to the previous champion of the pipeline and task. Repeated rollbacks go back one more step each.
 
     Raises:
         NoChampion, NothingBefore
     """
     registry.lock(session, tenant_id)
-    now = current_promotion(session, registry.find_champion(session, tenant_id))
+    now = current_promotion(session, registry.find_champion(session, tenant_id, pipeline, task))
     if now is None:
         raise NoChampion
     if now.back_id is None:
@@ -124,7 +133,7 @@ def current_promotion(session: Session, champion: ModelVersion | None) -> Promot
     """The promotion that made the champion. Releases before migration 0006 wrote none; it is then inserted here."""
     if champion is None:
         return None
-    query = select(Promotion).where(Promotion.tenant_id == champion.tenant_id)
+    query = select(Promotion).where(*_same_task(Promotion, champion))
     latest = session.scalar(query.order_by(Promotion.id.desc()).limit(1))
     if latest is not None and latest.model_id == champion.id:
         return latest
@@ -145,12 +154,14 @@ def set_champion(
     reason: str | None = None,
     key_id: uuid.UUID | None = None,
 ) -> None:
-    """Replace the tenant's champion with this version and append a promotion. `registry.lock` must be held.
+    """Replace the champion of the version's pipeline and task with it, and append a promotion.
+    `registry.lock` must be held.
 
     `back_id`: the promotion that a rollback of this one returns to.
     """
-    same_tenant = ModelVersion.tenant_id == version.tenant_id
-    demote = update(ModelVersion).where(same_tenant, ModelVersion.champion).values(champion=False)
+    demote = (
+        update(ModelVersion).where(*_same_task(ModelVersion, version), ModelVersion.champion).values(champion=False)
+    )
     replaced = session.scalar(demote.returning(ModelVersion.version))
     promoted = update(ModelVersion).where(ModelVersion.id == version.id)
     session.execute(promoted.values(champion=True, promoted_at=func.clock_timestamp()))
@@ -168,12 +179,24 @@ def _emit_webhook(session: Session, row: Promotion) -> None:
     type_ = EventType.MODEL_ROLLED_BACK if row.how == PromotionMethod.ROLLBACK else EventType.MODEL_PROMOTED
     replaced = None if row.replaced is None else str(row.replaced)
     data = {"model_version": str(row.version), "replaced": replaced, "how": str(row.how)}
+    data |= {"pipeline": row.pipeline, "task": row.task}
     webhooks.emit(session, row.tenant_id, f"promotion_{row.id}", type_, data)
+
+
+def _same_task(table: type[ModelVersion | Promotion], version: ModelVersion) -> list[ColumnElement[bool]]:
+    """Rows of the version's tenant, pipeline and task."""
+    return [
+        table.tenant_id == version.tenant_id,
+        table.pipeline == version.pipeline,
+        table.task == version.task,
+    ]
 
 
 def _promotion(version: ModelVersion, how: PromotionMethod, back_id: int | None, verdict: Json | None) -> Promotion:
     return Promotion(
         tenant_id=version.tenant_id,
+        pipeline=version.pipeline,
+        task=version.task,
         model_id=version.id,
         version=version.version,
         how=how,

@@ -1,4 +1,4 @@
-"""A training's checkpoints: rows that name files in the store, written under the fence of their attempt."""
+"""Checkpoints of trainings: rows that refer to files in the blob store, written under the fence of their attempt."""
 
 import uuid
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
-from jobs.queue.job_events import record
-from jobs.queue.leases import Claim, lock_job, require_held
+from jobs.events.job_events import record
+from jobs.queue.leases import Claim, lock_job, update_held
 from jobs.states import JobState
-from jobs.storage.blobs import Artifacts, Blob
+from jobs.storage.blobs import Blob, BlobStore
 from jobs.tables import Checkpoint, Job
 
-KEPT = 2
-"""The latest, and the one before it, should the latest turn out to be broken."""
+KEEP_LATEST = 2
+"""The latest, and the previous one in case the latest is broken."""
 FOLDER = "checkpoints"
-KEPT_AFTER_FAILURE = 7 * 24 * 3600.0
-"""Seconds for which a failed training can be retried from where it was."""
+KEEP_FAILED_SECONDS = 7 * 24 * 3600.0
+"""How long (s) a retry can resume a failed training."""
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredCheckpoint:
     """A checkpoint's file in the store."""
 
     epoch: int
@@ -30,24 +30,24 @@ class Stored:
     blob: Blob
 
 
-def path_of(held: Claim, epoch: int) -> str:
-    """Where the attempt puts its checkpoint: the fence keeps two attempts apart."""
-    return f"{FOLDER}/{held.job_id}/{held.fence}-{epoch}.safetensors"
+def checkpoint_path(claim: Claim, epoch: int) -> str:
+    """The checkpoint's path in the store: the fence keeps two attempts apart."""
+    return f"{FOLDER}/{claim.job_id}/{claim.fence}-{epoch}.safetensors"
 
 
-def keep(session: Session, held: Claim, stored: Stored) -> list[str]:
-    """Write down a checkpoint; return the paths of those that are no longer kept: remove them after the commit.
+def save(session: Session, claim: Claim, stored: StoredCheckpoint) -> list[str]:
+    """Insert a checkpoint and return the paths of those it supersedes: remove their files after the commit.
 
     Raises:
-        LeaseLost: another worker holds the unit, or it has ended; the file is nobody's.
+        LeaseLost: another worker holds the unit, or it has ended; remove the file.
     """
-    lock_job(session, held.job_id)
-    require_held(session, held, progress_at=NOW)
+    lock_job(session, claim.job_id)
+    update_held(session, claim, progress_at=NOW)
     session.add(
         Checkpoint(
-            tenant_id=held.tenant_id,
-            job_id=held.job_id,
-            fence=held.fence,
+            tenant_id=claim.tenant_id,
+            job_id=claim.job_id,
+            fence=claim.fence,
             epoch=stored.epoch,
             path=stored.path,
             sha256=stored.blob.sha256,
@@ -55,14 +55,14 @@ def keep(session: Session, held: Claim, stored: Stored) -> list[str]:
         )
     )
     session.flush()
-    record(session, held.job_id, held.tenant_id, "checkpoint", {"epoch": stored.epoch, "attempt": held.attempt})
-    old = [row for row in latest(session, held.job_id) if row.job_id == held.job_id][KEPT:]
+    record(session, claim.job_id, claim.tenant_id, "checkpoint", {"epoch": stored.epoch, "attempt": claim.attempt})
+    old = [row for row in latest(session, claim.job_id) if row.job_id == claim.job_id][KEEP_LATEST:]
     session.execute(delete(Checkpoint).where(Checkpoint.id.in_([row.id for row in old])))
     return [row.path for row in old]
 
 
 def latest(session: Session, job_id: uuid.UUID, retry_of: uuid.UUID | None = None) -> Sequence[Checkpoint]:
-    """The checkpoints of a job, and of the one that it retries: the furthest first."""
+    """The checkpoints of a job and of the job that it retries, latest epoch first."""
     mine = or_(Checkpoint.job_id == job_id, Checkpoint.job_id == retry_of)
     return session.scalars(
         select(Checkpoint).where(mine).order_by(Checkpoint.epoch.desc(), Checkpoint.created_at.desc())
@@ -70,17 +70,17 @@ def latest(session: Session, job_id: uuid.UUID, retry_of: uuid.UUID | None = Non
 
 
 def discard(session: Session, checkpoint_id: uuid.UUID) -> None:
-    """Forget a checkpoint that is broken."""
+    """Delete the row of a broken checkpoint."""
     session.execute(delete(Checkpoint).where(Checkpoint.id == checkpoint_id))
 
 
-def prune(session: Session, store: Artifacts) -> int:
-    """Remove the checkpoints of jobs that need them no more, and files of jobs that are gone.
+def prune(session: Session, store: BlobStore) -> int:
+    """Remove checkpoints of jobs that no longer need them, and files of deleted jobs.
 
-    A failed training's are kept for a week: its retry goes on from them. Returns how many jobs' were removed.
+    Those of a failed training are kept for a week, for its retry. Returns the number of jobs cleaned up.
     """
     stored = {folder: job_id for folder in store.folders(FOLDER) if (job_id := _id(folder)) is not None}
-    fresh_failure = (Job.state == JobState.FAILED) & (Job.finished_at > NOW - seconds(KEPT_AFTER_FAILURE))
+    fresh_failure = (Job.state == JobState.FAILED) & (Job.finished_at > NOW - seconds(KEEP_FAILED_SECONDS))
     needed = set(
         session.scalars(
             select(Job.id).where(Job.id.in_(stored.values()), or_(Job.finished_at.is_(None), fresh_failure))

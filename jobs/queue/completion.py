@@ -1,15 +1,15 @@
-"""The end of a job: when no unit is left, its counters say how it ended."""
+"""The end of a job: once no unit is left, its counters decide its final state."""
 
 import uuid
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs.db import Prepared
+from jobs.db import PreparedStatement
 from jobs.events import webhooks
 from jobs.tables import Job, Json, ScanResult
 
-END_JOB = Prepared(
+FINISH_JOB = PreparedStatement(
     "end_job",
     "uuid",
     """
@@ -24,7 +24,7 @@ WITH ended AS (
     WHERE id = $1 AND finished_at IS NULL
         AND NOT EXISTS (SELECT FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL)
     RETURNING id, tenant_id, kind, state, total, succeeded, failed, cancelled, error
-), told AS (
+), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT id, tenant_id, state, jsonb_build_object('counts', jsonb_build_object(
         'total', total, 'succeeded', succeeded, 'failed', failed, 'cancelled', cancelled)) FROM ended
@@ -38,10 +38,9 @@ SELECT tenant_id, kind, state, total, state = 'failed' AND error IS NULL AS unex
 )
 
 
-def end_if_done(session: Session, job_id: uuid.UUID) -> None:
-    """When no unit is left, the counters say how the job ended; its event is written, its tenant's load falls, and its
-    tenant's webhooks hear of it."""
-    ended = END_JOB(session, str(job_id)).first()
+def finish_job_if_done(session: Session, job_id: uuid.UUID) -> None:
+    """End the job if no unit is left: final state, event, the tenant's load and webhook deliveries."""
+    ended = FINISH_JOB(session, str(job_id)).first()
     if ended is None:
         return
     if ended.has_webhooks:

@@ -1,85 +1,85 @@
-"""What the dispatcher sees and does in the tables: what waits, for whom there is room; ring, promise, unring.
+"""The dispatcher's view of the queue, and its writes: dispatch, reserve, release, ask to yield.
 
-A unit that is *rung* has a message in Redis, which wakes an idle worker. One that is *promised* has none: a busy worker
-whose units are short takes it when it is done (`lifecycle.claim_next`), without a trip through Redis; should no worker
-be busy any more, it is rung. Both are `dispatched`; `rings` tells them apart.
+A *dispatched* unit has a message in Redis, which an idle worker receives. A *reserved* unit has none: a busy worker
+with short units claims it when it is done (`leases.claim_next`), which saves the trip through Redis. If no worker is
+busy any more, a reserved unit is dispatched. Both are in the state `dispatched`; `rings`, the number of messages sent,
+is 0 for a reserved one.
 
-Nothing here grows with the queue: each question is answered by a partial index over what has not ended, and takes the
-first few rows of it.
+The cost does not grow with the queue: partial indexes over unfinished rows answer each question from their first rows.
 """
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import text, update
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, Prepared, seconds
+from jobs.db import NOW, PreparedStatement, seconds
 from jobs.states import JobKind, Lane, UnitState
 from jobs.tables import Unit
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A unit whose doorbell may be rung. `scans`: its size. `again`: it was rung before, and nobody came. `explains`:
-    it predicts nothing."""
+class WaitingUnit:
+    """A unit that may be dispatched. `scans`: its size. `overdue`: dispatched before, and not claimed in time.
+    `explains`: it computes explanations, not predictions."""
 
     unit_id: uuid.UUID
     lane: Lane
     tenant_id: str
     kind: JobKind
     scans: int
-    again: bool = False
-    promised: bool = False
+    overdue: bool = False
+    reserved: bool = False
     explains: bool = False
 
 
 @dataclass(frozen=True)
-class Running:
-    """A unit that a worker holds. `worker`: the Celery worker's name. `yields`: it could hand the rest back. `asked`:
-    it has been asked to, and has not yet."""
+class RunningUnit:
+    """A unit under lease. `worker`: the Celery worker's name. `can_yield`: it could hand back its remaining scans.
+    `yield_requested`: it was asked to, and has not done so yet."""
 
     unit_id: uuid.UUID
     lane: Lane
     tenant_id: str
     worker: str
-    yields: bool
-    asked: bool
+    can_yield: bool
+    yield_requested: bool
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A living Celery worker, one unit at a time."""
+    """A live Celery worker, which runs one unit at a time."""
 
     name: str
     lanes: frozenset[Lane]
 
 
 @dataclass(frozen=True)
-class View:
-    """All that decides whose doorbell is rung next."""
+class QueueSnapshot:
+    """What the scheduler decides from. `dispatched`: messages in Redis per lane."""
 
-    waiting: Sequence[Waiting]
-    rung: Mapping[Lane, int]
-    running: Sequence[Running]
+    waiting: Sequence[WaitingUnit]
+    dispatched: Mapping[Lane, int]
+    running: Sequence[RunningUnit]
     workers: Sequence[Worker]
 
 
-# The tenants that have something in a lane are found by jumping from one to the next in the index (a "loose index
-# scan"); then the first jobs of each, and of each job its first units that nobody holds. Whole rows are compared, since
-# with `lane = …` the planner may walk the primary key for the order of ids, past all jobs that ever were.
-LOOK = Prepared(
-    "look",
+# A "loose index scan" jumps from one tenant with unfinished jobs to the next; then come each tenant's first jobs, and
+# each job's first unclaimed units. Whole rows are compared: with `lane = …` the planner may walk the primary key for
+# the order of ids, past all finished jobs.
+SNAPSHOT = PreparedStatement(
+    "snapshot",
     "int, float8, int, float8",
     """
 WITH RECURSIVE tenants AS (
     (SELECT lane, tenant_id FROM jobs WHERE finished_at IS NULL ORDER BY lane, tenant_id LIMIT 1)
     UNION ALL
-    SELECT following.* FROM tenants CROSS JOIN LATERAL (
+    SELECT next_tenant.* FROM tenants CROSS JOIN LATERAL (
         SELECT lane, tenant_id FROM jobs
         WHERE finished_at IS NULL AND (lane, tenant_id) > (tenants.lane, tenants.tenant_id)
-        ORDER BY lane, tenant_id LIMIT 1) AS following
+        ORDER BY lane, tenant_id LIMIT 1) AS next_tenant
 ), waiting AS (
     SELECT jsonb_agg(jsonb_build_array(due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
         due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0,
@@ -100,7 +100,7 @@ WITH RECURSIVE tenants AS (
 SELECT waiting.units AS waiting,
     (SELECT jsonb_object_agg(lane, number) FROM (
         SELECT lane, count(*) AS number FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted
-    ) AS rung,
+    ) AS dispatched,
     (SELECT jsonb_agg(jsonb_build_array(units.id, units.lane, units.tenant_id, split_part(units.worker, '/', 1),
             kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
             yield_requested_at IS NOT NULL))
@@ -110,35 +110,29 @@ SELECT waiting.units AS waiting,
 FROM waiting
 """,
 )
-PACE = """
-SELECT lanes.name, avg(extract(epoch FROM latest.finished_at - latest.started_at))::float
-FROM unnest(CAST(:lanes AS text[])) AS lanes(name) CROSS JOIN LATERAL (
-    SELECT started_at, finished_at FROM units WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL
-    ORDER BY finished_at DESC LIMIT 20) AS latest
-GROUP BY lanes.name
-"""
 
 
-def look(session: Session, ring_again: float, per_job: int, alive_seconds: float, ahead: int = 64) -> View:
-    """What waits, and for whom there is room. Of each job at most `per_job` units are rung at the same time; of each
-    tenant in each lane the first `ahead` waiting units are seen.
+def snapshot(
+    session: Session, redispatch_seconds: float, per_job: int, alive_seconds: float, per_tenant: int = 64
+) -> QueueSnapshot:
+    """What waits, and which workers have room for it.
 
-    A worker is known by its Celery name: claims carry it with its child's number, signs of life with its own.
+    Worker names are cut to Celery's part: claims append the number of the child process, heartbeats do not.
+
+    Args:
+        redispatch_seconds: see `dispatch`.
+        per_job: units of one job that may be dispatched at the same time.
+        alive_seconds: a worker without a heartbeat for so long is left out.
+        per_tenant: waiting units to return for each tenant in each lane.
     """
-    seen = LOOK(session, per_job, ring_again, ahead, alive_seconds).one()
-    units = seen.waiting or ()
-    return View(
-        waiting=[Waiting(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in units],
-        rung={Lane(lane): number for lane, number in (seen.rung or {}).items()},
-        running=[Running(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in seen.running or ()],
-        workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in seen.workers or ()],
+    row = SNAPSHOT(session, per_job, redispatch_seconds, per_tenant, alive_seconds).one()
+    units = row.waiting or ()
+    return QueueSnapshot(
+        waiting=[WaitingUnit(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in units],
+        dispatched={Lane(lane): number for lane, number in (row.dispatched or {}).items()},
+        running=[RunningUnit(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in row.running or ()],
+        workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in row.workers or ()],
     )
-
-
-def pace(session: Session) -> dict[Lane, float]:
-    """Seconds that the lately succeeded units of each lane took, on average; a lane without any is not in it."""
-    rows = session.execute(text(PACE), {"lanes": [str(lane) for lane in Lane]})
-    return {Lane(lane): mean for lane, mean in rows}
 
 
 MARK = """
@@ -146,36 +140,37 @@ UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings 
 FROM (SELECT id FROM units WHERE id = ANY ($1) AND {due} FOR UPDATE SKIP LOCKED) AS chosen
 WHERE units.id = chosen.id RETURNING units.id
 """
-NEW = "state = 'queued' AND not_before <= clock_timestamp()"
-LATE = "dispatched_at < clock_timestamp() - make_interval(secs => $2 * least(power(2, rings - 1), 8))"
-RING = Prepared(
-    "ring",
+DUE = "state = 'queued' AND not_before <= clock_timestamp()"
+OVERDUE = "dispatched_at < clock_timestamp() - make_interval(secs => $2 * least(power(2, rings - 1), 8))"
+DISPATCH = PreparedStatement(
+    "dispatch",
     "uuid[], float8",
-    MARK.format(rings="rings + 1", due=f"({NEW} OR state = 'dispatched' AND (rings = 0 OR {LATE}))"),
+    MARK.format(rings="rings + 1", due=f"({DUE} OR state = 'dispatched' AND (rings = 0 OR {OVERDUE}))"),
 )
-PROMISE = Prepared("promise", "uuid[]", MARK.format(rings="0", due=NEW))
+RESERVE = PreparedStatement("reserve", "uuid[]", MARK.format(rings="0", due=DUE))
 
 
-def dispatch(session: Session, unit_ids: Iterable[uuid.UUID], ring_again: float) -> set[uuid.UUID]:
-    """Mark units as rung, and return those that were: publish after the commit.
+def dispatch(session: Session, unit_ids: Iterable[uuid.UUID], redispatch_seconds: float) -> set[uuid.UUID]:
+    """Mark units as dispatched and return those that were marked: publish their messages after the commit.
 
-    Units that nobody claimed in time are rung again, after twice the time at each ring up to eight times it. Whether
-    a unit is due is checked again here, and rows that another dispatcher holds are skipped: none is rung by two.
+    A unit that nobody claims is dispatched again after `redispatch_seconds`, doubled each time up to 8 times that.
+    Whether a unit is due is checked again here, and rows locked by another dispatcher are skipped, so that two
+    dispatchers never send the same message.
     """
-    return {uuid.UUID(str(row.id)) for row in RING(session, _array(unit_ids), ring_again)}
+    return {uuid.UUID(str(row.id)) for row in DISPATCH(session, _array(unit_ids), redispatch_seconds)}
 
 
-def promise(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
-    """Leave units to workers that are busy and will soon be done."""
-    PROMISE(session, _array(unit_ids))
+def reserve(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
+    """Leave units to busy workers that will be done soon."""
+    RESERVE(session, _array(unit_ids))
 
 
 def _array(unit_ids: Iterable[uuid.UUID]) -> str:
     return "{" + ",".join(map(str, unit_ids)) + "}"
 
 
-def unring(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
-    """The doorbell could not be rung: the units wait `delay` seconds for the next try."""
+def release(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
+    """Return units to the queue whose messages could not be published; they wait `delay` seconds."""
     session.execute(
         update(Unit)
         .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.DISPATCHED)
@@ -184,8 +179,8 @@ def unring(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> Non
     )
 
 
-def ask_to_yield(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
-    """Ask the workers that hold these units to hand back what is left of them."""
+def request_yield(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
+    """Ask the workers that hold these units to hand back the remaining scans."""
     session.execute(
         update(Unit)
         .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.RUNNING, Unit.yield_requested_at.is_(None))

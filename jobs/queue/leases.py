@@ -1,4 +1,4 @@
-"""Units under lease: claimed, renewed, fenced, and added."""
+"""Leases of units: claim, renew, write under the fence. Also the lock of a job's row."""
 
 import uuid
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, Prepared, seconds
+from jobs.db import NOW, PreparedStatement, seconds
 from jobs.errors import LeaseLost
 from jobs.states import JobKind, Lane, UnitState
 from jobs.tables import Job, Unit, new_id
@@ -15,10 +15,10 @@ from jobs.tables import Job, Unit, new_id
 
 @dataclass(frozen=True)
 class Claim:
-    """A unit under lease. `fence` and `worker` must be named by every later write. `explains`: it predicts nothing, but
-    explains what another unit has found.
+    """A unit under lease. `explains`: it computes explanations of another unit's results, not predictions.
 
-    The fence alone would do, but for a Postgres that crashed and forgot the claim: it may give the number once more.
+    Every later write is guarded by `fence` and `worker`. The fence alone would suffice, except after a crash of
+    Postgres that lost the claim: the sequence may then give the same number again.
     """
 
     unit_id: uuid.UUID
@@ -31,55 +31,55 @@ class Claim:
     explains: bool = False
 
 
-def locking(statement: Any) -> Any:
-    """With the job's row locked. NO KEY UPDATE: rows that refer to the job can still be inserted meanwhile."""
+def with_job_lock(statement: Any) -> Any:
+    """Lock the job's row. NO KEY UPDATE: rows that refer to the job can still be inserted meanwhile."""
     return statement.with_for_update(of=Job, key_share=True)
 
 
 def lock_job(session: Session, job_id: uuid.UUID) -> None:
-    """Wait for whoever changes this job, and keep others out until the transaction's end."""
-    session.execute(locking(select(Job.id).where(Job.id == job_id)))
+    """Lock the job's row until the transaction ends."""
+    session.execute(with_job_lock(select(Job.id).where(Job.id == job_id)))
 
 
-def holds(held: Claim) -> ColumnElement[bool]:
-    """The fence: true only for the claim that is in force."""
-    mine = and_(Unit.id == held.unit_id, Unit.fence == held.fence, Unit.worker == held.worker)
+def is_held(claim: Claim) -> ColumnElement[bool]:
+    """SQL: the unit is running under this claim."""
+    mine = and_(Unit.id == claim.unit_id, Unit.fence == claim.fence, Unit.worker == claim.worker)
     return and_(mine, Unit.state == UnitState.RUNNING)
 
 
-def require_held(session: Session, held: Claim, *guards: ColumnElement[bool], **values: Any) -> None:
-    """Write to the unit under its fence.
+def update_held(session: Session, claim: Claim, *guards: ColumnElement[bool], **values: Any) -> None:
+    """Update the unit if it is still held.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended; nothing was written.
     """
     written = session.execute(
-        update(Unit).where(holds(held), *guards).values(**values).execution_options(synchronize_session=False)
+        update(Unit).where(is_held(claim), *guards).values(**values).execution_options(synchronize_session=False)
     )
     if written.rowcount == 0:  # type: ignore[attr-defined]
         raise LeaseLost
 
 
-def add_unit(session: Session, held: Claim, **values: Any) -> uuid.UUID:
-    """One more unit of the job, after all that it has; its id."""
-    of_job = select(func.max(Unit.ordinal) + 1, func.max(Unit.lane)).where(Unit.job_id == held.job_id)
+def add_unit(session: Session, claim: Claim, **values: Any) -> uuid.UUID:
+    """Append a unit to the job and return its id."""
+    of_job = select(func.max(Unit.ordinal) + 1, func.max(Unit.lane)).where(Unit.job_id == claim.job_id)
     ordinal, lane = session.execute(of_job).one()
     unit_id = new_id()
-    own = {"id": unit_id, "tenant_id": held.tenant_id, "job_id": held.job_id, "ordinal": ordinal, "lane": lane}
+    own = {"id": unit_id, "tenant_id": claim.tenant_id, "job_id": claim.job_id, "ordinal": ordinal, "lane": lane}
     session.execute(insert(Unit).values(**own, **values))
     return unit_id
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a worker learns of its unit: whether it still holds it, and whether the work is still wanted of it."""
+class UnitStatus:
+    """What a worker polls: whether it still holds the unit, and whether it was asked to stop."""
 
     held: bool
     cancel_requested: bool = False
     yield_requested: bool = False
 
 
-# Locks the job, then the unit, like every verb. What both waited for is seen: an UPDATE looks at the latest row again.
+# Locks the job, then the unit, like every verb. After waiting for a lock, UPDATE checks the latest row again.
 CLAIM = """
 WITH wanted AS ({wanted}), job AS MATERIALIZED (
     SELECT jobs.id, jobs.kind, jobs.tenant_id, wanted.id AS unit_id
@@ -98,40 +98,34 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
     UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
         attempt = greatest(jobs.attempt, claimed.attempt)
     FROM claimed WHERE jobs.id = claimed.job_id
-), told AS (
+), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
 )
 SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker, explains FROM claimed
 """
-
-
-CLAIM_UNIT = Prepared(
+CLAIM_UNIT = PreparedStatement(
     "claim_unit",
     "uuid, text, float8",
     CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
 )
-
-
-PROMISED = """
+NEXT_RESERVED = """
 SELECT id, job_id FROM units WHERE state = 'dispatched' AND lane = $1 AND rings = 0 ORDER BY dispatched_at, id LIMIT 1
 """
-
-
-CLAIM_NEXT = Prepared(
+CLAIM_NEXT = PreparedStatement(
     "claim_next",
     "text, text, float8",
-    CLAIM.format(wanted=PROMISED, skip=" SKIP LOCKED"),
+    CLAIM.format(wanted=NEXT_RESERVED, skip=" SKIP LOCKED"),
 )
 
 
 def claim(session: Session, unit_id: uuid.UUID, worker: str, lease: float) -> Claim | None:
-    """Take the unit under lease. None means refused: it is taken, ended, cancelled, or not due yet."""
+    """Take a lease on the unit. None: it is taken, ended, cancelled, or not due yet."""
     return _claimed(CLAIM_UNIT(session, str(unit_id), worker, lease).first())
 
 
 def claim_next(session: Session, lane: Lane, worker: str, lease: float) -> Claim | None:
-    """Take the next unit that the dispatcher has promised to the lane's busy workers (see `jobs/queue/dispatch.py`)."""
+    """Take a lease on the next unit reserved for the lane's busy workers (see `jobs/queue/dispatch.py`)."""
     return _claimed(CLAIM_NEXT(session, str(lane), worker, lease).first())
 
 
@@ -142,20 +136,20 @@ def _claimed(row: Any) -> Claim | None:
     return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker, row.explains)
 
 
-def beat(session: Session, held: Claim, lease: float) -> bool:
-    """Renew the lease; False: it is lost. It touches the unit's row alone, so that a busy job never delays it."""
+def beat(session: Session, claim: Claim, lease: float) -> bool:
+    """Renew the lease; False: it is lost. Only the unit's row is locked, so that a busy job never delays it."""
     try:
-        require_held(session, held, lease_expires_at=NOW + seconds(lease))
+        update_held(session, claim, lease_expires_at=NOW + seconds(lease))
     except LeaseLost:
         return False
     return True
 
 
-def standing(session: Session, held: Claim) -> Standing:
-    """How the unit stands for its holder: a read by two primary keys."""
+def poll_status(session: Session, claim: Claim) -> UnitStatus:
+    """The unit's status for its holder: a read by two primary keys."""
     row = session.execute(
         select(Job.cancel_requested_at.is_not(None), Unit.yield_requested_at.is_not(None))
         .join(Job, Job.id == Unit.job_id)
-        .where(holds(held))
+        .where(is_held(claim))
     ).first()
-    return Standing(False) if row is None else Standing(True, *row)
+    return UnitStatus(False) if row is None else UnitStatus(True, *row)

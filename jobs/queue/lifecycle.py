@@ -1,8 +1,8 @@
-"""The verbs that move jobs and units on. Each takes a session and never commits: the caller owns the transaction.
+"""Transitions of jobs and units. Functions take a session and never commit: the caller owns the transaction.
 
-Every change of state is one guarded UPDATE, and zero rows changed means "refused". A verb that touches both a job and
-its units locks the job's row first. No transaction waits for a second job's lock (`claim_next`, which may follow an
-end, passes over what is locked), so that no two verbs can wait for each other. Only Postgres' clock decides.
+Every change of state is one guarded UPDATE; zero rows changed means "refused". Whatever touches both a job and its
+units locks the job's row first, and no transaction waits for a second job's lock (`claim_next`, which may follow in the
+same transaction, skips locked rows): there are no deadlocks. Only Postgres' clock decides.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, Prepared, seconds
+from jobs.db import NOW, PreparedStatement, seconds
 from jobs.errors import JobNotFound, LeaseLost, WrongState
+from jobs.events.job_events import record, wake_dispatcher
 from jobs.queue import explanations
-from jobs.queue.completion import end_if_done
-from jobs.queue.job_events import record, wake_dispatcher
-from jobs.queue.leases import Claim, holds, lock_job, locking, require_held
-from jobs.queue.outcomes import ScanOutcome, end_scans, engines_of, write_outcomes
-from jobs.queue.splitting import is_suspect, split
+from jobs.queue.completion import finish_job_if_done
+from jobs.queue.leases import Claim, is_held, lock_job, update_held, with_job_lock
+from jobs.queue.outcomes import ScanOutcome, engines_of, finish_items, write_outcomes
+from jobs.queue.splitting import should_split, split
 from jobs.settings import Settings
 from jobs.states import CLAIMABLE, PREDICTIONS, TERMINAL, JobKind, JobState, ResultState, UnitState
 from jobs.tables import Job, Json, Unit
@@ -29,8 +29,8 @@ from jobs.tables import Job, Json, Unit
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a unit may fail, and how long it waits in between: evenly between 0 and a bound that doubles from
-    `base` to `cap` seconds (full jitter), so that retries never march in step."""
+    """How often a unit may fail, and how long it waits in between: a random time up to a bound that doubles from
+    `base` to `cap` seconds (full jitter), so that retries do not synchronize."""
 
     max_failures: int = 3
     base: float = 0.0
@@ -38,20 +38,20 @@ class RetryPolicy:
 
     @classmethod
     def of(cls, settings: Settings) -> "RetryPolicy":
-        """The policy of the settings."""
+        """The policy in the settings."""
         return cls(settings.max_failures, settings.retry_base_seconds, settings.retry_cap_seconds)
 
     def wait(self) -> ColumnElement[Any]:
-        """A unit's wait before its next try, in SQL."""
+        """SQL: how long a unit waits before its next attempt."""
         return seconds(func.random() * func.least(self.cap, self.base * func.power(2, Unit.failures)))
 
 
-# --- a worker's life with a unit ---
+# --- by the worker that holds the unit ---
 
 
 def report(
     session: Session,
-    held: Claim,
+    claim: Claim,
     *,
     stage: str | None = None,
     stages: list[Json] | None = None,
@@ -59,22 +59,22 @@ def report(
     mlflow_run_id: str | None = None,
     event: tuple[str, Json] | None = None,
 ) -> None:
-    """Write down how far the unit has come.
+    """Record progress, the state of stages, the MLflow run or an event of the unit.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    lock_job(session, held.job_id)
-    require_held(session, held, progress_at=NOW)
-    said = {"stage": stage, "stages": stages, "progress": progress, "mlflow_run_id": mlflow_run_id}
-    values = {name: value for name, value in said.items() if value is not None}
+    lock_job(session, claim.job_id)
+    update_held(session, claim, progress_at=NOW)
+    given = {"stage": stage, "stages": stages, "progress": progress, "mlflow_run_id": mlflow_run_id}
+    values = {name: value for name, value in given.items() if value is not None}
     if values:
-        session.execute(update(Job).where(Job.id == held.job_id).values(**values))
+        session.execute(update(Job).where(Job.id == claim.job_id).values(**values))
     if event is not None:
-        record(session, held.job_id, held.tenant_id, event[0], {**event[1], "attempt": held.attempt})
+        record(session, claim.job_id, claim.tenant_id, event[0], {**event[1], "attempt": claim.attempt})
 
 
-SUCCEED = Prepared(
+SUCCEED = PreparedStatement(
     "succeed_unit",
     "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]",
     """
@@ -97,55 +97,55 @@ RETURNING pg_notify('renalq_units', '')
 
 def succeed(
     session: Session,
-    held: Claim,
+    claim: Claim,
     *,
     outcomes: Sequence[ScanOutcome] = (),
     metrics: Json | None = None,
     device_seconds: float = 0.0,
-    then_explain: bool = False,
+    enqueue_explanations: bool = False,
 ) -> None:
-    """End the unit well: its results, the counters and, with the last unit, the job's end, in this one transaction.
+    """Finish the unit: results, counters and, with the last unit, the job's end, in this one transaction.
 
-    `then_explain`: a unit that explains its results comes after all that the job has.
+    `enqueue_explanations`: append a unit to the job that explains these results.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended; nothing was written.
     """
     failed = sum(outcome.error is not None for outcome in outcomes)
-    succeeded = 1 if held.kind not in PREDICTIONS else len(outcomes) - failed
-    figures = None if metrics is None else json.dumps(metrics)
-    mine = str(held.job_id), str(held.unit_id), held.fence, held.worker
+    succeeded = 1 if claim.kind not in PREDICTIONS else len(outcomes) - failed
+    metrics_json = None if metrics is None else json.dumps(metrics)
+    fence = str(claim.job_id), str(claim.unit_id), claim.fence, claim.worker
     engines = engines_of(outcomes)
-    if SUCCEED(session, *mine, succeeded, failed, device_seconds, figures, engines).first() is None:
+    if SUCCEED(session, *fence, succeeded, failed, device_seconds, metrics_json, engines).first() is None:
         raise LeaseLost
-    write_outcomes(session, held, outcomes, counted=True)
-    if then_explain:
-        explanations.follow(session, held)
-    end_if_done(session, held.job_id)
+    write_outcomes(session, claim, outcomes, counted=True)
+    if enqueue_explanations:
+        explanations.enqueue(session, claim)
+    finish_job_if_done(session, claim.job_id)
 
 
 def fail(
     session: Session,
-    held: Claim,
+    claim: Claim,
     error: Json,
     retry: RetryPolicy = RetryPolicy(),
     outcomes: Sequence[ScanOutcome] = (),
 ) -> UnitState:
-    """A failure of the unit: back to the queue after a wait when it may be tried again, else its end.
+    """Record a failure: the unit goes back to the queue if it may be retried, otherwise it fails for good.
 
-    `error` is `{"code", "detail", "retryable"}`; `outcomes` are the scans that were done before it. Returns the state
-    that the unit has now.
+    `error` is `{"code", "detail", "retryable"}`; `outcomes` are the scans that were finished before. Returns the unit's
+    new state.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    lock_job(session, held.job_id)
-    return _fail(session, held, error, retry, holds(held), outcomes)
+    lock_job(session, claim.job_id)
+    return _fail(session, claim, error, retry, is_held(claim), outcomes)
 
 
 def _fail(
     session: Session,
-    held: Claim,
+    claim: Claim,
     error: Json,
     retry: RetryPolicy,
     guard: ColumnElement[bool],
@@ -161,7 +161,7 @@ def _fail(
             finished_at=case((again, None), else_=NOW),
             not_before=NOW + retry.wait(),
             scans=func.greatest(1, Unit.scans - len(outcomes)),
-            **_let_go(),
+            **_released_fields(),
             error=error,
         )
         .returning(Unit.state, Unit.failures)
@@ -169,70 +169,70 @@ def _fail(
     ).first()
     if row is None:
         raise LeaseLost
-    write_outcomes(session, held, outcomes)
+    write_outcomes(session, claim, outcomes)
     if row.state == UnitState.QUEUED:
-        if is_suspect(held.kind, error, row.failures, retry.max_failures):
-            split(session, held, failures=max(0, retry.max_failures - 2))
-        _handed_back(session, held, error)
+        if should_split(claim.kind, error, row.failures, retry.max_failures):
+            split(session, claim, failures=max(0, retry.max_failures - 2))
+        _after_requeue(session, claim, error)
     else:
-        end_scans(session, held, ResultState.FAILED, error)
-        session.execute(update(Job).where(Job.id == held.job_id).values(error=error))
-        end_if_done(session, held.job_id)
+        finish_items(session, claim, ResultState.FAILED, error)
+        session.execute(update(Job).where(Job.id == claim.job_id).values(error=error))
+        finish_job_if_done(session, claim.job_id)
     return UnitState(row.state)
 
 
-def requeue(session: Session, held: Claim, reason: str, outcomes: Sequence[ScanOutcome] = ()) -> None:
-    """Hand the unit back, with no failure counted (a drain, or a yield). `outcomes`: the scans that are done.
+def requeue(session: Session, claim: Claim, reason: str, outcomes: Sequence[ScanOutcome] = ()) -> None:
+    """Hand the unit back without counting a failure (drain or yield). `outcomes`: the scans that are finished.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    lock_job(session, held.job_id)
+    lock_job(session, claim.job_id)
     left = func.greatest(1, Unit.scans - len(outcomes))
-    require_held(session, held, state=UnitState.QUEUED, not_before=NOW, scans=left, **_let_go())
-    write_outcomes(session, held, outcomes)
-    _handed_back(session, held, {"code": reason})
+    update_held(session, claim, state=UnitState.QUEUED, not_before=NOW, scans=left, **_released_fields())
+    write_outcomes(session, claim, outcomes)
+    _after_requeue(session, claim, {"code": reason})
 
 
-def _let_go() -> Json:
+def _released_fields() -> Json:
     return {"lease_expires_at": None, "dispatched_at": None, "yield_requested_at": None, "rings": 0}
 
 
-def _handed_back(session: Session, held: Claim, why: Json) -> None:
-    """The unit waits again; or it ends, where the job's end was asked for meanwhile: nobody could claim it any more."""
-    record(session, held.job_id, held.tenant_id, "requeued", {"attempt": held.attempt, "reason": why.get("code")})
-    unwanted = session.scalar(select(Job).where(Job.id == held.job_id, Job.cancel_requested_at.is_not(None)))
-    if unwanted is None:
+def _after_requeue(session: Session, claim: Claim, error: Json) -> None:
+    """Wake the dispatcher; or cancel the unit if its job was cancelled meanwhile, since nobody could claim it."""
+    record(session, claim.job_id, claim.tenant_id, "requeued", {"attempt": claim.attempt, "reason": error.get("code")})
+    cancelled_job = session.scalar(select(Job).where(Job.id == claim.job_id, Job.cancel_requested_at.is_not(None)))
+    if cancelled_job is None:
         wake_dispatcher(session)
     else:
-        _cancel_unheld(session, unwanted)
-        end_if_done(session, held.job_id)
+        _cancel_unclaimed(session, cancelled_job)
+        finish_job_if_done(session, claim.job_id)
 
 
-def cancelled(session: Session, held: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
-    """The worker has stopped because somebody asked for it. `outcomes`: the scans that were done by then.
+def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
+    """End the unit as cancelled: its worker has stopped on request. `outcomes`: the scans that are finished.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    lock_job(session, held.job_id)
-    require_held(session, held, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
-    write_outcomes(session, held, outcomes)
-    end_scans(session, held, ResultState.CANCELLED, None)
-    end_if_done(session, held.job_id)
+    lock_job(session, claim.job_id)
+    update_held(session, claim, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
+    write_outcomes(session, claim, outcomes)
+    finish_items(session, claim, ResultState.CANCELLED, None)
+    finish_job_if_done(session, claim.job_id)
 
 
-# --- others who may end a unit ---
+# --- by the API and the dispatcher ---
 
 
 def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
-    """Ask for the job's end. Units that nobody holds end here; a worker ends those it holds. Repeated: the same.
+    """Request the job's cancellation. Unclaimed units end here, claimed ones are ended by their workers. Idempotent.
 
     Raises:
         JobNotFound: no such job of this tenant.
-        WrongState: the job has ended otherwise.
+        WrongState: the job has ended in another state.
     """
-    job = session.scalar(locking(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
+    job = session.scalar(with_job_lock(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
     if job is None:
         raise JobNotFound
     if job.state in TERMINAL and job.state != JobState.CANCELLED:
@@ -241,65 +241,65 @@ def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
         job.cancel_requested_at = session.scalar(select(NOW))
         session.flush()
         record(session, job.id, tenant_id, "cancel_requested", {})
-        _cancel_unheld(session, job)
-        end_if_done(session, job.id)
+        _cancel_unclaimed(session, job)
+        finish_job_if_done(session, job.id)
         session.refresh(job)
     return job
 
 
-def _cancel_unheld(session: Session, job: Job) -> None:
-    stopped = session.scalars(
+def _cancel_unclaimed(session: Session, job: Job) -> None:
+    cancelled = session.scalars(
         update(Unit)
         .where(Unit.job_id == job.id, Unit.state.in_(CLAIMABLE))
         .values(state=UnitState.CANCELLED, finished_at=NOW)
         .returning(Unit.id)
         .execution_options(synchronize_session=False)
     ).all()
-    for unit_id in stopped:
-        held = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0, worker="")
-        end_scans(session, held, ResultState.CANCELLED, None)
+    for unit_id in cancelled:
+        claim = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0, worker="")
+        finish_items(session, claim, ResultState.CANCELLED, None)
 
 
 def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
-    """Take one unit back from a worker that stopped beating, or whose work has not moved for `stall` seconds.
+    """Take back one unit whose lease has expired, or that made no progress for `stall` seconds.
 
-    A candidate is only a candidate: state, fence AND expiry are checked again in the UPDATE that takes it, since its
-    worker may beat or end it in between. Returns how many were taken, 0 or 1: one job a transaction.
+    State, fence AND expiry are checked again in the UPDATE, since the worker may beat or finish in between. Returns the
+    number of units taken back, 0 or 1: one job per transaction.
 
     Raises:
-        OperationalError: somebody keeps the lock of the job or the unit; it waits for a short time only.
+        OperationalError: the job or the unit stayed locked for 500 ms.
     """
     session.execute(text("SET LOCAL lock_timeout TO '500ms'"))
     lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
     row = session.execute(
         select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)
-        .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("silent"))
+        .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("expired"))
         .join(Job, Job.id == Unit.job_id)
         .where(Unit.state == UnitState.RUNNING, lost)
-        .order_by(func.random())  # one that is always refused must not hide the others
+        .order_by(func.random())  # one that is refused each time must not hide the others
         .limit(1)
     ).first()
     return 0 if row is None else int(_reap_one(session, row, lost, retry))
 
 
 def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
-    held = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
-    lock_job(session, held.job_id)
+    claim = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
+    lock_job(session, claim.job_id)
     try:
         if row.cancel_requested_at is not None:
-            _end_reaped_as_cancelled(session, held, lost)
+            _cancel_reaped(session, claim, lost)
         else:
-            _fail(session, held, WORKER_LOST if row.silent else STALLED, retry, and_(holds(held), lost))
+            _fail(session, claim, WORKER_LOST if row.expired else STALLED, retry, and_(is_held(claim), lost))
     except LeaseLost:
         return False
     return True
 
 
-def _end_reaped_as_cancelled(session: Session, held: Claim, lost: ColumnElement[bool]) -> None:
-    """Whoever asked to cancel need not wait for another worker only to have it stop."""
-    require_held(session, held, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
-    end_scans(session, held, ResultState.CANCELLED, None)
-    end_if_done(session, held.job_id)
+def _cancel_reaped(session: Session, claim: Claim, lost: ColumnElement[bool]) -> None:
+    """A cancelled job need not wait for another worker only to stop it."""
+    update_held(session, claim, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
+    finish_items(session, claim, ResultState.CANCELLED, None)
+    finish_job_if_done(session, claim.job_id)
 
 
 WORKER_LOST: Json = {

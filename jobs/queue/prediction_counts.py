@@ -1,5 +1,4 @@
-"""Counts of what was predicted, kept as it is written: by model, day, figure and bin. `jobs.models.drift` reads
-them."""
+"""Counts of predictions by model, day, figure and bin, incremented with the results. `jobs.models.drift` reads them."""
 
 import json
 import uuid
@@ -7,16 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy.orm import Session
 
-from jobs.db import Prepared
+from jobs.db import PreparedStatement
 
 CLASS, DISPOSITION = "class", "disposition"
-"""Figures whose bins are words."""
+"""Figures that are counted by word; all others are numeric and counted by bin."""
 REJECTED = "rejected"
-"""The disposition of a scan whose class is not to be used (ml/image/serving/disposition.py)."""
+"""The disposition of a scan whose class must not be used (ml/image/serving/disposition.py)."""
 
-# The rows are taken in the order of their key: of two workers that end their chunks at once one waits for the other,
-# and never each for the other.
-ADD = Prepared(
+# Rows are written in the order of their key, so that two workers that finish chunks at once cannot deadlock.
+ADD = PreparedStatement(
     "count_predictions",
     "uuid, jsonb",
     """
@@ -43,10 +41,10 @@ ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.s
 
 
 def add(session: Session, job_id: uuid.UUID, found: Mapping[str, Sequence[str | float]]) -> None:
-    """Count what was found with the job's model today, by Postgres' clock in UTC.
+    """Count values for the job's model and today (UTC, by Postgres' clock).
 
     Args:
-        found: figure → what was found, scan by scan: {"class": ["Tumor", …], "brightness": [0.31, …], …}. Words are
-            counted of `class` and `disposition`; numbers of what the model's reference has bins for.
+        found: values by figure, one per scan: {"class": ["Tumor", …], "brightness": [0.31, …], …}. Numeric figures
+            without bins in the model's reference are ignored.
     """
     ADD(session, str(job_id), json.dumps(found))

@@ -1,4 +1,4 @@
-"""Signs of life: every dispatcher and worker keeps a fresh row, so that readiness is a question to Postgres alone."""
+"""Heartbeats of dispatchers and workers as rows, so that a readiness check asks Postgres only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from jobs.db import NOW, seconds
 from jobs.tables import Process
 
 DISPATCHER, WORKER = "dispatcher", "worker"
-FORGOTTEN_AFTER = 3600.0
+PRUNE_AFTER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class SignOfLife:
-    """What a process says of itself."""
+class Heartbeat:
+    """What a process reports of itself."""
 
     name: str
     kind: str
@@ -24,24 +24,24 @@ class SignOfLife:
     broker_reachable: bool = True
 
 
-def alive(session: Session, sign: SignOfLife) -> None:
-    """Say that the process lives now."""
-    values = {"kind": sign.kind, "lanes": list(sign.lanes), "broker_reachable": sign.broker_reachable, "seen_at": NOW}
+def upsert(session: Session, beat: Heartbeat) -> None:
+    """Record the heartbeat, by Postgres' clock."""
+    values = {"kind": beat.kind, "lanes": list(beat.lanes), "broker_reachable": beat.broker_reachable, "seen_at": NOW}
     session.execute(
-        insert(Process).values(name=sign.name, **values).on_conflict_do_update(index_elements=["name"], set_=values)
+        insert(Process).values(name=beat.name, **values).on_conflict_do_update(index_elements=["name"], set_=values)
     )
 
 
-def gone(session: Session, name: str) -> None:
-    """Say that the process ends."""
+def deregister(session: Session, name: str) -> None:
+    """Remove the row of a process that stops."""
     session.execute(delete(Process).where(Process.name == name))
 
 
-def forget(session: Session) -> None:
-    """Remove the rows of processes that ended without a word long ago."""
-    session.execute(delete(Process).where(Process.seen_at < func.clock_timestamp() - seconds(FORGOTTEN_AFTER)))
+def prune(session: Session) -> None:
+    """Remove the rows of processes that died long ago."""
+    session.execute(delete(Process).where(Process.seen_at < func.clock_timestamp() - seconds(PRUNE_AFTER_SECONDS)))
 
 
-def seen(session: Session, within: float) -> Sequence[Process]:
-    """The processes that gave a sign of life within so many seconds."""
+def list_alive(session: Session, within: float) -> Sequence[Process]:
+    """The processes with a heartbeat within so many seconds."""
     return session.scalars(select(Process).where(Process.seen_at > NOW - seconds(within))).all()

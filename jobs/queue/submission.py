@@ -10,14 +10,15 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WrongState
+from jobs.events.job_events import record, wake_dispatcher
 from jobs.queue import retention
-from jobs.queue.completion import end_if_done
-from jobs.queue.job_events import record, wake_dispatcher
-from jobs.queue.leases import locking
-from jobs.queue.outcomes import count
+from jobs.queue.completion import finish_job_if_done
+from jobs.queue.leases import with_job_lock
+from jobs.queue.outcomes import add_counts
 from jobs.settings import Settings
 from jobs.states import PREDICTIONS, DatasetState, JobKind, JobState, Lane, ResultState
 from jobs.tables import Dataset, Job, Json, ScanResult, TenantLoad, Unit, new_id
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 
 RETRIABLE = (JobState.FAILED, JobState.PARTIALLY_SUCCEEDED, JobState.CANCELLED)
 
@@ -29,6 +30,8 @@ class NewJob:
     tenant_id: str
     kind: JobKind
     lane: Lane
+    pipeline: str = IMAGE
+    task: str = DEFAULT_TASK
     name: str | None = None
     params: Json | None = None
     metadata: Json | None = None
@@ -111,7 +114,7 @@ def submit(
     _insert_results(session, job, scans, {o: u["id"] for u, part in zip(units, parts, strict=True) for o in part})
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
     _add_load(session, job, quota)
-    end_if_done(session, job.id)  # a batch in which every scan failed already is finished
+    finish_job_if_done(session, job.id)  # a batch in which every scan failed already is finished
     wake_dispatcher(session)
     session.refresh(job)
     return job
@@ -127,7 +130,7 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
         WrongState: the job has not ended, or has succeeded.
         QuotaExceeded, QueueFull
     """
-    old = session.scalar(locking(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
+    old = session.scalar(with_job_lock(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
     if old is None:
         raise JobNotFound
     if old.state not in RETRIABLE:
@@ -158,6 +161,8 @@ def _retry_of(old: Job) -> NewJob:
     return NewJob(
         tenant_id=old.tenant_id,
         kind=JobKind(old.kind),
+        pipeline=old.pipeline,
+        task=old.task,
         lane=Lane(old.lane),
         name=old.name,
         params=old.params,
@@ -227,6 +232,8 @@ def _new_job(new: NewJob, total: int) -> Job:
         id=new_id(),
         tenant_id=new.tenant_id,
         kind=new.kind,
+        pipeline=new.pipeline,
+        task=new.task,
         lane=new.lane,
         name=new.name,
         params=new.params or {},
@@ -293,4 +300,4 @@ def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit
     ]
     if rows:
         session.execute(insert(ScanResult), rows)
-        count(session, job.id, failed=sum(scan.error is not None for scan in scans))
+        add_counts(session, job.id, failed=sum(scan.error is not None for scan in scans))

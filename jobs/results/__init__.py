@@ -1,0 +1,1 @@
+"""Reads of jobs and results: pages, summaries and the result cache."""

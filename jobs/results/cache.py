@@ -1,7 +1,7 @@
-"""What was computed once need not be again: results of the same scan by the same model on the same engine.
+"""Result cache: a scan that the same model has predicted on the same engine is not computed again.
 
-The index ix_scan_results_computed holds computed results alone, so however often a scan is sent again, it is there once
-for each model and engine.
+The index ix_scan_results_computed holds computed results only, so a scan is in it once per model and engine, however
+often it is sent.
 """
 
 import uuid
@@ -13,40 +13,42 @@ from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
 from jobs.states import ResultState
-from jobs.tables import Job, ScanResult
+from jobs.tables import Job, Json, ScanResult
 
 COMPUTED = and_(ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached)
-"""In the very words of the index ix_scan_results_computed: for `cached IS false` Postgres reads the whole table."""
+"""The exact predicate of the index ix_scan_results_computed: with `cached IS false` Postgres reads the whole table."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """What was found for a scan before. What may be done with it is decided anew: the policy may be another by now."""
+class CachedResult:
+    """An earlier prediction of a scan. Its disposition is decided again, since the policy may have changed."""
 
     label: str | None
     confidence: float | None
-    probabilities: dict[str, float]
+    probabilities: dict[str, float] | None
     ood_score: float | None = None
     reason: str | None = None
+    output: Json | None = None
 
 
-def known_results(
+def cached_results(
     session: Session, model_id: uuid.UUID, engine: str, scan_ids: Sequence[uuid.UUID]
-) -> dict[uuid.UUID, Known]:
-    """Results of these scans by this model on this engine, where there are any. Scan ids are of one tenant, and so is
-    the model's: nobody is answered out of another's work."""
-    rows = session.execute(_equal(model_id, engine, scan_ids))
-    return {row.scan_id: Known(row.label, row.confidence, row.probabilities, row.ood_score, row.reason) for row in rows}
+) -> dict[uuid.UUID, CachedResult]:
+    """Earlier results of these scans by this model on this engine. The model and the scans belong to one tenant, so
+    that no result crosses tenants."""
+    rows = session.execute(_select_results(model_id, engine, scan_ids))
+    return {scan_id: CachedResult(*result) for scan_id, *result in rows}
 
 
-def _equal(model_id: uuid.UUID, engine: str, scan_ids: Sequence[uuid.UUID]) -> Any:
-    found = (
+def _select_results(model_id: uuid.UUID, engine: str, scan_ids: Sequence[uuid.UUID]) -> Any:
+    columns = (
         ScanResult.scan_id,
         ScanResult.label,
         ScanResult.confidence,
         ScanResult.probabilities,
         ScanResult.ood_score,
         ScanResult.reason,
+        ScanResult.output,
     )
-    alike = ScanResult.scan_id.in_(scan_ids), ScanResult.engine == engine, Job.model_id == model_id
-    return select(*found).join(Job, Job.id == ScanResult.job_id).where(COMPUTED, *alike)
+    same = ScanResult.scan_id.in_(scan_ids), ScanResult.engine == engine, Job.model_id == model_id
+    return select(*columns).join(Job, Job.id == ScanResult.job_id).where(COMPUTED, *same)

@@ -1,6 +1,6 @@
-"""Reads and paging: no writes. Everything is asked for by tenant, so that another's id is as good as an unknown one.
+"""Reads of jobs, results, events, artifacts and scans. Every query is by tenant: another tenant's id is unknown.
 
-Pages are by key, not by offset: `after` names the last row that the client has, so rows that arrive meanwhile shift
+Pages are by key, not by offset: `after` is the key of the last row of the previous page, so that new rows shift
 nothing.
 """
 
@@ -18,21 +18,21 @@ from jobs.db import NOW
 from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
 from jobs.paging import Page, page
 from jobs.queue import retention
-from jobs.queue.position import Place, places
+from jobs.queue.position import QueuePosition, queue_positions
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState
 from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
 
-FURTHEST = 2**31 - 1
-"""No scan of a job comes after this one."""
+MAX_ORDINAL = 2**31 - 1
+"""Greater than any ordinal of a scan in a job."""
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as it stands at `now` by Postgres' clock. `place` is where it waits, if it does."""
+    """A job at the time `now` of Postgres' clock. `in_queue`: its position while it is queued."""
 
     job: Job
     now: dt.datetime
-    place: Place | None
+    in_queue: QueuePosition | None
 
     @property
     def terminal(self) -> bool:
@@ -41,30 +41,30 @@ class JobView:
 
     @property
     def pending(self) -> int:
-        """Parts that have not ended."""
+        """Scans (or the one unit of another kind) that have not ended."""
         job = self.job
         return job.total - job.succeeded - job.failed - job.cancelled
 
     @property
     def progress(self) -> float:
-        """0 to 1. A batch's counters are truer than what its workers report, where they are ahead."""
+        """0 to 1: what the workers report, or what a prediction's counters say if that is more."""
         job = self.job
         done = 1 - self.pending / job.total if job.kind in PREDICTIONS and job.total else 0.0
         return max(job.progress, done)
 
     @property
     def queue_position(self) -> int | None:
-        """How many waiting jobs are served before it, 1000 at most; null once it does not wait."""
-        return self.place.position if self.place else None
+        """Queued jobs that are served first, up to 1000; None if it is not queued."""
+        return self.in_queue.position if self.in_queue else None
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the end if work goes on as it did; null before anything can be said.
+        """Estimated seconds until the job ends; None while there is no basis for an estimate.
 
-        A running job goes by its own pace so far, a waiting one by that of its lane's latest units.
+        A running job is estimated by its own pace, a queued one by that of its lane's latest units.
         """
-        if self.place is not None:
-            return self.place.eta_seconds
+        if self.in_queue is not None:
+            return self.in_queue.eta_seconds
         if self.job.state != JobState.RUNNING or self.job.started_at is None or self.progress <= 0:
             return None
         elapsed = (self.now - self.job.started_at).total_seconds()
@@ -72,8 +72,7 @@ class JobView:
 
     @property
     def scans_per_second(self) -> float | None:
-        """A prediction's pace since it began, to three digits; null before a scan has ended. What was cancelled is no
-        work done."""
+        """A prediction's mean pace since its start, to three digits, without cancelled scans; None before the first."""
         job = self.job
         done = job.succeeded + job.failed
         if job.kind not in PREDICTIONS or job.started_at is None or not done:
@@ -84,10 +83,11 @@ class JobView:
 
 @dataclass(frozen=True)
 class JobFilter:
-    """Which jobs to list. `metadata` holds words of a query string: `1` finds the number and the text."""
+    """Which jobs to list. `metadata` holds strings of a query string: `1` matches the number and the text."""
 
     state: str | None = None
     kind: str | None = None
+    pipeline: str | None = None
     created_after: dt.datetime | None = None
     metadata: dict[str, str] | None = None
 
@@ -98,6 +98,8 @@ class JobFilter:
             found.append(Job.state == self.state)
         if self.kind:
             found.append(Job.kind == self.kind)
+        if self.pipeline:
+            found.append(Job.pipeline == self.pipeline)
         if self.created_after:
             found.append(Job.created_at > self.created_after)
         return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
@@ -108,14 +110,14 @@ def _has_label(key: str, value: str) -> ColumnElement[bool]:
 
 
 def _readings(value: str) -> list[Any]:
-    """What a word of a query string may stand for in JSON: itself, and a boolean or number that is written so."""
+    """The JSON values that a string of a query may stand for: itself, and a boolean or number of that spelling."""
     if value in ("true", "false"):
         return [value, value == "true"]
     try:
         number = float(value)
     except ValueError:
         return [value]
-    # NaN and infinity are words of Python, not of JSON.
+    # JSON has no NaN and no infinity.
     return [value, int(number) if number.is_integer() else number] if abs(number) < 1e15 else [value]
 
 
@@ -144,39 +146,39 @@ def _jobs(tenant_id: str) -> Select[tuple[Job, dt.datetime]]:
 
 
 def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
-    found = places(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
+    found = queue_positions(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
     return [JobView(job, now, found.get(job.id)) for job, now in rows]
 
 
-# --- what a job has brought forth ---
+# --- results, events and artifacts of a job ---
 
 
 def results(
     session: Session, view: JobView, state: str | None = None, limit: int = 100, after: int | None = None
 ) -> Page[ScanResult]:
-    """A prediction's results in the order of its scans: those that have ended, unless `state` says otherwise.
+    """A prediction's finished results in the order of its scans; `state` selects others.
 
-    While the job runs, they end before the first scan that still waits, and there are more to come: who follows `next`
-    until there is no more has seen each result once, however many workers shared the scans.
+    While the job runs, the pages stop before the first pending scan and `has_more` stays true: a client that follows
+    `next` to the end sees each result once, however many workers share the scans.
 
     Raises:
-        NoResults: the job predicts nothing.
-        ResultsExpired: they were deleted, or are being deleted.
+        NoResults: the job is not a prediction.
+        ResultsExpired: results were deleted, or are being deleted.
     """
     require_prediction(view)
-    begin = -1 if after is None else after
-    query = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.ordinal > begin)
-    to_come = not view.terminal and state != ResultState.PENDING
-    if to_come:
-        waits = select(func.min(ScanResult.ordinal)).where(
-            ScanResult.job_id == view.job.id, ScanResult.ordinal > begin, ScanResult.state == ResultState.PENDING
+    first = -1 if after is None else after
+    query = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.ordinal > first)
+    growing = not view.terminal and state != ResultState.PENDING
+    if growing:
+        pending = select(func.min(ScanResult.ordinal)).where(
+            ScanResult.job_id == view.job.id, ScanResult.ordinal > first, ScanResult.state == ResultState.PENDING
         )
-        query = query.where(ScanResult.ordinal < func.coalesce(waits.scalar_subquery(), FURTHEST))
+        query = query.where(ScanResult.ordinal < func.coalesce(pending.scalar_subquery(), MAX_ORDINAL))
     query = query.where(_in_state(state)).order_by(ScanResult.ordinal).limit(limit + 1)
     found = page(session.scalars(query).all(), limit, lambda row: row.ordinal)
     if view.terminal:
         retention.require_kept(session, view.job.id)
-    if found.has_more or not to_come:
+    if found.has_more or not growing:
         return found
     last = found.data[-1].ordinal if found.data else after
     return Page(found.data, True, None if last is None else str(last))
@@ -196,28 +198,28 @@ def _in_state(state: str | None) -> ColumnElement[bool]:
     if state is None:
         return ScanResult.state != ResultState.PENDING
     if state in (ResultState.FAILED, ResultState.CANCELLED):
-        # In the words of the index, so that a few among millions are found by it.
+        # The predicate of the partial index, so that it is used.
         return and_(ScanResult.state == state, ScanResult.state.in_(NOT_SUCCEEDED))
     return ScanResult.state == state
 
 
 def classes(session: Session, view: JobView) -> list[str]:
-    """The classes of the model that the job is pinned to; none where it is pinned to nothing."""
+    """The classes of the model that the job is pinned to; none if it has no model."""
     model = session.get(ModelVersion, view.job.model_id) if view.job.model_id else None
     return list(model.classes) if model else []
 
 
 def events(session: Session, job_id: uuid.UUID, limit: int = 100, after: int = 0) -> Page[JobEvent]:
-    """What happened to the job, oldest first. The verbs lock the job, so its events' ids follow their order."""
+    """The job's events, oldest first. Transitions lock the job, so the ids of its events follow their order."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
     rows = session.scalars(query.order_by(JobEvent.id).limit(limit + 1)).all()
     return page(rows, limit, lambda row: row.id)
 
 
 def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
-    """The epochs of a training's latest attempt; of an epoch that was repeated after a resume, the latest.
+    """The epochs of a training's latest attempt.
 
-    An attempt that resumed at epoch k continues the one before: its first k epochs are taken from there.
+    An attempt that resumed at epoch k continues the previous attempt, whose first k epochs are included.
     """
     rows = session.scalars(
         select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "epoch").order_by(JobEvent.id)
@@ -225,13 +227,13 @@ def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
     latest: dict[int, Json] = {}
     for data in rows:
         number = int(data.get("epoch", 0))
-        # An attempt that starts again at 1 throws away what a lost one had reached.
+        # An attempt that restarts at an earlier epoch replaces the later ones of the lost attempt.
         latest = {**{n: e for n, e in latest.items() if n < number}, number: data}
     return [latest[number] for number in sorted(latest)]
 
 
 def artifacts(session: Session, job_id: uuid.UUID, limit: int = 100, after: str = "") -> Page[Artifact]:
-    """The job's artifacts by name: a batch has as many explanations as scans."""
+    """A page of the job's artifacts by name: a batch has explanations for every scan."""
     query = select(Artifact).where(Artifact.job_id == job_id, Artifact.name > after)
     rows = session.scalars(query.order_by(Artifact.name).limit(limit + 1)).all()
     return page(rows, limit, lambda row: row.name)
@@ -265,11 +267,11 @@ def scan(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
 
 
 def known_scans(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Which of the ids are scans of the tenant."""
+    """Those of the ids that are scans of the tenant."""
     return set(session.scalars(select(Scan.id).where(Scan.tenant_id == tenant_id, Scan.id.in_(scan_ids))))
 
 
 def scans_by_hash(session: Session, tenant_id: str, hashes: Sequence[str]) -> dict[str, uuid.UUID]:
-    """The tenant's scans with these contents (SHA-256 in hex): an id for each that is stored."""
+    """Ids of the tenant's stored scans by content hash (SHA-256 in hex)."""
     mine = select(Scan.sha256, Scan.id).where(Scan.tenant_id == tenant_id, Scan.sha256.in_(hashes))
     return {row.sha256: row.id for row in session.execute(mine)}

@@ -1,6 +1,7 @@
-"""What a prediction's results come to: how many of each class, how sure the model was of them, and what went wrong.
+"""Summary of a prediction's results: counts by class, disposition and error, and histograms of the confidence.
 
-One aggregate over the job's rows. Its counts are of the same moment; the job's own counters may be of another.
+One aggregate query over the job's results, so that all counts are of the same moment; the job's own counters may be of
+another.
 """
 
 from collections import Counter
@@ -19,12 +20,12 @@ from jobs.tables import ScanResult
 BINS = 20
 STATES = (ResultState.SUCCEEDED, ResultState.FAILED, ResultState.CANCELLED, ResultState.PENDING)
 EDGES = tuple(round(number / BINS, 2) for number in range(BINS + 1))
-"""Each bin holds its lower edge, the last one both."""
+"""A bin includes its lower edge; the last one includes both."""
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """Histograms of the confidence in what each scan was labelled as: `counts` has one number a bin for each class."""
+    """Histograms of the confidence in the predicted class: `counts` has one number per bin for each class."""
 
     edges: tuple[float, ...]
     counts: dict[str, list[int]]
@@ -32,8 +33,8 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Summary:
-    """A prediction's results so far. `counts`: scans by state; `classes`: by label, each class of the model among them;
-    `dispositions`: by what may be done with them; `errors`: by code."""
+    """A prediction's results so far: scans by state (`counts`), by label (`classes`, including those with none), by
+    disposition and by error code."""
 
     counts: dict[str, int]
     classes: dict[str, int]
@@ -45,10 +46,10 @@ class Summary:
 
 
 def summary(session: Session, view: JobView) -> Summary:
-    """Sum up a prediction's results as they stand.
+    """Summarize a prediction's results so far.
 
     Raises:
-        NoResults: the job predicts nothing.
+        NoResults: the job is not a prediction.
         ResultsExpired
     """
     require_prediction(view)
@@ -68,8 +69,8 @@ def summary(session: Session, view: JobView) -> Summary:
 
 
 def _groups(view: JobView) -> Any:
-    """Scans that are alike in state, label, disposition, bin of confidence and error."""
-    bin_ = func.least(func.width_bucket(ScanResult.confidence, 0, 1, BINS), BINS)  # 1.0 itself is beyond the last bin
+    """Scans grouped by state, label, disposition, confidence bin and error code."""
+    bin_ = func.least(func.width_bucket(ScanResult.confidence, 0, 1, BINS), BINS)  # 1.0 falls beyond the last bin
     found = ScanResult.state, ScanResult.label, ScanResult.disposition
     keys = *found, bin_.label("bin"), ScanResult.error["code"].astext.label("code")
     scans, cached = func.count().label("scans"), func.count().filter(ScanResult.cached).label("cached")

@@ -1,0 +1,1 @@
+"""Storage of bytes: the blob store, and safe reading of uploaded zips."""

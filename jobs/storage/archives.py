@@ -1,7 +1,7 @@
-"""Zips from outside, read with suspicion and with the standard library alone.
+"""Safe reading of uploaded zips, with the standard library only.
 
-`checked` looks at a zip's structure: names, kinds, declared sizes. `Member.read` then counts what really comes out,
-because a declared size may lie.
+`list_members` checks the structure: names, kinds and declared sizes. `Member.read` then checks the actual size, since a
+declared size may be wrong on purpose.
 """
 
 import io
@@ -17,18 +17,18 @@ from typing import IO
 from jobs.errors import BadArchive
 from jobs.settings import Settings
 
-NESTED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-LITTER = frozenset(("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"))
-SMALL = 1024 * 1024
-"""Members below this size (bytes) may be packed at any ratio: a black slice is no attack."""
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+IGNORED_NAMES = frozenset(("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"))
+RATIO_EXEMPT_BYTES = 1024 * 1024
+"""Members up to this size (bytes) may have any compression ratio: a black slice is no zip bomb."""
 MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
-"""How a zip begins: with a member, or at once with the end of an empty one."""
+"""First bytes of a zip: of a member, or of the end record if it is empty."""
 ENCRYPTED = 0x1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a zip may be at most: files, unpacked bytes, unpacked ÷ packed bytes, unpacked bytes of one file."""
+    """Limits of a zip: files, unpacked bytes, unpacked ÷ packed bytes, unpacked bytes of one file."""
 
     members: int = 100_000
     total_bytes: int = 20 * 1024**3
@@ -37,7 +37,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> "Limits":
-        """The limits that the settings set."""
+        """The limits in the settings."""
         return cls(
             settings.max_archive_members,
             settings.max_archive_bytes,
@@ -57,10 +57,10 @@ class Member:
     _zip: zipfile.ZipFile
 
     def read(self) -> bytes:
-        """The whole content: never more than the declared size, which `checked` has bounded.
+        """The content, never more than the declared size, which `list_members` has limited.
 
         Raises:
-            BadArchive: the content is broken, or not as declared.
+            BadArchive: the content is damaged, or has another size than declared.
         """
         try:
             with self._zip.open(self._info) as stream:
@@ -72,12 +72,12 @@ class Member:
         return content
 
     def open(self) -> IO[bytes]:
-        """The whole content, to be read as a file. Raises as `read`."""
+        """The content as a binary stream. Raises as `read`."""
         return io.BytesIO(self.read())
 
 
 def is_zip(stream: IO[bytes]) -> bool:
-    """Whether the stream begins as a zip does. It is rewound."""
+    """Whether the stream starts like a zip. Rewinds it."""
     stream.seek(0)
     magic = stream.read(4)
     stream.seek(0)
@@ -85,35 +85,35 @@ def is_zip(stream: IO[bytes]) -> bool:
 
 
 @contextmanager
-def opened(stream: IO[bytes], limits: Limits, may_be_empty: bool = False) -> Iterator[list[Member]]:
-    """The files of a zip, checked; readable inside the `with` block.
+def open_zip(stream: IO[bytes], limits: Limits, may_be_empty: bool = False) -> Iterator[list[Member]]:
+    """The files of a checked zip, readable inside the `with` block.
 
     Raises:
-        BadArchive: the zip is none, is damaged, or holds what is refused; the message names the member.
+        BadArchive: not a zip, damaged, or with a refused member, which the message names.
     """
     try:
         archive = zipfile.ZipFile(stream)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ValueError, UnicodeError) as error:
         raise BadArchive("This is not a zip that can be read. Send one zip, packed anew.") from error
     with archive:
-        yield checked(archive, limits, may_be_empty)
+        yield list_members(archive, limits, may_be_empty)
 
 
-def check(stream: IO[bytes], limits: Limits, may_be_empty: bool = False) -> int:
-    """Check a zip's structure and return how many files it holds. Raises as `opened`."""
-    with opened(stream, limits, may_be_empty) as members:
+def count_members(stream: IO[bytes], limits: Limits, may_be_empty: bool = False) -> int:
+    """Check a zip's structure and return its number of files. Raises as `open_zip`."""
+    with open_zip(stream, limits, may_be_empty) as members:
         return len(members)
 
 
-def checked(archive: zipfile.ZipFile, limits: Limits, may_be_empty: bool = False) -> list[Member]:
-    """The files of an open zip, litter left out. Raises as `opened`."""
+def list_members(archive: zipfile.ZipFile, limits: Limits, may_be_empty: bool = False) -> list[Member]:
+    """The files of an open zip, without those in `IGNORED_NAMES`. Raises as `open_zip`."""
     infos = archive.infolist()
     if len(infos) > limits.members:
         raise BadArchive(f"The zip holds {len(infos)} members; at most {limits.members} are taken. Split it.")
     members: dict[str, Member] = {}
     for info in infos:
         name = _safe_name(info)
-        if info.is_dir() or LITTER & set(PurePosixPath(name).parts):
+        if info.is_dir() or IGNORED_NAMES & set(PurePosixPath(name).parts):
             continue
         _check_kind(name, info, limits)
         if name in members:
@@ -124,7 +124,7 @@ def checked(archive: zipfile.ZipFile, limits: Limits, may_be_empty: bool = False
 
 
 def _safe_name(info: zipfile.ZipInfo) -> str:
-    # The original name: ZipInfo.filename is cut at a NUL, and what looks harmless cut may not be so whole.
+    # The original name: ZipInfo.filename is cut at a NUL, and may look harmless only because of that.
     raw = info.orig_filename.replace("\\", "/")
     path = PurePosixPath(raw)
     if "\0" in raw or not raw:
@@ -142,11 +142,11 @@ def _check_kind(name: str, info: zipfile.ZipInfo, limits: Limits) -> None:
         raise BadArchive(f"{name!r} is a link or a device. Pack the files themselves.")
     if info.flag_bits & ENCRYPTED:
         raise BadArchive(f"{name!r} is encrypted. Pack without a password.")
-    if name.lower().endswith(NESTED):
+    if name.lower().endswith(ARCHIVE_SUFFIXES):
         raise BadArchive(f"{name!r} is an archive inside the zip. Unpack it first.")
     if info.file_size > limits.member_bytes:
         raise BadArchive(f"{name!r} unpacks to more than {limits.member_bytes} bytes.")
-    if info.file_size > SMALL and info.file_size > limits.ratio * max(info.compress_size, 1):
+    if info.file_size > RATIO_EXEMPT_BYTES and info.file_size > limits.ratio * max(info.compress_size, 1):
         raise BadArchive(f"{name!r} unpacks to more than {limits.ratio:g} times its packed size.")
 
 
@@ -157,5 +157,5 @@ def _check_whole(members: dict[str, Member], limits: Limits, may_be_empty: bool)
     if unpacked > limits.total_bytes:
         raise BadArchive(f"The zip unpacks to more than {limits.total_bytes} bytes. Split it.")
     packed = sum(member.packed for member in members.values())
-    if unpacked > SMALL and unpacked > limits.ratio * max(packed, 1):
+    if unpacked > RATIO_EXEMPT_BYTES and unpacked > limits.ratio * max(packed, 1):
         raise BadArchive(f"The zip unpacks to more than {limits.ratio:g} times its own size.")

@@ -1,7 +1,7 @@
-"""Blobs under their content hash: in a local folder, or at any fsspec URL (S3 and the like).
+"""Content-addressed blob store: in a local folder, or at any fsspec URL such as S3.
 
-A blob is written whole to a temporary file, flushed to the disk, and only then given its name: nobody ever sees half of
-one. The same bytes are stored once.
+A blob is written to a temporary file, flushed to disk and then renamed, so that no partial blob is ever visible. Equal
+bytes are stored once.
 """
 
 import errno
@@ -22,13 +22,13 @@ BLOCK = 1024 * 1024
 
 @dataclass(frozen=True)
 class Blob:
-    """Stored bytes: their SHA-256 in hex, and how many they are."""
+    """Stored bytes: their SHA-256 in hex, and their number."""
 
     sha256: str
     size: int
 
 
-class Artifacts:
+class BlobStore:
     """A store of blobs.
 
     Args:
@@ -40,7 +40,7 @@ class Artifacts:
         self._local = Path(self._root) if "file" in _protocols(self._fs) else None
 
     def put(self, stream: IO[bytes]) -> Blob:
-        """Store what the stream still holds. Raises OSError where the disk is full; nothing is left behind then."""
+        """Store the rest of the stream. Raises OSError if the disk is full; nothing is left behind then."""
         with self._temporary() as (temporary, file):
             digest, size = hashlib.sha256(), 0
             while block := stream.read(BLOCK):
@@ -64,11 +64,11 @@ class Artifacts:
         return stream
 
     def exists(self, sha256: str) -> bool:
-        """Whether the blob is here."""
+        """Whether the blob is stored."""
         return bool(self._fs.exists(self._key(sha256)))
 
     def fetch(self, sha256: str, folder: Path) -> Path:
-        """A local file with the blob's content: the store's own where it is a folder, else a copy in `folder`."""
+        """A local file with the blob's content: the stored file itself if local, otherwise a copy in `folder`."""
         if self._local is not None:
             return Path(self._key(sha256))
         target = folder / sha256
@@ -77,14 +77,14 @@ class Artifacts:
         return target
 
     def delete(self, sha256: str) -> None:
-        """Remove a blob; one that is not here is removed already."""
+        """Remove a blob. A missing one is no error."""
         if self.exists(sha256):
             self._fs.rm_file(self._key(sha256))
 
-    # --- files under a name of their own, which are hashed but not found by their hash: checkpoints ---
+    # --- named files, which are hashed but not addressed by their hash: checkpoints ---
 
-    def take_in(self, path: Path, name: str) -> Blob:
-        """Move a whole, flushed file into the store under a name. On one file system it is not copied."""
+    def move_in(self, path: Path, name: str) -> Blob:
+        """Move a complete, flushed file into the store under a name: by rename if on the same file system."""
         blob = _hashed(path)
         target = f"{self._root}/{name}"
         self._fs.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH120  (a name is a URL's path, not ours)
@@ -96,7 +96,7 @@ class Artifacts:
         return blob
 
     def fetch_named(self, name: str, sha256: str, folder: Path) -> Path | None:
-        """A local file with that name's content; None where it is missing or its content is another."""
+        """A local file with that name's content; None if it is missing or has another hash."""
         target = Path(self._root) / name if self._local is not None else folder / Path(name).name
         try:
             if self._local is None:
@@ -106,22 +106,22 @@ class Artifacts:
             return None
 
     def remove_named(self, name: str) -> None:
-        """Remove a file; one that is not here is removed already."""
+        """Remove a named file. A missing one is no error."""
         if self._fs.exists(f"{self._root}/{name}"):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def folders(self, name: str) -> list[str]:
-        """The names of the folders in a folder."""
+        """Names of the entries of a folder; none if it is missing."""
         if not self._fs.exists(f"{self._root}/{name}"):
             return []
         return [Path(entry).name for entry in self._fs.ls(f"{self._root}/{name}", detail=False)]
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder with all that is in it."""
+        """Remove a folder with its contents."""
         self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def _key(self, sha256: str) -> str:
-        # Two levels of folders: a single one with a million files is slow to walk on most file systems.
+        # Two levels of folders: one with a million files is slow on most file systems.
         return f"{self._root}/{sha256[:2]}/{sha256[2:4]}/{sha256}"
 
     def _name(self, temporary: Path, sha256: str) -> None:
@@ -137,7 +137,7 @@ class Artifacts:
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[Path, IO[bytes]]]:
-        """A temporary file on the store's own file system, gone at the end unless it was given a name."""
+        """A temporary file on the store's file system, removed at the end unless it was renamed."""
         folder = self._local / "incoming" if self._local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)
@@ -158,7 +158,7 @@ def _hashed(path: Path) -> Blob:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Rename, by way of a copy beside the target where they lie on two file systems."""
+    """Rename; between file systems, copy to a temporary file beside the target first."""
     try:
         path.replace(target)
     except OSError as error:
@@ -177,7 +177,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a power cut (fsync(2): the folder holds the name)."""
+    """fsync a file, or a folder so that the names in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

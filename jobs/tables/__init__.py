@@ -1,7 +1,7 @@
-"""The tables, one file an aggregate. "Tables", because a model here is a network.
+"""The tables, one file per aggregate. They are not called models, because a model here is a trained network.
 
-What a CHECK, an index or a trigger can forbid is forbidden there; the triggers are in the migrations. Every row that
-belongs to somebody carries `tenant_id`.
+Invariants are enforced by CHECK constraints, unique indexes and triggers where possible; the triggers are in the
+migrations. Every row that belongs to a tenant has `tenant_id`.
 """
 
 from jobs.tables.columns import Json, new_id

@@ -1,4 +1,4 @@
-"""Columns that many tables have, and how they are written."""
+"""Shared column definitions."""
 
 import datetime as dt
 import uuid
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 def new_id() -> uuid.UUID:
-    """A UUIDv7 (RFC 9562): ordered by time, so that keys page and index well."""
+    """A UUIDv7 (RFC 9562): ordered by time, for paging by key and for compact indexes."""
     return uuid.UUID(bytes=uuid_utils.uuid7().bytes)
 
 

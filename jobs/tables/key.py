@@ -1,4 +1,4 @@
-"""API keys, and clients' idempotency keys."""
+"""Tables of API keys and idempotency keys."""
 
 import datetime as dt
 import uuid
@@ -18,7 +18,7 @@ from jobs.tables.columns import Json, id_column, optional_time, tenant_column, t
 
 
 class ApiKey(Base):
-    """A key; only its SHA-256 is kept. A secret of 256 random bits needs no slow hash."""
+    """An API key. Only the SHA-256 of its secret is stored: 256 random bits need no slow hash."""
 
     __tablename__ = "api_keys"
 
@@ -26,14 +26,14 @@ class ApiKey(Base):
     tenant_id: Mapped[str] = tenant_column()
     name: Mapped[str] = mapped_column(String(200))
     secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
-    hint: Mapped[str] = mapped_column(String(12))  # the first letters, for people to tell keys apart
+    hint: Mapped[str] = mapped_column(String(12))  # the first characters, to tell keys apart
     scopes: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
     created_at: Mapped[dt.datetime] = time_of_insert()
     revoked_at: Mapped[dt.datetime | None] = optional_time()
 
 
 class IdempotencyKey(Base):
-    """A client's Idempotency-Key: what it was sent with, and the first answer once there is one."""
+    """An Idempotency-Key: the request that it was sent with, and the first response once there is one."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
@@ -41,9 +41,9 @@ class IdempotencyKey(Base):
     tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
     key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64))  # of the request: method, path, fields and files
-    status: Mapped[int | None] = mapped_column(Integer)  # null: the first request has not been answered yet
+    status: Mapped[int | None] = mapped_column(Integer)  # null: the first request is not answered yet
     headers: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     body: Mapped[str | None] = mapped_column(Text)
-    made_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what the request has made, or changed, that is no job
+    made_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # the resource it made or changed, if not a job
     created_at: Mapped[dt.datetime] = time_of_insert()
     locked_at: Mapped[dt.datetime] = time_of_insert()

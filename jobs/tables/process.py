@@ -14,7 +14,7 @@ from jobs.tables.columns import time_of_insert
 
 
 class Process(Base):
-    """A worker's or dispatcher's sign of life. It belongs to no tenant: all of them are served by it."""
+    """The latest heartbeat of a worker or dispatcher. It belongs to no tenant, since it serves all of them."""
 
     __tablename__ = "processes"
 

@@ -1,4 +1,4 @@
-"""Results of predictions."""
+"""The table of results of predictions."""
 
 import datetime as dt
 import uuid
@@ -27,7 +27,7 @@ NOT_SUCCEEDED = frozenset((ResultState.FAILED, ResultState.CANCELLED))
 
 
 class ScanResult(Base):
-    """One scan's place in a prediction job: made with the job as pending, ended exactly once."""
+    """The result of one scan in a prediction job: inserted as pending with the job, ended exactly once."""
 
     __tablename__ = "scan_results"
     __table_args__ = (
@@ -37,9 +37,9 @@ class ScanResult(Base):
             "(state = 'succeeded') = (label IS NOT NULL OR output IS NOT NULL)", name="succeeded_has_output"
         ),
         Index("ix_scan_results_unit_id", "unit_id"),
-        # Where a running job's results end for now, and the few that failed, among millions of others.
+        # For the first pending scan of a running job, and for the few failures among millions of results.
         Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
-        # What was computed once need not be again: the latest equal result of a scan is found here.
+        # For the result cache.
         Index("ix_scan_results_computed", "scan_id", postgresql_where=text("state = 'succeeded' AND NOT cached")),
         Index(
             "ix_scan_results_not_succeeded",
@@ -53,23 +53,23 @@ class ScanResult(Base):
     ordinal: Mapped[int] = mapped_column(Integer, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(63))
     unit_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("units.id", ondelete="CASCADE"))
-    scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: it could not be stored
+    scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: not stored
     name: Mapped[str | None] = mapped_column(String(500))
     custom_id: Mapped[str | None] = mapped_column(String(200))
-    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own keys, by which it groups results
+    patient: Mapped[str | None] = mapped_column(String(200))  # the client's own keys, for grouping results
     study: Mapped[str | None] = mapped_column(String(200))
-    source_url: Mapped[str | None] = mapped_column(Text)  # where the worker fetches what is not stored here
+    source_url: Mapped[str | None] = mapped_column(Text)  # where the worker fetches a scan that is not stored
     state: Mapped[str] = mapped_column(String(20), default=ResultState.PENDING)
     label: Mapped[str | None] = mapped_column(String(100))
     confidence: Mapped[float | None] = mapped_column(Double)
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
     output: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # what else the pipeline answers
-    engine: Mapped[str | None] = mapped_column(String(40))  # what computed it, such as openvino-bf16
-    cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # taken from an equal result
+    engine: Mapped[str | None] = mapped_column(String(40))  # such as openvino-bf16
+    cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # from the result cache
     disposition: Mapped[str | None] = mapped_column(
         String(100)
-    )  # what may be done with it: see ml/image/serving/disposition.py
+    )  # how the prediction may be used: see ml/image/serving/disposition.py
     reason: Mapped[str | None] = mapped_column(Text)  # why it is indeterminate or rejected
-    ood_score: Mapped[float | None] = mapped_column(Double)  # above 1 it is unlike what the network has learnt from
+    ood_score: Mapped[float | None] = mapped_column(Double)  # above 1: out of distribution
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     finished_at: Mapped[dt.datetime | None] = optional_time()

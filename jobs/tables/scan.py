@@ -1,4 +1,4 @@
-"""Stored scans, and uploads that come in parts."""
+"""Tables of stored scans and of resumable uploads."""
 
 import datetime as dt
 import uuid
@@ -35,7 +35,7 @@ class Scan(Base):
 
 
 class Upload(Base):
-    """A file that comes in pieces. How much of it is here is its file's length, and nowhere else."""
+    """A resumable upload. Its offset is the length of its file and is stored nowhere else."""
 
     __tablename__ = "uploads"
     __table_args__ = (CheckConstraint("size >= 0", name="size"),)

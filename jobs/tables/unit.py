@@ -1,4 +1,4 @@
-"""Units of work."""
+"""The table of units of work."""
 
 import datetime as dt
 import uuid
@@ -26,11 +26,11 @@ from jobs.states import (
 from jobs.tables.columns import Json, counter, id_column, one_of, optional_time, time_of_insert
 
 FENCE = Sequence("unit_fence_seq", metadata=Base.metadata)
-"""Each claim takes the next number. A later write must name the number of its claim."""
+"""Each claim takes the next number. Later writes are guarded by the number of their claim."""
 
 
 class Unit(Base):
-    """What one worker claims at a time. A running unit is leased to the holder of its `fence`."""
+    """What a worker claims at a time. A running unit is leased to the holder of its `fence`."""
 
     __tablename__ = "units"
     __table_args__ = (
@@ -39,11 +39,11 @@ class Unit(Base):
         CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="running_is_leased"),
         CheckConstraint(f"({one_of('state', UNIT_TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"),
         Index("uq_units_job_id_ordinal", "job_id", "ordinal", unique=True),
-        # The dispatcher's and the reaper's whole view: what waits of one job, what is rung, what runs.
+        # For the dispatcher and the reaper: queued units of a job, dispatched units, running units.
         Index("ix_units_unfinished", "job_id", "ordinal", postgresql_where=text("finished_at IS NULL")),
         Index("ix_units_rung", "lane", postgresql_where=text("state = 'dispatched'")),
         Index("ix_units_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
-        # How long a lane's latest units took: the ETA of what waits, and how far ahead to ring.
+        # For the pace of a lane: ETAs, chunk sizes and reservations.
         Index("ix_units_succeeded", "lane", "finished_at", postgresql_where=text("state = 'succeeded'")),
     )
 
@@ -52,12 +52,12 @@ class Unit(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     ordinal: Mapped[int] = mapped_column(Integer)
     lane: Mapped[str] = mapped_column(String(20))
-    scans: Mapped[int] = mapped_column(Integer, default=1, server_default="1")  # its share of a lane, in scans
-    explains: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # the unit whose results it explains; else it predicts
+    scans: Mapped[int] = mapped_column(Integer, default=1, server_default="1")  # its size, for fair scheduling
+    explains: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # the unit whose results it explains; null: none
     state: Mapped[str] = mapped_column(String(20), default=UnitState.QUEUED)
     attempt: Mapped[int] = counter()
     failures: Mapped[int] = counter()
-    rings: Mapped[int] = counter()
+    rings: Mapped[int] = counter()  # messages sent since it was queued; 0 in the state dispatched: reserved
     fence: Mapped[int | None] = mapped_column(BigInteger)
     worker: Mapped[str | None] = mapped_column(String(200))
     not_before: Mapped[dt.datetime] = time_of_insert()
@@ -65,8 +65,6 @@ class Unit(Base):
     started_at: Mapped[dt.datetime | None] = optional_time()
     lease_expires_at: Mapped[dt.datetime | None] = optional_time()
     progress_at: Mapped[dt.datetime | None] = optional_time()
-    yield_requested_at: Mapped[dt.datetime | None] = (
-        optional_time()
-    )  # somebody with a better right waits for this worker
+    yield_requested_at: Mapped[dt.datetime | None] = optional_time()  # set when other work should have this worker
     finished_at: Mapped[dt.datetime | None] = optional_time()
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))

@@ -1,4 +1,4 @@
-"""Webhooks and their deliveries."""
+"""Tables of webhooks and their deliveries."""
 
 import datetime as dt
 import uuid
@@ -21,7 +21,7 @@ from jobs.tables.columns import Json, counter, id_column, one_of, optional_time,
 
 
 class Webhook(Base):
-    """Where a tenant wants to hear of events. The secret signs each delivery (Standard Webhooks), so it is kept."""
+    """A tenant's subscription to events. The secret is stored, since it signs each delivery (Standard Webhooks)."""
 
     __tablename__ = "webhooks"
 
@@ -30,12 +30,12 @@ class Webhook(Base):
     url: Mapped[str] = mapped_column(Text)
     events: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
     secret: Mapped[str] = mapped_column(String(100))
-    tried_at: Mapped[dt.datetime | None] = optional_time()  # who was tried longest ago is served first
+    tried_at: Mapped[dt.datetime | None] = optional_time()  # the webhook that was tried longest ago is served first
     created_at: Mapped[dt.datetime] = time_of_insert()
 
 
 class DeliveryState(StrEnum):
-    """`pending` until an address has answered 2xx, or has been tried for long enough."""
+    """`pending` until the receiver has answered 2xx, or all retries are used up."""
 
     PENDING = "pending"
     DELIVERED = "delivered"
@@ -43,7 +43,7 @@ class DeliveryState(StrEnum):
 
 
 class Delivery(Base):
-    """One event on its way to one webhook: written in the transaction of the event, sent by the dispatcher."""
+    """One event for one webhook, written in the transaction of the event and sent by the dispatcher."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -55,12 +55,12 @@ class Delivery(Base):
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = mapped_column(String(63))
     webhook_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
-    event_id: Mapped[str] = mapped_column(String(80))  # the same for every webhook that hears of the event
+    event_id: Mapped[str] = mapped_column(String(80))  # the same for all webhooks
     type: Mapped[str] = mapped_column(String(40))
-    data: Mapped[Json] = mapped_column(JSONB)  # ids and states, nothing of the patient
+    data: Mapped[Json] = mapped_column(JSONB)  # ids and states, no patient data
     state: Mapped[str] = mapped_column(String(20), default=DeliveryState.PENDING, server_default="pending")
     attempts: Mapped[int] = counter()
-    status: Mapped[int | None] = mapped_column(Integer)  # of the latest answer
+    status: Mapped[int | None] = mapped_column(Integer)  # of the latest response
     error: Mapped[str | None] = mapped_column(String(200))
     next_at: Mapped[dt.datetime] = time_of_insert()
     created_at: Mapped[dt.datetime] = time_of_insert()

@@ -25,7 +25,7 @@ from ml.pipelines import (
     TrainingJob,
 )
 from ml.runtime.events import Emit
-from ml.spec.pipeline import BLANK, HEATMAP, OVERLAY
+from ml.spec.pipeline import BLANK_NOTE, HEATMAP, OVERLAY
 
 if TYPE_CHECKING:
     from ml.image.serving.gradcam import Explainer as GradCam
@@ -119,5 +119,5 @@ class _Overlays:
             files = {OVERLAY: each.overlay, HEATMAP: each.heatmap_png()}
             if each.is_blank:
                 text = f"Nothing in this scan speaks for {each.label}: the heatmap is 0 everywhere.\n"
-                files[BLANK] = text.encode()
+                files[BLANK_NOTE] = text.encode()
             yield Explanation(each.label, files)

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ml.runtime.events import Emit, Finished
+from ml.runtime.errors import ItemError
+from ml.runtime.events import Emit
 from ml.spec import registry
 from ml.spec.pipeline import load as imported
 
@@ -54,7 +55,10 @@ class TrainingJob:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> TrainingJob:
         """The training of `as_json`'s values."""
-        return cls(**{name: Path(value) if name in cls._PATHS and value else value for name, value in plain.items()})
+        given: dict[str, Any] = {
+            name: Path(value) if name in cls._PATHS and value else value for name, value in plain.items()
+        }
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,13 @@ class Item:
     source: Source
 
     def content(self) -> bytes | Path:
-        """The bytes, or the file."""
+        """The bytes, or the file. Raises ItemError."""
         return self.source() if callable(self.source) else self.source
+
+    def bytes(self) -> bytes:
+        """The bytes. Raises ItemError."""
+        content = self.content()
+        return content.read_bytes() if isinstance(content, Path) else content
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,9 @@ class Prediction:
     ood_reason: str | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     output: dict[str, Any] | None = None
+
+
+REJECTED, INDETERMINATE = "rejected", "indeterminate"
 
 
 @dataclass(frozen=True)
@@ -152,11 +164,23 @@ class Predictor(Protocol):
 class Explainer(Protocol):
     """A model that stays loaded to explain what it predicts."""
 
-    classes: Sequence[str]
+    @property
+    def classes(self) -> Sequence[str]:
+        """The model's classes, in its order."""
+        ...
 
     def explanations(self, item: Any, label: str, every_class: bool) -> Iterator[Explanation]:
         """Of the class `label`; with `every_class` then those of all others, each made when it is asked for."""
         ...
+
+
+def one_at_a_time(items: Iterable[Item], answer: Callable[[Item], Prediction]) -> Iterator[Prediction]:
+    """Predictions of items that are answered singly; one that cannot be read gets its error."""
+    for item in items:
+        try:
+            yield answer(item)
+        except ItemError as error:
+            yield Prediction(item.id, error_code=error.code, error_detail=str(error), retryable=error.retryable)
 
 
 class Pipeline(ABC):
@@ -167,8 +191,8 @@ class Pipeline(ABC):
         """Look through a dataset's zip; `folder` is scratch space. What is wrong with it is no exception, but told."""
 
     @abstractmethod
-    def train(self, job: TrainingJob, emit: Emit) -> Finished:
-        """Run all stages, telling each event of `ml.runtime.events`; the last one is returned, and not told yet.
+    def train(self, job: TrainingJob, emit: Emit) -> None:
+        """Run all stages and emit the events of `ml.runtime.events`, the last of them `Finished`.
 
         Raises:
             PipelineError: whatever goes wrong by name.

@@ -88,11 +88,17 @@ class StorageFull(PipelineError):
     retryable = True
 
 
-class ImageError(ValueError):
-    """One scan cannot be read. The sentence carries neither patient data nor content of the file."""
+class ItemError(ValueError):
+    """One item cannot be read. The sentence carries neither patient data nor content of the file."""
+
+    code = "BAD_ITEM"
+    retryable = False
+
+
+class ImageError(ItemError):
+    """One scan cannot be read as a picture."""
 
     code = "BAD_IMAGE"
-    retryable = False
 
 
 class ArchiveError(ValueError):

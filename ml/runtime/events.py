@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, get_args
 
-STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
-
 
 @dataclass(frozen=True)
 class StageStarted:
@@ -59,6 +57,10 @@ class Epoch:
     val_f1: float | None = None
     phase: str = "head"
 
+    def row(self) -> dict[str, Any]:
+        """The epoch as a job's events and metrics have it."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Round:
@@ -68,6 +70,10 @@ class Round:
     epoch: int
     epochs: int
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """See `Epoch.row`."""
+        return {"epoch": self.epoch, "epochs": self.epochs, **self.figures}
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,15 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Finished:
-    """All four stages are done; `artifacts` maps a name to a path."""
+    """All stages are done; `artifacts` maps a name to a path. `environment`: what the model's numbers depend on, beside
+    code, data, parameters and the versions of packages."""
 
     event: ClassVar[str] = "finished"
     model_path: str
     artifacts: dict[str, str] = field(default_factory=dict)
     device_seconds: float = 0.0
     dataset_digest: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,19 @@ class Failed:
     retryable: bool = False
 
 
-Event = StageStarted | StageFinished | Progress | Steps | Epoch | Round | Resumed | Checkpointed | Evaluated | Finished | Failed
+Event = (
+    StageStarted
+    | StageFinished
+    | Progress
+    | Steps
+    | Epoch
+    | Round
+    | Resumed
+    | Checkpointed
+    | Evaluated
+    | Finished
+    | Failed
+)
 Emit = Callable[[Event], None]
 _KINDS: dict[str, type[Any]] = {kind.event: kind for kind in get_args(Event)}
 

@@ -1,6 +1,6 @@
 """A pipeline's parameters for people: the rows of `python -m ml train --help` and of the table in docs/api.md.
 
-`python -m ml.spec.describe docs/api.md` writes the image pipeline's table anew.
+`python -m ml.spec.describe docs/api.md` rewrites the image pipeline's table in that file.
 """
 
 from __future__ import annotations

@@ -144,12 +144,12 @@ class Params(BaseModel):
 
     @property
     def tuning_rate(self) -> float:
-        """The learning rate with unfrozen blocks."""
+        """The learning rate while blocks are unfrozen."""
         return self.fine_tune_learning_rate or self.learning_rate / 10
 
     @property
     def total_epochs(self) -> int:
-        """Of both phases."""
+        """Epochs of both phases."""
         return self.epochs + self.fine_tune_epochs
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

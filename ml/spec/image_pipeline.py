@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from ml.spec import image_compat
 from ml.spec.image import Params
-from ml.spec.pipeline import IMAGE, Bound, Card, Gate, Inputs, PipelineSpec, Stage
+from ml.spec.pipeline import IMAGE, Bound, Card, Gate, Inputs, PipelineSpec, Stage, StoredParams
+
+
+def _details(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "network": image_compat.network(params),
+        "head": image_compat.head(params),
+        "transform": image_compat.transform(params),
+    }
+
 
 CARD = Card(
     title="Kidney-CT classifier",
@@ -15,6 +28,7 @@ CARD = Card(
         "details.",
     ),
     not_for=("Not for other organs, modalities or species.",),
+    details=_details,
     ethics=(
         "A missed tumour weighs more than a false alarm: look at sensitivity first, and at its interval.",
         "People tend to agree with a machine. Let the radiologist read first, or without its answer.",
@@ -50,6 +64,7 @@ SPEC = PipelineSpec(
                 title="Calibration error beyond chance",
                 setting="promote_max_calibration_error",
                 most=0.10,
+                unknown="How well it is calibrated is not known; its error beyond chance must be ≤ {bound:.2f}.",
             ),
         ),
     ),
@@ -63,5 +78,14 @@ SPEC = PipelineSpec(
         *("roc.png", "pr.png", "reliability.png"),
     ),
     phases=("head", "fine_tune"),
+    stored=StoredParams(
+        current=image_compat.current,
+        base_version=image_compat.base_version,
+        base_file=image_compat.base_file,
+        architecture=image_compat.network,
+    ),
+    renamed_params=image_compat.RENAMED,
     packages=("torch", "torchvision", "openvino", "numpy", "pillow", "pydicom", "scikit-learn"),
 )
+
+STAGES = tuple(stage.name for stage in SPEC.stages)

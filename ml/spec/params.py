@@ -1,4 +1,7 @@
-"""What the parameter models of all pipelines have in common. Any pydantic model serves; two things are optional:
+"""What the parameter models of all pipelines have in common.
+
+Any pydantic model serves, as long as it reads a list where it has a tuple (JSON and YAML have no tuples: a strict model
+needs a validator for that, see `ml.spec.image.ImageSize`). Two things are optional:
 
 - A method `contradictions` for rules between fields (see `HasContradictions`).
 - `json_schema_extra={"api": {…}}` of a field, for the API alone: `message` takes the place of its own words, `pattern`

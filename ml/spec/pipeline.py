@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 IMAGE, DEFAULT_TASK = "image", "default"
 """The pipeline and the task of whoever names none: every client before there was a choice."""
 
-OVERLAY, HEATMAP, BLANK = ".png", ".heatmap.png", ".blank.txt"
+OVERLAY, HEATMAP, BLANK_NOTE = ".png", ".heatmap.png", ".blank.txt"
 """The files of an explanation, by suffix: a picture for people, the bare heatmap, a note that the heatmap is empty."""
 
 
@@ -81,6 +81,7 @@ class Bound(_Declaration):
     """A figure of the evaluation that a new version must keep: at least `least`, or at most `most`.
 
     `minus` names a figure that is subtracted first. `setting` names the setting whose value takes the bound's place.
+    `unknown`: the sentence for a version without the figure; `{bound}` stands for the number.
     """
 
     figure: str
@@ -89,6 +90,7 @@ class Bound(_Declaration):
     most: float | None = None
     minus: str | None = None
     setting: str | None = None
+    unknown: str | None = None
 
 
 class Gate(_Declaration):
@@ -110,6 +112,20 @@ class Card(_Declaration):
     not_for: tuple[str, ...] = ()
     ethics: tuple[str, ...] = ()
     details: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda params: {}
+
+
+class StoredParams(_Declaration):
+    """How a training's parameters are read from a row, where an earlier version may have written them.
+
+    `current`: under the names of today. `base_version`, `base_file`: what the training begins from, a model version's
+    number or the name of a file in the workers' folder of weights. `architecture`: what a version must share with the
+    training that begins from it.
+    """
+
+    current: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    base_version: Callable[[Mapping[str, Any]], int | None] = lambda params: None
+    base_file: Callable[[Mapping[str, Any]], str | None] = lambda params: None
+    architecture: Callable[[Mapping[str, Any]], str | None] = lambda params: None
 
 
 class PipelineSpec(_Declaration):
@@ -134,6 +150,7 @@ class PipelineSpec(_Declaration):
     public_artifacts: tuple[str, ...] = ()
     phases: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    stored: StoredParams = StoredParams()
     renamed_params: Mapping[str, str] = {}
 
     def progress(self, stage: str, fraction: float) -> float:

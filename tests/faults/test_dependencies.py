@@ -27,7 +27,7 @@ from cli.stack.server_plan import free_port
 from jobs.db import Sessions, make_engine, session_factory
 from jobs.queue import processes as living
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from tests.api.conftest import png
 from tests.conftest import alembic_config
 from tests.faults.disk import small_disk
@@ -260,7 +260,7 @@ def test_22_postgres_down(on_own_postgres: Stack, postgres_server: Server, plan:
     processes.start("predict", environ=plan.environ())
     processes.alive()
     with processes.sessions.begin() as session:
-        living.alive(session, living.SignOfLife("train@test/1", living.WORKER, ["train"]))
+        living.upsert(session, living.Heartbeat("train@test/1", living.WORKER, ["train"]))
     with rest(processes) as api:
         client = api.client()
         eventually(lambda: client.get("/health/ready").status_code == 200, 30, processes.logs)
@@ -275,7 +275,7 @@ def test_22_postgres_down(on_own_postgres: Stack, postgres_server: Server, plan:
             ["database: Postgres does not answer."],
         )
         eventually(lambda: "database_lost" in processes.log("dispatcher"), 30, processes.logs)
-        eventually(lambda: "sign_of_life_failed" in processes.log("predict"), 30, processes.logs)
+        eventually(lambda: "process_heartbeat_failed" in processes.log("predict"), 30, processes.logs)
         postgres_server.start()
         taken = client.post("/jobs/predict", data={"file": (BytesIO(png()), "scan.png")})
         assert taken.status_code == 202
@@ -292,7 +292,7 @@ def test_23_a_dispatcher_killed_between_commit_and_publish(processes: Stack, pla
     ever sent.
     """
     plan.network()
-    death = plan.at("worker.app:ring", "kill")
+    death = plan.at("worker.app:publish_unit", "kill")
     processes.start("predict", environ=plan.environ())
     processes.start("dispatcher", environ=plan.environ())
     job_id = single(processes)
@@ -336,10 +336,10 @@ def test_25_a_full_disk_while_an_artifact_is_written(fast: Settings, sessions: S
     plan.training(seconds=0, model_bytes=8_000_000)
     with small_disk(disk, megabytes=4) as mounted:
         if not mounted:
-            plan.at("jobs.storage.blobs:Artifacts.put_file", "enospc", once=False)
+            plan.at("jobs.storage.blobs:BlobStore.put_file", "enospc", once=False)
         settings = fast.model_copy(update={"artifacts_url": str(disk), "work_dir": fast.home / "work"})
         with stack(settings, sessions, "dispatcher") as processes:
-            old = Artifacts(str(disk)).put(BytesIO(os.urandom(1_000_000)))
+            old = BlobStore(str(disk)).put(BytesIO(os.urandom(1_000_000)))
             processes.start("train", environ=plan.environ())
             job = processes.wait_for(training(processes))
             assert job.error is not None, processes.logs()
@@ -347,7 +347,7 @@ def test_25_a_full_disk_while_an_artifact_is_written(fast: Settings, sessions: S
             assert count(sessions, "SELECT count(*) FROM artifacts") == 0
             assert count(sessions, "SELECT count(*) FROM model_versions") == 0
             assert wrong(processes) == []
-        with Artifacts(str(disk)).open(old.sha256) as stream:
+        with BlobStore(str(disk)).open(old.sha256) as stream:
             assert hashlib.sha256(stream.read()).hexdigest() == old.sha256
         files = [path for path in disk.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
         assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in files), files
@@ -432,7 +432,7 @@ def test_27_mlflow_half_open(fast: Settings, sessions: Sessions, plan: Sabotage)
             assert processes.wait_for(job_id).state == "succeeded", processes.logs()
             past = "SELECT count(*) FROM jobs WHERE finished_at < clock_timestamp() - interval '2 seconds'"
             eventually(lambda: count(sessions, past), 30)  # four times the grace
-            assert "killed_itself" not in processes.log("train"), processes.logs()
+            assert "hung_worker_killed" not in processes.log("train"), processes.logs()
             assert wrong(processes) == []
 
 

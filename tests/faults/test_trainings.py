@@ -14,7 +14,7 @@ from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.results import queries
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Checkpoint, Json, ModelVersion, Scan, ScanResult
 from ml.synthetic import phantom_files
 from tests import builders
@@ -57,7 +57,7 @@ def test_13_a_training_killed_while_it_writes_a_checkpoint(patient: Stack, plan:
     eventually(lambda: writing.happened() and _kept(patient, job_id)[:1] == [3], 120, patient.logs)
     patient.kill("train")
     (newest, before) = rows(patient, job_id)
-    _tear(Artifacts(patient.settings.artifacts), newest)
+    _tear(BlobStore(patient.settings.artifacts), newest)
     patient.start("train", environ=plan.environ())
 
     job = patient.wait_for(job_id, 120)
@@ -79,7 +79,7 @@ def test_14_a_training_resumes_after_the_epoch_that_it_had(patient: Stack, plan:
     assert undisturbed.state == "succeeded", (undisturbed.error, patient.logs())
     patient.kill("train")
 
-    after = plan.at("ml.image.learning.checkpoints:Keeper.__call__", "pause", nth=3)
+    after = plan.at("ml.image.learning.checkpoints:CheckpointWriter.__call__", "pause", nth=3)
     patient.start("train", environ=plan.environ())
     job_id = train(patient, scans)
     eventually(lambda: after.happened() and _kept(patient, job_id)[:1] == [2], 120, patient.logs)
@@ -136,7 +136,7 @@ def test_13_a_checkpoint_of_another_training(processes: Stack, plan: Sabotage) -
 
 def train(processes: Stack, scans: Path, **params: object) -> uuid.UUID:
     """A training on the phantom."""
-    blob = Artifacts(processes.settings.artifacts).put_file(scans / "kidneys.zip")
+    blob = BlobStore(processes.settings.artifacts).put_file(scans / "kidneys.zip")
     with processes.sessions.begin() as session:
         dataset = builders.make_dataset(session)
         dataset.archive_sha256 = blob.sha256
@@ -149,7 +149,7 @@ def train(processes: Stack, scans: Path, **params: object) -> uuid.UUID:
 
 def predict(processes: Stack, scans: Path) -> uuid.UUID:
     """A batch of twelve slices in chunks of four."""
-    store = Artifacts(processes.settings.artifacts)
+    store = BlobStore(processes.settings.artifacts)
     with processes.sessions.begin() as session:
         model = session.scalars(select(ModelVersion)).first()
         assert model is not None
@@ -173,7 +173,7 @@ def _kept(processes: Stack, job_id: uuid.UUID) -> list[int]:
     return [row.epoch for row in rows(processes, job_id)]
 
 
-def _tear(store: Artifacts, row: Checkpoint) -> None:
+def _tear(store: BlobStore, row: Checkpoint) -> None:
     """Change one byte in the middle of a stored checkpoint, which was whole until now."""
     path = Path(store.fetch_named(row.path, row.sha256, Path("/nowhere")) or "")
     content = bytearray(path.read_bytes())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from jobs.addresses import NOT_PUBLIC, webhook_complaint
+from jobs.addresses import NOT_PUBLIC, webhook_url_error
 from jobs.db import Sessions
 from jobs.events import webhooks
 from jobs.events.webhooks import EventType
@@ -19,7 +19,7 @@ from tests.faults.sabotage import Sabotage
 from tests.faults.work import single
 from tests.processes import Stack, eventually, stack
 from tests.receivers import Receiver, allowing, receiving
-from worker.dispatcher.webhook_client import Undelivered, post
+from worker.dispatcher.webhook_client import DeliveryFailed, post
 
 pytestmark = pytest.mark.faults
 
@@ -97,7 +97,7 @@ def test_24_a_dispatcher_killed_while_it_sends(
 def test_39_an_address_inside_is_refused_when_it_is_given(host: str) -> None:
     """Guard: `addresses.webhook_complaint`. Without it a client learns only by its deliveries that none arrives."""
     for url in (f"http://{host}/hook", f"https://{host}:8443/hook"):
-        assert webhook_complaint(url, frozenset()) == NOT_PUBLIC
+        assert webhook_url_error(url, frozenset()) == NOT_PUBLIC
 
 
 @pytest.mark.parametrize("host", INSIDE)
@@ -106,7 +106,7 @@ def test_39_an_address_inside_is_refused_when_it_is_sent_to(
 ) -> None:
     """Guard: the numbers that a name leads to are looked at before a connection is made (`addresses.is_public`)."""
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a connection was made"))
-    with pytest.raises(Undelivered):
+    with pytest.raises(DeliveryFailed):
         post(f"http://{host}/hook", b"{}", {}, settings)
 
 
@@ -141,10 +141,10 @@ def test_39_a_name_that_rebinds(settings: Settings, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     monkeypatch.setattr(socket, "create_connection", refusing)
-    with pytest.raises(Undelivered, match="ConnectionRefusedError"):
+    with pytest.raises(DeliveryFailed, match="ConnectionRefusedError"):
         post("http://rebinds.example/hook", b"{}", {}, settings)
     assert asked == [(PUBLIC, 80)]
-    with pytest.raises(Undelivered, match="not a public one"):
+    with pytest.raises(DeliveryFailed, match="not a public one"):
         post("http://rebinds.example/hook", b"{}", {}, settings)
     assert asked == [(PUBLIC, 80)]
 
@@ -162,7 +162,7 @@ def test_39_of_a_name_with_two_faces_only_the_public_one_is_used(
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(socket, "create_connection", refusing)
-    with pytest.raises(Undelivered):
+    with pytest.raises(DeliveryFailed):
         post("http://two-faced.example/hook", b"{}", {}, settings)
     assert asked == [PUBLIC, "1.1.1.1"]
 

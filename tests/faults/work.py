@@ -14,7 +14,7 @@ from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Dataset, Job, JobEvent, ModelVersion, Scan, ScanResult, Unit, new_id
 from tests import builders
 from tests.builders import TENANT
@@ -44,7 +44,7 @@ def single(processes: Stack, word: str = "tumor", tenant_id: str = TENANT) -> uu
 
 def training(processes: Stack, epochs: int = 3, **params: object) -> uuid.UUID:
     """A training, submitted."""
-    blob = Artifacts(processes.settings.artifacts).put(BytesIO(b"a zip"))
+    blob = BlobStore(processes.settings.artifacts).put(BytesIO(b"a zip"))
     with processes.sessions.begin() as session:
         dataset = builders.make_dataset(session)
         session.get_one(Dataset, dataset.id).archive_sha256 = blob.sha256
@@ -58,7 +58,7 @@ def champion(processes: Stack, tenant_id: str = TENANT) -> ModelVersion:
         found = session.scalar(select(ModelVersion).where(ModelVersion.tenant_id == tenant_id, ModelVersion.champion))
         if found is not None:
             return found
-        blob = Artifacts(processes.settings.artifacts).put(BytesIO(b"weights"))
+        blob = BlobStore(processes.settings.artifacts).put(BytesIO(b"weights"))
         job = builders.make_job(session, tenant_id=tenant_id)
         held = builders.claim(session, builders.units_of(session, job)[0])
         new = NewModel(blob.sha256, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
@@ -81,7 +81,7 @@ def _stored(processes: Stack, words: Sequence[str], tenant_id: str) -> list[uuid
 
     Ten thousand files are one file for each word, under many names: the store takes a hash at its word.
     """
-    store, here = Artifacts(processes.settings.artifacts), processes.settings.home
+    store, here = BlobStore(processes.settings.artifacts), processes.settings.home
     origins = {word: store.fetch(store.put(BytesIO(word.encode())).sha256, here) for word in set(words)}
     names = [hashlib.sha256(f"{word} {ordinal}".encode()).hexdigest() for ordinal, word in enumerate(words)]
     with processes.sessions.begin() as session:

@@ -10,7 +10,8 @@ import pytest
 from ml.evaluation.calibration import Calibration
 from ml.image.engines import admission
 from ml.image.engines.admission import Admission, admit, choose_dtype, choose_float_dtype
-from ml.image.engines.backends import engine_name, supported_dtypes
+from ml.image.engines.backends import engine_name
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.serving.predictor import Predictor
 from ml.runtime.errors import EngineNotAdmitted

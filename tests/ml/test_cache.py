@@ -178,7 +178,7 @@ def train_with(cached: Cached | None, backbone: CountingBackbone) -> list[float]
     losses = [
         epoch.val_loss for epoch in train(TrainConfig(make_narrow_model(), make_params(augmentation=False)), data)
     ]
-    features.remember()
+    features.store_in_cache()
     return losses
 
 
@@ -202,7 +202,7 @@ def test_what_is_missing_is_computed_and_added(tmp_path):
     assert whole == pytest.approx(
         Features(CountingBackbone(), make_scans()).plain(np.arange(SCANS)), rel=1e-5, abs=1e-6
     )
-    features.remember()
+    features.store_in_cache()
     entry = cached.entry()
     assert entry is not None
     found = read_features(entry)

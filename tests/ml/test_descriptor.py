@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ml.image.engines.admission import whole_network
-from ml.image.engines.backends import TorchEngine, open_engine, supported_dtypes
+from ml.image.engines.backends import TorchEngine, open_engine
 from ml.image.engines.engine import outputs_of
 from ml.image.engines.graphs import activation_ranges, graph_of
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.networks.feature_descriptor import descriptor_width, feature_descriptors, with_descriptor

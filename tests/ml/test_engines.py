@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ml.image.engines.backends import OpenVinoEngine, TorchEngine, cpu_has_bf16, open_engine, supported_dtypes
+from ml.image.engines.backends import OpenVinoEngine, TorchEngine, open_engine
 from ml.image.engines.engine import outputs_of
 from ml.image.engines.graphs import activation_ranges, graph_of
+from ml.image.engines.hardware import cpu_has_bf16, supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.pixels.transforms import Transform

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ml.image.engines.backends import engine_name, supported_dtypes
+from ml.image.engines.backends import engine_name
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, Patches
 from ml.image.networks.network import Model
@@ -208,7 +209,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
             maps, gradient = (of[:, 1:].transpose(1, 2).unflatten(2, (14, 14)) for of in (maps, gradient))
         cells = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0)[0].numpy()
         highest = max(highest, float(cells.max()))
-        assert by._weighed(ours, label) == pytest.approx(cells, abs=0.01 * highest)
+        assert by._cam(ours, label) == pytest.approx(cells, abs=0.01 * highest)
     assert highest > 0
 
 
@@ -277,8 +278,8 @@ def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
 
 def test_each_class_is_made_when_it_is_asked_for(monkeypatch):
     by, made = Explainer(make_spotter("resnet18")), list[int]()
-    weighed = by._weighed
-    monkeypatch.setattr(by, "_weighed", lambda features, label: made.append(label) or weighed(features, label))
+    weighed = by._cam
+    monkeypatch.setattr(by, "_cam", lambda features, label: made.append(label) or weighed(features, label))
     stream = by.each_class(ScanInput("a", with_spot(10, 200)), "Tumor")
     next(stream)
     assert made == [1]

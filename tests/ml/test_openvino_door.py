@@ -11,7 +11,7 @@ import pytest
 
 from ml.image.engines import openvino_import
 
-pytestmark = pytest.mark.skipif(not openvino_import.is_here(), reason="OpenVINO is not installed")
+pytestmark = pytest.mark.skipif(not openvino_import.is_installed(), reason="OpenVINO is not installed")
 
 OPENS_A_TRACED_BACKBONE = """
 import sys

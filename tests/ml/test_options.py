@@ -123,7 +123,7 @@ def test_a_wrong_setting_is_named_with_a_remedy(setting, complaint):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_tells_every_parameter_its_default_and_its_words(monkeypatch):
+def test_the_help_lists_every_parameter_with_its_default_and_words(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     lines = training_help().splitlines()
     rows = {line.split()[0]: line for line in lines[lines.index("") + 1 :] if line.startswith("  ")}
@@ -138,8 +138,8 @@ def test_the_help_tells_every_parameter_its_default_and_its_words(monkeypatch):
 
 def test_the_help_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    told = training_help()
-    assert max(map(len, told[told.index("parameters") :].splitlines())) <= 100
+    text = training_help()
+    assert max(map(len, text[text.index("parameters") :].splitlines())) <= 100
 
 
 def test_the_help_does_not_wait_for_torch():

@@ -10,8 +10,9 @@ import pytest
 
 from ml.evaluation.calibration import Calibration
 from ml.image.engines.admission import admit
-from ml.image.engines.backends import engine_name, open_engine, supported_dtypes
+from ml.image.engines.backends import engine_name, open_engine
 from ml.image.engines.engine import outputs_of
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector

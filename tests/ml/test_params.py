@@ -19,7 +19,7 @@ ITS_DEPENDENCIES = {"annotated_types", "typing_extensions", "typing_inspection"}
 """Of pydantic."""
 
 
-def test_the_defaults_are_document_000s():
+def test_the_defaults_are_those_of_the_original_pipeline():
     params = Params()
     assert params.image_size == (224, 224, 3)
     assert (params.batch_size, params.epochs, params.learning_rate, params.momentum) == (32, 2, 0.001, 0.9)
@@ -179,7 +179,7 @@ def test_the_declarations_import_pydantic_alone():
 
 def test_the_guide_has_the_table_of_all_parameters():
     guide = (ROOT / "docs" / "api.md").read_text()
-    assert describe.table(Params) + "\n\n" in guide, "write it anew: python -m ml.spec.describe docs/api.md"
+    assert describe.table(Params) + "\n\n" in guide, "update it: python -m ml.spec.describe docs/api.md"
     assert describe.with_table(guide, Params) == guide
 
 

@@ -244,7 +244,7 @@ def test_a_second_training_of_the_same_scans_decodes_and_computes_nothing_again(
     environment = RunEnvironment(cache=Cache(tmp_path / "cache", 10**9))
     first = scores_of(run_of(tmp_path / "one", small_run.archive, environment))
     monkeypatch.setattr("ml.image.stages.ingestion.check_dataset", refused)
-    monkeypatch.setattr("ml.image.engines.features.Features._streamed", refused)
+    monkeypatch.setattr("ml.image.engines.features.Features._stream", refused)
     assert scores_of(run_of(tmp_path / "two", small_run.archive, environment)) == first
 
 

@@ -220,7 +220,7 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
         ):
             epochs.append(epoch)
             where.get("on_epoch", lambda epoch: None)(epoch)
-    features(0).remember()
+    features(0).store_in_cache()
     features(0).plain(split.test)  # the evaluation's; by the leader alone
     return epochs
 

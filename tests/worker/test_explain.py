@@ -208,7 +208,7 @@ def test_it_is_explained_in_the_precision_that_it_was_predicted_in(ask: Ask, res
     ((_, precision),) = explain.explainers()
     assert precision == "fp32"
     (by,) = explain.explainers().values()
-    assert by._below.name == engine_name("fp32")
+    assert by._explainer._below.name == engine_name("fp32")
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -1,23 +1,29 @@
 """What the check of an upload leaves in the dataset's row."""
 
 import json
+import zipfile
 from pathlib import Path
 
-from ml.image.dataset.scans import DatasetReport, check_dataset
+from ml.pipelines import DatasetCheck, pipeline_of
 from tests.api.conftest import png
 from worker.handlers.ingest import as_json
 
 
 def test_inspection_and_warnings_are_kept_as_json(tmp_path: Path) -> None:
-    for number in range(10):
-        path = tmp_path / ("Normal" if number % 2 else "Tumor") / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(png(16, 16, shade=number))
-    kept = json.loads(json.dumps(as_json(check_dataset(tmp_path))))
+    archive = tmp_path / "scans.zip"
+    with zipfile.ZipFile(archive, "w") as scans:
+        for number in range(10):
+            scans.writestr(f"{'Normal' if number % 2 else 'Tumor'}/{number}.png", png(16, 16, shade=number))
+    checked = pipeline_of("image").check(archive, tmp_path / "unpacked", lambda fraction: None)
+    kept = json.loads(json.dumps(as_json(checked)))
     assert kept["inspection"]["tiny"] == 10
     assert any("32 pixels" in warning for warning in kept["warnings"])
     assert str(tmp_path) not in json.dumps(kept)
 
 
-def test_a_zip_that_could_not_be_unpacked_has_no_warnings() -> None:
-    assert as_json(DatasetReport({}, 0, "", ("This is no zip.",)))["warnings"] == []
+def test_a_zip_that_could_not_be_unpacked_has_a_problem_and_no_warnings(tmp_path: Path) -> None:
+    (tmp_path / "no.zip").write_bytes(b"no zip")
+    checked = pipeline_of("image").check(tmp_path / "no.zip", tmp_path / "unpacked", lambda fraction: None)
+    assert isinstance(checked, DatasetCheck)
+    assert checked.problems
+    assert as_json(checked)["warnings"] == []

@@ -17,6 +17,7 @@ from jobs.results import queries
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
+from ml.spec.registry import spec_of
 from tests import builders
 from tests.builders import TENANT
 from tests.faults.sabotage import Sabotage
@@ -50,7 +51,7 @@ def test_a_training_is_reproduced_and_compared_with_what_it_was(processes: Stack
         first, second = session.scalars(select(ModelVersion).order_by(ModelVersion.version)).all()
         assert second.params == first.params, "complete, with every default"
         assert (second.params["seed"], second.champion) == (7, False)
-        assert second.environment == environment()
+        assert second.environment == environment(spec_of("image").packages)
         types = session.scalars(select(JobEvent.type).where(JobEvent.job_id == again).order_by(JobEvent.id)).all()
         assert types[-2:] == ["reproduced", "succeeded"]
 

@@ -1,7 +1,8 @@
-"""Whose turn it is: deficit round robin between tenants, and who is asked to make room. No database in here.
+"""Which units to dispatch next: deficit round robin between tenants, and requests to running batches to yield.
 
-Each lane rings no more than its workers can take now. What is rung stands in a Redis list that nobody reorders, so the
-order is decided as late as it can be, and a tenant that comes now waits for nobody's thousandth chunk.
+No database in here. In each lane no more units are dispatched than its workers can take now: messages in a Redis list
+cannot be reordered, so the order is decided as late as possible, and a new tenant does not wait behind another's
+thousandth chunk.
 """
 
 import time
@@ -12,33 +13,35 @@ from dataclasses import dataclass
 from jobs.queue.dispatch import QueueSnapshot, RunningUnit, WaitingUnit
 from jobs.states import Lane
 
-AHEAD_AT_MOST = 64
-"""Most units of a lane that are promised to busy workers."""
+MAX_RESERVED = 64
+"""Units of a lane that are reserved for busy workers at most."""
+SPARE_UNITS = 8
+"""Waiting units of each tenant that are read beyond those for which there may be room."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which doorbells to ring, in this order; which units to promise to busy workers; whom to ask for his place."""
+    """The units to dispatch, in this order; those to reserve for busy workers; and those whose workers should yield."""
 
-    rings: Sequence[WaitingUnit]
-    promises: Sequence[WaitingUnit]
-    yields: Sequence[RunningUnit]
+    dispatch: Sequence[WaitingUnit]
+    reserve: Sequence[WaitingUnit]
+    request_yield: Sequence[RunningUnit]
 
 
-class RoundRobin:
-    """Deficit round robin (Shreedhar and Varghese, 1995): each tenant in turn may spend `quantum` scans, and what it
-    could not spend because its next unit is larger is kept for its next turn."""
+class DeficitRoundRobin:
+    """Deficit round robin (Shreedhar and Varghese, 1995): each tenant in turn may spend `quantum` scans. What it cannot
+    spend, because its next unit is larger, is kept for its next turn."""
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
         self._deficits: OrderedDict[str, int] = OrderedDict()  # in the order of the turns
 
     def choose(self, waiting: Sequence[WaitingUnit], room: int) -> list[WaitingUnit]:
-        """At most `room` of the waiting units; each tenant's in the order given."""
+        """At most `room` of the waiting units; each tenant's in the given order."""
         queues: defaultdict[str, deque[WaitingUnit]] = defaultdict(deque)
         for unit in waiting:
             queues[unit.tenant_id].append(unit)
-        self._remember(queues)
+        self._update_tenants(queues)
         chosen: list[WaitingUnit] = []
         while len(chosen) < room and any(queues.values()):
             tenant = next(iter(self._deficits))
@@ -50,8 +53,8 @@ class RoundRobin:
                 self._deficits[tenant] += self._quantum if queues[tenant] else 0
         return chosen
 
-    def _remember(self, tenants: Mapping[str, object]) -> None:
-        """A tenant with nothing waiting loses its credit; a new one may spend a quantum at once, before all others."""
+    def _update_tenants(self, tenants: Mapping[str, object]) -> None:
+        """A tenant with nothing waiting loses its deficit; a new one may spend a quantum at once, before all others."""
         for gone in self._deficits.keys() - tenants.keys():
             del self._deficits[gone]
         for new in tenants.keys() - self._deficits.keys():
@@ -59,98 +62,118 @@ class RoundRobin:
             self._deficits.move_to_end(new, last=False)
 
 
-class Turns:
+class FairScheduler:
     """The policy of one dispatcher.
 
     Args:
-        quantum: scans that a tenant may have in its turn.
-        ahead: seconds of work that are promised to busy workers, so that short units follow without a gap.
-        newcomer: a tenant without a ring for so many seconds need not wait for the end of another's chunk.
+        quantum: scans that a tenant may have per turn.
+        reserve_seconds: seconds of work that are reserved for busy workers, so that short units follow without a gap.
+        starvation_seconds: a tenant that was given nothing for so long may ask a running batch to yield.
     """
 
     def __init__(
-        self, quantum: int, ahead: float, newcomer: float, clock: Callable[[], float] = time.monotonic
+        self,
+        quantum: int,
+        reserve_seconds: float,
+        starvation_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._lanes = {lane: RoundRobin(quantum) for lane in Lane}
-        self._ahead, self._newcomer, self._clock = ahead, newcomer, clock
-        self._last_ring: dict[tuple[Lane, str], float] = {}
+        self._lanes = {lane: DeficitRoundRobin(quantum) for lane in Lane}
+        self._reserve_seconds, self._starvation_seconds, self._clock = reserve_seconds, starvation_seconds, clock
+        self._last_served: dict[tuple[Lane, str], float] = {}
         self._workers = 1
         self.is_busy = False
-        """Whether all workers were, when last seen: what comes now finds none to ring for."""
+        """Whether all workers were busy in the latest snapshot: a new unit finds none to be dispatched to."""
 
-    def look_ahead(self, pace: Mapping[Lane, float]) -> int:
-        """How many waiting units of each tenant are worth a look: those that there may be room for, and a few."""
-        return 8 + self._workers + max((self._promises(self._workers, pace.get(lane)) for lane in Lane), default=0)
+    def units_to_read(self, unit_seconds: Mapping[Lane, float]) -> int:
+        """How many waiting units of each tenant the next snapshot should hold."""
+        room = max((self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane), default=0)
+        return SPARE_UNITS + self._workers + room
 
-    def plan(self, view: QueueSnapshot, pace: Mapping[Lane, float]) -> Plan:
-        """What to do now. `pace`: seconds that a unit of a lane takes."""
-        self._workers = max(1, len(view.workers))
-        self.is_busy = bool(view.workers) and {w.name for w in view.workers} <= {unit.worker for unit in view.running}
-        rings = [unit for unit in view.waiting if unit.overdue]  # they have their place already
-        promises: list[WaitingUnit] = []
+    def plan(self, queue: QueueSnapshot, unit_seconds: Mapping[Lane, float]) -> Plan:
+        """What to do now. `unit_seconds`: how long a unit of a lane takes."""
+        self._workers = max(1, len(queue.workers))
+        busy = {unit.worker for unit in queue.running}
+        self.is_busy = bool(queue.workers) and {worker.name for worker in queue.workers} <= busy
+        dispatch = [unit for unit in queue.waiting if unit.overdue]  # they have their place already
+        reserve: list[WaitingUnit] = []
         yields: list[RunningUnit] = []
         for lane in Lane:
-            mine = [unit for unit in view.waiting if unit.lane == lane and not unit.overdue]
-            mine.sort(key=lambda unit: unit.explains)  # of each tenant, explanations come behind predictions
-            promised, new = [u for u in mine if u.reserved], [u for u in mine if not u.reserved]
-            idle, ahead = self._room(view, lane, pace.get(lane))
-            woken = promised[:idle]  # whom they were promised to is idle now: nobody would come for them
-            free = max(0, ahead - len(promised) + len(woken))
-            chosen = self._lanes[lane].choose(new, idle - len(woken) + free)
-            rings += woken + chosen[: idle - len(woken)]
-            promises += chosen[idle - len(woken) :]
-            left = [unit for unit in new if unit not in chosen]
-            wanted = self._urgent(view, left) if lane == Lane.URGENT else self._newcomers(view, lane, left)
-            yields += self._asked(view, lane, wanted, yields)
-        self._remember([*rings, *promises])
-        return Plan(rings, promises, yields)
+            ready, later, left = self._plan_lane(queue, lane, unit_seconds.get(lane))
+            dispatch += ready
+            reserve += later
+            waiting = self._waiting_urgent(queue, left) if lane == Lane.URGENT else self._starving(queue, lane, left)
+            yields += self._to_yield(queue, lane, waiting, yields)
+        self._remember([*dispatch, *reserve])
+        return Plan(dispatch, reserve, yields)
 
-    def _room(self, view: QueueSnapshot, lane: Lane, pace: float | None) -> tuple[int, int]:
-        """How many units of the lane may be rung, for idle workers; and how many promised, to those that work in it."""
-        workers = [worker for worker in view.workers if lane in worker.lanes]
-        busy = {unit.worker: unit.lane for unit in view.running}
-        idle = sum(worker.name not in busy for worker in workers) - view.dispatched.get(lane, 0)
-        if not workers:  # one is rung all the same: a sign of life may only be late
-            return max(0, 1 - view.dispatched.get(lane, 0)), 0
-        # A worker goes on in its lane. One that is idle now is rung for in this plan, or was: were nothing promised
-        # to it, a look that always comes between two short units would ring for each of them.
-        of_lane = sum(busy.get(worker.name, lane) == lane for worker in workers)
-        return max(0, idle), self._promises(of_lane, pace)
+    def _plan_lane(
+        self, queue: QueueSnapshot, lane: Lane, unit_seconds: float | None
+    ) -> tuple[list[WaitingUnit], list[WaitingUnit], list[WaitingUnit]]:
+        """The lane's units to dispatch, to reserve, and to leave waiting."""
+        waiting = [unit for unit in queue.waiting if unit.lane == lane and not unit.overdue]
+        waiting.sort(key=lambda unit: unit.explains)  # each tenant's explanations come after its predictions
+        reserved, new = [unit for unit in waiting if unit.reserved], [unit for unit in waiting if not unit.reserved]
+        idle, reservable = self._room(queue, lane, unit_seconds)
+        woken = reserved[:idle]  # the worker that they were reserved for is idle now, and would not take them
+        idle -= len(woken)
+        free = max(0, reservable - len(reserved) + len(woken))
+        chosen = self._lanes[lane].choose(new, idle + free)
+        return woken + chosen[:idle], chosen[idle:], [unit for unit in new if unit not in chosen]
 
-    def _promises(self, workers: int, pace: float | None) -> int:
-        return 0 if pace is None else min(AHEAD_AT_MOST, int(self._ahead * workers / max(pace, 1e-6)))
+    def _room(self, queue: QueueSnapshot, lane: Lane, unit_seconds: float | None) -> tuple[int, int]:
+        """How many units of the lane may be dispatched, to idle workers, and reserved, for those that work in it."""
+        workers = [worker for worker in queue.workers if lane in worker.lanes]
+        dispatched = queue.dispatched.get(lane, 0)
+        if not workers:  # one unit is dispatched anyway: a heartbeat may only be late
+            return max(0, 1 - dispatched), 0
+        busy = {unit.worker: unit.lane for unit in queue.running}
+        idle = sum(worker.name not in busy for worker in workers) - dispatched
+        # A worker stays in its lane, so units are reserved for an idle worker too: it has a message, or gets one by
+        # this plan. Otherwise a snapshot between two short units would always dispatch the next one by a message.
+        in_lane = sum(busy.get(worker.name, lane) == lane for worker in workers)
+        return max(0, idle), self._reservable(in_lane, unit_seconds)
 
-    def _asked(
-        self, view: QueueSnapshot, lane: Lane, by: Sequence[str], already: Sequence[RunningUnit]
+    def _reservable(self, workers: int, unit_seconds: float | None) -> int:
+        if unit_seconds is None:
+            return 0
+        return min(MAX_RESERVED, int(self._reserve_seconds * workers / max(unit_seconds, 1e-6)))
+
+    def _to_yield(
+        self, queue: QueueSnapshot, lane: Lane, tenants: Sequence[str], already: Sequence[RunningUnit]
     ) -> list[RunningUnit]:
-        """Running batch units that are asked for their place by these tenants, one for one."""
-        if lane == Lane.TRAIN or not by:
+        """Running batch units that should yield to these tenants, one for each."""
+        if lane == Lane.TRAIN or not tenants:
             return []
-        serving = {worker.name for worker in view.workers if lane in worker.lanes}
-        held = [unit for unit in view.running if unit.lane == Lane.BATCH and unit.worker in serving]
-        # A newcomer does not ask itself; an urgent scan does ask its own tenant's batch.
-        able = [u for u in held if u.can_yield and u not in already and (lane == Lane.URGENT or u.tenant_id not in by)]
-        return able[: max(0, len(by) - sum(unit.yield_requested for unit in held))]
+        serving = {worker.name for worker in queue.workers if lane in worker.lanes}
+        batches = [unit for unit in queue.running if unit.lane == Lane.BATCH and unit.worker in serving]
+        # A tenant's batch does not interrupt its own batch; its urgent scan does.
+        candidates = [
+            unit
+            for unit in batches
+            if unit.can_yield and unit not in already and (lane == Lane.URGENT or unit.tenant_id not in tenants)
+        ]
+        return candidates[: max(0, len(tenants) - sum(unit.yield_requested for unit in batches))]
 
-    def _urgent(self, view: QueueSnapshot, left: Sequence[WaitingUnit]) -> list[str]:
-        """The tenants of urgent units for which no worker is free: those that found no room, and those that were rung
-        for a worker which then heard a batch's bell first."""
-        busy = {unit.worker for unit in view.running}
-        idle = any(worker.name not in busy for worker in view.workers if Lane.URGENT in worker.lanes)
-        unheard = 0 if idle else view.dispatched.get(Lane.URGENT, 0)
-        return [unit.tenant_id for unit in left] + [""] * unheard
+    def _waiting_urgent(self, queue: QueueSnapshot, left: Sequence[WaitingUnit]) -> list[str]:
+        """The tenants of urgent units for which no worker is free: those without room, and those dispatched to a worker
+        that took a batch's message first (tenant unknown, so empty)."""
+        busy = {unit.worker for unit in queue.running}
+        idle = any(worker.name not in busy for worker in queue.workers if Lane.URGENT in worker.lanes)
+        unclaimed = 0 if idle else queue.dispatched.get(Lane.URGENT, 0)
+        return [unit.tenant_id for unit in left] + [""] * unclaimed
 
-    def _newcomers(self, view: QueueSnapshot, lane: Lane, left: Sequence[WaitingUnit]) -> list[str]:
-        """Tenants that have had nothing for a while: neither a ring nor a worker. Each asks once in that time, so that
-        two large batches take turns by chunks, not by interrupting each other."""
-        since = self._clock() - self._newcomer
-        served = {unit.tenant_id for unit in view.running if unit.lane == lane}
-        recent = {tenant for (of, tenant), at in self._last_ring.items() if of == lane and at >= since}
-        return sorted({unit.tenant_id for unit in left} - served - recent)
+    def _starving(self, queue: QueueSnapshot, lane: Lane, left: Sequence[WaitingUnit]) -> list[str]:
+        """Tenants that were given nothing for `starvation_seconds` and have no worker. Each asks only once in that
+        time, so that two large batches alternate by chunks, and do not interrupt each other."""
+        since = self._clock() - self._starvation_seconds
+        running = {unit.tenant_id for unit in queue.running if unit.lane == lane}
+        recent = {tenant for (of, tenant), at in self._last_served.items() if of == lane and at >= since}
+        return sorted({unit.tenant_id for unit in left} - running - recent)
 
-    def _remember(self, rings: Sequence[WaitingUnit]) -> None:
+    def _remember(self, units: Sequence[WaitingUnit]) -> None:
         now = self._clock()
-        self._last_ring |= {(unit.lane, unit.tenant_id): now for unit in rings}
-        old = [key for key, at in self._last_ring.items() if at < now - self._newcomer]
+        self._last_served |= {(unit.lane, unit.tenant_id): now for unit in units}
+        old = [key for key, at in self._last_served.items() if at < now - self._starvation_seconds]
         for key in old:
-            del self._last_ring[key]
+            del self._last_served[key]

@@ -1,7 +1,7 @@
-"""One request to a webhook's receiver: to an address that was checked, for a limited time, with nothing followed.
+"""One request to a webhook's receiver: to a checked address, with a deadline, without following redirects.
 
-A name is looked up once, and the connection goes to the very address that was found and checked: a name that leads
-elsewhere at the next look gains nothing. No error repeats the address or anything of the answer but its status.
+A host name is resolved once, and the connection goes to the address that was checked: DNS rebinding has no effect. No
+error message contains the URL, or anything of the response but its status.
 """
 
 import socket
@@ -18,38 +18,40 @@ from urllib.parse import SplitResult, urlsplit
 from jobs.addresses import DEFAULT_PORTS, NOT_PUBLIC, is_allowed, is_public, malformed_url_error
 from jobs.settings import Settings
 
-LEAST_WAIT = 0.001
+MIN_WAIT = 0.001
 
 
-class Undelivered(Exception):
-    """Nobody has answered. The message is for people."""
+class DeliveryFailed(Exception):
+    """There was no response. The message is for people."""
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str], settings: Settings) -> int:
-    """Send the body, and give the answer's status. What else is in the answer is not read.
+    """Send the body and return the status of the response. The rest of the response is not read.
 
     Raises:
-        Undelivered: the address is refused, or there was no answer in time.
+        DeliveryFailed: the address is not allowed, or there was no response in time.
     """
     if why := malformed_url_error(url):
-        raise Undelivered(why)
+        raise DeliveryFailed(why)
     deadline, parts = time.monotonic() + settings.webhook_seconds, urlsplit(url)
     try:
-        with _connected(url, parts, deadline, settings) as sock, _hung_up_at(deadline, sock):
+        with _connect(url, parts, deadline, settings) as sock, _shutdown_at(deadline, sock):
             if isinstance(sock, ssl.SSLSocket):
                 sock.do_handshake()
-            status = _asked(parts, sock, body, headers)
-            if time.monotonic() < deadline:  # else we have hung up, and it is half an answer
+            status = _exchange(parts, sock, body, headers)
+            if time.monotonic() < deadline:  # otherwise the connection was shut down, and the response is incomplete
                 return status
             raise TimeoutError
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: a name that no name service takes
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a host name that cannot be encoded
         late = time.monotonic() >= deadline
         slow = f"did not answer within {settings.webhook_seconds:g} s (RENALQ_WEBHOOK_SECONDS)"
-        raise Undelivered(f"The receiver {slow if late else f'cannot be reached ({type(error).__name__})'}.") from None
+        raise DeliveryFailed(
+            f"The receiver {slow if late else f'cannot be reached ({type(error).__name__})'}."
+        ) from None
 
 
-def _asked(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mapping[str, str]) -> int:
-    name, port = parts.hostname or "", _port(parts)  # without a port it would be looked for in the name: [::1] has one
+def _exchange(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mapping[str, str]) -> int:
+    name, port = parts.hostname or "", _port(parts)  # without a port it would be parsed from the name, as in [::1]
     secure = parts.scheme == "https"
     connection = HTTPSConnection(name, port, context=_tls()) if secure else HTTPConnection(name, port)
     with closing(connection):
@@ -58,15 +60,15 @@ def _asked(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mappin
         return connection.getresponse().status
 
 
-def _connected(url: str, parts: SplitResult, deadline: float, settings: Settings) -> socket.socket:
-    """A socket to the first address of the host that takes a connection; with TLS where the URL says so."""
+def _connect(url: str, parts: SplitResult, deadline: float, settings: Settings) -> socket.socket:
+    """A socket to the first address of the host that accepts a connection; with TLS for https."""
     name, port = parts.hostname or "", _port(parts)
     addresses = _addresses(name, port, deadline)
     if not is_allowed(url, settings.receiver_hosts):
         addresses = [address for address in addresses if is_public(address)]
     if not addresses:
-        raise Undelivered(NOT_PUBLIC)
-    sock = _first_of(addresses, port, deadline)
+        raise DeliveryFailed(NOT_PUBLIC)
+    sock = _connect_first(addresses, port, deadline)
     if parts.scheme == "http":
         return sock
     return _tls().wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
@@ -77,28 +79,28 @@ def _port(parts: SplitResult) -> int:
 
 
 def _addresses(name: str, port: int, deadline: float) -> list[str]:
-    """Look the name up. In a thread, which is left to itself at the deadline: nothing else ends a look-up before a name
-    service that is silent does, in its own time.
+    """Resolve the name in a thread, which is abandoned at the deadline: a look-up cannot be cancelled, and a silent
+    name server delays it for long.
 
     Raises:
         TimeoutError, OSError, ValueError
     """
     found: Future[list[str]] = Future()
-    Thread(target=_look_up, args=[found, name, port], daemon=True).start()
-    return found.result(max(deadline - time.monotonic(), LEAST_WAIT))
+    Thread(target=_resolve, args=[found, name, port], daemon=True).start()
+    return found.result(max(deadline - time.monotonic(), MIN_WAIT))
 
 
-def _look_up(found: Future[list[str]], name: str, port: int) -> None:
+def _resolve(found: Future[list[str]], name: str, port: int) -> None:
     try:
         found.set_result([str(entry[4][0]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)])
     except Exception as error:
         found.set_exception(error)
 
 
-def _first_of(addresses: list[str], port: int, deadline: float) -> socket.socket:
-    """Try one after the other, each for its share of the time that is left."""
+def _connect_first(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    """Try one after the other, each for its share of the remaining time."""
     for number, address in enumerate(addresses):
-        left = max((deadline - time.monotonic()) / (len(addresses) - number), LEAST_WAIT)
+        left = max((deadline - time.monotonic()) / (len(addresses) - number), MIN_WAIT)
         try:
             return socket.create_connection((address, port), timeout=left)
         except OSError:
@@ -113,10 +115,10 @@ def _tls() -> ssl.SSLContext:
 
 
 @contextmanager
-def _hung_up_at(deadline: float, sock: socket.socket) -> Iterator[None]:
-    """Hang up when the time is over: a timeout of the socket's own begins anew with every byte that drips in."""
-    sock.settimeout(max(deadline - time.monotonic(), LEAST_WAIT))
-    alarm = Timer(deadline - time.monotonic(), _hang_up, [sock])
+def _shutdown_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Shut the socket down at the deadline: its own timeout restarts with every byte that arrives."""
+    sock.settimeout(max(deadline - time.monotonic(), MIN_WAIT))
+    alarm = Timer(deadline - time.monotonic(), _shut_down, [sock])
     alarm.daemon = True
     alarm.start()
     try:
@@ -125,7 +127,7 @@ def _hung_up_at(deadline: float, sock: socket.socket) -> Iterator[None]:
         alarm.cancel()
 
 
-def _hang_up(sock: socket.socket) -> None:
-    with suppress(OSError):  # it has ended this moment
-        # Not by its own method: with TLS that would take the socket apart under the feet of whoever reads from it.
+def _shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):  # it was closed meanwhile
+        # Not the method of SSLSocket: it would detach the TLS object while another thread reads from it.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -1,0 +1,1 @@
+"""Running one unit: claim, heartbeat, interrupts, transactions, workspaces and child processes."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,15 +22,15 @@ log = structlog.get_logger()
 
 
 class Child:
-    """A running `python -m ml …` in its own process group."""
+    """A running `python -m ml run FILE` in its own process group; the file holds an `ml.pipelines.TrainingJob`."""
 
-    def __init__(self, arguments: Sequence[str], grace: float, log_file: Path) -> None:
+    def __init__(self, job: Path, grace: float, log_file: Path) -> None:
         self._grace = grace
         self._stopping = threading.Lock()
         self._closed = False
         self._errors = log_file.open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ml", *arguments],
+            [sys.executable, "-m", "ml", "run", str(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -85,9 +85,9 @@ class Child:
 
 
 @contextmanager
-def child(arguments: Sequence[str], grace: float, log_file: Path) -> Iterator[Child]:
+def child(job: Path, grace: float, log_file: Path) -> Iterator[Child]:
     """A child that does not outlive the block."""
-    started = Child(arguments, grace, log_file)
+    started = Child(job, grace, log_file)
     try:
         yield started
     finally:

@@ -1,4 +1,4 @@
-"""`with running(unit_id)`: claim, heartbeat, cancel and drain watch, exception → state. The only place that does so."""
+"""`with running(unit_id) as unit`: claim the unit, send heartbeats while the body runs, turn exceptions into states."""
 
 import uuid
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.queue import leases
 from jobs.queue.leases import Claim
-from worker.execution.heartbeat import watched
+from worker.execution.heartbeat import sending_heartbeats
 from worker.execution.resources import Resources
 from worker.execution.unit import Claiming, UnitLease, is_away
 
@@ -20,12 +20,12 @@ log = structlog.get_logger()
 def running(
     unit_id: uuid.UUID, worker: str, resources: Resources, claim_next: Claiming | None = None
 ) -> Iterator[UnitLease | None]:
-    """Hold the unit while the body runs; None where the claim is refused.
+    """Hold the unit's lease while the body runs; yields None if the claim is refused.
 
-    The body ends the unit well by itself, in one transaction with its results (`lifecycle.succeed`).
+    On success the body itself ends the unit, in one transaction with its results (`UnitLease.finish`).
     """
     lease = resources.settings.lease_seconds
-    claim = claimed(resources, lambda session: leases.claim(session, unit_id, worker, lease))
+    claim = claim_unit(resources, lambda session: leases.claim(session, unit_id, worker, lease))
     if claim is None:
         log.info("claim_refused", unit_id=str(unit_id))
         yield None
@@ -36,12 +36,12 @@ def running(
 
 @contextmanager
 def holding(claim: Claim, resources: Resources, claim_next: Claiming | None = None) -> Iterator[UnitLease]:
-    """Hold a unit that is claimed. Whatever ends the body becomes a state here."""
+    """Hold the lease of a claimed unit. An exception of the body becomes the unit's state."""
     unit = UnitLease(claim, resources, claim_next)
     structlog.contextvars.bind_contextvars(job_id=str(claim.job_id), unit_id=str(claim.unit_id), attempt=claim.attempt)
     log.info("claimed", kind=claim.kind)
     try:
-        with watched(unit):
+        with sending_heartbeats(unit):
             try:
                 yield unit
                 log.info("unit_done")
@@ -51,15 +51,15 @@ def holding(claim: Claim, resources: Resources, claim_next: Claiming | None = No
         structlog.contextvars.unbind_contextvars("job_id", "unit_id", "attempt")
 
 
-def claimed(resources: Resources, verb: Claiming) -> Claim | None:
-    """Claim by the verb. None also where Postgres is away: the unit will be rung again."""
+def claim_unit(resources: Resources, claim: Claiming) -> Claim | None:
+    """Claim. Also None while Postgres is away: the unit will be dispatched again."""
     for last in (False, True):
         try:
             with resources.claims.begin() as session:
-                return verb(session)
+                return claim(session)
         except SQLAlchemyError as error:
             if not is_away(error):
                 raise
-            if last:  # the first failure may only have found a connection that Postgres had closed
+            if last:  # the first failure may only be a connection that Postgres had closed
                 log.warning("claim_failed", error=type(error).__name__)
     return None

@@ -1,4 +1,4 @@
-"""What a Celery worker does at its start and end: logs, signs of life, and the word that it is to drain."""
+"""Start and end of a Celery worker: logging, its row in `processes`, and the drain flag for its children."""
 
 import ctypes
 import os
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from worker.execution.resources import Resources
 
 DRAIN_FILE = "RENALQ_DRAIN_FILE"
-"""Set by a worker's parent process for its children, who look whether the file exists: a signal would reach the parent
-only, and the pool's children have no other ear."""
+"""Environment variable set by a worker's parent process: its children check whether this file exists. A signal would
+reach only the parent."""
 
 PR_SET_PDEATHSIG = 1
 _stopping = threading.Event()
 
 
 def draining() -> bool:
-    """Whether this worker is to stop."""
+    """Whether this worker should stop."""
     return Path(os.environ[DRAIN_FILE]).exists() if DRAIN_FILE in os.environ else False
 
 
 def die_with_parent() -> None:
-    """On Linux, end this process when the one that started it ends: nobody is left to beat for it (prctl(2))."""
+    """On Linux, kill this process when its parent dies, since nothing sends heartbeats any more (prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -53,31 +53,31 @@ def _prepare(**_: Any) -> None:
 
 
 @signals.worker_ready.connect
-def _show_life(sender: Any, **_: Any) -> None:
+def _report_alive(sender: Any, **_: Any) -> None:
     lanes = [queue.name for queue in sender.task_consumer.queues]
     sign = processes.Heartbeat(f"{sender.hostname}/{os.getpid()}", processes.WORKER, lanes)
-    threading.Thread(target=_keep_alive, args=(sign,), name="life", daemon=True).start()
+    threading.Thread(target=_keep_alive, args=(sign,), name="alive", daemon=True).start()
 
 
 def _keep_alive(sign: processes.Heartbeat) -> None:
     from worker.execution.resources import resources
 
-    held = resources()
-    _sweep(held)
+    opened = resources()
+    _remove_old_workspaces(opened)
     while True:
         try:
-            with held.beats.begin() as session:
+            with opened.beats.begin() as session:
                 processes.upsert(session, sign)
         except SQLAlchemyError as error:
-            structlog.get_logger().warning("sign_of_life_failed", error=type(error).__name__)
-        if _stopping.wait(held.settings.process_seconds):
+            structlog.get_logger().warning("process_heartbeat_failed", error=type(error).__name__)
+        if _stopping.wait(opened.settings.process_seconds):
             return
 
 
-def _sweep(held: "Resources") -> None:
-    """What attempts that died have left behind on this machine goes."""
+def _remove_old_workspaces(opened: "Resources") -> None:
+    """Remove what dead attempts have left on this machine."""
     try:
-        removed = workspaces.sweep(held.settings.work, held.sessions)
+        removed = workspaces.sweep(opened.settings.work, opened.sessions)
     except SQLAlchemyError:
         return  # the next start does it
     if removed:

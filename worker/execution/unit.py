@@ -1,4 +1,4 @@
-"""`with running(unit_id)`: claim, heartbeat, cancel and drain watch, exception → state. The only place that does so."""
+"""The lease of a unit: its transactions, its interrupts, and its end in every case."""
 
 import errno
 import threading
@@ -41,7 +41,7 @@ class Yielding(Exception):
 
 
 class WorkFailed(Exception):
-    """The unit cannot be done: `code` for programs, `detail` for people, and whether another try may help."""
+    """The unit failed: `code` for programs, `detail` for people, and whether a retry may help."""
 
     def __init__(self, code: str, detail: str, retryable: bool = False) -> None:
         super().__init__(detail)
@@ -49,19 +49,19 @@ class WorkFailed(Exception):
 
 
 class UnitLease:
-    """A unit under lease. A thread beats for it; `check()` raises as soon as the work is to stop.
+    """A unit under lease. A thread sends its heartbeats; `check()` raises as soon as the work should stop.
 
-    `outcomes` are the scans that are done: whatever ends the unit, they are written with its end. `following` is the
-    unit that was claimed in the transaction that ended this one, if `claim_next` found any.
+    `outcomes` are the finished scans: they are written with the unit's end, however it ends. `next_claim` is the unit
+    that was claimed in the transaction that ended this one, if `claim_next` found one.
     """
 
     def __init__(self, claim: Claim, resources: Resources, claim_next: Claiming | None = None) -> None:
         self.claim = claim
         self.resources = resources
-        self.following: Claim | None = None
+        self.next_claim: Claim | None = None
         self.is_over = False
-        """Whether the unit's good end is committed: there is nothing to beat for any more."""
-        self._claim_next = claim_next or _nothing
+        """Whether the unit's success is committed: it needs no heartbeat any more."""
+        self._claim_next = claim_next or _no_claim
         self.outcomes: list[ScanOutcome] = []
         self._interrupted_at = 0.0
         self._interrupted: Exception | None = None
@@ -70,127 +70,127 @@ class UnitLease:
 
     @property
     def interrupted(self) -> Exception | None:
-        """Why the work is to stop, if it is."""
+        """Why the work should stop, if it should."""
         return self._interrupted
 
     def check(self) -> None:
-        """Go on, or stop.
+        """Return if the work should continue.
 
         Raises:
-            CancelRequested, Draining, Yielding, LeaseLost
+            CancelRequested, Draining, Yielding, LeaseLost: the reason to stop.
         """
         if self._interrupted is not None:
             raise self._interrupted
 
     def when_interrupted(self, stop: Callable[[], None]) -> None:
-        """Call `stop` from the watching thread once the work is to end (at once, if it already is)."""
+        """Call `stop` from the heartbeat thread once the work should stop (at once if it already should)."""
         with self._lock:
             self._on_interrupt.append(stop)
             late = self._interrupted is not None
         if late:
             stop()
 
-    def interrupt(self, why: Exception) -> None:
-        """Tell the work to stop. The first reason stands, but a lost lease overrules all."""
+    def interrupt(self, reason: Exception) -> None:
+        """Tell the work to stop. The first reason stays, but a lost lease overrides all others."""
         with self._lock:
             first = self._interrupted is None
-            if first or isinstance(why, LeaseLost):
-                self._interrupted = why
+            if first or isinstance(reason, LeaseLost):
+                self._interrupted = reason
             if first:
                 self._interrupted_at = time.monotonic()
             stops = list(self._on_interrupt) if first else []
         for stop in stops:
             stop()
 
-    def report(self, **said: Any) -> None:
-        """`lifecycle.report` in a transaction of its own. Raises LeaseLost."""
-        self.in_transaction(lambda session: lifecycle.report(session, self.claim, **said))
+    def report(self, **changes: Any) -> None:
+        """`lifecycle.report` in its own transaction. Raises LeaseLost."""
+        self.in_transaction(lambda session: lifecycle.report(session, self.claim, **changes))
 
-    def in_transaction(self, verb: Callable[[Session], Result], to_the_end: bool = False) -> Result:
-        """Do it in a transaction, and anew as long as Postgres is away: its restart costs no work.
+    def in_transaction(self, action: Callable[[Session], Result], ignore_interrupts: bool = False) -> Result:
+        """Run `action` in a transaction, again while Postgres is away: a restart of Postgres loses no work.
 
-        Once the lease is given up, the watch interrupts. `to_the_end`: go on although the work is interrupted.
+        The heartbeat interrupts the unit when the lease is lost. `ignore_interrupts`: continue nevertheless.
         """
         deadline = time.monotonic() + self.resources.settings.give_up_seconds
         while True:
             try:
                 with self.resources.sessions.begin() as session:
-                    return verb(session)
+                    return action(session)
             except SQLAlchemyError as error:
                 if not is_away(error) or time.monotonic() > deadline:
                     raise
                 log.warning("database_away", error=type(error).__name__)
-            if not to_the_end:
+            if not ignore_interrupts:
                 self.check()
             time.sleep(0.2)
 
-    def finish(self, verb: Callable[[Session], object], and_follow: bool = True) -> None:
-        """End the unit well, and claim the next one, in one transaction: for short units the commits are the cost."""
+    def finish(self, action: Callable[[Session], object], claim_next: bool = True) -> None:
+        """End the unit and claim the next one in one transaction: commits are the main cost of short units."""
 
-        def both(session: Session) -> Claim | None:
-            verb(session)
-            return self._claim_next(session) if and_follow else None
+        def end_and_claim(session: Session) -> Claim | None:
+            action(session)
+            return self._claim_next(session) if claim_next else None
 
-        self.following = self.in_transaction(both, to_the_end=True)
+        self.next_claim = self.in_transaction(end_and_claim, ignore_interrupts=True)
         self.is_over = True
 
     def workspace(self) -> AbstractContextManager[Path]:
-        """A scratch folder, removed at the end. The fence in its name keeps two attempts apart."""
+        """A scratch folder, removed at the end. The fence in its name separates attempts."""
         return workspace(self.resources.settings.work, self.claim.unit_id, self.claim.fence)
 
     def end(self, error: Exception) -> None:
-        """Exception → state. A database that stays away leaves the unit to the reaper: its lease runs out by itself."""
-        why = self._interrupted or error
+        """Write the state for an exception. If Postgres stays away, the lease expires and the unit is reaped."""
+        reason = self._interrupted or error
         try:
-            self.in_transaction(lambda session: _write_end(session, self, why), to_the_end=True)
+            self.in_transaction(lambda session: _write_end(session, self, reason), ignore_interrupts=True)
         except LeaseLost:
             log.warning("lease_lost")
         except SQLAlchemyError as unreachable:
             log.error("end_not_written", error=type(unreachable).__name__)
 
     def is_overdue(self) -> bool:
-        """Whether the work was told to stop and has not, for longer than is asked of it."""
-        patience = 2 * self.resources.settings.cancel_grace_seconds
-        late = time.monotonic() - self._interrupted_at > patience
+        """Whether the work should have stopped long ago, and has not."""
+        grace = 2 * self.resources.settings.cancel_grace_seconds
+        late = time.monotonic() - self._interrupted_at > grace
         stops = self._interrupted is not None and not isinstance(self._interrupted, Yielding)
         return stops and late and not self.is_over
 
 
-def _nothing(session: Session) -> Claim | None:
+def _no_claim(session: Session) -> Claim | None:
     return None
 
 
 def is_away(error: SQLAlchemyError) -> bool:
-    """Whether Postgres went away, or gave up on a lock: the same may succeed in a while."""
+    """Whether Postgres is away, or a lock timed out: the same may succeed later."""
     return isinstance(error, OperationalError | InterfaceError) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
 
 
-def _write_end(session: Session, unit: UnitLease, why: Exception) -> None:
+def _write_end(session: Session, unit: UnitLease, reason: Exception) -> None:
     done = list(unit.outcomes)
-    if isinstance(why, LeaseLost):
-        raise why
-    if isinstance(why, CancelRequested):
+    if isinstance(reason, LeaseLost):
+        raise reason
+    if isinstance(reason, CancelRequested):
         lifecycle.confirm_cancel(session, unit.claim, done)
-    elif isinstance(why, Draining | Yielding):
-        lifecycle.requeue(session, unit.claim, "DRAINED" if isinstance(why, Draining) else "YIELDED", done)
+    elif isinstance(reason, Draining | Yielding):
+        lifecycle.requeue(session, unit.claim, "DRAINED" if isinstance(reason, Draining) else "YIELDED", done)
     else:
-        error = _error_of(why)
-        log.error("unit_failed", code=error["code"], exc_info=why if error["code"] == "INTERNAL" else None)
+        error = _error_of(reason)
+        log.error("unit_failed", code=error["code"], exc_info=reason if error["code"] == "INTERNAL" else None)
         lifecycle.fail(session, unit.claim, error, RetryPolicy.of(unit.resources.settings), done)
 
 
-def _error_of(why: Exception) -> Json:
-    """What the client reads. The text of an unforeseen exception may hold anything, so only its type is told."""
-    if isinstance(why, WorkFailed):
-        return why.error
-    if isinstance(why, PipelineError):
-        return {"code": why.code, "detail": str(why), "retryable": why.retryable}
-    if isinstance(why, OSError) and why.errno in (errno.ENOSPC, errno.EDQUOT):
+def _error_of(reason: Exception) -> Json:
+    """The error for clients. The text of an unexpected exception may contain anything, so only its type is shown."""
+    if isinstance(reason, WorkFailed):
+        return reason.error
+    if isinstance(reason, PipelineError):
+        return {"code": reason.code, "detail": str(reason), "retryable": reason.retryable}
+    if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
         detail = "The worker's disk is full. Free some space, and submit the job again."
         return {"code": "STORAGE_FULL", "detail": detail, "retryable": True}
-    if isinstance(why, SQLAlchemyError):
+    if isinstance(reason, SQLAlchemyError):
         return {"code": "DATABASE_LOST", "detail": "Postgres went away while the unit ran.", "retryable": True}
-    detail = f"The worker failed with {type(why).__name__}; its log says more under this job's id."
+    detail = f"The worker failed with {type(reason).__name__}; its log says more under this job's id."
     return {"code": "INTERNAL", "detail": detail, "retryable": True}

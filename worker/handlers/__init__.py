@@ -1,0 +1,1 @@
+"""What a unit does: train, predict, explain or ingest, moving data between `jobs` and `ml`."""

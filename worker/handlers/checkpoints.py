@@ -1,4 +1,4 @@
-"""Checkpoints between a training's child and the store: which to go on from, and where the next ones go."""
+"""Checkpoints of a training: which one the child resumes from, and how new ones are stored."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ log = structlog.get_logger()
 
 
 class CheckpointRefused(Exception):
-    """The child will not go on from this checkpoint: it is of another training, or of another version of our code."""
+    """The child does not accept this checkpoint: it is of another training, or of another version of the code."""
 
 
 def candidates(unit: UnitLease, rows: Sequence[Checkpoint], folder: Path) -> Iterator[Path | None]:
-    """Files to go on from, the furthest first; then None, the beginning. Whoever asks for the next has refused one."""
+    """Files to resume from, the latest epoch first; then None, the beginning. Asking for the next discards one."""
     for row in rows:
         path = unit.resources.artifacts.fetch_named(row.path, row.sha256, folder)
         if path is not None:
@@ -31,27 +31,27 @@ def candidates(unit: UnitLease, rows: Sequence[Checkpoint], folder: Path) -> Ite
     yield None
 
 
-def store(unit: UnitLease, said: events.Checkpointed) -> None:
-    """The child's file goes into the store; only then a row names it. A full store costs no training."""
+def store(unit: UnitLease, event: events.Checkpointed) -> None:
+    """Store the child's file; only then a row names it. A full disk does not fail the training."""
     store = unit.resources.artifacts
-    path = checkpoints.checkpoint_path(unit.claim, said.epoch)
+    path = checkpoints.checkpoint_path(unit.claim, event.epoch)
     try:
-        stored = checkpoints.StoredCheckpoint(said.epoch, path, store.take_in(Path(said.path), path))
+        stored = checkpoints.StoredCheckpoint(event.epoch, path, store.move_in(Path(event.path), path))
     except OSError as error:
-        log.error("checkpoint_not_kept", epoch=said.epoch, error=type(error).__name__)
+        log.error("checkpoint_not_stored", epoch=event.epoch, error=type(error).__name__)
         return
     for old in unit.in_transaction(lambda session: checkpoints.save(session, unit.claim, stored)):
         store.remove_named(old)
 
 
 def record_resume(unit: UnitLease, epoch: int) -> None:
-    """Say that the training goes on. A retry is another job: it takes over the epochs of the one that it retries."""
+    """Report that the training was resumed. A retry is another job, so it copies the epochs of the retried one."""
     unit.report(event=("resumed", {"epoch": epoch}))
 
-    def take_over(session: Session) -> None:
+    def copy_epochs(session: Session) -> None:
         retry_of = session.get_one(Job, unit.claim.job_id).retry_of
         if retry_of is not None and not queries.epochs(session, unit.claim.job_id):
             for data in queries.epochs(session, retry_of)[:epoch]:
                 lifecycle.report(session, unit.claim, event=("epoch", data))
 
-    unit.in_transaction(take_over)
+    unit.in_transaction(copy_epochs)

@@ -1,4 +1,4 @@
-"""Grad-CAM explanations of predictions, written as pictures into the store.
+"""Explanations of predictions, written as files into the store.
 
 A batch has units of its own for them, which run after all predictions; a single scan is explained in the unit that
 predicts it.
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
@@ -18,42 +19,41 @@ from sqlalchemy.orm import Session
 from jobs.queue import explanations, lifecycle
 from jobs.queue.explanations import (
     ALL_CLASSES,
-    BLANK_NOTE,
-    HEATMAP,
-    OVERLAY,
     NamedBlob,
     Unexplained,
     artifact_name,
     class_slugs,
 )
 from jobs.storage.blobs import BlobStore
-from jobs.tables import Job
-from ml.image.engines.engine import Precision
-from ml.image.serving.gradcam import Explainer, Explanation
-from ml.image.serving.predictor import ScanInput
+from jobs.tables import Job, Json
+from ml.pipelines import Explainer, Explanation, pipeline_of
 from ml.runtime.errors import DeviceOutOfMemory, is_out_of_memory
 from worker.execution.unit import UnitLease, WorkFailed
-from worker.handlers.prediction_inputs import ScanSource, load_scan, pinned_version, weights_errors
+from worker.handlers.prediction_inputs import PinnedModel, ScanSource, load_scan, pinned_model, weights_errors
 
 log = structlog.get_logger()
 
 WRITE_SECONDS = 2.0
 """Seconds between two writes: so much work an interruption may lose."""
-Finding = tuple[int, ScanInput, str]
+Finding = tuple[int, Any, str]
 """A result's ordinal, its scan, and its predicted label."""
 
 
 @dataclass(frozen=True)
 class ExplanationRequest:
-    """The network that predicted, its precision, and whether all classes or only the predicted one are explained."""
+    """The model that predicted, and the options that it did so with."""
 
-    weights_sha256: str
-    precision: Precision
-    all_classes: bool
+    model: PinnedModel
+    options: Json
+
+    @property
+    def all_classes(self) -> bool:
+        """Whether all classes are explained, or only the predicted one."""
+        return bool(self.options.get("explain") == ALL_CLASSES)
 
 
 @cache
-def explainers() -> dict[tuple[str, Precision], Explainer]:
+def explainers() -> dict[tuple[str, str], Explainer]:
     """This process's network for explanations, by the hash of its weights and the precision: at most one."""
     return {}
 
@@ -75,7 +75,9 @@ def explain_results(unit: UnitLease) -> None:
             if time.monotonic() - written > WRITE_SECONDS:
                 _write(unit, made)
                 made, written = [], time.monotonic()
-            explained = _explained(unit, request, (result.ordinal, _scan(unit, result, folder), result.label), folder)
+            explained = _explained(
+                unit, request, (result.ordinal, _scan(unit, request, result, folder), result.label), folder
+            )
             made += explained or []
             failed += explained is None
     if failed:
@@ -96,14 +98,14 @@ def _write(unit: UnitLease, made: list[NamedBlob]) -> None:
 
 def _read(session: Session, unit: UnitLease) -> tuple[ExplanationRequest, list[Unexplained]]:
     job = session.get_one(Job, unit.claim.job_id)
-    precision, all_classes = job.params.get("precision", "auto"), job.params.get("explain") == ALL_CLASSES
-    request = ExplanationRequest(pinned_version(session, job).weights_sha256, precision, all_classes)
+    request = ExplanationRequest(pinned_model(session, job), job.params)
     return request, explanations.unexplained(session, unit.claim)
 
 
-def _scan(unit: UnitLease, result: Unexplained, folder: Path) -> ScanInput:
+def _scan(unit: UnitLease, request: ExplanationRequest, result: Unexplained, folder: Path) -> Any:
     source = ScanSource([result.ordinal], result.sha256, result.source_url)
-    return ScanInput(str(result.ordinal), partial(load_scan, unit.resources, source, folder))
+    load = partial(load_scan, unit.resources, source, folder)
+    return pipeline_of(request.model.pipeline).item(str(result.ordinal), load)
 
 
 def explain_now(
@@ -130,13 +132,13 @@ def _explained(unit: UnitLease, request: ExplanationRequest, finding: Finding, f
 
 
 def _explainer(unit: UnitLease, request: ExplanationRequest, folder: Path) -> Explainer:
-    loaded, key = explainers(), (request.weights_sha256, request.precision)
+    loaded, model = explainers(), request.model
+    key = model.sha256, request.options.get("precision", "auto")
     if key not in loaded:
         loaded.clear()
         with weights_errors():
-            loaded[key] = Explainer.load(
-                unit.resources.artifacts.fetch(request.weights_sha256, folder), request.precision
-            )
+            file = unit.resources.artifacts.fetch(model.sha256, folder)
+            loaded[key] = pipeline_of(model.pipeline).explainer(file, request.options)
     return loaded[key]
 
 
@@ -144,15 +146,10 @@ def _made(store: BlobStore, explainer: Explainer, finding: Finding, all_classes:
     """Store each class's pictures before the next class is explained: only one class is in memory at a time."""
     ordinal, scan, label = finding
     words = class_slugs(explainer.classes)
-    for each in explainer.each_class(scan, label) if all_classes else explainer.explain([scan], label):
+    for each in explainer.explanations(scan, label, all_classes):
         yield from _stored(store, each, ordinal, None if each.label == label else words.get(each.label or ""))
 
 
 def _stored(store: BlobStore, made: Explanation, ordinal: int, word: str | None) -> Iterator[NamedBlob]:
-    if made.overlay is None:
-        return
-    parts = {OVERLAY: made.overlay, HEATMAP: made.heatmap_png()}
-    if made.is_blank:
-        parts[BLANK_NOTE] = f"Nothing in this scan speaks for {made.label}: the heatmap is 0 everywhere.\n".encode()
-    for part, content in parts.items():
-        yield artifact_name(ordinal, part, word), store.put(io.BytesIO(content))
+    for suffix, content in made.files.items():
+        yield artifact_name(ordinal, suffix, word), store.put(io.BytesIO(content))

@@ -1,18 +1,16 @@
 """Unpack and check an uploaded dataset; it becomes `ready`, or `invalid` with the reasons."""
 
 import time
-from dataclasses import asdict
-from pathlib import Path
 
 from sqlalchemy.orm import Session
 
 from jobs.datasets import catalog
 from jobs.queue import lifecycle
 from jobs.tables import Dataset, Job, Json
-from ml.image.dataset.scans import DatasetReport, check_dataset
-from ml.runtime.archives import extract_zip
-from ml.runtime.errors import ArchiveError
+from ml.pipelines import DatasetCheck, Report, pipeline_of
+from ml.spec.registry import spec_of
 from worker.execution.unit import UnitLease, WorkFailed
+from worker.handlers.training_request import installed_spec
 
 REPORT_EVERY = 0.5
 """Seconds between two reports of progress."""
@@ -26,46 +24,45 @@ INVALID: Json = {
 
 def check_upload(unit: UnitLease) -> None:
     """Check the zip, and write the verdict and the job's end in one transaction."""
-    sha256 = unit.in_transaction(lambda session: _read_archive(session, unit))
+    pipeline, sha256 = unit.in_transaction(lambda session: _read(session, unit))
     with unit.workspace() as folder:
-        report = _check(unit, unit.resources.artifacts.fetch(sha256, folder), folder / "unpacked")
+        archive = unit.resources.artifacts.fetch(sha256, folder)
+        report = pipeline_of(pipeline).check(archive, folder / "unpacked", _reporter(unit, pipeline))
     unit.finish(lambda session: _write_verdict(session, unit, report))
 
 
-def _write_verdict(session: Session, unit: UnitLease, report: DatasetReport) -> None:
+def _write_verdict(session: Session, unit: UnitLease, report: DatasetCheck) -> None:
     digest = None if report.problems else report.digest
     catalog.finish_check(session, unit.claim.job_id, report.classes, digest, list(report.problems), as_json(report))
     if report.problems:
         lifecycle.fail(session, unit.claim, INVALID)
     else:
-        lifecycle.succeed(session, unit.claim, metrics={"classes": report.classes, "images": report.images})
+        lifecycle.succeed(session, unit.claim, metrics={"classes": report.classes, "images": report.items})
 
 
-def as_json(report: DatasetReport) -> Json:
+def as_json(report: DatasetCheck) -> Json:
     """What the dataset's row keeps of the check: its findings and its warnings."""
-    return {"inspection": asdict(report.inspection), "warnings": list(report.warnings)}
+    return {"inspection": report.inspection, "warnings": list(report.warnings)}
 
 
-def _read_archive(session: Session, unit: UnitLease) -> str:
+def _read(session: Session, unit: UnitLease) -> tuple[str, str]:
     job = session.get_one(Job, unit.claim.job_id)
     dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
     if dataset is None:
         raise WorkFailed("BAD_DATASET", "The dataset was deleted before it was checked. Upload it again.")
-    return dataset.archive_sha256
+    return installed_spec(dataset.pipeline).name, dataset.archive_sha256
 
 
-def _check(unit: UnitLease, archive: Path, folder: Path) -> DatasetReport:
-    try:
-        extract_zip(archive, folder)
-    except ArchiveError as error:
-        return DatasetReport({}, 0, "", (str(error),))
+def _reporter(unit: UnitLease, pipeline: str) -> Report:
+    """Report the fraction done as the job's progress, and stop the check when the unit is interrupted."""
     reported = time.monotonic()
+    stage = spec_of(pipeline).stages[0].name
 
     def report(fraction: float) -> None:
         nonlocal reported
         unit.check()
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
-            unit.report(stage="data_ingestion", progress=min(fraction, 0.999))
+            unit.report(stage=stage, progress=min(fraction, 0.999))
 
-    return check_dataset(folder, on_progress=report)
+    return report

@@ -7,8 +7,7 @@ from jobs.queue.outcomes import ScanOutcome
 from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from jobs.tables import Json
-from ml.image.serving.disposition import REJECTED, disposition_of
-from ml.image.serving.predictor import Prediction
+from ml.pipelines import REJECTED, Disposition, Pipeline, Prediction
 
 UNPLACED = -1
 """The ordinal of an outcome that has no place in the job yet: the same scan may stand at several."""
@@ -20,52 +19,60 @@ class DispositionPolicy:
 
     Args:
         classes: in the model's order.
-        low: and `high`: see ml.image.serving.disposition.
+        low: and `high`: see `ml.pipelines.Pipeline.dispose`.
     """
 
+    pipeline: Pipeline
     classes: Sequence[str]
     engine: str
     low: float
     high: float
 
     @classmethod
-    def of(cls, settings: Settings, classes: Sequence[str], engine: str) -> "DispositionPolicy":
+    def of(cls, settings: Settings, pipeline: Pipeline, classes: Sequence[str], engine: str) -> "DispositionPolicy":
         """The policy of the settings."""
-        return cls(classes, engine, settings.indeterminate_above, settings.indeterminate_below)
+        return cls(pipeline, classes, engine, settings.indeterminate_above, settings.indeterminate_below)
 
     def from_prediction(self, prediction: Prediction) -> ScanOutcome:
         """The outcome of a new prediction."""
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
             return ScanOutcome(UNPLACED, error={**error, "retryable": prediction.retryable})
-        found = disposition_of(
-            prediction.probabilities, prediction.ood_score, self.low, self.high, prediction.ood_reason, prediction.label
-        )
+        found = self.pipeline.dispose(prediction, self.low, self.high)
         return ScanOutcome(
             UNPLACED,
             prediction.label,
             prediction.confidence,
-            prediction.probabilities,
+            prediction.probabilities or None,
             self.engine,
-            disposition=found.word,
-            reason=found.reason,
+            disposition=found.word if found else None,
+            reason=found.reason if found else None,
             ood_score=prediction.ood_score,
             statistics=prediction.statistics,
+            output=prediction.output,
         )
 
     def from_cached(self, known: CachedResult) -> ScanOutcome:
         """The outcome of a cached result. Postgres does not keep the order of the classes, and the order says which of
         two is the positive one."""
-        probabilities = {name: known.probabilities[name] for name in self.classes}
-        found = disposition_of(probabilities, known.ood_score, self.low, self.high, label=known.label)
+        probabilities = {name: known.probabilities[name] for name in self.classes} if known.probabilities else {}
+        same = Prediction("", known.label, known.confidence, probabilities, ood_score=known.ood_score)
+        found = self.pipeline.dispose(same, self.low, self.high)
         return ScanOutcome(
             UNPLACED,
             known.label,
             known.confidence,
-            probabilities,
+            probabilities or None,
             self.engine,
             cached=True,
-            disposition=found.word,
-            reason=known.reason if found.word == REJECTED else found.reason,  # it says why the scan is unusual
+            disposition=found.word if found else None,
+            reason=_reason(known, found),
             ood_score=known.ood_score,
+            output=known.output,
         )
+
+
+def _reason(known: CachedResult, found: Disposition | None) -> str | None:
+    if found is None:
+        return None
+    return known.reason if found.word == REJECTED else found.reason  # the known one says why the scan is unusual

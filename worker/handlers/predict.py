@@ -7,42 +7,42 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs.queue import explanations, lifecycle
-from jobs.queue.explanations import ALL_CLASSES, NamedBlob
+from jobs.queue.explanations import NamedBlob
 from jobs.queue.outcomes import ScanOutcome
 from jobs.results.cache import CachedResult, cached_results
 from jobs.states import JobKind, ResultState
-from jobs.tables import Job, Scan, ScanResult
-from ml.image.engines.engine import Precision
-from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
+from jobs.tables import Job, Json, Scan, ScanResult
+from ml.pipelines import Pipeline, Predictor, pipeline_of
 from worker.execution.unit import UnitLease
 from worker.handlers.explain import ExplanationRequest, explain_now
 from worker.handlers.outcomes import DispositionPolicy
-from worker.handlers.prediction_inputs import ScanSource, load_scan, pinned_version, weights_errors
+from worker.handlers.prediction_inputs import PinnedModel, ScanSource, load_scan, pinned_model, weights_errors
 
 log = structlog.get_logger()
 
 MAX_LOADED_NETWORKS = 2
-"""Networks kept in memory: the champion and its predecessor. A VGG16 takes about 0.6 GB, and the same again where
-explanations are made: their network (see worker.handlers.explain) is loaded separately."""
+"""Models kept in memory: the champion and its predecessor. The largest network takes about 0.6 GB, and the same again
+where explanations are made: their network (see worker.handlers.explain) is loaded separately."""
 REPORT_SECONDS = 2.0
 """Seconds between two progress reports within a chunk."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit's work: the model, its precision and the scans. `explain`: explain them too; "all": for every class."""
+    """The unit's work: the model, the job's `options` and the scans.
 
-    model_id: uuid.UUID
-    weights_sha256: str
-    classes: Sequence[str]
-    precision: Precision
-    explain: bool | str
+    `options["explain"]`: explain them too; "all": for every class.
+    """
+
+    model: PinnedModel
+    options: Json
     scans: Sequence[ScanSource]
 
     @property
@@ -52,19 +52,19 @@ class Chunk:
 
 
 class Networks:
-    """LRU cache of loaded networks, by the hash of their weights and the precision."""
+    """LRU cache of loaded models, by the hash of their files and the precision."""
 
     def __init__(self) -> None:
-        self._loaded: OrderedDict[tuple[str, Precision], Predictor] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], Predictor] = OrderedDict()
 
-    def get(self, sha256: str, precision: Precision, fetch: Callable[[str], Path]) -> Predictor:
-        """The network; if it is not loaded yet, `fetch` returns the file with its weights."""
-        key = sha256, precision
+    def get(self, pipeline: Pipeline, sha256: str, options: Json, fetch: Callable[[str], Path]) -> Predictor:
+        """The model; if it is not loaded yet, `fetch` returns its file."""
+        key = sha256, options.get("precision", "auto")
         if key not in self._loaded:
             while len(self._loaded) >= MAX_LOADED_NETWORKS:
                 self._loaded.popitem(last=False)
             started = time.monotonic()
-            loaded = self._loaded[key] = Predictor.load(fetch(sha256), precision)
+            loaded = self._loaded[key] = pipeline.open(fetch(sha256), options)
             took = round(time.monotonic() - started, 2)
             log.info("network_loaded", sha256=sha256[:12], engine=loaded.engine.name, seconds=took)
         self._loaded.move_to_end(key)
@@ -83,8 +83,8 @@ def predict_chunk(unit: UnitLease) -> None:
     started = time.monotonic()
     with unit.workspace() as folder:
         predictor = _predictor(unit, chunk, folder)
-        explains_now = bool(chunk.explain) and _explains_now(unit)
-        scans = _scans(unit, chunk, folder, CachedScan if explains_now else ScanInput)
+        explains_now = bool(chunk.options.get("explain")) and _explains_now(unit)
+        scans = _scans(unit, chunk, folder, keep=explains_now)
         for outcome in _outcomes(unit, chunk, predictor, scans):
             unit.outcomes.append(outcome)
             if len(unit.outcomes) < chunk.results:  # a complete chunk is not handed back
@@ -93,8 +93,10 @@ def predict_chunk(unit: UnitLease) -> None:
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
-        later = bool(chunk.explain) and not explains_now
-        lifecycle.succeed(session, unit.claim, outcomes=unit.outcomes, device_seconds=seconds, then_explain=later)
+        later = bool(chunk.options.get("explain")) and not explains_now
+        lifecycle.succeed(
+            session, unit.claim, outcomes=unit.outcomes, device_seconds=seconds, enqueue_explanations=later
+        )
         explanations.insert_artifacts(session, unit.claim, made)
 
     unit.finish(end)
@@ -106,8 +108,8 @@ def _explains_now(unit: UnitLease) -> bool:
     return unit.claim.kind == JobKind.PREDICT and unit.claim.attempt == 1
 
 
-def _explained(unit: UnitLease, chunk: Chunk, scans: Sequence[ScanInput], folder: Path) -> list[NamedBlob]:
-    request = ExplanationRequest(chunk.weights_sha256, chunk.precision, chunk.explain == ALL_CLASSES)
+def _explained(unit: UnitLease, chunk: Chunk, scans: Sequence[Any], folder: Path) -> list[NamedBlob]:
+    request = ExplanationRequest(chunk.model, chunk.options)
     labels = {outcome.ordinal: outcome.label for outcome in unit.outcomes if outcome.label is not None}
     inputs = [(ordinal, scan) for source, scan in zip(chunk.scans, scans, strict=True) for ordinal in source.ordinals]
     findings = [(ordinal, scan, labels[ordinal]) for ordinal, scan in inputs if ordinal in labels]
@@ -116,10 +118,7 @@ def _explained(unit: UnitLease, chunk: Chunk, scans: Sequence[ScanInput], folder
 
 def _read_chunk(session: Session, unit: UnitLease) -> Chunk:
     job = session.get_one(Job, unit.claim.job_id)
-    version = pinned_version(session, job)
-    precision, explain = job.params.get("precision", "auto"), job.params.get("explain", False)
-    network = version.id, version.weights_sha256, version.classes
-    return Chunk(*network, precision, explain, _sources(session, unit.claim.unit_id))
+    return Chunk(pinned_model(session, job), job.params, _sources(session, unit.claim.unit_id))
 
 
 def _sources(session: Session, unit_id: uuid.UUID) -> list[ScanSource]:
@@ -140,20 +139,26 @@ def _sources(session: Session, unit_id: uuid.UUID) -> list[ScanSource]:
 
 
 def _predictor(unit: UnitLease, chunk: Chunk, folder: Path) -> Predictor:
-    fetch = partial(unit.resources.artifacts.fetch, folder=folder)
+    fetch, pipeline = partial(unit.resources.artifacts.fetch, folder=folder), pipeline_of(chunk.model.pipeline)
     with weights_errors():
-        return networks().get(chunk.weights_sha256, chunk.precision, fetch)
+        return networks().get(pipeline, chunk.model.sha256, chunk.options, fetch)
 
 
-def _scans(unit: UnitLease, chunk: Chunk, folder: Path, kind: type[ScanInput]) -> list[ScanInput]:
-    """The chunk's scans, each loaded when it is needed; its id is its first ordinal in the job."""
-    return [kind(str(source.ordinals[0]), partial(load_scan, unit.resources, source, folder)) for source in chunk.scans]
+def _scans(unit: UnitLease, chunk: Chunk, folder: Path, keep: bool) -> list[Any]:
+    """The chunk's scans as its pipeline takes them, each loaded when it is needed; its id is its first ordinal in the
+    job."""
+    item = pipeline_of(chunk.model.pipeline).item
+    return [
+        item(str(source.ordinals[0]), partial(load_scan, unit.resources, source, folder), keep)
+        for source in chunk.scans
+    ]
 
 
-def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequence[ScanInput]) -> Iterator[ScanOutcome]:
-    policy = DispositionPolicy.of(unit.resources.settings, chunk.classes, predictor.engine.name)
+def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequence[Any]) -> Iterator[ScanOutcome]:
+    pipeline, classes = pipeline_of(chunk.model.pipeline), chunk.model.classes
+    policy = DispositionPolicy.of(unit.resources.settings, pipeline, classes, predictor.engine.name)
     known = _known(unit, chunk, policy.engine)
-    left: dict[str, tuple[ScanInput, ScanSource]] = {}
+    left: dict[str, tuple[Any, ScanSource]] = {}
     for source, scan in zip(chunk.scans, scans, strict=True):
         found = known.get(source.scan_id) if source.scan_id else None
         if found is None:
@@ -172,7 +177,7 @@ def _known(unit: UnitLease, chunk: Chunk, engine: str) -> dict[uuid.UUID, Cached
     ids = [source.scan_id for source in chunk.scans if source.scan_id is not None]
     if not unit.resources.settings.reuse_results or not ids:
         return {}
-    return unit.in_transaction(lambda session: cached_results(session, chunk.model_id, engine, ids))
+    return unit.in_transaction(lambda session: cached_results(session, chunk.model.id, engine, ids))
 
 
 def _repeat(source: ScanSource, outcome: ScanOutcome) -> Iterator[ScanOutcome]:

@@ -1,7 +1,7 @@
 """What a prediction reads: the pinned model version, and the bytes of scans from the blob store or from a URL."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,12 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from jobs.models import registry
-from jobs.tables import Job, ModelVersion
-from ml.runtime.errors import ImageError, ModelFileError
+from jobs.tables import Job
+from ml.runtime.errors import ItemError, ModelFileError
 from worker.execution.resources import Resources
 from worker.execution.unit import WorkFailed
 from worker.handlers.remote_fetch import FetchFailed, fetch
+from worker.handlers.training_request import installed_spec
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ScanSource:
     scan_id: uuid.UUID | None = None
 
 
-class ScanUnavailable(ImageError):
+class ScanUnavailable(ItemError):
     """The scan's bytes cannot be read: the reason, and whether a retry may help."""
 
     def __init__(self, code: str, detail: str, retryable: bool = False) -> None:
@@ -57,15 +58,27 @@ def load_scan(resources: Resources, source: ScanSource, folder: Path) -> bytes |
     return content
 
 
-def pinned_version(session: Session, job: Job) -> ModelVersion:
-    """The model version that the job was pinned to when it was submitted.
+@dataclass(frozen=True)
+class PinnedModel:
+    """The model version that a job was pinned to when it was submitted. `sha256`: of its file."""
+
+    id: uuid.UUID
+    pipeline: str
+    sha256: str
+    classes: Sequence[str]
+
+
+def pinned_model(session: Session, job: Job) -> PinnedModel:
+    """The job's model.
 
     Raises:
-        WorkFailed: the job names none.
+        WorkFailed: the job names none, or this worker does not have its pipeline.
     """
     if job.model_id is None:
         raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
-    return registry.by_id(session, job.model_id)
+    version = registry.by_id(session, job.model_id)
+    installed_spec(version.pipeline)
+    return PinnedModel(version.id, version.pipeline, version.weights_sha256, version.classes)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Scans that a manifest names by their address: fetched when their turn comes, from allowed hosts only.
+"""Download of scans that a manifest names by URL, from allowed hosts only.
 
-No error repeats the address or anything of it, and none carries its cause: the address may name a patient.
+No error contains the URL or any part of it, or is chained to its cause: the URL may name a patient.
 """
 
 import logging
@@ -18,18 +18,18 @@ from jobs.addresses import fetch_url_error
 from jobs.settings import Settings
 
 BLOCK = 64 * 1024
-MOST_REDIRECTS = 5
-LEAST_WAIT = 0.001
+MAX_REDIRECTS = 5
+MIN_WAIT = 0.001
 CONNECTIONS = 8
-"""Kept open to one host: as many scans may be fetched at the same time without new handshakes."""
-COME_BACK = (408, 429)
-"""Refusals by the server that time mends, as every 5xx."""
+"""Connections kept open to one host: as many scans can be fetched at once without new handshakes."""
+RETRYABLE = (408, 429)
+"""Statuses that are retryable, as every 5xx."""
 HEADERS = {"User-Agent": "renalq", "Accept-Encoding": "identity"}
 REFUSED, FAILED, UNREACHABLE = "FETCH_REFUSED", "FETCH_FAILED", "FETCH_UNREACHABLE"
 
 
 class FetchFailed(Exception):
-    """The scan was not fetched: `code` for programs, the message for people, and whether another try may help."""
+    """The scan was not fetched: `code` for programs, the message for people, and whether a retry may help."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -45,17 +45,17 @@ def fetch(url: str, folder: Path, settings: Settings) -> Path:
     """
     deadline = time.monotonic() + settings.fetch_seconds
     try:
-        for _ in range(1 + MOST_REDIRECTS):
+        for _ in range(1 + MAX_REDIRECTS):
             _refuse_other_hosts(url, settings)
-            with _asked(url, deadline) as response:
+            with _request(url, deadline) as response:
                 target = response.get_redirect_location()
                 if not target:
-                    return _kept(response, folder, settings, deadline)
+                    return _save(response, folder, settings, deadline)
             url = urljoin(url, target)
-    except (HTTPError, ValueError) as error:  # ValueError: a redirect to what is no address
+    except (HTTPError, ValueError) as error:  # ValueError: a redirect to an invalid URL
         why = f"The scan's server cannot be reached, or broke off ({type(error).__name__})."
         raise FetchFailed(UNREACHABLE, why) from None
-    raise FetchFailed(FAILED, f"The scan's server redirects more than {MOST_REDIRECTS} times.")
+    raise FetchFailed(FAILED, f"The scan's server redirects more than {MAX_REDIRECTS} times.")
 
 
 def _refuse_other_hosts(url: str, settings: Settings) -> None:
@@ -63,28 +63,28 @@ def _refuse_other_hosts(url: str, settings: Settings) -> None:
         raise FetchFailed(REFUSED, why)
 
 
-def _asked(url: str, deadline: float) -> urllib3.BaseHTTPResponse:
-    wait = urllib3.Timeout(total=max(deadline - time.monotonic(), LEAST_WAIT))
-    # Redirects are not followed here: each is a new address, which must be allowed.
+def _request(url: str, deadline: float) -> urllib3.BaseHTTPResponse:
+    wait = urllib3.Timeout(total=max(deadline - time.monotonic(), MIN_WAIT))
+    # Redirects are not followed here: each is a new URL, which must be allowed.
     return _pool().request("GET", url, redirect=False, retries=False, timeout=wait, preload_content=False)
 
 
 @cache
 def _pool() -> urllib3.PoolManager:
-    # It logs whole addresses: each at DEBUG, one with an odd header as a warning.
+    # It logs whole URLs, at DEBUG and with some warnings.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return urllib3.PoolManager(maxsize=CONNECTIONS, headers=HEADERS)
 
 
-def _kept(response: urllib3.BaseHTTPResponse, folder: Path, settings: Settings, deadline: float) -> Path:
+def _save(response: urllib3.BaseHTTPResponse, folder: Path, settings: Settings, deadline: float) -> Path:
     if response.status != 200:
-        passing = response.status >= 500 or response.status in COME_BACK
-        raise FetchFailed(UNREACHABLE if passing else FAILED, f"The scan's server answered {response.status}.")
+        retryable = response.status >= 500 or response.status in RETRYABLE
+        raise FetchFailed(UNREACHABLE if retryable else FAILED, f"The scan's server answered {response.status}.")
     _refuse_beyond(int(response.headers.get("Content-Length") or 0), settings)
     descriptor, name = tempfile.mkstemp(prefix="fetched-", dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as sink:
-            # read1, not read: that would wait for a whole block, however slowly it comes, and see no deadline.
+            # read1, not read, which would wait for a whole block, however slowly it comes, past the deadline.
             while block := response.read1(BLOCK):
                 sink.write(block)
                 _refuse_beyond(sink.tell(), settings)

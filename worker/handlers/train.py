@@ -1,12 +1,11 @@
-"""A training job: fetch the dataset, run `python -m ml train` in a child process, write its events as rows."""
+"""A training job: fetch the dataset, run its pipeline in a child process, write the events as rows."""
 
 import datetime as dt
-import json
 import mimetypes
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -17,42 +16,37 @@ from jobs.models import promotion, registry, reproduction
 from jobs.models.comparison import PairedScores
 from jobs.models.gate import GatePolicy
 from jobs.queue import lifecycle
-from jobs.states import Stage
 from jobs.tables import Artifact, Json
 from ml.runtime import events
 from ml.runtime.errors import BadCheckpoint, PipelineError
+from ml.spec.pipeline import PipelineSpec
 from worker.execution.child import Child, child
 from worker.execution.unit import CancelRequested, UnitLease, WorkFailed
 from worker.handlers import checkpoints, training_request
 from worker.handlers.checkpoints import CheckpointRefused
 from worker.handlers.training_request import TrainingRequest
 from worker.tracking import backfill, live
-from worker.tracking.provenance import BASE_WEIGHTS, code_revision, environment, model_file_metadata
-from worker.tracking.runs import WEIGHTS, describe
+from worker.tracking.provenance import BASE_WEIGHTS, code_revision, environment
+from worker.tracking.runs import describe
 
 log = structlog.get_logger()
-
-STAGE_WEIGHTS = {
-    Stage.DATA_INGESTION: 0.05,
-    Stage.PREPARE_BASE_MODEL: 0.05,
-    Stage.TRAINING: 0.80,
-    Stage.EVALUATION: 0.10,  # intervals, plots and the report
-}
-"""Share of a training's time that each stage takes, measured on CPU. Only the progress uses it."""
 
 
 @dataclass
 class RunState:
     """What the child has reported so far."""
 
-    stages: list[Json] = field(default_factory=lambda: [_queued(stage) for stage in Stage])
+    spec: PipelineSpec
+    stages: list[Json] = field(default_factory=list)
     evaluated: events.Evaluated | None = None
     finished: events.Finished | None = None
     failed: events.Failed | None = None
 
-
-def _queued(stage: Stage) -> Json:
-    return {"name": stage.value, "state": "queued", "started_at": None, "finished_at": None}
+    @classmethod
+    def of(cls, spec: PipelineSpec) -> "RunState":
+        """Before the first event: all stages wait."""
+        waiting = {"state": "queued", "started_at": None, "finished_at": None}
+        return cls(spec, [{"name": stage.name, **waiting} for stage in spec.stages])
 
 
 def run_training(unit: UnitLease) -> None:
@@ -62,7 +56,7 @@ def run_training(unit: UnitLease) -> None:
         WorkFailed: the child reported an error, or died.
     """
     request = unit.in_transaction(lambda session: training_request.read(session, unit))
-    what = describe(unit.claim.job_id, request.params, request.dataset_digest)
+    what = describe(request.spec, unit.claim.job_id, request.params, request.dataset_digest)
     run = live.Run(unit.resources.settings, what, lambda run_id: _save_run_id(unit, run_id), request.mlflow_run_id)
     try:
         with unit.workspace() as folder:
@@ -74,7 +68,7 @@ def run_training(unit: UnitLease) -> None:
         raise
     if run.is_complete:
         job_id = unit.claim.job_id
-        unit.in_transaction(lambda session: backfill.mark_tracked(session, job_id, run.run_id), to_the_end=True)
+        unit.in_transaction(lambda session: backfill.mark_tracked(session, job_id, run.run_id), ignore_interrupts=True)
 
 
 def _save_run_id(unit: UnitLease, run_id: str) -> None:
@@ -107,11 +101,10 @@ def _subfolder(folder: Path, number: int) -> Iterator[Path]:
 def _run_child(
     unit: UnitLease, request: TrainingRequest, run: live.Run, folder: Path, checkpoint: Path | None
 ) -> RunState:
-    arguments = training_request.arguments(unit, request, folder)
-    arguments += [] if checkpoint is None else ["--resume", str(checkpoint)]
+    job = training_request.write(unit, request, folder, checkpoint)
     log_file = folder / "training.log"
-    state = RunState()
-    with child(arguments, unit.resources.settings.cancel_grace_seconds, log_file) as process:
+    state = RunState.of(request.spec)
+    with child(job, unit.resources.settings.cancel_grace_seconds, log_file) as process:
         unit.when_interrupted(process.stop)
         run.measure(process.pid)
         try:
@@ -162,11 +155,11 @@ def _keep_log(unit: UnitLease, log_file: Path) -> None:
 def _handle_event(unit: UnitLease, run: live.Run, state: RunState, event: events.Event) -> None:
     match event:
         case events.StageStarted():
-            _set_stage(unit, state, event.stage, "running", "started_at", progress=_progress(event.stage, 0.0))
+            _set_stage(unit, state, event.stage, "running", "started_at", state.spec.progress(event.stage, 0.0))
         case events.StageFinished():
-            _set_stage(unit, state, event.stage, "succeeded", "finished_at", progress=_progress(event.stage, 1.0))
+            _set_stage(unit, state, event.stage, "succeeded", "finished_at", state.spec.progress(event.stage, 1.0))
         case events.Progress():
-            unit.report(progress=_progress(event.stage, event.fraction))
+            unit.report(progress=state.spec.progress(event.stage, event.fraction))
         case events.Evaluated():
             state.evaluated = event
             run.log_scores(event.metrics)
@@ -182,8 +175,8 @@ def _handle_epoch_event(unit: UnitLease, run: live.Run, event: events.Event) -> 
     match event:
         case events.Steps():
             run.log_steps(event)  # MLflow only: as rows they would be most of the database
-        case events.Epoch():
-            unit.report(event=("epoch", asdict(event)))
+        case events.Epoch() | events.Round():
+            unit.report(event=("epoch", event.row()))
             run.log_epoch(event)
         case events.Checkpointed():
             checkpoints.store(unit, event)
@@ -202,13 +195,6 @@ def _set_stage(
     )
 
 
-def _progress(stage: str, fraction: float) -> float:
-    """The job's progress, 0–1, at a fraction of a stage."""
-    stages = list(Stage)
-    before = sum(STAGE_WEIGHTS[earlier] for earlier in stages[: stages.index(Stage(stage))])
-    return min(before + STAGE_WEIGHTS[Stage(stage)] * fraction, 0.999)  # only the finished job has 1
-
-
 # --- the end ---
 
 
@@ -222,10 +208,8 @@ def _finish(unit: UnitLease, request: TrainingRequest, run: live.Run, state: Run
     run.log_artifacts(files, weights)
     store = unit.resources.artifacts
     stored = {name: store.put_file(path) for name, path in files.items()}
-    blob = stored[WEIGHTS] = store.put_file(weights)
-    environment = _trained_on(request, weights)
-    digest = json.loads(files["manifest.json"].read_text())["digest"]
-    new = _new_model(request, evaluated, blob.sha256, digest, environment, run.run_id)
+    blob = stored[request.spec.model_file] = store.put_file(weights)
+    new = _new_model(request, evaluated, finished, blob.sha256, run.run_id)
     run.log_weights(str(new.dataset_digest), new.weights_sha256, new.environment.get(BASE_WEIGHTS))
 
     def end(session: Session) -> None:
@@ -236,25 +220,24 @@ def _finish(unit: UnitLease, request: TrainingRequest, run: live.Run, state: Run
             session.add(_artifact(unit, name, kept.sha256, kept.size))
         lifecycle.succeed(session, unit.claim, metrics=evaluated.metrics, device_seconds=finished.device_seconds)
 
-    unit.finish(end, and_follow=False)  # MLflow comes next: a claimed unit would wait without a heartbeat
+    unit.finish(end, claim_next=False)  # MLflow comes next: a claimed unit would wait without a heartbeat
 
 
 def _new_model(
     request: TrainingRequest,
     evaluated: events.Evaluated,
+    finished: events.Finished,
     weights_sha256: str,
-    digest: str,
-    environment: Json,
     run_id: str | None,
 ) -> registry.NewModel:
     return registry.NewModel(
         weights_sha256=weights_sha256,
-        classes=list(evaluated.metrics["classes"]),
+        classes=list(evaluated.metrics.get("classes", ())),
         params=request.params,
         metrics=evaluated.metrics,
-        dataset_digest=digest,
+        dataset_digest=finished.dataset_digest or request.dataset_digest,
         code_revision=code_revision(),
-        environment=environment,
+        environment=_trained_on(request, finished),
         mlflow_run_id=run_id,
         reference=evaluated.reference,
     )
@@ -270,10 +253,10 @@ def _shared_scores(request: TrainingRequest, comparison: Json | None) -> PairedS
     return PairedScores(request.champion.id, comparison["why"], **scores)
 
 
-def _trained_on(request: TrainingRequest, weights: Path) -> Json:
-    """What determines the network's weights besides code, data and parameters."""
+def _trained_on(request: TrainingRequest, finished: events.Finished) -> Json:
+    """What determines the model's numbers besides code, data and parameters."""
     base = {BASE_WEIGHTS: request.base_sha256} if request.base_sha256 else {}
-    return {**environment(), **model_file_metadata(weights), **base}
+    return {**environment(request.spec.packages), **finished.environment, **base}
 
 
 def _artifact(unit: UnitLease, name: str, sha256: str, size: int) -> Artifact:

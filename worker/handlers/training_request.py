@@ -115,6 +115,8 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
     """
     settings, store = unit.resources.settings, unit.resources.artifacts
     archive, champion = folder / "data.zip", request.champion
+    checkpoints_folder = folder / "checkpoints"
+    checkpoints_folder.mkdir()
     if request.archive_sha256 is not None:
         archive.symlink_to(store.fetch(request.archive_sha256, folder))
     job = TrainingJob(
@@ -123,7 +125,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         folder=folder,
         archive=archive if request.archive_sha256 is not None else None,
         source_url=request.source_url,
-        checkpoints=folder / "checkpoints",
+        checkpoints=checkpoints_folder,
         checkpoint_seconds=settings.checkpoint_seconds,
         resume=resume,
         base_model=_base_weights(unit, request, folder),

@@ -1,4 +1,4 @@
-"""MLflow's registry follows ours: Postgres decides, MLflow shows.
+"""MLflow's model registry follows RenalQ's: Postgres decides, MLflow shows.
 
 A tenant's model there is `renalq-TENANT`. Each version whose run MLflow has becomes one of its versions, with a tag
 that names ours; the alias `champion` is the champion, and `challenger` the newest version after it. A pass that dies in
@@ -19,62 +19,68 @@ from sqlalchemy.orm import Session, defer
 from jobs.db import Sessions
 from jobs.models.cards import mlflow_model_name
 from jobs.tables import ModelVersion, Promotion, RegistryMirror
-from worker.tracking.runs import WEIGHTS
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.registry import spec_of
 
 log = structlog.get_logger()
 
 VERSION_TAG = "renalq.version"
 CHAMPION, CHALLENGER = "champion", "challenger"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
-NOT_MIRRORED = ModelVersion.metrics, ModelVersion.params, ModelVersion.reference, ModelVersion.environment
-"""The large columns, which MLflow has with the run."""
+LARGE_COLUMNS = ModelVersion.metrics, ModelVersion.params, ModelVersion.reference, ModelVersion.environment
+"""Columns that are not needed here: MLflow has them with the run."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class TenantRows:
     """A tenant's versions, oldest first, and the latest change of its champion."""
 
     tenant_id: str
     versions: Sequence[ModelVersion]
     promotion_id: int
 
-    @property
-    def champion(self) -> ModelVersion | None:
-        """The champion."""
-        return next((version for version in self.versions if version.champion), None)
-
-    @property
-    def challenger(self) -> ModelVersion | None:
-        """The newest version, where it is after the champion."""
-        champion = self.champion
-        return self.versions[-1] if champion and self.versions[-1].version > champion.version else None
+    def aliases(self) -> Iterator[tuple[str, ModelVersion | None]]:
+        """The aliases of each pipeline and task with their versions; those of the default ones are the plain words."""
+        groups: dict[tuple[str, str], list[ModelVersion]] = {}
+        for version in self.versions:
+            groups.setdefault((version.pipeline, version.task), []).append(version)
+        for group, versions in groups.items():
+            suffix = "" if group == (IMAGE, DEFAULT_TASK) else f"-{'-'.join(group)}"
+            champion = next((version for version in versions if version.champion), None)
+            is_newer = champion is not None and versions[-1].version > champion.version
+            yield CHAMPION + suffix, champion
+            yield CHALLENGER + suffix, versions[-1] if is_newer else None
 
 
 def is_behind(session: Session) -> bool:
-    """Whether a version, or a change of the champion, is not in MLflow's registry, and could be."""
-    return session.scalar(_behind().limit(1)) is not None
+    """Whether a version or a change of the champion is missing in MLflow's registry, and its run is there."""
+    return session.scalar(_tenants_behind().limit(1)) is not None
 
 
-def mirror(client: Any, sessions: Sessions) -> None:
-    """Bring MLflow's registry up to date; another's turn is left to the other. What MLflow refuses of one tenant holds
-    up no other. Raises what MLflow raises where it is away: there is no use in asking on."""
+def sync_registry(client: Any, sessions: Sessions) -> None:
+    """Bring MLflow's registry up to date. Tenants locked by another process are skipped, and a refusal for one tenant does
+    not affect others.
+
+    Raises:
+        Exception: of MLflow's client, if it is away: nothing else would succeed either.
+    """
     from mlflow import MlflowException
 
     with sessions.begin() as session:
-        tenants = session.scalars(_behind()).all()
+        tenants = session.scalars(_tenants_behind()).all()
     for tenant_id in tenants:
-        with _alone(sessions, tenant_id) as alone:
-            if alone:
+        with _tenant_lock(sessions, tenant_id) as locked:
+            if locked:
                 try:
-                    _mirror(client, sessions, tenant_id)
+                    _sync_tenant(client, sessions, tenant_id)
                 except MlflowException as error:
                     if error.get_http_status_code() >= 500:
                         raise
                     log.warning("mlflow_registry_refused", tenant=tenant_id, error=error.error_code)
 
 
-def _behind() -> Any:
-    """The tenants that are. A champion whose run MLflow has not got yet waits for that."""
+def _tenants_behind() -> Any:
+    """The tenants whose registry is behind. A champion whose run MLflow does not have yet waits for it."""
     has_run = ModelVersion.mlflow_run_id.is_not(None)
     missing = select(ModelVersion.tenant_id).where(has_run, ModelVersion.mlflow_version.is_(None))
     ahead = (
@@ -87,8 +93,8 @@ def _behind() -> Any:
 
 
 @contextmanager
-def _alone(sessions: Sessions, tenant_id: str) -> Iterator[bool]:
-    """One at a time for each tenant, or a version would be made twice. No transaction is open while MLflow is asked."""
+def _tenant_lock(sessions: Sessions, tenant_id: str) -> Iterator[bool]:
+    """An advisory lock, so that no version is created twice. No transaction is open during calls to MLflow."""
     key = func.hashtext(f"mlflow_registry:{tenant_id}")
     with sessions.kw["bind"].connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if not connection.scalar(select(func.pg_try_advisory_lock(key))):
@@ -100,33 +106,33 @@ def _alone(sessions: Sessions, tenant_id: str) -> Iterator[bool]:
             connection.execute(select(func.pg_advisory_unlock(key)))
 
 
-def _mirror(client: Any, sessions: Sessions, tenant_id: str) -> None:
+def _sync_tenant(client: Any, sessions: Sessions, tenant_id: str) -> None:
     with sessions.begin() as session:
         rows = _read(session, tenant_id)
     name = mlflow_model_name(tenant_id)
     aliases = _aliases(client, name)
     numbers = _numbers(client, name, rows.versions)
-    for alias, version in ((CHAMPION, rows.champion), (CHALLENGER, rows.challenger)):
+    for alias, version in rows.aliases():
         _set_alias(client, name, alias, aliases.get(alias), numbers.get(version.id) if version else None)
     _write(sessions, rows, numbers)
-    log.info("mlflow_registry_mirrored", tenant=tenant_id, versions=len(numbers))
+    log.info("mlflow_registry_synced", tenant=tenant_id, versions=len(numbers))
 
 
 # --- rows ---
 
 
-def _read(session: Session, tenant_id: str) -> Rows:
+def _read(session: Session, tenant_id: str) -> TenantRows:
     latest = select(func.max(Promotion.id)).where(Promotion.tenant_id == tenant_id)
     mine = select(ModelVersion).where(ModelVersion.tenant_id == tenant_id).order_by(ModelVersion.version)
-    mine = mine.options(*(defer(large, raiseload=True) for large in NOT_MIRRORED))
-    # The promotion first: one that comes in between is then still to be followed.
+    mine = mine.options(*(defer(large, raiseload=True) for large in LARGE_COLUMNS))
+    # The promotion is read first: one that comes in between is then found by the next pass.
     promotion_id = session.scalar(latest) or 0
-    return Rows(tenant_id, session.scalars(mine).all(), promotion_id)
+    return TenantRows(tenant_id, session.scalars(mine).all(), promotion_id)
 
 
-def _write(sessions: Sessions, rows: Rows, numbers: dict[uuid.UUID, str]) -> None:
-    """What is new alone, and each version in a transaction of its own: a promotion locks the rows of two versions, and
-    one that met us holding several would be a deadlock."""
+def _write(sessions: Sessions, rows: TenantRows, numbers: dict[uuid.UUID, str]) -> None:
+    """Write only what is new, each version in its own transaction: a promotion locks two versions, and would deadlock
+    with a transaction that holds several."""
     for version in rows.versions:
         number = numbers.get(version.id)
         if number is not None and number != version.mlflow_version:
@@ -143,7 +149,7 @@ def _write(sessions: Sessions, rows: Rows, numbers: dict[uuid.UUID, str]) -> Non
 
 
 def _aliases(client: Any, name: str) -> dict[str, str]:
-    """The registered model's aliases; it is made where it is not there."""
+    """The aliases of the registered model, which is created if it does not exist."""
     from mlflow import MlflowException
 
     try:
@@ -156,7 +162,7 @@ def _aliases(client: Any, name: str) -> dict[str, str]:
 
 
 def _numbers(client: Any, name: str, versions: Sequence[ModelVersion]) -> dict[uuid.UUID, str]:
-    """MLflow's number of each version whose run it has; what is missing is made."""
+    """MLflow's number of each version whose run it has; missing ones are created."""
     found = client.search_model_versions(f"name='{name}'")
     known = {each.tags.get(VERSION_TAG): str(each.version) for each in found}
     with_run = [version for version in versions if version.mlflow_run_id]
@@ -168,6 +174,8 @@ def _create(client: Any, name: str, version: ModelVersion) -> str:
     tags = {
         VERSION_TAG: str(version.version),
         "renalq.job_id": str(version.job_id),
+        "renalq.pipeline": version.pipeline,
+        "renalq.task": version.task,
         "renalq.weights_sha256": version.weights_sha256,
         "renalq.dataset_digest": version.dataset_digest or "unknown",
         "renalq.gate": "promoted" if version.gate.get("promoted") else "not promoted",
@@ -178,8 +186,7 @@ def _create(client: Any, name: str, version: ModelVersion) -> str:
 
 
 def _source(client: Any, version: ModelVersion) -> tuple[str | None, str]:
-    """The run, where nobody has deleted it, and its weights; where MLflow was not given these, what they are called
-    here."""
+    """The run, unless it was deleted, and the URI of its weights; RenalQ's URI if MLflow does not have them."""
     from mlflow import MlflowException
 
     ours = f"renalq://models/{version.version}/weights"
@@ -189,8 +196,9 @@ def _source(client: Any, version: ModelVersion) -> tuple[str | None, str]:
         if error.error_code != MISSING:
             raise
         return None, ours
-    logged = any(file.path == WEIGHTS for file in client.list_artifacts(version.mlflow_run_id))
-    return version.mlflow_run_id, f"{run.info.artifact_uri}/{WEIGHTS}" if logged else ours
+    weights = spec_of(version.pipeline).model_file
+    logged = any(file.path == weights for file in client.list_artifacts(version.mlflow_run_id))
+    return version.mlflow_run_id, f"{run.info.artifact_uri}/{weights}" if logged else ours
 
 
 def _set_alias(client: Any, name: str, alias: str, now: str | None, wanted: str | None) -> None:

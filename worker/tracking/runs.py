@@ -1,4 +1,4 @@
-"""What is told to MLflow, and how: a run's parameters, tags, dataset, metrics. Every call may fail, and take long."""
+"""Calls to MLflow: a run's parameters, tags, dataset and metrics. Each may fail or take long."""
 
 import json
 import os
@@ -12,22 +12,22 @@ from typing import Any
 
 from jobs.tables import Json
 from ml.runtime.events import Steps
+from ml.spec.pipeline import PipelineSpec
 from worker.tracking.provenance import code_revision, environment
 
 EXPERIMENT = "renalq"
 METRICS_AT_ONCE = 1000
-"""MLflow's own limit for one call."""
+"""MLflow's limit per call."""
 DIGEST_LENGTH = 36
-"""MLflow's own limit for a dataset's digest; the whole of it is a tag."""
-WEIGHTS = "model.safetensors"
-PHASES = ("head", "fine_tune")
+"""MLflow's limit for a dataset's digest; the whole digest is a tag."""
 NOT_A_METRIC = ("epoch", "epochs", "attempt")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a run says of itself. It is named by the job's id: a name that a client gave may be a patient's."""
+    """Metadata of a run. Its name is the job's id: a name given by a client may be a patient's."""
 
+    spec: PipelineSpec
     job_id: uuid.UUID
     params: Json
     tags: dict[str, str]
@@ -45,21 +45,22 @@ class Point:
 
 
 def describe(
+    spec: PipelineSpec,
     job_id: uuid.UUID,
     params: Json,
     dataset_digest: str | None,
     revision: str | None = None,
     versions: Json | None = None,
 ) -> Description:
-    """A run of this code on this machine, unless another `revision` and other `versions` are named."""
+    """A run of this code on this machine, unless `revision` and `versions` are given."""
     tags = {"renalq.job_id": str(job_id), "mlflow.source.git.commit": revision or code_revision() or "unknown"}
-    tags |= {f"environment.{name}": str(value) for name, value in (versions or environment()).items()}
-    return Description(job_id, params, tags, dataset_digest)
+    tags |= {f"environment.{name}": str(value) for name, value in (versions or environment(spec.packages)).items()}
+    return Description(spec, job_id, params, tags, dataset_digest)
 
 
 def connect(url: str) -> Any:
     """MLflow's client."""
-    # MLflow reads these at each request; its defaults would try for minutes.
+    # MLflow reads these with each request; by default it retries for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
@@ -68,7 +69,7 @@ def connect(url: str) -> Any:
 
 
 def open_run(client: Any, what: Description, run_id: str | None) -> str:
-    """The run's id: of a new run, or of one that is continued."""
+    """Create a run, or continue `run_id`. Returns its id."""
     if run_id is not None:
         client.update_run(run_id, status="RUNNING")
         return run_id
@@ -84,7 +85,7 @@ def open_run(client: Any, what: Description, run_id: str | None) -> str:
 
 
 def log_dataset(client: Any, run: str, digest: str) -> None:
-    """Say what was trained on: by digest alone, since a client's name for it may be a patient's."""
+    """Log the dataset by digest only, since its name may be a patient's."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = json.dumps({"digest": digest})
@@ -93,15 +94,15 @@ def log_dataset(client: Any, run: str, digest: str) -> None:
     client.set_tag(run, "renalq.dataset_digest", digest)
 
 
-def log_weights(client: Any, run: str, made: str, begun_with: str | None) -> None:
-    """Name the weights by hash: those that the training made, and those that it began with, where they are known."""
-    client.set_tag(run, "renalq.weights_sha256", made)
-    if begun_with:
-        client.set_tag(run, "renalq.base_weights_sha256", begun_with)
+def log_weights(client: Any, run: str, new: str, base: str | None) -> None:
+    """Log the hashes of the new weights, and of those that the training started from if known."""
+    client.set_tag(run, "renalq.weights_sha256", new)
+    if base:
+        client.set_tag(run, "renalq.base_weights_sha256", base)
 
 
 def log_points(client: Any, run: str, points: Iterable[Point]) -> None:
-    """Log metrics in as few calls as may be."""
+    """Log metrics in as few calls as possible."""
     from mlflow.entities import Metric
 
     waiting = iter(points)
@@ -118,17 +119,17 @@ def now() -> int:
 
 
 def points_of_steps(steps: Steps) -> list[Point]:
-    """The loss of each step of the optimizer, and the learning rate that the last of them had."""
+    """The loss of each optimizer step, and the learning rate of the last one."""
     at, last = now(), steps.first_step + len(steps.losses) - 1
     losses = [Point("train_loss_step", loss, steps.first_step + number, at) for number, loss in enumerate(steps.losses)]
     return [*losses, Point("learning_rate_step", steps.learning_rate, last, at)] if losses else []
 
 
-def points_of_epoch(epoch: Json) -> list[Point]:
-    """An epoch's figures at its number. `phase` is 0 while the backbone is frozen, 1 in the fine-tuning."""
+def points_of_epoch(epoch: Json, phases: Sequence[str]) -> list[Point]:
+    """An epoch's figures at its number; `phase` as its place in the pipeline's `phases`."""
     figures = {name: value for name, value in epoch.items() if name not in NOT_A_METRIC}
-    if figures.get("phase") in PHASES:
-        figures["phase"] = PHASES.index(figures["phase"])
+    if figures.get("phase") in phases:
+        figures["phase"] = phases.index(figures["phase"])
     return [Point(name, value, int(epoch["epoch"]), now()) for name, value in flattened(figures)]
 
 
@@ -138,7 +139,7 @@ def points_of_scores(metrics: Json) -> list[Point]:
 
 
 def flattened(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a tree by dotted names. Of lists only intervals, and lists of objects, become metrics."""
+    """The numbers in a tree by dotted names. Of lists, only intervals and lists of objects become metrics."""
     if isinstance(value, int | float):
         yield _allowed(name), float(value)
     elif isinstance(value, dict):
@@ -151,7 +152,7 @@ def flattened(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def texts(params: Json, prefix: str = "") -> Sequence[tuple[str, str]]:
-    """Parameters as MLflow has them: texts by dotted names."""
+    """Parameters as MLflow stores them: texts by dotted names."""
     found: list[tuple[str, str]] = []
     for name, value in params.items():
         nested = isinstance(value, dict)
@@ -160,5 +161,5 @@ def texts(params: Json, prefix: str = "") -> Sequence[tuple[str, str]]:
 
 
 def _allowed(name: str) -> str:
-    """A class may bear any name, a metric may not."""
+    """A class may have any name, a metric may not."""
     return re.sub(r"[^\w.\- ]", "_", name)[:250]

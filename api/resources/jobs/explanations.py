@@ -1,4 +1,4 @@
-"""How explanations are asked for; where a result's are, and what is to be known of them."""
+"""Explanations: the field that requests them, and the links to a result's files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +24,14 @@ CANCELLED_NOTE = "It was not explained: the job was cancelled before. Submit it 
 
 
 class Explain(fields.Field[Any]):
-    """True or false, in JSON or in words; or `all`. No fields.Boolean: what a form says for those must be JSON."""
+    """A boolean, in JSON or as a string, or `all`. Not a `fields.Boolean`, since those must be JSON in a form."""
 
     def __init__(self, **kwargs: Any) -> None:
-        told = "Also make a Grad-CAM overlay and a heatmap of each result: for the class that was found, or for `all`."
+        description = (
+            "Also make a Grad-CAM overlay and heatmap of each result: for the predicted class, or for `all` classes."
+        )
         kinds = {"type": ["string", "boolean"], "enum": [ALL_CLASSES, True, False]}
-        super().__init__(metadata={**kinds, "description": told}, **kwargs)
+        super().__init__(metadata={**kinds, "description": description}, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         try:
@@ -39,54 +41,56 @@ class Explain(fields.Field[Any]):
 
 
 class PicturesSchema(ma.Schema):
-    """Of one class. Both have the scan's own size."""
+    """Images of one class. Both have the size of the scan."""
 
-    overlay = fields.String(metadata={"description": "The grey scan with the heat in colour."})
-    heatmap = fields.String(metadata={"description": "8-bit grey: 0 to 255 stand for 0 to 1."})
+    overlay = fields.String(metadata={"description": "The scan in grey with the heatmap in colour."})
+    heatmap = fields.String(metadata={"description": "8-bit greyscale: 0 to 255 stand for 0 to 1."})
     note = fields.String()
 
 
 class ExplainedSchema(ma.Schema):
-    """What a result has where explanations were asked for."""
+    """Fields of a result whose explanation was requested."""
 
-    explanation = fields.String(metadata={"description": "Where its Grad-CAM overlay is, once it is made."})
-    heatmap = fields.String(metadata={"description": "Where the heatmap is: 8-bit grey, 0 to 255 stand for 0 to 1."})
-    explanation_note = fields.String(metadata={"description": "What is to be known of it, or why there is none."})
+    explanation = fields.String(metadata={"description": "URL of its Grad-CAM overlay, once it is made."})
+    heatmap = fields.String(metadata={"description": "URL of the heatmap: 8-bit greyscale, 0 to 255 stand for 0 to 1."})
+    explanation_note = fields.String(
+        metadata={"description": "A remark on the explanation, or the reason why there is none."}
+    )
     explanations = fields.Dict(
         keys=fields.String(),
         values=fields.Nested(PicturesSchema),
-        metadata={"description": "With `explain: all`, those of each class."},
+        metadata={"description": "With `explain: all`, the files of each class."},
     )
 
 
 def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult]) -> dict[int, Json]:
-    """The fields of ExplainedSchema that each of these results has, by its ordinal."""
+    """The fields of ExplainedSchema of these results, by ordinal."""
     asked = view.job.params.get("explain")
     if not asked:
         return {}
     words = explanations.class_slugs(queries.classes(session, view)) if asked == ALL_CLASSES else {}
-    here = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
-    return {row.ordinal: _of_result(view, row, here.get(row.ordinal, {}), list(words)) for row in rows}
+    files = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
+    return {row.ordinal: _of_result(view, row, files.get(row.ordinal, {}), list(words)) for row in rows}
 
 
 def _of_result(
-    view: JobView, row: ScanResult, here: dict[str | None, ExplanationFiles], classes: Sequence[str]
+    view: JobView, row: ScanResult, files: dict[str | None, ExplanationFiles], classes: Sequence[str]
 ) -> Json:
-    if None not in here:
-        return {"explanation_note": _why_not(view)} if view.terminal and row.state == ResultState.SUCCEEDED else {}
-    found = _links(view, here[None])
-    told = {"explanation": found["overlay"], "heatmap": found.get("heatmap"), "explanation_note": found.get("note")}
+    if None not in files:
+        return {"explanation_note": _missing_note(view)} if view.terminal and row.state == ResultState.SUCCEEDED else {}
+    found = _links(view, files[None])
+    fields_ = {"explanation": found["overlay"], "heatmap": found.get("heatmap"), "explanation_note": found.get("note")}
     if classes:
-        own = {label: here[None if label == row.label else label] for label in classes}
-        told["explanations"] = {label: _links(view, pictures) for label, pictures in own.items()}
-    return {name: value for name, value in told.items() if value is not None}
+        own = {label: files[None if label == row.label else label] for label in classes}
+        fields_["explanations"] = {label: _links(view, pictures) for label, pictures in own.items()}
+    return {name: value for name, value in fields_.items() if value is not None}
 
 
-def _why_not(view: JobView) -> str:
+def _missing_note(view: JobView) -> str:
     return CANCELLED_NOTE if view.job.cancel_requested_at is not None else MISSING_NOTE
 
 
 def _links(view: JobView, pictures: ExplanationFiles) -> Json:
     links = {"overlay": pictures.overlay, "heatmap": pictures.heatmap}
-    told = {part: f"/jobs/{view.job.id}/artifacts/{name}" for part, name in links.items() if name is not None}
-    return told | ({"note": BLANK_NOTE} if pictures.is_blank else {})
+    urls = {part: f"/jobs/{view.job.id}/artifacts/{name}" for part, name in links.items() if name is not None}
+    return urls | ({"note": BLANK_NOTE} if pictures.is_blank else {})

@@ -14,12 +14,13 @@ from werkzeug.datastructures import FileStorage
 from api.http.context import admit, principal, quota, services, tenant, transaction
 from api.http.fields import File, ImageOrScanId, Metadata, ModelChoice, exactly_one
 from api.http.idempotency import key
+from api.http.pipeline_fields import PipelineName, TaskName, spec_of
 from api.intake import manifests, scan_store
 from api.intake.scan_store import MAX_SCANS
 from api.intake.upload_store import from_upload
 from api.resources.jobs.explanations import Explain
 from jobs.datasets import catalog
-from jobs.errors import BadArchive
+from jobs.errors import BadArchive, Invalid
 from jobs.models import registry
 from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
@@ -27,6 +28,7 @@ from jobs.states import JobKind, Lane
 from jobs.storage import archives
 from jobs.storage.archives import Limits, Member
 from jobs.tables import ModelVersion
+from ml.spec.pipeline import Inputs
 
 Body = dict[str, Any]
 MANIFEST = (
@@ -37,9 +39,11 @@ MANIFEST = (
 
 class _Prediction(ma.Schema):
     model = ModelChoice()
+    pipeline = PipelineName()
+    task = TaskName()
     precision = fields.String(
         validate=validate.OneOf(["auto", "fp32", "bf16", "int8"]),
-        metadata={"description": "auto: the fastest that this network was admitted for, and that the worker has."},
+        metadata={"description": "auto: the fastest one that the model was admitted for and that the worker supports."},
     )
     explain = Explain(load_default=False)
     metadata = Metadata(load_default=dict)
@@ -112,22 +116,22 @@ def predict_one(body: Body) -> uuid.UUID:
     """Submit one scan: a file, bytes, or a stored one. Returns the job's id.
 
     Raises:
-        NotAnImage, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
+        BadInput, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
     """
     source: Any = body["file"].stream if "file" in body else body.get("image", body.get("scan_id"))
     name = scan_store.file_name(body["file"]) if "file" in body else None
     if isinstance(source, uuid.UUID):
         with transaction() as session:
             model = _model(session, body)
-            scan_store.known(session, [source])
+            scan_store.results_of_stored(session, [source])
         scan_id = source
     else:
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         # Before the model: what is no image is no image whether or not there is one.
-        looked = scan_store.check(stream, "/file" if "file" in body else "/image")
+        looked = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
         model = _pinned(body)
         admit()
-        scan_id = scan_store.keep(stream, looked)[0].id
+        scan_id = scan_store.store_scan(stream, looked)[0].id
     return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
 
 
@@ -142,11 +146,11 @@ def predict_many(body: Body) -> uuid.UUID:
     """
     limits = Limits.of(services().settings)
     with _members(body, limits) as members:
-        manifest = manifests.of(body.get("manifest"), body.get("files", ()), members)
+        manifest = manifests.read_manifest(body.get("manifest"), body.get("files", ()), members)
         # Only now the model, as above.
         model = _pinned(body)
         admit(len(manifest.rows) if manifest else _announced(body, members), batches=1)
-        scans = manifest.results() if manifest else _taken(body, members, limits)
+        scans = manifest.store_scans(spec_of(body).inputs) if manifest else _taken(body, members, limits)
     return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"))
 
 
@@ -167,22 +171,23 @@ def _announced(body: Body, members: list[Member] | None) -> int:
 
 
 def _taken(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
+    inputs = spec_of(body).inputs
     if members is not None:
-        return scan_store.keep_all(scan_store.unpacked(members))
+        return scan_store.store_scans(scan_store.from_zip(members), inputs)
     if "files" in body:
-        return scan_store.keep_all(scan_store.uploaded(body["files"], body.get("custom_ids", ())))
+        return scan_store.store_scans(scan_store.from_files(body["files"], body.get("custom_ids", ())), inputs)
     if "dataset_id" in body:
-        return _of_dataset(body["dataset_id"], limits)
+        return _of_dataset(body["dataset_id"], inputs, limits)
     with transaction() as session:
-        return scan_store.known(session, body["scan_ids"], body.get("custom_ids", ()))
+        return scan_store.results_of_stored(session, body["scan_ids"], body.get("custom_ids", ()))
 
 
-def _of_dataset(dataset_id: uuid.UUID, limits: Limits) -> list[NewResult]:
+def _of_dataset(dataset_id: uuid.UUID, inputs: Inputs, limits: Limits) -> list[NewResult]:
     with transaction() as session:
         sha256 = catalog.ready(session, tenant(), dataset_id).archive_sha256
     try:
         with services().blobs.open(sha256) as stream, archives.open_zip(stream, limits) as members:
-            return scan_store.keep_all(scan_store.unpacked(members))
+            return scan_store.store_scans(scan_store.from_zip(members), inputs)
     except FileNotFoundError:
         raise BadArchive("The dataset's zip is no longer stored. Upload it again.") from None
 
@@ -193,9 +198,20 @@ def _pinned(body: Body) -> ModelVersion:
 
 
 def _model(session: Session, body: Body) -> ModelVersion:
-    version = registry.resolve(session, tenant(), body.get("model"))
+    version = registry.resolve(session, tenant(), body.get("model"), body.get("pipeline"), body.get("task"))
+    _refuse_unable(version, body)
     registry.refuse_unadmitted(version, body.get("precision", "auto"))
     return version
+
+
+def _refuse_unable(version: ModelVersion, body: Body) -> None:
+    """A version whose number is named may be of another pipeline than the default; its scans were looked at as another
+    pipeline's, then."""
+    if version.pipeline != spec_of(body).name:
+        detail = f"Version {version.version} is of the pipeline {version.pipeline}: set pipeline: {version.pipeline}."
+        raise Invalid(detail, "/pipeline")
+    if body.get("explain") and "explain" not in spec_of(body).tasks:
+        raise Invalid(f"The pipeline {version.pipeline} explains nothing: leave explain out.", "/explain")
 
 
 def _submit(
@@ -209,6 +225,8 @@ def _submit(
     new = NewJob(
         tenant_id=tenant(),
         kind=kind,
+        pipeline=model.pipeline,
+        task=model.task,
         lane=Lane(body.get("lane", lane)),
         params={name: body[name] for name in ("precision", "explain") if body.get(name)},
         metadata=body["metadata"],

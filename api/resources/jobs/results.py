@@ -45,7 +45,9 @@ class ResultsQuery(NumberedQuery):
 class ResultSchema(ExplainedSchema):
     """A prediction for one scan."""
 
-    ordinal = fields.Integer(metadata={"description": "Its place in the job, from 0: `after` of what follows it."})
+    ordinal = fields.Integer(
+        metadata={"description": "Its number in the job, from 0; as `after` it gives the results that follow."}
+    )
     scan_id = fields.UUID(allow_none=True)
     name = fields.String(allow_none=True)
     custom_id = fields.String(allow_none=True)
@@ -57,30 +59,34 @@ class ResultSchema(ExplainedSchema):
     probabilities = fields.Dict(keys=fields.String(), values=fields.Float(), allow_none=True)
     disposition = fields.String(
         allow_none=True,
-        metadata={"description": "What may be done with it: a class in lower case, `indeterminate` or `rejected`."},
+        metadata={"description": "How it may be used: a class in lower case, `indeterminate` or `rejected`."},
     )
-    reason = fields.String(allow_none=True, metadata={"description": "Why it is indeterminate or rejected."})
+    reason = fields.String(allow_none=True, metadata={"description": "Reason why it is indeterminate or rejected."})
     ood_score = fields.Float(
-        allow_none=True, metadata={"description": "Above 1 the scan is unlike those that the network has learnt from."}
+        allow_none=True,
+        metadata={"description": "Out-of-distribution score. Above 1 the scan is unlike the training scans."},
     )
-    truth = fields.String(metadata={"description": "What it turned out to show, once that was told."})
+    output = fields.Dict(metadata={"description": "Whatever else the pipeline answers for it."})
+    truth = fields.String(metadata={"description": "The true class, once it was reported."})
     model_version = fields.String(allow_none=True)
-    engine = fields.String(allow_none=True, metadata={"description": "What computed it, such as openvino-bf16."})
-    cached = fields.Boolean(metadata={"description": "Taken from an equal result: same scan, model and engine."})
+    engine = fields.String(allow_none=True, metadata={"description": "Engine that computed it, such as openvino-bf16."})
+    cached = fields.Boolean(
+        metadata={"description": "Whether it was copied from an earlier result of the same scan, model and engine."}
+    )
     error = fields.Nested(ErrorSchema)
 
 
 class ResultsPage(PageSchema):
-    """Predictions in the order of their scans."""
+    """Predictions, in the order of the scans."""
 
     data = fields.List(fields.Nested(ResultSchema), required=True)
 
 
 def to_page(session: Session, view: JobView, found: Page[ScanResult]) -> Page[Json]:
-    """Predictions as a client sees them; those that are explained by now say where."""
-    seen = explanation_fields(session, view, found.data)
-    told = feedback.labels(session, view.job.model_id, [row.scan_id for row in found.data])
-    rows = [_result(view, row, told.get(row.scan_id)) | seen.get(row.ordinal, {}) for row in found.data]
+    """Rows as a page of ResultSchema, with links to the explanations made so far."""
+    explained = explanation_fields(session, view, found.data)
+    truths = feedback.labels(session, view.job.model_id, [row.scan_id for row in found.data])
+    rows = [_result(view, row, truths.get(row.scan_id)) | explained.get(row.ordinal, {}) for row in found.data]
     return Page(rows, found.has_more, found.next)
 
 
@@ -102,7 +108,7 @@ def _result(view: JobView, row: ScanResult, truth: str | None) -> Json:
         "cached": row.cached,
     }
     optional: Json = {"custom_id": row.custom_id, "patient": row.patient, "study": row.study, "truth": truth}
-    optional["error"] = row.error
+    optional |= {"error": row.error, "output": row.output}
     return result | {name: value for name, value in optional.items() if value is not None}
 
 

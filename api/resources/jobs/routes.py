@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look, follow, cancel, retry, reproduce."""
+"""Jobs: submit, list, show, follow, cancel, retry, reproduce."""
 
 import uuid
 from typing import Any
@@ -61,7 +61,7 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 def predict(body: dict[str, Any]) -> waiting.Answer:
     """Classify one scan."""
     job_id = predict_one(body)
-    body.clear()  # an image in it is not to be held for as long as we wait
+    body.clear()  # free its image before waiting
     return waiting.accepted(job_id)
 
 
@@ -81,7 +81,7 @@ def predict_batch(body: dict[str, Any]) -> waiting.Answer:
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(JobsQuery, location="query")
 @blueprint.response(200, JobsPage)
-@blueprint.alt_response(304, description="The client has this very page.", success=True)
+@blueprint.alt_response(304, description="The client has this page.", success=True)
 @blueprint.doc(operationId="listJobs")
 def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
     """List jobs, newest first."""
@@ -120,7 +120,7 @@ def get_metrics(job_id: uuid.UUID) -> dict[str, Any]:
 @blueprint.alt_response(200, schema=TEXT, content_type=CSV, success=True)
 @blueprint.doc(operationId="listResults")
 def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], int, dict[str, str]] | Response:
-    """List a prediction's results so far; as NDJSON or CSV all of them, followed to the job's end."""
+    """List a prediction's results so far; as NDJSON or CSV, stream them to the job's end."""
     kind = negotiate(NDJSON, CSV)
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
@@ -137,11 +137,11 @@ def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], 
 @blueprint.alt_response(200, schema=BINARY, content_type=PNG, success=True)
 @blueprint.doc(operationId="getSummary")
 def get_summary(job_id: uuid.UUID) -> Summary | Response:
-    """Sum up a prediction's results so far: classes, confidences, errors; as image/png a picture of them."""
+    """Summarize a prediction's results so far: classes, confidences, errors; as image/png, a chart of them."""
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
         found = summary(session, view)
-    return summaries.answer(view, found)
+    return summaries.summary_response(view, found)
 
 
 @blueprint.route("/<id:job_id>/events")
@@ -151,7 +151,7 @@ def get_summary(job_id: uuid.UUID) -> Summary | Response:
 @blueprint.alt_response(200, schema=TEXT, content_type=SSE, success=True)
 @blueprint.doc(operationId="listEvents")
 def list_events(query: dict[str, Any], job_id: uuid.UUID) -> Page[Any] | Response:
-    """List what happened to a job; as text/event-stream, follow it to its end."""
+    """List a job's events; as text/event-stream, follow them to its end."""
     waiting.job(job_id)
     if negotiate(SSE) == SSE:
         return events.stream_events(job_id)
@@ -189,7 +189,7 @@ def get_artifact(job_id: uuid.UUID, name: str) -> Response:
 @blueprint.response(202, JobSchema)
 @blueprint.doc(operationId="cancelJob")
 def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
-    """Ask for a job's end."""
+    """Request a job's cancellation."""
     with transaction() as session:
         lifecycle.cancel(session, tenant(), job_id)
     view = waiting.job(job_id)
@@ -203,7 +203,7 @@ def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
 @blueprint.doc(operationId="retryJob")
 @idempotent(waiting.accepted)
 def retry_job(job_id: uuid.UUID) -> waiting.Answer:
-    """Submit anew what failed or was cancelled: a new job. Repeated: the same new job."""
+    """Submit what failed or was cancelled as a new job. A repeated request returns the same new job."""
     with transaction() as session:
         chunk = pace.chunk_size(session, Lane.BATCH, services().settings)
         new_id = submission.retry(session, tenant(), job_id, chunk, quota()).id
@@ -217,7 +217,7 @@ def retry_job(job_id: uuid.UUID) -> waiting.Answer:
 @blueprint.doc(operationId="reproduceJob")
 @idempotent(waiting.accepted)
 def reproduce_job(job_id: uuid.UUID) -> waiting.Answer:
-    """Do a succeeded training again, as a new job that says at its end whether the metrics match."""
+    """Repeat a succeeded training as a new job, which reports whether the metrics match."""
     with transaction() as session:
         new_id = reproduction.reproduce(session, tenant(), job_id, quota(), principal().key_id, key()).id
     return waiting.accepted(new_id)

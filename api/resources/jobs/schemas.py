@@ -6,6 +6,7 @@ from marshmallow import fields
 from api.http.context import services
 from api.http.fields import Time, one_of
 from api.http.paging import PageQuery, PageSchema
+from api.http.pipeline_fields import PipelineName
 from jobs.states import JobKind, JobState
 from jobs.tables import Job
 
@@ -15,11 +16,12 @@ class JobsQuery(PageQuery):
 
     state = fields.String(validate=one_of(JobState))
     kind = fields.String(validate=one_of(JobKind))
+    pipeline = PipelineName()
     created_after = Time()
     metadata = fields.Dict(
         keys=fields.String(),
         values=fields.String(),
-        metadata={"description": "Labels that the job must carry: `metadata[study]=7`."},
+        metadata={"description": "Labels that the job must have: `metadata[study]=7`."},
     )
 
 
@@ -33,17 +35,17 @@ class StageSchema(ma.Schema):
 
 
 class ErrorSchema(ma.Schema):
-    """Why a job, or one scan of it, failed."""
+    """Error of a job or of one scan."""
 
     code = fields.String()
     detail = fields.String()
     retryable = fields.Boolean(
-        metadata={"description": "The same work may go well if it is done again; it was, up to the limit, already."}
+        metadata={"description": "Whether another attempt may succeed. Attempts up to the limit were made already."}
     )
 
 
 class CountsSchema(ma.Schema):
-    """Parts of a job by how they ended."""
+    """Scans (or, of a training, the job itself) by outcome."""
 
     total = fields.Integer(attribute="job.total")
     succeeded = fields.Integer(attribute="job.succeeded")
@@ -53,7 +55,7 @@ class CountsSchema(ma.Schema):
 
 
 class RevisionSchema(ma.Schema):
-    """The code of a training and of its reproduction. `same` is false where either has uncommitted changes."""
+    """Code revisions of a training and of its reproduction. `same` is false if either has uncommitted changes."""
 
     original = fields.String(allow_none=True)
     now = fields.String(allow_none=True)
@@ -61,7 +63,7 @@ class RevisionSchema(ma.Schema):
 
 
 class ReproductionSchema(ma.Schema):
-    """How a reproduction compares with the training that it repeats. What differs comes as [original, now]."""
+    """Comparison of a reproduction with the original training. Differing values come as [original, now]."""
 
     of = fields.UUID()
     revision = fields.Nested(RevisionSchema)
@@ -78,6 +80,8 @@ class JobSchema(ma.Schema):
 
     id = fields.UUID(attribute="job.id")
     kind = fields.String(attribute="job.kind", validate=one_of(JobKind))
+    pipeline = fields.String(attribute="job.pipeline")
+    task = fields.String(attribute="job.task", metadata={"description": "What its model is for."})
     state = fields.String(attribute="job.state", validate=one_of(JobState))
     terminal = fields.Boolean()
     cancel_requested = fields.Function(
@@ -87,7 +91,9 @@ class JobSchema(ma.Schema):
     stage = fields.String(attribute="job.stage", allow_none=True)
     stages = fields.List(fields.Nested(StageSchema), attribute="job.stages")
     progress = fields.Float()
-    eta_seconds = fields.Float(allow_none=True, metadata={"description": "Seconds until its end, as far as known."})
+    eta_seconds = fields.Float(
+        allow_none=True, metadata={"description": "Estimated seconds until the end; null: unknown."}
+    )
     queue_position = fields.Integer(
         allow_none=True,
         metadata={"description": "Waiting jobs that are served before this one; 1000 means 1000 or more."},
@@ -108,9 +114,13 @@ class JobSchema(ma.Schema):
     finished_at = Time(attribute="job.finished_at", allow_none=True)
     results_expired_at = Time(attribute="job.results_expired_at", allow_none=True)
     device_seconds = fields.Float(attribute="job.device_seconds")
-    scans_per_second = fields.Float(allow_none=True, metadata={"description": "A prediction's pace since it began."})
+    scans_per_second = fields.Float(
+        allow_none=True, metadata={"description": "Throughput of a prediction since it started."}
+    )
     engines = fields.List(
-        fields.String(), attribute="job.engines", metadata={"description": "What computed a prediction's results."}
+        fields.String(),
+        attribute="job.engines",
+        metadata={"description": "Engines that computed a prediction's results."},
     )
     links = fields.Function(lambda view: links(view.job), metadata={"type": "object"})
 
@@ -121,7 +131,7 @@ LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind
 
 
 def links(job: Job) -> dict[str, str]:
-    """A job's addresses."""
+    """URLs of a job."""
     own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind), ())
     again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
     found = {"self": own, **{name: f"{own}/{name}" for name in (*special, *LINKED, again) if name}}
@@ -136,14 +146,14 @@ class JobsPage(PageSchema):
 
 
 class MetricsSchema(ma.Schema):
-    """A training's epochs so far, and its metrics on held-out scans once it has them."""
+    """A training's epochs so far, and its metrics on held-out scans at the end."""
 
     epochs = fields.List(fields.Dict(), required=True)
     final = fields.Dict(required=True, allow_none=True)
 
 
 class ArtifactSchema(ma.Schema):
-    """A file that a job made."""
+    """A file made by a job."""
 
     name = fields.String()
     size = fields.Integer()

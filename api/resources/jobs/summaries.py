@@ -1,4 +1,4 @@
-"""How a prediction's summary is shown: as JSON, or as a picture."""
+"""A prediction's summary as JSON or as a chart."""
 
 import marshmallow as ma
 from flask import Response
@@ -11,14 +11,14 @@ from jobs.results.summary import Summary
 
 
 class ConfidenceSchema(ma.Schema):
-    """Histograms of confidence by class. Bin i holds what is at least `edges[i]` and below `edges[i + 1]`."""
+    """Histograms of confidence by class. Bin i counts values from `edges[i]` to below `edges[i + 1]`."""
 
     edges = fields.List(fields.Float())
     counts = fields.Dict(keys=fields.String(), values=fields.List(fields.Integer()))
 
 
 class SummarySchema(ma.Schema):
-    """A prediction's results so far, summed up."""
+    """Summary of a prediction's results so far."""
 
     counts = fields.Dict(
         keys=fields.String(),
@@ -26,21 +26,23 @@ class SummarySchema(ma.Schema):
         metadata={"description": "Scans by state: total, succeeded, failed, cancelled, pending."},
     )
     classes = fields.Dict(
-        keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by label: every class."}
+        keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by predicted class."}
     )
     dispositions = fields.Dict(
         keys=fields.String(),
         values=fields.Integer(),
-        metadata={"description": "Scans by what may be done with them: a class, indeterminate, rejected."},
+        metadata={"description": "Scans by disposition: a class, indeterminate, rejected."},
     )
     confidence = fields.Nested(ConfidenceSchema)
-    errors = fields.Dict(keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by code."})
-    cached = fields.Integer(metadata={"description": "Results that were known before."})
+    errors = fields.Dict(
+        keys=fields.String(), values=fields.Integer(), metadata={"description": "Failed scans by error code."}
+    )
+    cached = fields.Integer(metadata={"description": "Results that were copied from earlier ones."})
     scans_per_second = fields.Float(allow_none=True)
 
 
-def answer(view: JobView, found: Summary) -> Summary | Response:
-    """The summary in the kind that the client accepts best."""
+def summary_response(view: JobView, found: Summary) -> Summary | Response:
+    """The summary in the media type that the client accepts best."""
     if negotiate(PNG) != PNG:
         return found
     return Response(charts.draw_summary(view, found), mimetype=PNG)

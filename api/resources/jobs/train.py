@@ -21,7 +21,7 @@ Body = dict[str, Any]
 
 
 class TrainRequest(ma.Schema):
-    """A training on a stored dataset, or on one to be fetched."""
+    """A training on a stored dataset, or on one to fetch."""
 
     dataset_id = fields.UUID()
     source_url = HttpUrl()
@@ -39,7 +39,7 @@ class TrainRequest(ma.Schema):
 
 
 def train_one(body: Body) -> uuid.UUID:
-    """Submit a training on the body's dataset or address. Returns the job's id.
+    """Submit a training on the body's dataset or source URL. Returns the job's id.
 
     Raises:
         DatasetNotFound, DatasetNotReady, Invalid, QueueFull
@@ -52,7 +52,7 @@ def train_one(body: Body) -> uuid.UUID:
 
 
 def train_on_newest(body: Body) -> uuid.UUID:
-    """Submit a training; on the newest dataset that is ready where the body names none. Returns the job's id.
+    """Submit a training, by default on the newest ready dataset. Returns the job's id.
 
     Raises:
         NoDataset, and what `train_one` raises

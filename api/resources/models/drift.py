@@ -1,4 +1,4 @@
-"""How far a version's predictions have drifted from its test scans, as JSON or as a picture."""
+"""Drift of a version's predictions from its test scans, as JSON or as a chart."""
 
 from typing import Any
 
@@ -16,18 +16,19 @@ from jobs.keys import Scope
 from jobs.models import drift
 from jobs.models.drift import Day, DriftReport
 
-blueprint = Blueprint("drift", __name__, url_prefix="/models", description="Predictions against the test scans.")
+blueprint = Blueprint(
+    "drift", __name__, url_prefix="/models", description="Drift of predictions against the test scans."
+)
 
 
 class DriftQuery(ma.Schema):
-    """How many days to look back, today among them."""
+    """Number of days up to today."""
 
     days = fields.Integer(load_default=30, validate=validate.Range(1, 365))
 
 
 class JudgedSchema(ma.Schema):
-    """Predictions of which the truth is known, without those of rejected scans. A share is null where there is nothing
-    to take it of."""
+    """Predictions with feedback, without rejected scans. A share without scans is null."""
 
     known = fields.Integer()
     right = fields.Integer()
@@ -37,7 +38,7 @@ class JudgedSchema(ma.Schema):
 
 
 def _figures(name: str, description: str) -> fields.Function:
-    """One number of each figure of a day."""
+    """A field with one attribute of each figure of a day."""
 
     def read(day: Day) -> dict[str, float]:
         return {figure: round(getattr(found, name), 4) for figure, found in day.figures.items()}
@@ -47,8 +48,7 @@ def _figures(name: str, description: str) -> fields.Function:
 
 
 class DaySchema(ma.Schema):
-    """One day (UTC) with predictions, or with truths of some. What was taken over from equal results is not counted
-    again; its truth is."""
+    """One day (UTC) with predictions or feedback. Results copied from earlier ones count in feedback only."""
 
     day = fields.Date()
     scans = fields.Integer()
@@ -58,22 +58,23 @@ class DaySchema(ma.Schema):
     since = fields.Date(
         allow_none=True,
         metadata={
-            "description": "The first of the days that the verdict is of: with few scans it takes earlier ones "
-            "along. Null: too few scans, or no reference."
+            "description": "First day of the scans that the verdict is based on: if a day has few, earlier days are "
+            "added. Null: too few scans, or no reference."
         },
     )
     psi = _figures("psi", "Population stability index of each figure against the test scans.")
-    limits = _figures("limit", "What each index must pass to have drifted: the bound, and what chance may add.")
-    drifted = fields.List(fields.String(), metadata={"description": "Figures beyond their limits."})
+    limits = _figures("limit", "Index above which each figure has drifted: the bound, and what chance may add.")
+    drifted = fields.List(fields.String(), metadata={"description": "Figures above their limits."})
     truths = fields.Nested(JudgedSchema)
 
 
 class DriftSchema(ma.Schema):
-    """A version's days, oldest first."""
+    """Drift of a version; days oldest first."""
 
     version = fields.String(attribute="model.version")
     reference_scans = fields.Integer(
-        allow_none=True, metadata={"description": "Test scans; null: the version has no reference to compare with."}
+        allow_none=True,
+        metadata={"description": "Number of test scans; null: the version has no reference to compare with."},
     )
     bound = fields.Float()
     drifted = fields.Boolean(metadata={"description": "Whether a figure of the latest day has drifted."})
@@ -83,7 +84,7 @@ class DriftSchema(ma.Schema):
         allow_none=True,
         metadata={"description": "The latest day with predictions."},
     )
-    truths = fields.Nested(JudgedSchema, metadata={"description": "Of all these days together."})
+    truths = fields.Nested(JudgedSchema, metadata={"description": "Over all these days."})
     days = fields.List(fields.Nested(DaySchema))
 
 
@@ -94,7 +95,7 @@ class DriftSchema(ma.Schema):
 @blueprint.alt_response(200, schema=BINARY, content_type=PNG, success=True)
 @blueprint.doc(operationId="getDrift")
 def get_drift(query: dict[str, Any], version: str) -> DriftReport | Response:
-    """Compare a version's predictions with its test scans, day by day; as image/png a picture of that."""
+    """Compare a version's predictions with its test scans, day by day; as image/png, a chart of it."""
     with transaction() as session:
         policy = drift.DriftPolicy.of(services().settings)
         found = drift.drift(session, named(session, version), policy, query["days"])

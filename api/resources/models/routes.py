@@ -1,4 +1,4 @@
-"""Model versions: what trainings made, which one is champion, how it came to be, and their cards."""
+"""Model versions: list, compare, promote, roll back; weights and model cards."""
 
 from typing import Any
 from uuid import UUID
@@ -13,10 +13,12 @@ from api.http.idempotency import attach_resource, idempotent
 from api.http.paging import NumberedQuery
 from api.http.responses import BINARY, BYTES, JSON, MARKDOWN, TEXT, download, negotiate
 from api.resources.models.schemas import (
+    ChampionQuery,
     CompareQuery,
     ComparisonSchema,
     ModelSchema,
     ModelsPage,
+    ModelsQuery,
     PromoteRequest,
     PromotionsPage,
     RollbackRequest,
@@ -30,12 +32,14 @@ from jobs.models.gate import GatePolicy
 from jobs.paging import Page
 from jobs.tables import ModelVersion, Promotion
 
-blueprint = Blueprint("models", __name__, url_prefix="/models", description="What trainings made.")
+blueprint = Blueprint(
+    "models", __name__, url_prefix="/models", description="Model versions, the champion, model cards."
+)
 
 
 @blueprint.route("")
 @needs(Scope.JOBS_READ)
-@blueprint.arguments(NumberedQuery, location="query")
+@blueprint.arguments(ModelsQuery, location="query")
 @blueprint.response(200, ModelsPage)
 @blueprint.doc(operationId="listModels")
 def list_models(query: dict[str, Any]) -> Page[ModelVersion]:
@@ -50,7 +54,7 @@ def list_models(query: dict[str, Any]) -> Page[ModelVersion]:
 @blueprint.response(200, ComparisonSchema)
 @blueprint.doc(operationId="compareModels")
 def compare_models(query: dict[str, Any]) -> Comparison:
-    """Compare two versions on the same test scans, and by what they were made of."""
+    """Compare two versions on common test scans, and by data and parameters."""
     with transaction() as session:
         return comparison.compare(session, tenant(), **query)
 
@@ -61,13 +65,13 @@ def compare_models(query: dict[str, Any]) -> Comparison:
 @blueprint.response(200, PromotionsPage)
 @blueprint.doc(operationId="listPromotions")
 def list_promotions(query: dict[str, Any]) -> Page[Promotion]:
-    """List who was made champion, when, by whom and why, newest first."""
+    """List promotions of champions, newest first."""
     with transaction() as session:
         return promotion.promotions(session, tenant(), **query)
 
 
-def _as_changed(model_id: UUID) -> ModelVersion:
-    """The version that an earlier try of the same request has made champion."""
+def _promoted_before(model_id: UUID) -> ModelVersion:
+    """The version that an earlier try of the same request has promoted."""
     with transaction() as session:
         return registry.by_id(session, model_id)
 
@@ -77,23 +81,24 @@ def _as_changed(model_id: UUID) -> ModelVersion:
 @accepts_body(json=RollbackRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="rollback")
-@idempotent(_as_changed)
+@idempotent(_promoted_before)
 def rollback(body: dict[str, Any]) -> ModelVersion:
-    """Make the champion before this one champion again. New predictions use it at once."""
+    """Restore the previous champion. New predictions use it at once."""
     with transaction() as session:
-        found = promotion.rollback(session, tenant(), reason=body["reason"], key_id=principal().key_id)
+        found = promotion.rollback(session, tenant(), **body, key_id=principal().key_id)
         attach_resource(session, found.id)
         return found
 
 
 @blueprint.route("/<version:version>")
 @needs(Scope.JOBS_READ)
+@blueprint.arguments(ChampionQuery, location="query")
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="getModel")
-def get_model(version: str) -> ModelVersion:
-    """Show a model version; `champion` is the one that predicts unless another is named."""
+def get_model(query: dict[str, Any], version: str) -> ModelVersion:
+    """Show a model version; `champion` is the default of predictions."""
     with transaction() as session:
-        return named(session, version)
+        return named(session, version, **query)
 
 
 @blueprint.route("/<version:version>/promote", methods=["POST"])
@@ -101,9 +106,9 @@ def get_model(version: str) -> ModelVersion:
 @accepts_body(json=PromoteRequest)
 @blueprint.response(200, ModelSchema)
 @blueprint.doc(operationId="promoteModel")
-@idempotent(_as_changed)
+@idempotent(_promoted_before)
 def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
-    """Make a version the champion, if the gate agrees or by force. New predictions use it at once."""
+    """Make a version the champion, with the gate's consent or by force. New predictions use it at once."""
     policy = GatePolicy.of(services().settings)
     with transaction() as session:
         found = promotion.promote(session, tenant(), version, policy, **body, key_id=principal().key_id)
@@ -117,7 +122,7 @@ def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
 @blueprint.alt_response(304, description="The client has these bytes.", success=True)
 @blueprint.doc(operationId="getWeights")
 def get_weights(version: str) -> Response:
-    """Download a version's network: a safetensors file that carries classes, transform and calibration."""
+    """Download a version's network: a safetensors file with classes, transform and calibration."""
     with transaction() as session:
         found = named(session, version)
     return download(found.weights_sha256, f"renalq-v{found.version}.safetensors")
@@ -129,7 +134,7 @@ def get_weights(version: str) -> Response:
 @blueprint.alt_response(200, schema={"type": "object"}, content_type=JSON, success=True)
 @blueprint.doc(operationId="getCard")
 def get_card(version: str) -> Response:
-    """Show a version's model card: what it is, what it is for, how it was tested, where it ends."""
+    """Show a version's model card: its data, intended use, evaluation and limits."""
     with transaction() as session:
         card = model_card.build_card(cards.model_card_data(session, named(session, version)))
     if negotiate(JSON, default=MARKDOWN) == JSON:
@@ -137,9 +142,9 @@ def get_card(version: str) -> Response:
     return Response(model_card_markdown.markdown(card), mimetype=MARKDOWN)
 
 
-def named(session: Session, wanted: str) -> ModelVersion:
-    """The version, or the champion; where there is none, that is no conflict here: nothing is found."""
+def named(session: Session, wanted: str, pipeline: str | None = None, task: str | None = None) -> ModelVersion:
+    """The version, or the champion. A missing champion is 404 here, not a conflict."""
     try:
-        return registry.resolve(session, tenant(), wanted)
+        return registry.resolve(session, tenant(), wanted, pipeline, task)
     except NoChampion as error:
         raise ModelNotFound(str(error)) from None

@@ -17,14 +17,14 @@ from ml.spec.registry import spec_of
 
 
 class Part(fields.Nested):
-    """A nested object that is read out of the whole row: two fields may not share an attribute otherwise."""
+    """A nested object that is read from the whole row: without this, two fields could not share an attribute."""
 
     def __init__(self, schema: type[ma.Schema], read: Callable[[ModelVersion], Json | None]) -> None:
         super().__init__(schema, allow_none=True)
         self._read = read
 
     def get_value(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `read` finds."""
+        """Apply `read` to the row."""
         return self._read(obj)
 
 
@@ -36,29 +36,33 @@ class GateSchema(ma.Schema):
 
 
 class TransformSchema(ma.Schema):
-    """How a scan becomes the network's input: resized to height × width (pixels), a CT decoded in the window."""
+    """Transform of a scan to the network's input: size in pixels, CT window."""
 
     height = fields.Integer(allow_none=True)
     width = fields.Integer(allow_none=True)
     window = fields.List(
         fields.Float(),
         allow_none=True,
-        metadata={"description": "Centre and width in Hounsfield units; null: those that the file names."},
+        metadata={"description": "Centre and width in Hounsfield units; null: those in the file."},
     )
 
 
 class CalibrationSchema(ma.Schema):
-    """How outputs become probabilities and labels: chosen on validation scans, judged on test scans."""
+    """Temperature and threshold, chosen on validation scans; calibration error on test scans."""
 
     temperature = fields.Float(allow_none=True)
-    threshold = fields.Float(allow_none=True, metadata={"description": "Of the positive class, where there are two."})
+    threshold = fields.Float(
+        allow_none=True, metadata={"description": "Decision threshold of the positive class, if there are two classes."}
+    )
     positive = fields.String(allow_none=True)
     ece = fields.Float(allow_none=True, metadata={"description": "Expected calibration error."})
-    ece_chance = fields.Float(allow_none=True, metadata={"description": "What chance alone would show."})
+    ece_chance = fields.Float(
+        allow_none=True, metadata={"description": "Calibration error that chance alone would cause."}
+    )
 
 
 class SplitSchema(ma.Schema):
-    """How many scans it learnt from, was chosen by, and was tested on."""
+    """Number of scans in each split."""
 
     train = fields.Integer()
     validation = fields.Integer()
@@ -66,7 +70,7 @@ class SplitSchema(ma.Schema):
 
 
 class ModelSchema(ma.Schema):
-    """A model version: what a training made, and all that it was made of."""
+    """A model version, with its data, parameters, code and environment."""
 
     version = fields.String()
     pipeline = fields.String()
@@ -88,7 +92,7 @@ class ModelSchema(ma.Schema):
     code_revision = fields.String(allow_none=True)
     environment = fields.Dict()
     mlflow_run_id = fields.String(allow_none=True)
-    mlflow_version = fields.String(allow_none=True, metadata={"description": "Its number in MLflow's registry."})
+    mlflow_version = fields.String(allow_none=True, metadata={"description": "Its version in MLflow's registry."})
     created_at = Time()
     promoted_at = Time(allow_none=True)
     links = fields.Function(lambda row: links(row), metadata={"type": "object"})
@@ -100,7 +104,7 @@ def declared(row: ModelVersion) -> dict[str, Any]:
 
 
 def links(row: ModelVersion) -> dict[str, str]:
-    """A version's addresses."""
+    """URLs of a version."""
     own = f"/models/{row.version}"
     found = {"self": own, "job": f"/jobs/{row.job_id}"}
     found |= {name: f"{own}/{name}" for name in ("card", "weights", "drift")}
@@ -121,23 +125,23 @@ class ModelsPage(PageSchema):
 
 
 class PromotionSchema(ma.Schema):
-    """A change of the champion: what to, from what, how, why, and by whom."""
+    """A change of the champion: new and previous version, how, why, and by which key."""
 
     id = fields.Integer()
     version = fields.String()
     pipeline = fields.String()
     task = fields.String()
-    replaced = fields.String(allow_none=True, metadata={"description": "The champion before; null: there was none."})
+    replaced = fields.String(allow_none=True, metadata={"description": "The previous champion; null: there was none."})
     how = fields.String(
         validate=one_of(PromotionMethod),
         metadata={
-            "description": "gate: at its training's end; request: somebody asked, and the gate agreed; force: against "
-            "the gate, or past it; rollback: the champion before came back."
+            "description": "gate: at the end of its training; request: on request, with the gate's consent; force: on "
+            "request, regardless of the gate; rollback: the previous champion was restored."
         },
     )
-    reason = fields.String(allow_none=True, metadata={"description": "In the words of whoever asked."})
-    verdict = fields.Nested(GateSchema, allow_none=True, metadata={"description": "What the gate said then."})
-    key_id = fields.UUID(attribute="by_key", allow_none=True, metadata={"description": "Whose request it was."})
+    reason = fields.String(allow_none=True, metadata={"description": "Reason given in the request."})
+    verdict = fields.Nested(GateSchema, allow_none=True, metadata={"description": "The gate's verdict at that time."})
+    key_id = fields.UUID(attribute="by_key", allow_none=True, metadata={"description": "Key of the request."})
     at = Time()
     links = fields.Function(lambda row: {"model": f"/models/{row.version}"}, metadata={"type": "object"})
 
@@ -149,30 +153,30 @@ class PromotionsPage(PageSchema):
 
 
 class SideSchema(ModelSchema):
-    """One of two versions, in short."""
+    """One of two compared versions."""
 
     class Meta:
         fields = ("version", "champion", "created_at", "network", "head", "classes", "dataset_digest", "gate", "links")
 
 
 class ComparisonSchema(ma.Schema):
-    """Two versions beside each other: figures on the same test scans, and what they were made of."""
+    """Comparison of two versions: figures on common test scans, and differences in data and parameters."""
 
     a = fields.Nested(SideSchema)
     b = fields.Nested(SideSchema)
-    scans = fields.Integer(allow_none=True, metadata={"description": "Test scans that both were scored on."})
+    scans = fields.Integer(allow_none=True, metadata={"description": "Number of test scans that both were scored on."})
     test_digest = fields.String(allow_none=True)
     metrics = fields.Dict(
         keys=fields.String(),
         values=fields.List(fields.Float(allow_none=True)),
-        metadata={"description": "Figures as [a's, b's]; empty without common test scans."},
+        metadata={"description": "Figures as [a, b]; empty without common test scans."},
     )
-    differences = fields.Dict(metadata={"description": "What differs, as [a's, b's]."})
-    note = fields.String(metadata={"description": "What the figures do and do not tell."})
+    differences = fields.Dict(metadata={"description": "Differing fields as [a, b]."})
+    note = fields.String(metadata={"description": "How to read the figures."})
 
 
 class Reason(fields.String):
-    """Why somebody changes the champion; it is kept with the change."""
+    """Reason for a change of the champion; stored with it."""
 
     def __init__(self) -> None:
         checks = [validate.Length(max=1000), validate.Regexp(r"\s*\S", error="Must not be blank.")]
@@ -180,7 +184,7 @@ class Reason(fields.String):
 
 
 class PromoteRequest(ma.Schema):
-    """A new champion; with `force` also against the gate, and then with a reason."""
+    """Promotion to champion; with `force` regardless of the gate, which needs a reason."""
 
     force = Boolean(load_default=False)
     reason = Reason()
@@ -192,7 +196,7 @@ class PromoteRequest(ma.Schema):
 
 
 class RollbackRequest(ma.Schema):
-    """The champion before, back again: of which pipeline and task."""
+    """Restoration of the previous champion of a pipeline and task."""
 
     pipeline = PipelineName(load_default=IMAGE)
     task = TaskName(load_default=DEFAULT_TASK)
@@ -214,7 +218,7 @@ class ChampionQuery(ma.Schema):
 
 
 class CompareQuery(ma.Schema):
-    """Which two versions to compare."""
+    """The two versions to compare."""
 
     a = ModelChoice(required=True)
     b = ModelChoice(required=True)

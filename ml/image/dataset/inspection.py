@@ -1,7 +1,7 @@
 """Data quality of a dataset: counts for a report, and warnings with a remedy each.
 
-Warnings contain no file names and no patients, so they may be logged and shown. Label conflicts name their two files, as
-they cannot be fixed otherwise; they belong to the problems, which also name unreadable files.
+Warnings contain no file names and no patients, so they may be logged and shown. Label conflicts name their two files,
+as they cannot be fixed otherwise; they belong to the problems, which also name unreadable files.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Inspection:
 
 
 def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: int = 0, stray: int = 0) -> Inspection:
-    """Count everything. `counts`: scans per class; `ignored`: files that are not images; `stray`: images in no class."""
+    """Count everything. `counts`: scans per class; `ignored`: files that are no images; `stray`: images in no class."""
     read = [scan for scan in scans if scan.height]
     return Inspection(
         broken=len(scans) - len(read),

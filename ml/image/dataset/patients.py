@@ -1,7 +1,7 @@
 """The patient of a scan, from its path below the class folder or from DICOM; kept as a hash only.
 
-The hash is a pseudonym, not an anonymization: anyone with the list of patient numbers can hash them too. Protect manifests
-and lineages like the scans' file names.
+The hash is a pseudonym, not an anonymization: anyone with the list of patient numbers can hash them too. Protect
+manifests and lineages like the scans' file names.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def patient_of(name: str, identity: str | None) -> str | None:
     """A pseudonym of 16 hex digits for the patient of a scan; None if the patient is unknown.
 
     Args:
-        name: path below the class folder. A patient id is a word and a number between separators (`patient_12`, `P0012`,
-            `case-3/slice.png`, `sub-01`) or a TCGA or CPTAC barcode; `Tumor- (12)`, `image(12)` or a bare number is none.
+        name: path below the class folder. A patient id is a word and a number between separators (`patient_12`,
+            `P0012`, `case-3/slice.png`, `sub-01`) or a TCGA or CPTAC barcode; a bare number, `Tumor- (12)` or
+            `image(12)` is none.
         identity: DICOM's PatientID, used if the name has no id; placeholders such as "anonymous" are ignored.
     """
     patient = _from_name(name) or _from_dicom(identity)

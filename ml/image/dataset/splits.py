@@ -163,7 +163,7 @@ def _assign_folds(groups: list[_Group], totals: np.ndarray, folds: int, seed: in
 
 
 def _allowed(loads: np.ndarray, remaining: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """Which folds a group with the classes `has` may go to: if a class has barely enough groups left, only empty ones."""
+    """Folds that a group with the classes `has` may go to: only empty ones if a class has barely enough groups left."""
     allowed = np.ones(len(loads), dtype=bool)
     for label in np.flatnonzero(has):
         empty = loads[:, label] == 0

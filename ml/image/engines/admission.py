@@ -18,9 +18,10 @@ from torch import nn
 from ml.evaluation.calibration import Calibration, softmax
 from ml.evaluation.intervals import Decisions, figures
 from ml.evaluation.metrics import positive_index
-from ml.image.engines.backends import engine_name, open_engine, supported_dtypes
+from ml.image.engines.backends import engine_name, open_engine
 from ml.image.engines.engine import Dtype, Precision, outputs_of
 from ml.image.engines.graphs import Ranges, activation_ranges, graph_of
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector

@@ -1,4 +1,4 @@
-"""What an engine is: uint8 pixels in, float32 out."""
+"""The protocol of engines: uint8 pixels in, float32 features or logits out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal, Protocol
 import numpy as np
 
 Dtype = Literal["fp32", "bf16", "int8"]
-"""What the products are computed in."""
-
-
+"""In which products are computed."""
 Precision = Literal["auto", "fp32", "bf16", "int8"]
+"""A requested dtype, or auto."""
 
 
 class Engine(Protocol):
-    """Pixels to features or logits, never with gradients. `batch`: how many images it likes at once; more is no faster.
+    """Computes features or logits from pixels, without gradients.
 
-    `name`: where it runs and in what form, such as openvino-bf16. `streams`: batches that it takes at the same time.
+    `name`: backend and dtype, such as openvino-bf16. `batch`: the preferred batch size; larger ones are no faster.
+    `streams`: the number of batches that it computes at the same time.
     """
 
     name: str
@@ -25,12 +25,12 @@ class Engine(Protocol):
     streams: int
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """uint8 [n, height, width, 3] batches (n may differ) → float32 [n, …], in the same order."""
+        """Batches uint8 [n, height, width, 3], where n may vary → float32 [n, …], in the same order."""
         ...
 
 
 def outputs_of(engine: Engine, images: np.ndarray) -> np.ndarray:
-    """Outputs of images that are all at hand: uint8 [N, height, width, 3] → float32 [N, …]."""
+    """The outputs of an array of images: uint8 [N, height, width, 3] → float32 [N, …]."""
     size = engine.batch
     batches = (images[start : start + size] for start in range(0, len(images), size))
     return np.concatenate(list(engine.stream(batches)))

@@ -1,9 +1,8 @@
-"""The frozen backbone, computed once for each distinct picture, never with gradients.
+"""Features of the frozen backbone, computed once per distinct picture, without gradients.
 
-Without augmentation every scan's features are computed once for the whole training, and not even that where a cache on
-disk has them (ml.runtime.cache). With augmentation those of validation and test scans are computed once, and each
-training scan's once an epoch, since its pixels are new each time. Of processes that train together each computes its
-share.
+Without augmentation, each scan's features are computed once per training, or taken from the disk cache
+(ml.runtime.cache). With augmentation, those of validation and test scans are computed once and those of training scans
+once per epoch, since their pixels change. DDP workers compute a share each.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ml.runtime.cache import Cached, read_features
 from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.runtime.tensorfile import reserve
 
-IN_MEMORY = 2**30  # bytes of kept features; beyond it they live in an unlinked temporary file
+IN_MEMORY = 2**30  # bytes of kept features; larger ones are stored in an unlinked temporary file
 
 
 class Features:
@@ -29,74 +28,73 @@ class Features:
         self, engine: Engine, pixels: np.ndarray, group: ProcessGroup = SINGLE_PROCESS, cached: Cached | None = None
     ) -> None:
         self.engine, self._pixels, self._group, self._cached = engine, pixels, group, cached
-        self._tell: Callable[[int], None] = lambda count: None
+        self._on_images: Callable[[int], None] = lambda count: None
         self._kept: np.ndarray | None = None
         self._known = np.zeros(len(pixels), dtype=bool)
-        self._recall()
+        self._load_cached()
 
-    def on_images(self, tell: Callable[[int], None]) -> None:
-        """`tell` hears how many images each batch had, as the engine finishes it."""
-        self._tell = tell
+    def on_images(self, callback: Callable[[int], None]) -> None:
+        """`callback` is called with the number of images of each batch that the engine finishes."""
+        self._on_images = callback
 
     def plain(self, scans: np.ndarray) -> np.ndarray:
-        """float32 [len(scans), …] of the scans as they are; computed on first use, then kept."""
+        """Features of unchanged scans: float32 [len(scans), …]; computed on first use, then kept."""
         return np.asarray(self.keep(scans)[scans])
 
     def keep(self, scans: np.ndarray) -> np.ndarray:
-        """Compute what is missing of the scans' plain features, and keep it. The answer has a row for every scan."""
+        """Compute missing features of unchanged scans, and keep them. Returns an array with a row for every scan."""
         missing = np.unique(scans[~self._known[scans]])
         if len(missing):
-            for rows, features in self._computed(missing, lambda rows: self._pixels[rows]):
-                self._room(features.shape[1:])[missing[rows]] = features
+            for rows, features in self._compute(missing, lambda rows: self._pixels[rows]):
+                self._kept_array(features.shape[1:])[missing[rows]] = features
             self._known[missing] = True
-        assert self._kept is not None, "at least one scan is asked for"
+        assert self._kept is not None, "scans must not be empty"
         return self._kept
 
-    def remember(self) -> None:
-        """Leave the plain features in the cache, for the next training of these scans."""
+    def store_in_cache(self) -> None:
+        """Store the features of unchanged scans in the cache, for the next training on them."""
         if self._cached is not None and self._kept is not None and self._group.is_leader:
             self._cached.store(self._kept, self._known)
 
     def augmented(self, scans: np.ndarray, augment: Augment) -> np.ndarray:
-        """float32 [len(scans), …] of the scans as `augment` changes them; a scan that stands there twice is changed
-        twice."""
+        """Features of augmented scans: float32 [len(scans), …]. Repeated scans are augmented differently each time."""
 
-        def changed(places: np.ndarray) -> np.ndarray:
-            return augment(self._pixels[scans[places]], scans[places], _turns(scans)[places])
+        def augmented(rows: np.ndarray) -> np.ndarray:
+            return augment(self._pixels[scans[rows]], scans[rows], _repetitions(scans)[rows])
 
         result: np.ndarray | None = None
-        for places, features in self._computed(np.arange(len(scans)), changed):
+        for rows, features in self._compute(np.arange(len(scans)), augmented):
             result = np.empty((len(scans), *features.shape[1:]), np.float32) if result is None else result
-            result[places] = features
-        assert result is not None, "at least one scan is asked for"
+            result[rows] = features
+        assert result is not None, "scans must not be empty"
         return result
 
-    def _computed(
+    def _compute(
         self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
         if self._group.size == 1:
-            yield from self._streamed(rows, pixels_of)
+            yield from self._stream(rows, pixels_of)
             return
-        share = [features for _, features in self._streamed(self._group.rows_to_compute(rows), pixels_of)]
+        share = [features for _, features in self._stream(self._group.rows_to_compute(rows), pixels_of)]
         yield slice(0, len(rows)), self._group.gather_rows(np.concatenate(share), len(rows))
 
-    def _streamed(
+    def _stream(
         self, rows: np.ndarray, pixels_of: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        # The engine asks for the next batch while two are running, so augmenting happens beside the device's work.
+        # The engine takes the next batch while two are running, so augmentation overlaps with the device's work.
         size, done = self.engine.batch, 0
         batches = (pixels_of(rows[start : start + size]) for start in range(0, len(rows), size))
         for features in self.engine.stream(batches):
             yield slice(done, done + len(features)), features
             done += len(features)
-            self._tell(len(features) * self._group.size)
+            self._on_images(len(features) * self._group.size)
 
-    def _room(self, shape: tuple[int, ...]) -> np.ndarray:
+    def _kept_array(self, shape: tuple[int, ...]) -> np.ndarray:
         if self._kept is None:
-            self._kept = _store((len(self._pixels), *shape))
+            self._kept = _allocate((len(self._pixels), *shape))
         return self._kept
 
-    def _recall(self) -> None:
+    def _load_cached(self) -> None:
         # Members of a team must know the same, or one would wait for shares that another does not compute.
         entry = self._group.broadcast(self._cached.entry() if self._cached is not None else None)
         found = read_features(entry) if entry is not None else None
@@ -105,22 +103,22 @@ class Features:
         known = self._group.all_true(self._known if found is None else found[1])
         if found is not None and known.any():
             self._known = known.copy()
-            self._room(found[0].shape[1:])[known] = found[0][known]
+            self._kept_array(found[0].shape[1:])[known] = found[0][known]
 
 
-def _turns(scans: np.ndarray) -> np.ndarray:
-    """How often each scan stood before its place already: int64 [len(scans)]."""
+def _repetitions(scans: np.ndarray) -> np.ndarray:
+    """How often each scan occurs before its position: int64 [len(scans)]."""
     order = np.argsort(scans, kind="stable")
     first = np.searchsorted(scans[order], scans[order])
-    turns = np.empty(len(scans), np.int64)
-    turns[order] = np.arange(len(scans)) - first
-    return turns
+    repetitions = np.empty(len(scans), np.int64)
+    repetitions[order] = np.arange(len(scans)) - first
+    return repetitions
 
 
-def _store(shape: tuple[int, ...]) -> np.ndarray:
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
     size = 4 * int(np.prod(shape))
     if size <= IN_MEMORY:
-        return np.empty(shape, np.float32)  # pages are taken only when they are written
+        return np.empty(shape, np.float32)  # memory pages are only allocated when they are written
     file = tempfile.TemporaryFile(prefix="renalq-features-")  # noqa: SIM115 - the map keeps it open; unlinked already
     reserve(file.fileno(), size)
     return np.memmap(file, np.float32, "w+", shape=shape)

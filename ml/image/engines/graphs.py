@@ -1,10 +1,10 @@
-"""Layers of torch as a graph of OpenVINO: uint8 pictures in, float32 out, the normalization inside; and its int8 form.
+"""OpenVINO graphs of torch layers: uint8 pictures in, float32 out, with the normalization inside; quantization to int8.
 
-int8 is asked for by a FakeQuantize node on what comes into a convolution or a matrix product, and by weights that are
-int8 times the size of a step. OpenVINO's CPU plugin takes the two for an integer product. What comes in keeps one range
-for the whole tensor, the weights one for each output channel (Krishnamoorthi 2018, "Quantizing deep convolutional
-networks for efficient inference"). The first convolution sees the picture and the last product makes the logits: both
-stay as they are, since their rounding would cost most and their work is about a hundredth.
+int8 is requested by a FakeQuantize node on the input of a convolution or matrix product, and by weights that are int8
+times a step size; OpenVINO's CPU plugin fuses these into an integer product. Inputs have one range per tensor, weights
+one per output channel (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference"). The first
+convolution, which sees the picture, and the last product, which computes the logits, are not quantized: their rounding
+would do the most harm, and they are about a hundredth of the work.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ml.image.networks.feature_descriptor import HeadWithDescriptor
 from ml.image.pixels.transforms import Transform
 
 Ranges = Sequence[tuple[float, float]]
-"""Lowest and highest value that comes into each layer that is quantized, in the order of the graph."""
-_SEEN_AT_ONCE = 4  # pictures; see ml.image.engines.backends.SMALL_BATCH
+"""The range of the input of each quantized layer, (lowest, highest), in the order of the graph."""
+_RANGE_BATCH = 4  # pictures; see ml.image.engines.backends.SMALL_BATCH
 
 
 def graph_of(layers: nn.Sequential, transform: Transform) -> Any:
     """An `openvino.Model` of the layers: uint8 [n, height, width, 3] → float32 [n, …].
 
-    With a `HeadWithDescriptor` at the end it has two outputs, logits and descriptor: behind a Concat the logits would be rounded
-    to bf16 wherever the network is.
+    If it ends in a `HeadWithDescriptor` it has two outputs, logits and descriptor. After a Concat, a bf16 network would
+    round the logits to bf16 as well.
     """
     leaves = list(_leaves(layers))
-    graph = _written(leaves, transform) if all(map(_can_be_written, leaves)) else _traced(layers, transform)
+    graph = _build(leaves, transform) if all(map(_can_build, leaves)) else _trace(layers, transform)
     if not any(isinstance(leaf, HeadWithDescriptor) for leaf in leaves):
         return graph
     concat = graph.get_results()[0].input_value(0).get_node()
@@ -51,15 +51,15 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _can_be_written(layer: nn.Module) -> bool:
+def _can_build(layer: nn.Module) -> bool:
     if isinstance(layer, HeadWithDescriptor):
-        return all(map(_can_be_written, _leaves(layer.head)))
+        return all(map(_can_build, _leaves(layer.head)))
     kinds = nn.Conv2d | nn.ReLU | nn.MaxPool2d | nn.AdaptiveAvgPool2d | nn.Flatten | nn.Linear | nn.Dropout
     return isinstance(layer, kinds)
 
 
-def _written(layers: Sequence[nn.Module], transform: Transform) -> Any:
-    """VGG16's graph, layer by layer from torch's own memory: tracing it takes 3 s and a second copy."""
+def _build(layers: Sequence[nn.Module], transform: Transform) -> Any:
+    """VGG16's graph, layer by layer, on torch's memory. Tracing would take 3 s and a second copy of the weights."""
     ov = openvino_import.openvino()
     from openvino import opset15 as op
 
@@ -68,11 +68,11 @@ def _written(layers: Sequence[nn.Module], transform: Transform) -> Any:
     mean, std = (255 * np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (transform.mean, transform.std))
     node = op.divide(op.subtract(node, op.constant(mean)), op.constant(std))
     for layer in layers:
-        node = _write_layer(op, layer, node)
+        node = _build_layer(op, layer, node)
     return ov.Model([node], [images], "network")
 
 
-def _write_layer(op: Any, layer: nn.Module, node: Any) -> Any:
+def _build_layer(op: Any, layer: nn.Module, node: Any) -> Any:
     if isinstance(layer, nn.Conv2d):
         weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()  # type: ignore[union-attr]
         node = op.convolution(node, op.constant(weight, shared_memory=True), [1, 1], [1, 1], [1, 1], [1, 1])
@@ -90,26 +90,25 @@ def _write_layer(op: Any, layer: nn.Module, node: Any) -> Any:
     if isinstance(layer, nn.Dropout):
         return node
     if isinstance(layer, HeadWithDescriptor):
-        return _write_described(op, layer, node)
+        return _build_head(op, layer, node)
     side = int(layer.output_size)  # type: ignore[arg-type]
     output = node if hasattr(node, "get_partial_shape") else node.output(0)
     sides = [output.get_partial_shape()[axis].get_length() for axis in (2, 3)]
     return node if sides == [side, side] else op.adaptive_avg_pool(node, op.constant(np.array([side, side])))
 
 
-def _write_described(op: Any, layer: HeadWithDescriptor, features: Any) -> Any:
+def _build_head(op: Any, layer: HeadWithDescriptor, features: Any) -> Any:
     logits = features
     for leaf in _leaves(layer.head):
-        logits = _write_layer(op, leaf, logits)
+        logits = _build_layer(op, leaf, logits)
     maps = op.reshape(features, np.array([0, layer.maps, -1]), True)
     return op.concat([logits, op.reduce_mean(maps, np.array([2]))], 1)
 
 
-def _traced(layers: nn.Sequential, transform: Transform) -> Any:
-    """Any other network, by OpenVINO's reader of torch modules: some seconds, once.
+def _trace(layers: nn.Sequential, transform: Transform) -> Any:
+    """The graph of any other network, by OpenVINO's frontend for torch; takes some seconds.
 
-    `openvino.convert_model` wraps the same, and tells a statistics service about it (see
-    ml.image.engines.openvino_import).
+    `openvino.convert_model` does the same, but sends telemetry (see ml.image.engines.openvino_import).
     """
     ov = openvino_import.openvino()
     from openvino.frontend import FrontEndManager
@@ -117,7 +116,9 @@ def _traced(layers: nn.Sequential, transform: Transform) -> Any:
 
     example = torch.zeros(2, 3, transform.height, transform.width)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing: shapes that are the same for every picture
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing warns about shapes that become constants, but they are the same for every picture
         reader, module = (
             FrontEndManager().load_by_framework("pytorch"),
             TorchScriptPythonDecoder(layers, example_input=example),
@@ -136,9 +137,9 @@ def _traced(layers: nn.Sequential, transform: Transform) -> Any:
 
 
 def activation_ranges(graph: Any, pictures: np.ndarray) -> Ranges:
-    """The range of what comes into each layer that `quantize` changes: mean over uint8 pictures [n, height, width, 3].
+    """The input range of each layer that `quantize` changes, from pictures uint8 [n, height, width, 3].
 
-    Their lowest and highest values' mean, not the extremes: one odd picture must not coarsen all others.
+    It is the mean of the pictures' minima and maxima, so that an unusual picture does not make all others coarser.
     """
     ov = openvino_import.openvino()
     from openvino import opset15 as op
@@ -150,42 +151,44 @@ def activation_ranges(graph: Any, pictures: np.ndarray) -> Ranges:
         ends += [op.reduce_min(values, axes), op.reduce_max(values, axes)]
     compiled = ov.Core().compile_model(ov.Model(ends, graph.get_parameters(), "ranges"), "CPU")
     parts = []
-    for start in range(0, len(pictures), _SEEN_AT_ONCE):
-        found = compiled({0: np.ascontiguousarray(pictures[start : start + _SEEN_AT_ONCE])})
+    for start in range(0, len(pictures), _RANGE_BATCH):
+        found = compiled({0: np.ascontiguousarray(pictures[start : start + _RANGE_BATCH])})
         parts.append(np.stack([found[output].reshape(-1) for output in compiled.outputs], axis=1))
     means = np.concatenate(parts).mean(axis=0).reshape(-1, 2)
     return [(float(low), float(high)) for low, high in means]
 
 
 def quantize(graph: Any, ranges: Ranges) -> None:
-    """Make the graph's products those of integers, in place. ValueError where `ranges` are of another graph."""
+    """Quantize the graph to int8, in place. ValueError if `ranges` belong to another graph."""
     from openvino import opset15 as op
 
     products = _products(graph)
     if len(products) != len(ranges):
         raise ValueError(f"{len(ranges)} ranges for {len(products)} products")
     for node, (low, high) in zip(products, ranges, strict=True):
-        ends = _integers(low, high)
-        entering = op.fake_quantize(node.input_value(0), *(op.constant(np.float32(end)) for end in ends * 2), 256)
-        steps, size = _stepped(node)
-        # Floats behind a FakeQuantize would do as well, but the plugin takes 3 s to turn VGG16's into this.
+        ends = _quantized_range(low, high)
+        inputs = op.fake_quantize(node.input_value(0), *(op.constant(np.float32(end)) for end in ends * 2), 256)
+        steps, size = _quantized_weights(node)
+        # Float weights with a FakeQuantize would do too, but the plugin takes 3 s to convert those of VGG16.
         weights = op.multiply(op.convert(op.constant(steps), "f32"), op.constant(size))
-        node.input(0).replace_source_output(entering.output(0))
+        node.input(0).replace_source_output(inputs.output(0))
         node.input(1).replace_source_output(weights.output(0))
     graph.validate_nodes_and_infer_types()
 
 
-def _stepped(node: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A layer's weights as int8, and the size of a step for each output channel: together the weights, rounded."""
+def _quantized_weights(node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's weights as int8, and the step size of each output channel; their product is the rounded weights."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory that must not be written; torch is four times as fast as numpy here
+        warnings.simplefilter(
+            "ignore"
+        )  # the memory is read-only, which torch warns about; torch is four times as fast as numpy here
         weights = torch.from_numpy(node.input_value(1).get_node().data)
     size = weights.abs().amax(dim=_inner_axes(node), keepdim=True).clamp_min(1e-30) / 127
     return (weights / size).round_().to(torch.int8).numpy(), size.numpy()
 
 
-def _integers(low: float, high: float) -> tuple[float, float]:
-    """The ends of 256 even steps: from 0 where nothing is negative, else those of a signed byte."""
+def _quantized_range(low: float, high: float) -> tuple[float, float]:
+    """The ends of 256 even steps: from 0 if nothing is negative, else those of a signed byte."""
     if low >= 0:
         return 0.0, max(high, 1e-12)
     largest = max(-low, high, 1e-12)
@@ -193,14 +196,14 @@ def _integers(low: float, high: float) -> tuple[float, float]:
 
 
 def _products(graph: Any) -> list[Any]:
-    """Convolutions and matrix products with weights, but for the first and the last."""
+    """Convolutions and matrix products with constant weights, except for the first and the last one."""
     kinds = ("Convolution", "GroupConvolution", "MatMul")
     found = [node for node in graph.get_ordered_ops() if node.get_type_name() in kinds]
     return [node for node in found if node.input_value(1).get_node().get_type_name() == "Constant"][1:-1]
 
 
 def _inner_axes(node: Any) -> tuple[int, ...]:
-    """The axes of a layer's weights that are not of its outputs."""
+    """The axes of a layer's weights that do not belong to its outputs."""
     rank = len(node.input_value(1).get_node().data.shape)
     if node.get_type_name() == "MatMul":
         return (rank - 1,) if node.get_attributes()["transpose_b"] else (rank - 2,)

@@ -1,9 +1,8 @@
-"""The one door to OpenVINO.
+"""Imports OpenVINO without telemetry; import it nowhere else.
 
-A plain `import openvino` writes a client id below the home folder and sends an event to a statistics service on the
-internet, in a process of its own; so does its converter. Nothing of ours may talk to the outside. Where its telemetry
-package cannot be imported it takes a stand-in that does nothing: so that import is refused here, before anything else
-imports OpenVINO.
+A plain `import openvino`, like its converter, writes a client id below the home folder and sends an event to a
+statistics service on the internet, from a separate process. If its telemetry package cannot be imported, OpenVINO uses a stub that
+does nothing. So that import is blocked here, before OpenVINO itself is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from types import ModuleType
 _TELEMETRY = "openvino_telemetry"
 
 
-def is_here() -> bool:
+def is_installed() -> bool:
     """Whether OpenVINO is installed."""
     return importlib.util.find_spec("openvino") is not None
 
@@ -25,5 +24,5 @@ def is_here() -> bool:
 @cache
 def openvino() -> ModuleType:
     """Import OpenVINO without its telemetry."""
-    sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type]  # Python's own way to refuse an import
+    sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type]  # None makes Python refuse the import
     return importlib.import_module("openvino")

@@ -16,11 +16,6 @@ import torch.nn.functional as F
 Tensors = Mapping[str, torch.Tensor]
 
 
-def device() -> torch.device:
-    """Where learning happens."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @dataclass(frozen=True)
 class Batch:
     """Scans whose gradient is computed at once. `rows`: int64, of the window; `labels`: int64; `share`: what its mean

@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ml.image.engines.backends import device_has_bf16
+from ml.image.engines.hardware import device_has_bf16, training_device
 from ml.image.learning.learner import (
     Batch,
     Criterion,
     Tensors,
     add_prefix,
-    device,
     optimizer_state,
     restore_optimizer,
     set_rate,
@@ -44,7 +43,7 @@ class TorchLearner:
         criterion: Criterion,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.device = group.device() if group.size > 1 else device()
+        self.device = group.device() if group.size > 1 else training_device()
         self._above = above.to(self.device).requires_grad_(True)
         self._criterion, self._clip, self._group = criterion, params.clip_norm, group
         self._module: nn.Module = _in_step(self._above) if group.size > 1 else self._above

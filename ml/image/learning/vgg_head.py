@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ml.image.learning.learner import (  # fmt: skip
+from ml.image.engines.hardware import training_device
+from ml.image.learning.learner import (
     Batch,
     Criterion,
     Tensors,
     add_prefix,
-    device,
     optimizer_state,
     restore_optimizer,
     set_rate,
@@ -29,7 +29,7 @@ class VggHeadLearner:
     """See `ml.image.learning.learner.Learner`. `classifier`: Linear, ReLU, then anything; changed in place."""
 
     def __init__(self, classifier: nn.Sequential, params: Params, criterion: Criterion) -> None:
-        self.device = device()
+        self.device = training_device()
         self._classifier, self._criterion = classifier.to(self.device), criterion
         self._linear = cast(nn.Linear, classifier[0])
         self._first = SpanSgdLinear(self._linear, params.momentum, params.weight_decay)

@@ -42,7 +42,7 @@ NOTABLE = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """A normal distribution of vectors [width]: free variances along some orthogonal axes, one variance for all others.
+    """A normal distribution of vectors [width]: own variances along some orthogonal axes, one for all other directions.
 
     Vectors are standardized by `mean` and `scale`, [width] each. Of standardized vectors, `variances` [axes] are those
     along `axes` [axes, width], and `rest` is the variance in every other direction.

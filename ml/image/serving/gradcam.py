@@ -34,7 +34,7 @@ from ml.evaluation.metrics import positive_index
 from ml.image.engines.admission import choose_float_dtype
 from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import Precision, outputs_of
-from ml.image.learning.learner import device
+from ml.image.engines.hardware import training_device
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.serving.predictor import ScanInput
@@ -87,7 +87,7 @@ class Explainer:
         with naming_out_of_memory():
             # One scan at a time: with VGG16 it takes 153 ms, but 214 ms if a second stream has half of the cores.
             self._below = open_engine(below, model.transform, dtype, streams=1)
-            self._above = above.requires_grad_(False).eval().to(device())
+            self._above = above.requires_grad_(False).eval().to(training_device())
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Explainer:
@@ -129,7 +129,9 @@ class Explainer:
 
     def _features(self, pixels: np.ndarray) -> torch.Tensor:
         """Outputs of the lower layers for one scan, shared by all classes."""
-        return torch.from_numpy(outputs_of(self._below, np.stack([self.transform.resize(pixels)]))).to(device())
+        return torch.from_numpy(outputs_of(self._below, np.stack([self.transform.resize(pixels)]))).to(
+            training_device()
+        )
 
     def _explain_class(self, scan_id: str, pixels: np.ndarray, features: torch.Tensor, label: str) -> Explanation:
         with naming_out_of_memory():

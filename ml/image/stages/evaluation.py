@@ -75,7 +75,7 @@ def _cache_features(run: Run) -> None:
     tuned = any(epoch.phase == "fine_tune" for epoch in run.epochs)
     for top, features in run.features_by_top.items():
         if top or not tuned:
-            features.remember()
+            features.store_in_cache()
 
 
 def _model_outputs(run: Run, model: Model) -> ModelOutputs:

@@ -18,7 +18,8 @@ from ml.evaluation.metrics import positive_index
 from ml.image.dataset.lineage import lineage
 from ml.image.dataset.splits import Split, group_scans
 from ml.image.engines.admission import RANGE_SCANS, TRIAL_SCANS, Admission, admit
-from ml.image.engines.backends import default_dtype, device_name, training_precision
+from ml.image.engines.backends import default_dtype, training_precision
+from ml.image.engines.hardware import device_name
 from ml.image.learning.checkpoints import CheckpointWriter, Origin, load_resume_checkpoint
 from ml.image.learning.ddp_worker import training_group
 from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, logits_of, train

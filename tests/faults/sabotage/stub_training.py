@@ -1,11 +1,10 @@
-"""Stands in for `python -m ml train` in trainings under test: the same protocol (ml.runtime.events), four stages, no
+"""Stands in for `python -m ml run` in trainings under test: the same protocol (ml.runtime.events), four stages, no
 network.
 
 What the act sets: `seconds` an epoch takes, `model_bytes`, `stubborn` (ignores SIGTERM), `refuses` (says of every
 checkpoint that it is of another training).
 """
 
-import argparse
 import json
 import os
 import signal
@@ -14,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ml.pipelines import TrainingJob
 from ml.runtime import events
+from ml.spec.image_pipeline import STAGES
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
 SCORES = {
@@ -27,29 +28,21 @@ FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves
 
 def main() -> None:
     """Run the four stages."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("command")
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--params", type=Path)
-    parser.add_argument("--checkpoints", type=Path)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--champion", type=Path)
-    known, _ = parser.parse_known_args()
+    command, file = sys.argv[1:]
+    assert command == "run"
+    job = TrainingJob.of(json.loads(Path(file).read_text()))
     if ACT.get("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if known.resume is not None and ACT.get("refuses"):
+    if job.resume is not None and ACT.get("refuses"):
         _say(events.Failed("BAD_CHECKPOINT", "The checkpoint is of a training on another dataset."))
         sys.exit(1)
-    import yaml
-
-    params = {name.lower(): value for name, value in yaml.safe_load(known.params.read_text()).items()}
-    for stage in events.STAGES:
+    for stage in STAGES:
         _say(events.StageStarted(stage))
         if stage == "training":
-            _train(int(params["epochs"]), known.checkpoints, known.resume)
+            _train(int(job.params["epochs"]), job.checkpoints, job.resume)
         _say(events.StageFinished(stage, 0.1))
-    _say(events.Evaluated(SCORES, REFERENCE, _beside(known.champion)))
-    _say(_finished(known.config.parent))
+    _say(events.Evaluated(SCORES, REFERENCE, _beside(job.champion)))
+    _say(_finished(job.folder))
 
 
 def _beside(champion: Path | None) -> dict[str, Any] | None:
@@ -89,7 +82,7 @@ def _finished(folder: Path) -> events.Finished:
     model.write_bytes(os.urandom(ACT.get("model_bytes", 1000)))
     for name in FILES:
         (folder / name).write_text('{"digest": "%s"}' % ("d" * 64))
-    return events.Finished(str(model), {name: str(folder / name) for name in FILES}, device_seconds=0.1)
+    return events.Finished(str(model), {name: str(folder / name) for name in FILES}, device_seconds=0.1, dataset_digest="d" * 64)
 
 
 def _say(event: events.Event) -> None:

@@ -31,8 +31,8 @@ from tests.processes import eventually
 from tests.receivers import SHORT, Receiver, allowing, receiving
 from worker.dispatcher import webhook_client
 from worker.dispatcher import webhook_sender as sending
-from worker.dispatcher.webhook_client import Undelivered, post
-from worker.dispatcher.webhook_sender import SENDERS, SENDERS_OF_ONE, delivering
+from worker.dispatcher.webhook_client import DeliveryFailed, post
+from worker.dispatcher.webhook_sender import MAX_PARALLEL, MAX_PARALLEL_PER_TENANT, sending_webhooks
 
 TOKEN = "token-4711"  # of an address that nobody else may learn
 DATA = {"job_id": "7", "state": "succeeded"}
@@ -70,7 +70,7 @@ def ended(sessions: Sessions, number: int = 1) -> list[Delivery]:
 
 def test_a_delivery_is_what_standard_webhooks_says(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     webhook = subscribe(sessions, receiver.url)
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "job_7_succeeded")
         (received,) = receiver.first()
         (row,) = ended(sessions)
@@ -87,7 +87,7 @@ def test_what_was_due_before_the_start_is_sent_and_the_end_waits_for_it(
 ) -> None:
     subscribe(sessions, receiver.url)
     emit(sessions, "one", "two")
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         receiver.first(2)
     assert [row.state for row in ended(sessions, 2)] == ["delivered"] * 2
     assert receiver.counted() == {"one": 1, "two": 1}
@@ -98,7 +98,7 @@ def test_an_error_is_answered_by_another_try_with_the_same_id(
 ) -> None:
     webhook = subscribe(sessions, receiver.url)
     receiver.statuses = [500, 429]
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "event")
         tries = receiver.first(3)
         (row,) = ended(sessions)
@@ -110,7 +110,7 @@ def test_an_error_is_answered_by_another_try_with_the_same_id(
 def test_a_receiver_that_never_takes_it_is_given_up(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     subscribe(sessions, receiver.url)
     receiver.statuses = [500] * 10
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "event")
         (row,) = ended(sessions)
     assert (row.state, row.attempts, row.error) == ("failed", 4, "The receiver answered 500.")
@@ -122,7 +122,7 @@ def test_410_ends_it_at_once_and_silences_the_webhook(
 ) -> None:
     subscribe(sessions, receiver.url)
     receiver.statuses = [410]
-    with receiving() as other, delivering(allowing(settings, receiver, other)):
+    with receiving() as other, sending_webhooks(allowing(settings, receiver, other)):
         emit(sessions, "event", "waiting")
         row, waiting = ended(sessions, 2)
         subscribe(sessions, other.url)
@@ -138,7 +138,7 @@ def test_410_ends_it_at_once_and_silences_the_webhook(
 def test_a_redirect_is_not_followed(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     with receiving() as other:
         subscribe(sessions, f"http://{receiver.host}/to/{other.url}")
-        with delivering(allowing(settings, receiver, other)):
+        with sending_webhooks(allowing(settings, receiver, other)):
             emit(sessions, "event")
             (row,) = ended(sessions)
         assert other.received == []
@@ -148,10 +148,10 @@ def test_a_redirect_is_not_followed(sessions: Sessions, settings: Settings, rece
 
 def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     with receiving() as dead:
-        for _ in range(SENDERS_OF_ONE + 2):
+        for _ in range(MAX_PARALLEL_PER_TENANT + 2):
             subscribe(sessions, f"http://{dead.host}/silent")
         subscribe(sessions, receiver.url, tenant_id="elsewhere")
-        with delivering(allowing(settings, receiver, dead)):
+        with sending_webhooks(allowing(settings, receiver, dead)):
             emit(sessions, *(f"dead-{number}" for number in range(5)))
             eventually(lambda: dead.received)
             began = time.monotonic()
@@ -164,22 +164,22 @@ def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settin
 def test_as_many_dead_receivers_as_there_are_senders_hold_up_nobody_else(
     sessions: Sessions, settings: Settings, receiver: Receiver
 ) -> None:
-    tenants = [f"silent-{number}" for number in range(SENDERS // SENDERS_OF_ONE)]
+    tenants = [f"silent-{number}" for number in range(MAX_PARALLEL // MAX_PARALLEL_PER_TENANT)]
     with receiving() as dead:
         for tenant in tenants:
-            for _ in range(SENDERS_OF_ONE):
+            for _ in range(MAX_PARALLEL_PER_TENANT):
                 subscribe(sessions, f"http://{dead.host}/silent", tenant_id=tenant)
             emit(sessions, *(f"dead-{number}" for number in range(15)), tenant_id=tenant)
         subscribe(sessions, receiver.url)
-        with delivering(allowing(settings, receiver, dead)):
-            dead.first(SENDERS)
+        with sending_webhooks(allowing(settings, receiver, dead)):
+            dead.first(MAX_PARALLEL)
             emit(sessions, "alive")
             receiver.first(seconds=4)
 
 
 def test_one_webhook_gets_one_delivery_at_a_time(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     subscribe(sessions, f"http://{receiver.host}/silent")
-    with delivering(allowing(settings, receiver).model_copy(update={"webhook_seconds": 2})):
+    with sending_webhooks(allowing(settings, receiver).model_copy(update={"webhook_seconds": 2})):
         emit(sessions, "one", "two", "three")
         receiver.first()
         time.sleep(0.5)
@@ -188,7 +188,7 @@ def test_one_webhook_gets_one_delivery_at_a_time(sessions: Sessions, settings: S
 
 def test_what_is_sent_anew_by_hand_arrives_again(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     webhook = subscribe(sessions, receiver.url)
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "event")
         (row,) = ended(sessions)
         with sessions.begin() as session:
@@ -204,7 +204,7 @@ def test_nothing_more_is_sent_to_a_webhook_that_was_deleted(
     webhook = subscribe(sessions, receiver.url)
     receiver.statuses = [500] * 10
     quick = allowing(settings, receiver).model_copy(update={"webhook_retry_seconds": "1,1,1"})
-    with delivering(quick):
+    with sending_webhooks(quick):
         emit(sessions, "event")
         receiver.first()
         with sessions.begin() as session:
@@ -216,7 +216,7 @@ def test_nothing_more_is_sent_to_a_webhook_that_was_deleted(
 def test_two_dispatchers_send_each_event_once(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     events = {f"event-{number}": 1 for number in range(40)}
     webhooks_ = [subscribe(sessions, receiver.url, tenant_id=f"tenant-{number}") for number in range(4)]
-    with delivering(allowing(settings, receiver)), delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)), sending_webhooks(allowing(settings, receiver)):
         for number, webhook in enumerate(webhooks_):
             emit(sessions, *list(events)[number::4], tenant_id=webhook.tenant_id)
         ended(sessions, 40)
@@ -228,7 +228,7 @@ def test_the_database_going_away_is_waited_out(
 ) -> None:
     subscribe(sessions, receiver.url)
     monkeypatch.setattr(deliveries, "claim", failing_at_first(deliveries.claim, OSError("the database is away")))
-    with delivering(allowing(settings, receiver)):
+    with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "event")
         receiver.first()
 
@@ -239,7 +239,7 @@ def test_the_database_going_away_is_waited_out(
 @pytest.mark.parametrize("path", ["silent", "drip"])
 def test_a_receiver_that_dawdles_is_hung_up_on(path: str, settings: Settings, receiver: Receiver) -> None:
     began = time.monotonic()
-    with pytest.raises(Undelivered, match=r"did not answer within 0.5 s \(RENALQ_WEBHOOK_SECONDS\)"):
+    with pytest.raises(DeliveryFailed, match=r"did not answer within 0.5 s \(RENALQ_WEBHOOK_SECONDS\)"):
         post(f"http://{receiver.host}/{path}/{TOKEN}", b"{}", {}, allowing(settings, receiver))
     assert time.monotonic() - began < 1.5
 
@@ -303,7 +303,7 @@ def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
 def test_the_host_is_named_with_its_port_unless_that_is_the_usual_one(url: str, host: str) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, heard(listener) as asked, socket.create_connection(listener.getsockname()) as sock:
-        webhook_client._asked(urlsplit(url), sock, b"{}", {})
+        webhook_client._exchange(urlsplit(url), sock, b"{}", {})
     assert f"Host: {host}" in asked
 
 
@@ -318,7 +318,7 @@ def test_a_name_service_that_is_silent_is_not_waited_for_any_longer(
 
     monkeypatch.setattr(socket, "getaddrinfo", silent)
     began = time.monotonic()
-    with pytest.raises(Undelivered, match="did not answer within"):
+    with pytest.raises(DeliveryFailed, match="did not answer within"):
         post("http://ris.example/hook", b"{}", {}, settings.model_copy(update=SHORT))
     assert time.monotonic() - began < 1.5
     over.set()
@@ -328,7 +328,7 @@ def test_a_name_service_that_is_silent_is_not_waited_for_any_longer(
 def test_errors_repeat_nothing_of_the_address(url: str, settings: Settings) -> None:
     with receiving() as gone:
         pass
-    with pytest.raises(Undelivered) as caught:
+    with pytest.raises(DeliveryFailed) as caught:
         post(url.format(host=gone.host) + TOKEN, b"{}", {}, allowing(settings, gone))
     assert str(caught.value).startswith("The receiver cannot be reached (")
     assert TOKEN not in str(caught.value)
@@ -346,7 +346,7 @@ def test_no_log_and_no_row_names_an_address(
     monkeypatch.setattr(sending, "post", failing_at_first(post, *[RuntimeError(url)] * 10))
     subscribe(sessions, url)
     quick = settings.model_copy(update={**SHORT, "lease_seconds": 0.1})
-    with structlog.testing.capture_logs() as logged, delivering(quick):
+    with structlog.testing.capture_logs() as logged, sending_webhooks(quick):
         emit(sessions, "event")
         (row,) = ended(sessions)
     assert {line["event"] for line in logged} == {"deliveries_interrupted", "webhook_not_sent", "database_lost"}
@@ -403,16 +403,16 @@ def test_https_is_spoken_to_whom_the_certificate_names(
     monkeypatch.setattr(webhook_client, "_tls", lambda: ssl.create_default_context(cafile=certificate))
     quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
     assert post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick) == 204
-    with pytest.raises(Undelivered, match="did not answer within"):
+    with pytest.raises(DeliveryFailed, match="did not answer within"):
         post(f"https://localhost:{secure.server_port}/drip", b"{}", {}, quick)
     quick = allowing(settings, secure)
-    with pytest.raises(Undelivered, match="SSLCertVerificationError"):
+    with pytest.raises(DeliveryFailed, match="SSLCertVerificationError"):
         post(f"https://127.0.0.1:{secure.server_port}/hook", b"{}", {}, quick)
     assert len(secure.received) == 2
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(secure: Receiver, settings: Settings) -> None:
     quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
-    with pytest.raises(Undelivered, match="SSLCertVerificationError"):
+    with pytest.raises(DeliveryFailed, match="SSLCertVerificationError"):
         post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick)
     assert secure.received == []

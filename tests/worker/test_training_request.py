@@ -1,12 +1,12 @@
 """What a training's child is told, from the job's rows."""
 
 import io
+import json
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from jobs.db import Sessions
 from jobs.models import promotion
@@ -14,6 +14,7 @@ from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.settings import Settings
+from ml.pipelines import TrainingJob
 from tests import builders
 from tests.worker.conftest import Hold
 from worker.execution.resources import Resources
@@ -29,17 +30,11 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
     return settings.model_copy(update={"weights_dir": folder, "feature_cache_bytes": 1000})
 
 
-def told(unit: UnitLease, folder: Path) -> list[str]:
-    """The child's command line."""
+def told(unit: UnitLease, folder: Path) -> TrainingJob:
+    """What the child reads from its file."""
     folder.mkdir(exist_ok=True)
-    return training_request.arguments(
-        unit, unit.in_transaction(lambda session: training_request.read(session, unit)), folder
-    )
-
-
-def after(flag: str, arguments: list[str]) -> str:
-    """What stands behind a flag."""
-    return arguments[arguments.index(flag) + 1]
+    request = unit.in_transaction(lambda session: training_request.read(session, unit))
+    return TrainingJob.of(json.loads(training_request.write(unit, request, folder, None).read_text()))
 
 
 def refused(unit: UnitLease, folder: Path) -> dict[str, Any]:
@@ -53,28 +48,22 @@ def test_the_child_gets_all_parameters_the_cache_and_the_revision(
     hold: Hold, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_request, "code_revision", lambda: "abc123")
-    arguments = told(hold(epochs=3), tmp_path / "own")
-    assert arguments[0] == "train"
-    assert "--events" in arguments
-    assert "--base-weights" not in arguments
-    assert "--champion" not in arguments
-    assert after("--cache", arguments) == str(settings.home.resolve() / "cache")
-    assert after("--cache-bytes", arguments) == "1000"
-    assert after("--revision", arguments) == "abc123"
-    params = yaml.safe_load(Path(after("--params", arguments)).read_text())
-    assert (params["epochs"], params["test_size"], params["network"]) == (3, 0.2, "vgg16")
-    config = yaml.safe_load(Path(after("--config", arguments)).read_text())
-    assert Path(config["data_ingestion"]["local_data_file"]).read_bytes() == b"a zip"
+    job = told(hold(epochs=3), tmp_path / "own")
+    assert (job.pipeline, job.base_model, job.champion, job.resume) == ("image", None, None, None)
+    assert (job.cache, job.cache_bytes) == (settings.home.resolve() / "cache", 1000)
+    assert job.revision == "abc123"
+    assert (job.params["epochs"], job.params["test_size"], job.params["network"]) == (3, 0.2, "vgg16")
+    assert job.archive is not None
+    assert job.archive.read_bytes() == b"a zip"
 
 
 def test_without_room_for_it_there_is_no_cache(hold: Hold, tmp_path: Path, resources: Resources) -> None:
     resources.settings.feature_cache_bytes = 0
-    assert "--cache" not in told(hold(), tmp_path / "own")
+    assert told(hold(), tmp_path / "own").cache is None
 
 
 def test_a_job_of_an_earlier_version_is_read_by_the_names_of_its_day(hold: Hold, tmp_path: Path) -> None:
-    arguments = told(hold(held_out=0.3), tmp_path / "own")
-    params = yaml.safe_load(Path(after("--params", arguments)).read_text())
+    params = told(hold(held_out=0.3), tmp_path / "own").params
     assert params["test_size"] == 0.3
     assert "held_out" not in params
 
@@ -91,8 +80,7 @@ def test_parameters_that_this_code_does_not_know_fail_the_job_by_name(hold: Hold
 def test_a_file_is_taken_from_the_folder_of_weights(hold: Hold, tmp_path: Path, settings: Settings) -> None:
     assert settings.weights_dir is not None
     (settings.weights_dir / "mine.pth").write_bytes(b"w")
-    arguments = told(hold(weights="file:mine.pth"), tmp_path / "own")
-    assert after("--base-weights", arguments) == str(settings.weights_dir / "mine.pth")
+    assert told(hold(weights="file:mine.pth"), tmp_path / "own").base_model == settings.weights_dir / "mine.pth"
 
 
 def test_a_file_that_is_not_there_says_what_to_put_where(hold: Hold, tmp_path: Path, settings: Settings) -> None:
@@ -132,7 +120,8 @@ def test_a_version_is_the_one_that_the_job_was_pinned_to(
     blob = resources.artifacts.put(io.BytesIO(b"weights"))
     version = made(hold, sessions, blob.sha256)
     for unit in (hold(version, weights="version:1"), hold(weights="version:1")):
-        path = Path(after("--base-weights", told(unit, tmp_path / str(unit.claim.unit_id))))
+        path = told(unit, tmp_path / str(unit.claim.unit_id)).base_model
+        assert path is not None
         assert path.read_bytes() == b"weights"
 
 
@@ -155,7 +144,9 @@ def test_the_champion_of_the_trainings_start_is_named(
     blob = resources.artifacts.put(io.BytesIO(b"champion"))
     version = made(hold, sessions, blob.sha256, f1=0.9)
     unit = hold()
-    assert Path(after("--champion", told(unit, tmp_path / "own"))).read_bytes() == b"champion"
+    champion = told(unit, tmp_path / "own").champion
+    assert champion is not None
+    assert champion.read_bytes() == b"champion"
     order = unit.in_transaction(lambda session: training_request.read(session, unit))
     assert order.champion == training_request.Champion(version, blob.sha256)
 
@@ -164,4 +155,4 @@ def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(
     hold: Hold, tmp_path: Path, sessions: Sessions
 ) -> None:
     made(hold, sessions, "f" * 64, f1=0.9)
-    assert "--champion" not in told(hold(), tmp_path / "own")
+    assert told(hold(), tmp_path / "own").champion is None

@@ -13,12 +13,13 @@ import pytest
 from cli.stack.server_plan import free_port
 from jobs.settings import Settings
 from ml.runtime.events import Epoch, Steps
+from ml.spec.registry import spec_of
 from tests.processes import eventually
-from worker.tracking.live import PUBLIC, Run
+from worker.tracking.live import Run
 from worker.tracking.runs import EXPERIMENT, describe
 
 DIGEST = "ab" * 32
-WHAT = describe(uuid.uuid4(), {"epochs": 2, "weights": "none", "image_size": [64, 64, 3]}, DIGEST)
+WHAT = describe(spec_of("image"), uuid.uuid4(), {"epochs": 2, "weights": "none", "image_size": [64, 64, 3]}, DIGEST)
 EPOCH = Epoch(1, 2, 0.7, 0.5, 0.6, 0.75, 0.01, 3.5, val_f1=0.8)
 SHOWN = ("mistakes.png", "report.html", "report.pdf", "manifest.json")
 
@@ -37,7 +38,7 @@ def test_a_run_carries_all_that_a_training_told(mlflow_url: str, tmp_path: Path)
     run.log_scores({"f1": 0.95, "classes": ["Normal", "Tumor"], "per_class": {"Tumor": {"f1": 0.9}}})
     run.log_artifacts(files, weights)
     run.log_weights(DIGEST, "c" * 64, "e" * 64)
-    run.end("FINISHED", patience=60)
+    run.end("FINISHED", wait_seconds=60)
 
     client = _client(mlflow_url)
     seen = client.get_run(told[0])
@@ -61,7 +62,7 @@ def test_a_run_carries_all_that_a_training_told(mlflow_url: str, tmp_path: Path)
 
 
 def test_nothing_that_shows_a_scan_or_a_name_is_public() -> None:
-    assert not set(SHOWN) & set(PUBLIC)
+    assert not set(SHOWN) & set(spec_of("image").public_artifacts)
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
     for first in range(1, 2401, 30):
         run.log_steps(Steps(1, first, [1 / (first + number) for number in range(30)], 0.01))
-    run.end("FINISHED", patience=60)
+    run.end("FINISHED", wait_seconds=60)
 
     losses = _client(mlflow_url).get_metric_history(told[0], "train_loss_step")
     assert sorted(point.step for point in losses) == list(range(1, 2401))
@@ -105,7 +106,7 @@ def test_the_machine_is_measured_from_the_beginning_to_the_end(
     try:
         run.measure(busy.pid)
         time.sleep(2)
-        run.end("FINISHED", patience=60)
+        run.end("FINISHED", wait_seconds=60)
     finally:
         busy.kill()
         busy.wait()
@@ -133,7 +134,7 @@ def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
     started = time.monotonic()
     run.end("FAILED")
     assert time.monotonic() - started < 1, "a job's end waits for nobody"
-    run.end("FAILED", patience=60)
+    run.end("FAILED", wait_seconds=60)
     assert run.run_id is None
     assert not run.is_complete
     run.log_steps(Steps(1, 1, [0.5] * 1000, 0.01))
@@ -147,7 +148,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(mlflow_url: str) -> None:
         run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append, run_id and told[0])
         for epoch in epochs:
             run.log_epoch(epoch)
-        run.end("FINISHED" if run_id else "KILLED", patience=60)
+        run.end("FINISHED" if run_id else "KILLED", wait_seconds=60)
 
     assert told[0] == told[1]
     assert [point.step for point in _client(mlflow_url).get_metric_history(told[0], "val_loss")] == [1, 2]

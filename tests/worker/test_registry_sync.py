@@ -17,12 +17,13 @@ from jobs.models.cards import notify_registry_sync
 from jobs.models.gate import GatePolicy
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, RegistryMirror
+from ml.spec.registry import spec_of
 from tests import builders
 from tests.processes import eventually
 from worker.dispatcher.loop import Dispatcher
 from worker.execution.resources import Resources
 from worker.tracking import backfill, runs
-from worker.tracking.registry_sync import Rows, _write, is_behind, mirror
+from worker.tracking.registry_sync import TenantRows, _write, is_behind, sync_registry
 
 # --- what the rows say ---
 
@@ -55,7 +56,7 @@ def test_another_who_is_at_it_is_left_alone(sessions: Sessions) -> None:
         builders.make_model(session, mlflow_run_id="r1")
     with sessions.begin() as other:
         other.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"mlflow_registry:{builders.TENANT}"))))
-        mirror("no client is asked", sessions)
+        sync_registry("no client is asked", sessions)
 
 
 def test_a_promotion_and_the_mirror_never_wait_for_each_other_in_a_ring(sessions: Sessions) -> None:
@@ -64,7 +65,7 @@ def test_a_promotion_and_the_mirror_never_wait_for_each_other_in_a_ring(sessions
             builders.make_model(session, {"f1": 0.97}, mlflow_run_id=run)
         versions = session.scalars(select(ModelVersion).order_by(ModelVersion.version)).all()
     versions[0].mlflow_version = "1"
-    rows = Rows(builders.TENANT, versions, 3)
+    rows = TenantRows(builders.TENANT, versions, 3)
     numbers = {version.id: str(version.version) for version in versions}
     writing = threading.Thread(target=_write, args=[sessions, rows, numbers])
     with sessions.begin() as session:  # a rollback from the third to the second, and one to the first
@@ -103,7 +104,7 @@ def test_a_promotion_does_not_wait_for_the_next_look(
     settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rung: list[bool] = []
-    monkeypatch.setattr("worker.dispatcher.ring_tracking", lambda: rung.append(True))
+    monkeypatch.setattr("worker.dispatcher.loop.publish_tracking", lambda: rung.append(True))
     rare = settings.model_copy(update={"mlflow_url": "http://mlflow", "track_again_seconds": 3600})
     dispatcher = Dispatcher(rare, sessions, lambda *_: None)
     with sessions.begin() as session:
@@ -132,7 +133,7 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     client.log_artifact(logged.mlflow_run_id, str(weights))
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     first, second = (client.get_model_version(f"renalq-{tenant}", number) for number in ("1", "2"))
     run = client.get_run(first.run_id)
     assert first.source == f"{run.info.artifact_uri}/model.safetensors"
@@ -147,11 +148,11 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
     with sessions.begin() as session:
         promotion.promote(session, tenant, "2", GatePolicy(), force=True, reason="To see.")
         assert is_behind(session)
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     assert _aliases(client, tenant) == {"champion": "2"}
     with sessions.begin() as session:
         promotion.rollback(session, tenant)
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
     with sessions.begin() as session:
         assert not is_behind(session)
@@ -162,11 +163,11 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
 def test_a_pass_that_died_before_its_rows_is_done_again_without_a_trace(mlflow_url: str, sessions: Sessions) -> None:
     client, tenant = runs.connect(mlflow_url), _tenant()
     _make(sessions, client, tenant)
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     with sessions.begin() as session:
         session.execute(update(ModelVersion).values(mlflow_version=None))
         session.execute(delete(RegistryMirror))
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     assert len(client.search_model_versions(f"name='renalq-{tenant}'")) == 1
     with sessions.begin() as session:
         assert not is_behind(session)
@@ -178,7 +179,7 @@ def test_a_run_that_somebody_has_deleted_holds_up_nothing(mlflow_url: str, sessi
     with sessions.begin() as session:
         builders.make_model(session, tenant_id=tenant, mlflow_run_id=uuid.uuid4().hex)
     _make(sessions, client, tenant, 0.98)
-    mirror(client, sessions)
+    sync_registry(client, sessions)
     assert client.get_model_version(f"renalq-{tenant}", "1").source == "renalq://models/1/weights"
     assert _aliases(client, tenant) == {"champion": "2"}
 
@@ -191,7 +192,7 @@ def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
     with sessions.begin() as session:
         builders.make_model(session, tenant_id=tenant)
     resources.settings.work.mkdir()
-    assert backfill.catch_up(_at(mlflow_url, resources)) == 1
+    assert backfill.backfill_runs(_at(mlflow_url, resources)) == 1
     with sessions.begin() as session:
         assert not backfill.is_behind(session)
     assert _aliases(runs.connect(mlflow_url), tenant) == {"champion": "1"}
@@ -201,7 +202,7 @@ def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
 def test_an_mlflow_that_is_away_is_tried_again_later(sessions: Sessions, resources: Resources) -> None:
     with sessions.begin() as session:
         builders.make_model(session, mlflow_run_id="r1")
-    assert backfill.catch_up(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0
+    assert backfill.backfill_runs(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0
     with sessions.begin() as session:
         assert is_behind(session)
 
@@ -219,7 +220,7 @@ def _make(sessions: Sessions, client: Any, tenant: str, f1: float = 0.97) -> Mod
     """A version with a run."""
     with sessions.begin() as session:
         version = builders.make_model(session, {"f1": f1}, tenant_id=tenant)
-        what = runs.describe(version.job_id, version.params, version.dataset_digest)
+        what = runs.describe(spec_of("image"), version.job_id, version.params, version.dataset_digest)
         version.mlflow_run_id = runs.open_run(client, what, None)
     return version
 

@@ -1,4 +1,4 @@
-"""A job's events, and the two NOTIFY channels."""
+"""A job's event log, and the NOTIFY channels of units and jobs."""
 
 import uuid
 
@@ -8,18 +8,16 @@ from sqlalchemy.orm import Session
 from jobs.tables import JobEvent, Json
 
 UNITS_CHANNEL = "renalq_units"
-"""NOTIFY channel: a unit waits for the dispatcher, or a worker is done with one."""
-
-
+"""NOTIFY channel of the dispatcher: a unit was queued or ended."""
 JOBS_CHANNEL = "renalq_jobs"
-"""NOTIFY channel: the job whose id is the payload has changed. A trigger sends it."""
+"""NOTIFY channel: a job changed; the payload is its id. Sent by a trigger."""
 
 
 def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data: Json) -> None:
-    """Append an event."""
+    """Append an event to the job's log."""
     session.execute(insert(JobEvent).values(job_id=job_id, tenant_id=tenant_id, type=type_, data=data))
 
 
 def wake_dispatcher(session: Session) -> None:
-    """Ring the dispatcher at commit."""
+    """Notify the dispatcher at commit."""
     session.execute(select(func.pg_notify(UNITS_CHANNEL, "")))

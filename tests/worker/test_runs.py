@@ -15,6 +15,8 @@ SCORES = {
     "cross_validation": {"folds": [{"f1": 0.9}, {"f1": 0.94}], "mean": {"f1": 0.92}},
 }
 
+PHASES = ("head", "fine_tune")
+
 
 def test_nested_scores_become_metrics_by_dotted_names() -> None:
     assert {point.name: point.value for point in points_of_scores(SCORES)} == {
@@ -36,14 +38,14 @@ def test_a_class_may_have_a_name_that_no_metric_may_have() -> None:
 
 
 def test_an_epoch_is_told_at_its_number_with_its_phase_as_a_number() -> None:
-    points = {point.name: point for point in points_of_epoch({**vars(Epoch(3, 9, *[0.1] * 6)), "attempt": 2})}
+    points = {point.name: point for point in points_of_epoch({**vars(Epoch(3, 9, *[0.1] * 6)), "attempt": 2}, PHASES)}
     assert {point.step for point in points.values()} == {3}
     assert points["phase"].value == 0
     assert not {"epoch", "epochs", "attempt", "val_f1"} & set(points), "val_f1 was not told"
 
 
 def test_an_epoch_of_an_earlier_version_is_told_as_well() -> None:
-    assert [point.name for point in points_of_epoch({"epoch": 1, "train_loss": 0.5})] == ["train_loss"]
+    assert [point.name for point in points_of_epoch({"epoch": 1, "train_loss": 0.5}, PHASES)] == ["train_loss"]
 
 
 def test_steps_are_told_at_their_global_numbers() -> None:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from jobs.tables import Job, JobEvent
 from ml.runtime import events
+from ml.spec.registry import spec_of
 from tests.worker.conftest import Hold
 from worker.execution.child import Child
 from worker.execution.unit import UnitLease, WorkFailed
@@ -34,7 +35,7 @@ class Listener:
 
 def hear(unit: UnitLease, *said: events.Event) -> tuple[RunState, list[Any], list[JobEvent], int]:
     """What is known, what MLflow was told, the rows that came of it, and by how much the job's revision grew."""
-    told, listener = RunState(), Listener()
+    told, listener = RunState.of(spec_of("image")), Listener()
     before = _revision(unit)
     for event in said:
         _handle_event(unit, cast(Run, listener), told, event)

@@ -7,16 +7,16 @@ import time
 import pytest
 
 from worker.tracking import system_metrics
-from worker.tracking.system_metrics import Machine, gpu_figures
+from worker.tracking.system_metrics import SystemMetrics, parse_nvidia_smi
 
 WORK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 
 
 def test_a_process_is_measured_with_its_children() -> None:
-    measured = Machine()
+    measured = SystemMetrics()
     parent = subprocess.Popen([sys.executable, "-c", WORK], start_new_session=True)
     try:
-        measured.watch(parent.pid)
+        measured.measure(parent.pid)
         time.sleep(0.5)
         first = measured.sample()
         assert "system/training_cpu_utilization_percentage" not in first, "a share needs two looks"
@@ -36,8 +36,8 @@ def test_a_process_is_measured_with_its_children() -> None:
 def test_a_process_that_has_ended_costs_only_its_own_figures() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    measured = Machine()
-    measured.watch(ended.pid)
+    measured = SystemMetrics()
+    measured.measure(ended.pid)
     found = measured.sample()
     assert "system/system_memory_usage_megabytes" in found
     assert "system/training_memory_usage_megabytes" not in found
@@ -45,11 +45,11 @@ def test_a_process_that_has_ended_costs_only_its_own_figures() -> None:
 
 def test_a_program_that_fails_costs_only_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "_nvidia_smi", lambda: "/bin/false")
-    assert "system/system_memory_usage_megabytes" in Machine().sample()
+    assert "system/system_memory_usage_megabytes" in SystemMetrics().sample()
 
 
 def test_gpus_are_read_from_what_nvidia_smi_prints() -> None:
-    assert gpu_figures("0, 87, 20480\n1, [N/A], 3\n") == {
+    assert parse_nvidia_smi("0, 87, 20480\n1, [N/A], 3\n") == {
         "gpu_0_utilization_percentage": 87,
         "gpu_0_memory_usage_megabytes": 20480,
         "gpu_1_memory_usage_megabytes": 3,

@@ -1,0 +1,1 @@
+"""The image pipeline: scans in, a classifier of them out."""
