@@ -218,7 +218,7 @@ def test_a_piece_that_waited_for_a_deletion_finds_nothing(
 def test_a_client_that_fell_silent_loses_its_lock_and_not_its_bytes(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.1)
     path = begin(client, 2 * upload_store.BLOCK)
     ours, theirs = socket.socketpair()
     with ours, theirs, ours.makefile("rb") as stream:
