@@ -1,8 +1,8 @@
-"""A summary as a picture: a histogram of confidence for each class, one below the other, on one axis.
+"""A job's summary as a chart: a histogram of confidence for each class, one below the other.
 
-Each class has its own scale, so that a rare one is seen as well, and every bar bears its number. Drawn with Pillow and
-its built-in font at twice the size, for screens of any density. Colours: Okabe and Ito, told apart by colour-blind
-people too (https://jfly.uni-koeln.de/color/). What draws is imported by the first picture: most processes draw none.
+Each class has its own scale, so that a rare one is visible, and every bar is labelled with its count. Drawn with Pillow
+and its built-in font at double size, for high-density screens. The colours are Okabe and Ito's, which colour-blind
+people can distinguish (https://jfly.uni-koeln.de/color/). Pillow's drawing modules are imported by the first chart.
 """
 
 import io
@@ -15,21 +15,21 @@ from jobs.results.queries import JobView
 from jobs.results.summary import Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-"""Okabe and Ito's, but for yellow, which is pale on white."""
+"""Okabe and Ito's without yellow, which is too pale on white."""
 INK, FAINT, GRID, OTHERS = "#1a1a1a", "#595959", "#d9d9d9", "#8C8C8C"
 SCALE = 2
 WIDTH, LEFT, RIGHT, HEAD, LEGEND, PANEL, GAP, FOOT = 960, 84, 28, 106, 24, 140, 36, 58
 """Points, each of `SCALE` pixels."""
 COLUMNS = 3
-"""Of the legend."""
+"""Columns of the legend."""
 TICKS = 3
-"""Most steps of a scale."""
-UNSHOWN = "?"
+"""Maximum number of steps of a scale."""
+UNPRINTABLE = "?"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One class: scans in each bin."""
+    """One class: number of scans in each bin."""
 
     label: str
     colour: str
@@ -37,7 +37,7 @@ class Panel:
 
 
 def draw_summary(view: JobView, found: Summary) -> bytes:
-    """The picture, as PNG."""
+    """The chart as PNG."""
     panels = _panels(found.confidence.counts)
     top = HEAD + math.ceil(len(panels) / COLUMNS) * LEGEND
     height = top + len(panels) * (GAP + PANEL) + FOOT
@@ -51,7 +51,7 @@ def draw_summary(view: JobView, found: Summary) -> bytes:
 
 
 def _panels(counts: dict[str, list[int]]) -> list[Panel]:
-    """A panel for each class; of many, the most frequent ones, and the others together."""
+    """A panel for each class; of many classes, the most frequent ones and one for all others."""
     labels = list(counts)
     if len(labels) > len(COLOURS):
         labels = sorted(labels, key=lambda label: -sum(counts[label]))[: len(COLOURS) - 1]
@@ -64,7 +64,7 @@ def _panels(counts: dict[str, list[int]]) -> list[Panel]:
 
 
 class Canvas:
-    """A white picture that is drawn on in points."""
+    """A white image, drawn on in points."""
 
     def __init__(self, width: int, height: int) -> None:
         from PIL import Image, ImageDraw
@@ -79,11 +79,11 @@ class Canvas:
         self._draw.rectangle((*corners[:2], max(corners[2] - 1, corners[0]), max(corners[3] - 1, corners[1])), colour)
 
     def text(self, x: float, y: float, text: str, size: int, colour: str = INK, anchor: str = "ls") -> None:
-        """Text at a point; `anchor` as in Pillow: ls is the left end of its base line."""
+        """Text at a point. `anchor` is Pillow's: `ls` is the left end of the baseline."""
         self._draw.text((x * SCALE, y * SCALE), text, colour, self._font(size), anchor)
 
     def width(self, text: str, size: int) -> float:
-        """How wide the text is."""
+        """Width of the text."""
         return float(self._font(size).getlength(text)) / SCALE
 
     def line(self, points: list[tuple[float, float]], colour: str, width: float = 2) -> None:
@@ -95,8 +95,8 @@ class Canvas:
         """A filled circle."""
         self._draw.circle((x * SCALE, y * SCALE), radius * SCALE, colour)
 
-    def upright(self, x: float, y: float, text: str, size: int) -> None:
-        """Text from below to above, its middle at the point."""
+    def vertical_text(self, x: float, y: float, text: str, size: int) -> None:
+        """Vertical text, read upwards, centred at the point."""
         from PIL import Image, ImageDraw
 
         picture = Image.new("L", (round(self.width(text, size) * SCALE) + 2 * SCALE, 2 * size * SCALE))
@@ -106,7 +106,7 @@ class Canvas:
         self._image.paste(FAINT, corner, turned)
 
     def png(self) -> bytes:
-        """The picture."""
+        """The image as PNG."""
         content = io.BytesIO()
         self._image.save(content, "PNG", dpi=(96 * SCALE, 96 * SCALE))
         return content.getvalue()
@@ -123,7 +123,7 @@ def _head(canvas: Canvas, view: JobView, found: Summary) -> None:
     job = view.job
     name = job.name or ""
     title = printable(name)
-    if not title or title.count(UNSHOWN) > name.count(UNSHOWN):
+    if not title or title.count(UNPRINTABLE) > name.count(UNPRINTABLE):
         title = f"Job {job.id}"
     canvas.text(LEFT, 38, truncate(canvas, title, 22, WIDTH - LEFT - RIGHT), 22)
     numbers = {**found.counts, "cached": found.cached}
@@ -153,7 +153,7 @@ def _panel(canvas: Canvas, panel: Panel, top: float) -> None:
     for number, scans in enumerate(panel.bins):
         if scans:
             x = LEFT + number * wide
-            edge = min(bottom - scans / highest * PANEL, bottom - 1.5)  # a single one among thousands is seen too
+            edge = min(bottom - scans / highest * PANEL, bottom - 1.5)  # one scan among thousands stays visible
             canvas.box(x + 1.5, edge, x + wide - 1.5, bottom, panel.colour)
             canvas.text(x + wide / 2, edge - 3, f"{scans:,}", 11, anchor="ms")
     canvas.box(LEFT, bottom, WIDTH - RIGHT, bottom + 1, INK)
@@ -163,19 +163,19 @@ def _panel(canvas: Canvas, panel: Panel, top: float) -> None:
 
 
 def _axis(canvas: Canvas, most: int, top: float, bottom: float) -> float:
-    """The axis of scans, up to the highest bar or beyond; returns what its top stands for."""
+    """Draw the axis of scans; returns the value at its top."""
     step = _step(most)
     highest = max(most * 1.12, step)  # room for the number above the highest bar
     for scans in range(0, int(highest) + 1, step):
         y = bottom - scans / highest * (bottom - top)
         canvas.box(LEFT, y, WIDTH - RIGHT, y + 0.5, GRID)
         canvas.text(LEFT - 8, y, f"{scans:,}", 12, FAINT, "rm")
-    canvas.upright(18, (top + bottom) / 2, "scans", 12)
+    canvas.vertical_text(18, (top + bottom) / 2, "scans", 12)
     return highest
 
 
 def _step(most: int) -> int:
-    """1, 2 or 5 times a power of ten, so that `TICKS` of them reach that far."""
+    """The smallest 1, 2 or 5 times a power of ten of which `TICKS` reach `most`."""
     power = 1
     while True:
         for leading in (1, 2, 5):
@@ -195,13 +195,13 @@ def _confidence_axis(canvas: Canvas, top: float, edges: tuple[float, ...]) -> No
 
 
 def printable(text: str) -> str:
-    """What the built-in font can show of it: letters without their accents, but no other scripts."""
+    """The text in the characters of the built-in font: letters lose their accents, other scripts become `?`."""
     letters = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
-    return "".join(mark if mark.isascii() and mark.isprintable() else UNSHOWN for mark in letters)
+    return "".join(mark if mark.isascii() and mark.isprintable() else UNPRINTABLE for mark in letters)
 
 
 def truncate(canvas: Canvas, text: str, size: int, room: float) -> str:
-    """The text, cut where there is no room for all of it."""
+    """The text, shortened to `room` with an ellipsis."""
     if canvas.width(text, size) <= room:
         return text
     while text and canvas.width(text + "…", size) > room:

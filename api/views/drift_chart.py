@@ -1,7 +1,7 @@
-"""Drift as a picture: the index of each figure day by day with the bound, and beneath it how right the version was.
+"""Drift as a chart: the index of each figure day by day with the bound, and below it accuracy and rejected scans.
 
-A figure that is beyond its limit (the bound and what chance may add) has a large dot. Of many figures those are shown
-that come furthest.
+A figure above its limit (the bound and what chance may add) has a large dot. Of many figures, those with the highest
+indices are shown.
 """
 
 import datetime as dt
@@ -13,18 +13,18 @@ from api.views.charts import COLOURS, FAINT, GRID, INK, LEFT, RIGHT, WIDTH, Canv
 from jobs.models.drift import Day, DriftReport
 
 HEAD, LEGEND, PANEL, GAP, FOOT = 84, 26, 220, 58, 44
-"""Points, as in `api.views.charts`."""
+"""In points, as in `api.views.charts`."""
 TICKS = 5
-"""Most steps of a scale."""
+"""Maximum number of steps of a scale."""
 DATES = 8
-"""Most dates below a panel."""
+"""Maximum number of dates below a panel."""
 DASH = 8.0
 """Length of a dash, and of the gap after it."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure over the days: its values, and which of them are to be seen from afar."""
+    """One figure over the days; days in `marked` have a large dot."""
 
     label: str
     colour: str
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a panel stands: its days from left to right, and its values from 0 at `bottom` to `highest` at `top`."""
+    """Coordinates of a panel: days from left to right, values from 0 at `bottom` to `highest` at `top`."""
 
     first: dt.date
     days: int
@@ -43,20 +43,20 @@ class Frame:
 
     @property
     def bottom(self) -> float:
-        """Its base line."""
+        """Y coordinate of value 0."""
         return self.top + PANEL
 
     def x(self, day: dt.date) -> float:
-        """The middle of a day."""
+        """X coordinate of the middle of a day."""
         return LEFT + ((day - self.first).days + 0.5) * (WIDTH - LEFT - RIGHT) / self.days
 
     def y(self, value: float) -> float:
-        """The height of a value."""
+        """Y coordinate of a value."""
         return self.bottom - min(value, self.highest) / self.highest * PANEL
 
 
 def draw_drift(found: DriftReport, days: int) -> bytes:
-    """The picture of so many days up to the latest, as PNG."""
+    """The chart of `days` up to the latest, as PNG."""
     canvas = Canvas(WIDTH, HEAD + 2 * (LEGEND + PANEL + GAP) + FOOT - GAP)
     last = found.days[-1].day if found.days else dt.datetime.now(dt.UTC).date()
     first = last - dt.timedelta(days=days - 1)
@@ -65,7 +65,7 @@ def draw_drift(found: DriftReport, days: int) -> bytes:
     highest = max([value for line in indices for value in line.values.values()] + [2 * found.bound]) * 1.05
     upper = Frame(first, days, HEAD + LEGEND, highest)
     _panel(canvas, upper, indices, "population stability index")
-    _bound(canvas, upper, found.bound)
+    _bound_line(canvas, upper, found.bound)
     lower = Frame(first, days, HEAD + LEGEND + PANEL + GAP + LEGEND, 1.0)
     _panel(canvas, lower, _shares(found.days), "share")
     return canvas.png()
@@ -89,7 +89,7 @@ def _indices(days: Sequence[Day]) -> list[Line]:
     for day in days:
         for name, figure in day.figures.items():
             peaks[name] = max(figure.psi, peaks.get(name, 0.0))
-    furthest = sorted(peaks, key=lambda name: (-peaks[name], name))
+    by_peak = sorted(peaks, key=lambda name: (-peaks[name], name))
     return [
         Line(
             name,
@@ -97,7 +97,7 @@ def _indices(days: Sequence[Day]) -> list[Line]:
             {day.day: day.figures[name].psi for day in days if name in day.figures},
             frozenset(day.day for day in days if name in day.drifted),
         )
-        for name, colour in zip(furthest, COLOURS, strict=False)
+        for name, colour in zip(by_peak, COLOURS, strict=False)
     ]
 
 
@@ -140,11 +140,11 @@ def _values(canvas: Canvas, frame: Frame, axis: str) -> None:
         canvas.box(LEFT, y, WIDTH - RIGHT, y + 0.5, GRID)
         canvas.text(LEFT - 8, y, f"{number * step:g}", 12, FAINT, "rm")
     canvas.box(LEFT, frame.bottom, WIDTH - RIGHT, frame.bottom + 1, INK)
-    canvas.upright(18, (frame.top + frame.bottom) / 2, axis, 12)
+    canvas.vertical_text(18, (frame.top + frame.bottom) / 2, axis, 12)
 
 
 def _step(most: float) -> float:
-    """1, 2 or 5 times a power of ten, so that `TICKS` of them reach that far."""
+    """The smallest 1, 2 or 5 times a power of ten of which `TICKS` reach `most`."""
     power: float = 10.0 ** (math.floor(math.log10(most)) - 1)
     return next(power * leading for leading in (1, 2, 5, 10, 20, 50, 100) if power * leading * TICKS >= most)
 
@@ -157,7 +157,7 @@ def _dates(canvas: Canvas, frame: Frame) -> None:
         canvas.text(frame.x(day), frame.bottom + 9, f"{day:%Y-%m-%d}", 12, FAINT, "mt")
 
 
-def _bound(canvas: Canvas, frame: Frame, bound: float) -> None:
+def _bound_line(canvas: Canvas, frame: Frame, bound: float) -> None:
     y, x = frame.y(bound), float(LEFT)
     while x < WIDTH - RIGHT:
         canvas.line([(x, y), (min(x + DASH, WIDTH - RIGHT), y)], INK, 1)

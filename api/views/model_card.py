@@ -1,7 +1,7 @@
-"""Model cards (Mitchell et al. 2019, "Model Cards for Model Reporting"): a version's rows as one tree of plain values.
+"""Model cards (Mitchell et al. 2019, "Model Cards for Model Reporting") as JSON.
 
-Nothing here names a file, a dataset by its client's name, or a patient. What is not known is null.
-`api.views.model_card_markdown` writes the same tree as Markdown.
+A card has no file names, names of datasets or patient data. Unknown values are null.
+`api.views.model_card_markdown` renders it as Markdown.
 """
 
 import datetime as dt
@@ -13,7 +13,7 @@ from ml.spec.pipeline import Card
 from ml.spec.registry import spec_of
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
-ELSEWHERE = ("f1", "recall", "specificity", "roc_auc")
+SHARED_FIGURES = ("f1", "recall", "specificity", "roc_auc")
 LEAKS = {
     "patients": "test scans are of patients of whom others were learnt from",
     "duplicates": "test scans are copies of scans that were learnt from",
@@ -28,7 +28,7 @@ ETHICS = [
 
 
 def build_card(story: ModelCardData) -> Json:
-    """The model card."""
+    """The model card of a version."""
     version, metrics = story.version, story.version.metrics
     declared = spec_of(version.pipeline).card
     return {
@@ -102,7 +102,9 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
         "confusion_matrix": metrics.get("confusion_matrix"),
         "classes": metrics.get("classes") or version.classes,
         "cross_validation": _cross_validation(metrics.get("cross_validation")),
-        "other_test_sets": [_elsewhere(row) for row in evaluations if row.test_digest != metrics.get("test_digest")],
+        "other_test_sets": [
+            _other_test_set(row) for row in evaluations if row.test_digest != metrics.get("test_digest")
+        ],
     }
 
 
@@ -112,12 +114,12 @@ def _figure(metrics: Json, name: str) -> Json:
     return {"value": metrics[name], "low": low, "high": high, "method": method}
 
 
-def _cross_validation(told: Json | None) -> Json | None:
-    return told and {"folds": len(told["folds"]), "mean": told["mean"], "std": told["std"]}
+def _cross_validation(scores: Json | None) -> Json | None:
+    return scores and {"folds": len(scores["folds"]), "mean": scores["mean"], "std": scores["std"]}
 
 
-def _elsewhere(row: ModelEvaluation) -> Json:
-    figures = {name: row.metrics.get(name) for name in ELSEWHERE}
+def _other_test_set(row: ModelEvaluation) -> Json:
+    figures = {name: row.metrics.get(name) for name in SHARED_FIGURES}
     return {"test_digest": row.test_digest, "scans": row.scans, "at": _time(row.created_at), **figures}
 
 
