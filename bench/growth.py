@@ -28,7 +28,7 @@ from sqlalchemy.engine import make_url
 from bench.train import ROOT, machine
 from cli.stack.embedded import embedded_postgres
 from cli.stack.postgres import create_database
-from jobs.db import Sessions, forgetful_sessions, session_factory
+from jobs.db import Sessions, async_commit_sessions, session_factory
 from jobs.queue import dispatch, leases, lifecycle, position
 from jobs.queue.submission import NewJob, submit
 from jobs.results import queries
@@ -44,7 +44,7 @@ PLANS = {
     "claim of a promise": "EXECUTE claim_next ('batch', 'w', 45)",
     "end": f"EXECUTE succeed_unit ('{'0' * 32}', '{'0' * 32}', 1, 'w', 1, 0, 1.0, NULL, '{{}}')",
     "end of the job": f"EXECUTE end_job ('{'0' * 32}')",
-    "look": "EXECUTE look (4, 15, 64, 15)",
+    "look": "EXECUTE snapshot (4, 15, 64, 15)",
 }
 
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _queue(url: str, length: int) -> Queue:
     own = migrated(url, f"queue_{length}")
-    queue = Queue(session_factory(own, application="bench"), forgetful_sessions(own, "bench"), length)
+    queue = Queue(session_factory(own, application="bench"), async_commit_sessions(own, "bench"), length)
     queue.fill()
     return queue
 
@@ -139,7 +139,7 @@ def _ask(queue: Queue, number: int) -> None:
     new = NewJob("tenant-1", JobKind.INGEST, Lane.BATCH)
     tenant = "tenant-" + "01234"[number % 5]
     timed("submit", queue.sessions, lambda session: submit(session, new))
-    timed("look", single, lambda session: dispatch.look(session, 15, 4, 15))
+    timed("look", single, lambda session: dispatch.snapshot(session, 15, 4, 15))
     held = timed("claim", single, lambda session: leases.claim(session, unit_id, "bench", 45))
     timed("end", queue.sessions, lambda session: lifecycle.succeed(session, held))
     with queue.sessions() as session:
@@ -150,19 +150,19 @@ def _ask(queue: Queue, number: int) -> None:
 def _plans(queue: Queue) -> dict[str, list[str]]:
     """The plans, on a connection on which all statements have been prepared."""
     with queue.sessions.begin() as session:
-        dispatch.look(session, 15, 4, 15)
+        dispatch.snapshot(session, 15, 4, 15)
         leases.claim_next(session, Lane.BATCH, "bench", 45)
         held = leases.claim(session, queue.unit_ids[-1], "bench", 45)
         assert held is not None
         lifecycle.succeed(session, held)
         found = {name: list(session.scalars(text("EXPLAIN " + question))) for name, question in PLANS.items()}
         asked = {"ids": [queue.job_ids[-1]]}
-        found["status poll"] = list(session.scalars(text("EXPLAIN " + position.PLACES.text), _with_bounds(asked)))
+        found["status poll"] = list(session.scalars(text("EXPLAIN " + position.POSITIONS.text), _with_bounds(asked)))
     return found
 
 
 def _with_bounds(asked: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: bound.value for name, bound in position.PLACES._bindparams.items() if bound.value}, **asked}
+    return {**{name: bound.value for name, bound in position.POSITIONS._bindparams.items() if bound.value}, **asked}
 
 
 def compared(

@@ -6,7 +6,7 @@ What webhooks are not sent to is tried in tests/faults/test_webhooks.py (case 39
 import pytest
 from pydantic import ValidationError
 
-from jobs.addresses import CREDENTIALS, MALFORMED, NOT_PUBLIC, REFUSED, complaint, parse_hosts, webhook_complaint
+from jobs.addresses import CREDENTIALS, MALFORMED, NOT_PUBLIC, REFUSED, fetch_url_error, parse_hosts, webhook_url_error
 from jobs.settings import Settings
 
 HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
@@ -23,7 +23,7 @@ HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
     ],
 )
 def test_a_host_that_is_named_is_allowed(url: str) -> None:
-    assert complaint(url, HOSTS) is None
+    assert fetch_url_error(url, HOSTS) is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_host_that_is_named_is_allowed(url: str) -> None:
     ],
 )
 def test_anything_else_is_refused_in_words_that_do_not_repeat_it(url: str, why: str) -> None:
-    assert complaint(url, HOSTS) == why
+    assert fetch_url_error(url, HOSTS) == why
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_list_that_cannot_be_read_stops_the_process_at_its_start(hosts: str) -
 
 def test_by_default_no_host_is_allowed() -> None:
     assert Settings.model_fields["fetch_hosts"].default == ""
-    assert complaint("http://scans.example/", parse_hosts("")) == REFUSED
+    assert fetch_url_error("http://scans.example/", parse_hosts("")) == REFUSED
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_by_default_no_host_is_allowed() -> None:
     ],
 )
 def test_webhooks_are_sent_to_public_hosts_and_to_those_that_are_named(url: str) -> None:
-    assert webhook_complaint(url, HOSTS) is None
+    assert webhook_url_error(url, HOSTS) is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_webhooks_are_sent_to_public_hosts_and_to_those_that_are_named(url: str)
     ],
 )
 def test_another_port_of_a_named_host_is_another_place(url: str, why: str) -> None:
-    assert webhook_complaint(url, HOSTS) == why
+    assert webhook_url_error(url, HOSTS) == why
 
 
 @pytest.mark.parametrize("waits", ["soon", "5,-1", "5,0", "nan", "inf"])

@@ -14,13 +14,13 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Sessions, listening
 from jobs.errors import Invalid, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
+from jobs.events.job_events import UNITS_CHANNEL
 from jobs.models import comparison, promotion, registry
 from jobs.models.cards import REGISTRY_SYNC
 from jobs.models.comparison import PairedScores
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
-from jobs.queue.job_events import UNITS_CHANNEL
 from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion, new_id
 from tests import builders
 from tests.builders import TENANT

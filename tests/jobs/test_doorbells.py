@@ -7,17 +7,17 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
-from jobs.queue import dispatch, leases, lifecycle, processes
-from jobs.queue.dispatch import View
-from jobs.queue.processes import SignOfLife
+from jobs.queue import dispatch, leases, lifecycle, pace, processes
+from jobs.queue.dispatch import QueueSnapshot
+from jobs.queue.processes import Heartbeat
 from jobs.states import JobKind, Lane
 from jobs.tables import Unit
 from tests.builders import claim, make_job, outcomes_of, units_of
 
 
-def look(session: Session, per_job: int = 4) -> View:
+def look(session: Session, per_job: int = 4) -> QueueSnapshot:
     """The dispatcher's view with usual clocks."""
-    return dispatch.look(session, ring_again=15, per_job=per_job, alive_seconds=15)
+    return dispatch.snapshot(session, redispatch_seconds=15, per_job=per_job, alive_seconds=15)
 
 
 def ring_all(session: Session, per_job: int = 4) -> int:
@@ -41,7 +41,7 @@ def test_a_doorbell_that_nobody_answers_is_rung_again_and_waits_twice_as_long(se
         ring_all(session)
         _let_pass(session, 16)
         (unit,) = look(session).waiting
-        assert unit.again
+        assert unit.overdue
         assert ring_all(session) == 1
         _let_pass(session, 16)
         assert ring_all(session) == 0
@@ -85,21 +85,21 @@ def test_what_runs_is_seen_with_its_worker(sessions: Sessions) -> None:
     with sessions.begin() as session:
         batch = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
         held = claim(session, units_of(session, batch)[0], "predict@here/41")
-        processes.alive(session, SignOfLife("predict@here/40", processes.WORKER, ["urgent", "batch"]))
+        processes.upsert(session, Heartbeat("predict@here/40", processes.WORKER, ["urgent", "batch"]))
         view = look(session)
         (running,) = view.running
-        assert (running.worker, running.yields, running.asked) == ("predict@here", True, False)
+        assert (running.worker, running.can_yield, running.yield_requested) == ("predict@here", True, False)
         assert view.workers == [dispatch.Worker("predict@here", frozenset({Lane.URGENT, Lane.BATCH}))]
-        dispatch.ask_to_yield(session, [held.unit_id])
-        assert leases.standing(session, held).yield_requested
-        assert look(session).running[0].asked
+        dispatch.request_yield(session, [held.unit_id])
+        assert leases.poll_status(session, held).yield_requested
+        assert look(session).running[0].yield_requested
 
 
 def test_a_unit_that_could_not_be_rung_waits_a_little(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         ring_all(session)
-        dispatch.unring(session, [units_of(session, job)[0].id], delay=5)
+        dispatch.release(session, [units_of(session, job)[0].id], delay=5)
         assert list(look(session).waiting) == []
         session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
         assert ring_all(session) == 1
@@ -112,8 +112,8 @@ def test_the_pace_of_a_lane_is_that_of_its_latest_units(sessions: Sessions) -> N
             held = claim(session, unit)
             session.execute(text("UPDATE units SET started_at = started_at - interval '2 s' WHERE state = 'running'"))
             lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
-        pace = dispatch.pace(session)
-    assert pace == {Lane.BATCH: pytest.approx(2, abs=0.5)}
+        measured = pace.mean_unit_seconds(session)
+    assert measured == {Lane.BATCH: pytest.approx(2, abs=0.5)}
 
 
 def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None:
@@ -136,30 +136,32 @@ def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None
         )
         session.execute(text("ANALYZE jobs, units"))
         look(session)
-        dispatch.promise(session, [])
+        dispatch.reserve(session, [])
         dispatch.dispatch(session, [], 15)
         leases.claim_next(session, Lane.TRAIN, "w", 45)
         questions = [
-            "EXECUTE look (4, 15, 64, 15)",
-            f"EXECUTE ring ('{{{job.id}}}', 15)",
-            f"EXECUTE promise ('{{{job.id}}}')",
+            "EXECUTE snapshot (4, 15, 64, 15)",
+            f"EXECUTE dispatch ('{{{job.id}}}', 15)",
+            f"EXECUTE reserve ('{{{job.id}}}')",
             f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
             "EXECUTE claim_next ('batch', 'w', 45)",
-            dispatch.PACE.replace(":lanes", "'{batch,train,urgent}'"),
+            pace.MEAN_UNIT_SECONDS.replace(":lanes", "'{batch,train,urgent}'"),
         ]
         for question in questions:
             plan = "\n".join(session.scalars(text("EXPLAIN " + question)))
             assert "Seq Scan on units" not in plan, plan
             assert "Seq Scan on jobs" not in plan, plan
-            assert "look" not in question or plan.count("pk_jobs") == 1, f"but for the jobs of running units: {plan}"
+            assert "snapshot" not in question or plan.count("pk_jobs") == 1, (
+                f"but for the jobs of running units: {plan}"
+            )
 
 
 def test_a_promised_unit_is_taken_by_the_next_that_asks_and_not_twice(sessions: Sessions) -> None:
     with sessions.begin() as session:
         first, second = make_job(session), make_job(session)
         waiting = [unit.unit_id for unit in look(session).waiting]
-        dispatch.promise(session, waiting)
-        assert [unit.promised for unit in look(session).waiting] == [True, True]
+        dispatch.reserve(session, waiting)
+        assert [unit.reserved for unit in look(session).waiting] == [True, True]
         taken = [leases.claim_next(session, Lane.TRAIN, "w", 45) for _ in range(3)]
         assert [held and held.job_id for held in taken] == [first.id, second.id, None]
         assert leases.claim_next(session, Lane.BATCH, "w", 45) is None
@@ -169,7 +171,7 @@ def test_a_promised_unit_can_be_rung_and_one_that_is_rung_is_nobodys_promise(ses
     with sessions.begin() as session:
         make_job(session)
         (unit,) = look(session).waiting
-        dispatch.promise(session, [unit.unit_id])
+        dispatch.reserve(session, [unit.unit_id])
         assert dispatch.dispatch(session, [unit.unit_id], 15) == {unit.unit_id}
         assert leases.claim_next(session, Lane.TRAIN, "w", 45) is None
 

@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
 from jobs.models import drift, feedback
-from jobs.models.drift import DriftPolicy, chance, limit, psi
-from jobs.models.feedback import Judged
+from jobs.models.drift import DriftPolicy, chance_limit, drift_limit, psi
+from jobs.models.feedback import ConfusionCounts
 from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
 from jobs.queue.outcomes import ScanOutcome
@@ -38,19 +38,19 @@ FIGURES = ("brightness", "contrast", "black", "sharpness", "colour", "confidence
 
 def reference(seed: int = 0) -> Json:
     """Histograms of test scans whose figures lie evenly between 0 and 1."""
-    chance, statistics = random.Random(seed), {}
+    rng, statistics = random.Random(seed), {}
     for name in FIGURES:
-        values = sorted(chance.random() for _ in range(SCANS))
+        values = sorted(rng.random() for _ in range(SCANS))
         edges = [values[SCANS * number // 9] for number in range(1, 9)]
         counted = Counter(bisect_right(edges, value) for value in values)
         statistics[name] = {"edges": edges, "counts": [counted[number] for number in range(9)]}
     return {"scans": SCANS, "statistics": statistics, "classes": {"Normal": 48, "Tumor": 45}, "rejected": 2}
 
 
-def outcome(ordinal: int, chance: random.Random, shift: float = 0.0, disposition: str = "tumor") -> ScanOutcome:
+def outcome(ordinal: int, rng: random.Random, shift: float = 0.0, disposition: str = "tumor") -> ScanOutcome:
     """A prediction as of the reference; `shift` makes its picture brighter."""
-    figures = {name: chance.random() for name in FIGURES}
-    confidence, label = figures.pop("confidence"), chance.choice(("Normal", "Tumor"))
+    figures = {name: rng.random() for name in FIGURES}
+    confidence, label = figures.pop("confidence"), rng.choice(("Normal", "Tumor"))
     statistics = {**figures, "brightness": min(1.0, figures["brightness"] + shift)}
     probabilities = {label: confidence}
     return ScanOutcome(
@@ -90,13 +90,13 @@ def counts(session: Session, version: ModelVersion, what: str) -> dict[str, int]
 def day_of(session: Session, version: ModelVersion, days_ago: int, scans: int, shift: float = 0.0) -> None:
     """Predictions of a day."""
     (held,) = batch(session, version, scans)
-    chance = random.Random(days_ago)
-    lifecycle.succeed(session, held, outcomes=[outcome(number, chance, shift) for number in range(scans)])
+    rng = random.Random(days_ago)
+    lifecycle.succeed(session, held, outcomes=[outcome(number, rng, shift) for number in range(scans)])
     moved = "UPDATE prediction_counts SET day = day - :ago WHERE day = (clock_timestamp() AT TIME ZONE 'UTC')::date"
     session.execute(text(moved), {"ago": days_ago})
 
 
-def seen(session: Session, version: ModelVersion, days: int = 30, policy: DriftPolicy = POLICY) -> drift.Drift:
+def seen(session: Session, version: ModelVersion, days: int = 30, policy: DriftPolicy = POLICY) -> drift.DriftReport:
     """The version's drift."""
     return drift.drift(session, version, policy, days)
 
@@ -125,26 +125,26 @@ def test_the_index_is_never_negative_and_the_same_from_both_sides(pairs: list[tu
 def test_chance_is_the_chi_squared_distribution_of_yurdakul() -> None:
     """Upper points of the table: 15.507 (8 degrees of freedom, 5 %), 26.124 (8, 0.1 %), 3.841 (1, 5 %)."""
     for bins, risk, point in ((9, 0.05, 15.507), (9, 0.001, 26.124), (2, 0.05, 3.841)):
-        assert chance(bins, 100, 100, risk) == pytest.approx(point / 50, rel=0.03)
-    assert chance(1, 100, 100, 0.05) == 0
+        assert chance_limit(bins, 100, 100, risk) == pytest.approx(point / 50, rel=0.03)
+    assert chance_limit(1, 100, 100, 0.05) == 0
 
 
 def test_with_many_scans_only_the_bound_counts() -> None:
-    assert limit(9, 10**6, 10**6, 0.25) == pytest.approx(0.25, abs=0.001)
-    assert limit(9, 93, 200, 0.25) > 0.4
+    assert drift_limit(9, 10**6, 10**6, 0.25) == pytest.approx(0.25, abs=0.001)
+    assert drift_limit(9, 93, 200, 0.25) > 0.4
 
 
 def test_a_day_like_the_reference_is_alarmed_less_than_once_in_a_hundred() -> None:
     """93 reference scans, 200 a day in chunks of ten; the verdict is asked for after every chunk from 50 scans on."""
-    chance, alarms, days = random.Random(7), 0, 1000
+    rng, alarms, days = random.Random(7), 0, 1000
     for _ in range(days):
-        values = [[sorted(chance.random() for _ in range(SCANS)), [0] * 9] for _ in range(7)]
+        values = [[sorted(rng.random() for _ in range(SCANS)), [0] * 9] for _ in range(7)]
         edges = [[mine[SCANS * number // 9] for number in range(1, 9)] for mine, _ in values]
         old = {str(n): bins(mine, edges[n]) for n, (mine, _) in enumerate(values)}
         new = {str(n): found for n, (_, found) in enumerate(values)}
         for scan in range(1, 201):
             for n, found in enumerate(new.values()):
-                found[bisect_right(edges[n], chance.random())] += 1
+                found[bisect_right(edges[n], rng.random())] += 1
             if scan >= 50 and scan % 10 == 0 and any(f.drifted for f in drift.figures(old, new, 0.25).values()):
                 alarms += 1
                 break
@@ -204,11 +204,11 @@ def test_a_version_without_a_reference_counts_classes_and_dispositions_alone(
 def test_a_chunk_that_is_handed_back_half_done_is_counted_once(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         (held,) = batch(session, referred(session, champion), 10)
-        chance = random.Random(3)
-        lifecycle.requeue(session, held, "DRAINED", outcomes=[outcome(number, chance) for number in range(4)])
+        rng = random.Random(3)
+        lifecycle.requeue(session, held, "DRAINED", outcomes=[outcome(number, rng) for number in range(4)])
         again = leases.claim(session, held.unit_id, "worker-b", 45)
         assert again is not None
-        lifecycle.succeed(session, again, outcomes=[outcome(number, chance) for number in range(4, 10)])
+        lifecycle.succeed(session, again, outcomes=[outcome(number, rng) for number in range(4, 10)])
         assert sum(counts(session, champion, "class").values()) == 10
         assert sum(counts(session, champion, "brightness").values()) == 10
 
@@ -223,13 +223,13 @@ def test_chunks_that_end_at_once_are_all_counted_and_nobody_waits_for_ever(
     errors: list[BaseException] = []
 
     def work(claims: list[Claim], number: int) -> None:
-        chance = random.Random(number)
+        rng = random.Random(number)
         try:
             for held in claims:
                 with sessions.begin() as session:
                     ordinals = [one.ordinal for one in builders.outcomes_of(session, held)]
-                    shuffled = chance.sample(ordinals, len(ordinals))
-                    lifecycle.succeed(session, held, outcomes=[outcome(ordinal, chance) for ordinal in shuffled])
+                    shuffled = rng.sample(ordinals, len(ordinals))
+                    lifecycle.succeed(session, held, outcomes=[outcome(ordinal, rng) for ordinal in shuffled])
         except BaseException as error:
             errors.append(error)
 
@@ -289,7 +289,7 @@ def test_a_reference_that_cannot_be_read_keeps_nobody_from_being_served(
         day_of(session, champion, 0, 60)
         job = builders.make_job(session, JobKind.PREDICT, scans=1)
     rung: list[str] = []
-    Dispatcher(settings, sessions, ring=lambda *given: rung.append(given[2])).step()
+    Dispatcher(settings, sessions, publish=lambda *given: rung.append(given[2])).step()
     assert len(rung) == 1
     with sessions() as session:
         assert rung == [str(unit.id) for unit in builders.units_of(session, job)]
@@ -320,14 +320,14 @@ def test_a_day_without_counts_is_shown_for_its_truths_and_has_no_verdict(
     counted, told_alone = found.days
     assert told_alone.day - counted.day == dt.timedelta(days=1)
     assert (told_alone.scans, told_alone.rejected_share, told_alone.since, told_alone.figures) == (0, None, None, {})
-    assert told_alone.truths == found.truths == Judged(known=1, right=1, positives=1, found=1)
+    assert told_alone.truths == found.truths == ConfusionCounts(known=1, right=1, positives=1, true_positives=1)
     assert (found.latest, found.drifted) == (counted, True), "the latest day with predictions is the one that counts"
 
 
 def test_no_day_is_shown_where_nothing_was_predicted(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         found = seen(session, champion)
-        assert (found.days, found.latest, found.drifted, found.truths) == ([], None, False, Judged())
+        assert (found.days, found.latest, found.drifted, found.truths) == ([], None, False, ConfusionCounts())
 
 
 # --- the event ---
@@ -362,7 +362,7 @@ def test_a_champion_that_drifts_is_told_of_once_a_day(
         assert told(session) == [], "nothing has drifted"
     with sessions.begin() as session:
         day_of(session, version, 0, 200, shift=0.6)
-    dispatcher = Dispatcher(settings, sessions, ring=lambda *_: None)
+    dispatcher = Dispatcher(settings, sessions, publish=lambda *_: None)
     dispatcher.step()
     with sessions.begin() as session:
         looked(session, version)
@@ -384,7 +384,7 @@ def test_a_version_that_is_not_champion_drifts_in_silence(
         version.champion = False
         day_of(session, version, 0, 200, shift=0.6)
         assert seen(session, version).drifted
-    Dispatcher(settings, sessions, ring=lambda *_: None).step()
+    Dispatcher(settings, sessions, publish=lambda *_: None).step()
     with sessions() as session:
         assert told(session) == []
 
@@ -402,10 +402,10 @@ def test_a_reference_that_cannot_be_read_keeps_no_other_champion_from_being_told
         ill_id, well_tenant = str(ill.id), well.tenant_id
         session.get_one(ModelVersion, ill.id).reference = {"statistics": {"brightness": {"edges": [0.5]}}}
     with structlog.testing.capture_logs() as logged:
-        Dispatcher(settings, sessions, ring=lambda *_: None).step()
+        Dispatcher(settings, sessions, publish=lambda *_: None).step()
     with sessions() as session:
         assert [event.tenant_id for event in told(session)] == [well_tenant]
-    complaint = {"event": "drift_not_looked_for", "model": ill_id, "error": "KeyError"}
+    complaint = {"event": "drift_check_failed", "model": ill_id, "error": "KeyError"}
     assert complaint | {"log_level": "error"} in logged
 
 
@@ -446,13 +446,17 @@ def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
         rows = [("Tumor", "Normal", 0), ("Normal", "Normal", 1), ("Normal", "Tumor", 1), ("Normal", "Normal", 1)]
         for label, predicted, ago in [*rows, ("Tumor", "Tumor", 40)]:
             judged(session, version, label, predicted, ago)
-        found = feedback.by_day(session, version, today - dt.timedelta(days=29))
-    assert found[today] == Judged(known=2, right=1, positives=2, found=1)
-    assert found[today - dt.timedelta(days=1)] == Judged(known=3, right=2, negatives=3, cleared=2)
-    together = sum(found.values(), Judged())
+        found = feedback.counts_by_day(session, version, today - dt.timedelta(days=29))
+    assert found[today] == ConfusionCounts(known=2, right=1, positives=2, true_positives=1)
+    assert found[today - dt.timedelta(days=1)] == ConfusionCounts(known=3, right=2, negatives=3, true_negatives=2)
+    together = sum(found.values(), ConfusionCounts())
     assert (together.known, together.accuracy, together.sensitivity) == (5, 3 / 5, 1 / 2)
     assert together.specificity == pytest.approx(2 / 3)
-    assert (Judged().accuracy, Judged().sensitivity, Judged().specificity) == (None, None, None)
+    assert (ConfusionCounts().accuracy, ConfusionCounts().sensitivity, ConfusionCounts().specificity) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_what_was_rejected_is_not_judged(sessions: Sessions, champion: ModelVersion) -> None:
@@ -462,5 +466,7 @@ def test_what_was_rejected_is_not_judged(sessions: Sessions, champion: ModelVers
         for disposition, label in ((None, "Tumor"), ("tumor", "Normal"), ("rejected", "Normal"), ("rejected", "Tumor")):
             judged(session, version, label, "Tumor", disposition=disposition)
         judged(session, version, "Tumor", "Tumor", days_ago=1, disposition="rejected")
-        found = feedback.by_day(session, version, dt.date(2000, 1, 1))
-    assert list(found.values()) == [Judged(known=2, right=1, positives=1, found=1, negatives=1, cleared=0)]
+        found = feedback.counts_by_day(session, version, dt.date(2000, 1, 1))
+    assert list(found.values()) == [
+        ConfusionCounts(known=2, right=1, positives=1, true_positives=1, negatives=1, true_negatives=0)
+    ]

@@ -8,7 +8,7 @@ from sqlalchemy import func, select, text
 from jobs.db import Sessions
 from jobs.errors import ResultsExpired, WrongState
 from jobs.queue import lifecycle, retention, submission
-from jobs.queue.explanations import name_of
+from jobs.queue.explanations import artifact_name
 from jobs.results import queries, summary
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
@@ -28,7 +28,7 @@ def ended(sessions: Sessions, scans: int = 3, failed: int = 0, kind: JobKind = J
         return job.id
 
 
-def expire(sessions: Sessions, days: float = SOON, rows: int = retention.ROWS) -> bool:
+def expire(sessions: Sessions, days: float = SOON, rows: int = retention.BATCH_ROWS) -> bool:
     with sessions.begin() as session:
         return retention.expire(session, days, rows)
 
@@ -82,7 +82,7 @@ def test_results_of_predictions_that_went_wrong_go_too(sessions: Sessions, state
 def test_explanations_go_and_other_artifacts_stay(sessions: Sessions) -> None:
     job_id = ended(sessions)
     with sessions.begin() as session:
-        for name in (*map(name_of, range(3)), "explanations.txt", "report.html"):
+        for name in (*map(artifact_name, range(3)), "explanations.txt", "report.html"):
             blob = {"sha256": "a" * 64, "size": 1, "media_type": "image/png"}
             session.add(Artifact(job_id=job_id, name=name, tenant_id=builders.TENANT, **blob))
     assert expire(sessions, rows=2) is True
@@ -110,7 +110,7 @@ def test_a_bite_is_bounded_and_takes_the_first_results_first(sessions: Sessions)
 
 
 def test_of_many_jobs_a_bite_takes_some(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "JOBS", 2)
+    monkeypatch.setattr(retention, "BATCH_JOBS", 2)
     jobs = [ended(sessions, 1, kind=JobKind.PREDICT) for _ in range(3)]
     assert expire(sessions) is True
     assert [len(left(sessions, each)) for each in jobs] == [0, 0, 1]
@@ -162,10 +162,10 @@ def test_the_dispatcher_does_it_as_the_setting_says(
 def test_the_dispatcher_comes_back_soon_where_there_is_more(
     sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "JOBS", 1)
+    monkeypatch.setattr(retention, "BATCH_JOBS", 1)
     jobs = [ended(sessions) for _ in range(2)]
     clock = [1000.0]
-    monkeypatch.setattr("worker.dispatcher.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("worker.dispatcher.loop.time.monotonic", lambda: clock[0])
     dispatcher = Dispatcher(settings.model_copy(update={"results_days": SOON}), sessions, lambda *_: None)
     for at, gone in ((1000.0, 1), (1000.9, 1), (1001.1, 2)):
         clock[0] = at

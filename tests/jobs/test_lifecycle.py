@@ -10,9 +10,10 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from jobs.db import Prepared, Sessions, listening
+from jobs.db import PreparedStatement, Sessions, listening
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.queue import job_events, leases, lifecycle
+from jobs.events import job_events
+from jobs.queue import leases, lifecycle
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import TERMINAL, TRANSITIONS, JobKind, JobState, Lane, UnitState
@@ -98,10 +99,10 @@ def test_a_beat_renews_the_lease_and_a_look_hears_of_a_cancel(sessions: Sessions
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
         assert leases.beat(session, held, 45)
-        assert leases.standing(session, held) == leases.Standing(held=True)
+        assert leases.poll_status(session, held) == leases.UnitStatus(held=True)
         lifecycle.cancel(session, TENANT, job.id)
         assert leases.beat(session, held, 45)
-        assert leases.standing(session, held) == leases.Standing(held=True, cancel_requested=True)
+        assert leases.poll_status(session, held) == leases.UnitStatus(held=True, cancel_requested=True)
 
 
 def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
@@ -113,13 +114,13 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence > stale.fence
         assert not leases.beat(session, stale, 45)
-        assert not leases.standing(session, stale).held
+        assert not leases.poll_status(session, stale).held
         for write in (
             lambda: lifecycle.report(session, stale, progress=0.5),
             lambda: lifecycle.succeed(session, stale),
             lambda: lifecycle.fail(session, stale, BROKEN),
             lambda: lifecycle.requeue(session, stale, "DRAINED"),
-            lambda: lifecycle.cancelled(session, stale),
+            lambda: lifecycle.confirm_cancel(session, stale),
         ):
             with pytest.raises(LeaseLost):
                 write()
@@ -150,7 +151,7 @@ def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypa
     unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3 AND worker = $4", "")
     assert unfenced != lifecycle.SUCCEED.sql
     types = "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]"
-    monkeypatch.setattr(lifecycle, "SUCCEED", Prepared("succeed_unfenced", types, unfenced))
+    monkeypatch.setattr(lifecycle, "SUCCEED", PreparedStatement("succeed_unfenced", types, unfenced))
     with sessions.begin() as session:
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
@@ -258,7 +259,7 @@ def test_a_cancel_keeps_what_was_done(sessions: Sessions) -> None:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
         held = claim(session, units_of(session, job)[0])
         lifecycle.cancel(session, TENANT, job.id)
-        lifecycle.cancelled(session, held, outcomes_of(session, held)[:4])
+        lifecycle.confirm_cancel(session, held, outcomes_of(session, held)[:4])
         session.refresh(job)
         assert (job.state, job.succeeded, job.cancelled) == ("cancelled", 4, 6)
         assert not faults(session)
@@ -360,7 +361,7 @@ def test_cancelling_a_running_job_waits_for_its_worker(sessions: Sessions) -> No
         done, running = (claim(session, unit) for unit in units_of(session, job))
         lifecycle.succeed(session, done, outcomes=outcomes_of(session, done))
         assert lifecycle.cancel(session, TENANT, job.id).state == "running"
-        lifecycle.cancelled(session, running)
+        lifecycle.confirm_cancel(session, running)
         session.refresh(job)
         assert (job.state, job.succeeded, job.cancelled) == ("cancelled", 10, 10)
         assert not faults(session)

@@ -92,10 +92,10 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(promise=st.booleans())
     def ring(self, promise: bool) -> None:
         with self.sessions.begin() as session:
-            waiting = dispatch.look(session, 15, 4, 15).waiting
-            new = [unit.unit_id for unit in waiting if not unit.again]
+            waiting = dispatch.snapshot(session, 15, 4, 15).waiting
+            new = [unit.unit_id for unit in waiting if not unit.overdue]
             if promise:
-                dispatch.promise(session, new)
+                dispatch.reserve(session, new)
             else:
                 dispatch.dispatch(session, new, 15)
         for unit_id in new:
@@ -127,7 +127,7 @@ class Lifecycle(RuleBasedStateMachine):
         held = pick.choice(self.claims)
         with self.sessions.begin() as session:
             assert leases.beat(session, held, 45) == self._is_current(held)
-            standing = leases.standing(session, held)
+            standing = leases.poll_status(session, held)
         wanted = self._is_current(held) and self.jobs[held.job_id].cancel_requested
         assert (standing.held, standing.cancel_requested) == (self._is_current(held), wanted)
 
@@ -170,7 +170,7 @@ class Lifecycle(RuleBasedStateMachine):
         if not self.jobs[held.job_id].cancel_requested:
             return
         outcomes = self._part(held, done)
-        if self._write(held, lambda session: lifecycle.cancelled(session, held, outcomes)):
+        if self._write(held, lambda session: lifecycle.confirm_cancel(session, held, outcomes)):
             self._take(held, outcomes)
             self._cancel_unit(held.unit_id)
 
@@ -415,15 +415,15 @@ def _end(session: Session, held: Claim, way: str) -> None:
         lifecycle.fail(session, held, SHAKY, RETRY, outcomes[:1])
     elif way == "drain":
         lifecycle.requeue(session, held, "DRAINED", outcomes[:1])
-    elif way == "hear" and leases.standing(session, held).cancel_requested:
-        lifecycle.cancelled(session, held, outcomes[:1])
+    elif way == "hear" and leases.poll_status(session, held).cancel_requested:
+        lifecycle.confirm_cancel(session, held, outcomes[:1])
 
 
 def _dispatch(sessions: Sessions, pick: random.Random) -> None:
     with sessions.begin() as session:
-        waiting = [unit.unit_id for unit in dispatch.look(session, 15, 4, 15).waiting]
+        waiting = [unit.unit_id for unit in dispatch.snapshot(session, 15, 4, 15).waiting]
         half = len(waiting) // 2
-        dispatch.promise(session, waiting[:half])
+        dispatch.reserve(session, waiting[:half])
         dispatch.dispatch(session, waiting[half:], 15)
 
 

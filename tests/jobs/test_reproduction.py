@@ -11,7 +11,7 @@ from jobs.errors import LeaseLost
 from jobs.models import promotion, reproduction
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
-from jobs.models.reproduction import compared, numbers
+from jobs.models.reproduction import compare_versions, numeric_leaves
 from jobs.queue import lifecycle
 from jobs.queue.leases import Claim
 from jobs.queue.submission import retry
@@ -37,7 +37,7 @@ def version(metrics: dict[str, Any] = METRICS, **more: Any) -> ModelVersion:
 
 
 def test_the_same_figures_match() -> None:
-    assert compared(version(), version()) == {
+    assert compare_versions(version(), version()) == {
         "revision": {"original": "abc", "now": "abc", "same": True},
         "same_environment": True,
         "environment_differences": {},
@@ -50,7 +50,7 @@ def test_the_same_figures_match() -> None:
 
 def test_a_figure_that_differs_is_named_with_both_values() -> None:
     now = {**METRICS, "per_class": {"Tumor": {"f1": 0.91}}, "confusion_matrix": [[4, 2], [0, 6]]}
-    found = compared(version(), version(now))
+    found = compare_versions(version(), version(now))
     assert not found["matches"]
     assert found["differences"] == {
         "per_class.Tumor.f1": [0.9, 0.91],
@@ -60,22 +60,24 @@ def test_a_figure_that_differs_is_named_with_both_values() -> None:
 
 
 def test_differences_within_the_tolerance_are_none() -> None:
-    assert compared(version(), version({**METRICS, "f1": 0.9 + 9e-7}))["matches"]
-    assert not compared(version(), version({**METRICS, "f1": 0.9 + 2e-6}))["matches"]
+    assert compare_versions(version(), version({**METRICS, "f1": 0.9 + 9e-7}))["matches"]
+    assert not compare_versions(version(), version({**METRICS, "f1": 0.9 + 2e-6}))["matches"]
 
 
 def test_a_figure_that_only_one_of_them_has_is_a_difference() -> None:
-    assert compared(version(), version({**METRICS, "roc_auc": 0.99}))["differences"] == {"roc_auc": [None, 0.99]}
-    assert compared(version({**METRICS, "pr_auc": 0.5}), version())["differences"] == {"pr_auc": [0.5, None]}
+    assert compare_versions(version(), version({**METRICS, "roc_auc": 0.99}))["differences"] == {
+        "roc_auc": [None, 0.99]
+    }
+    assert compare_versions(version({**METRICS, "pr_auc": 0.5}), version())["differences"] == {"pr_auc": [0.5, None]}
 
 
 def test_times_are_not_compared() -> None:
     timed = {**METRICS, "seconds": 3, "stages": [{"device_seconds": 1.5, "loss": 0.1}]}
-    assert set(numbers(timed)) - set(numbers(METRICS)) == {"stages.0.loss"}
+    assert set(numeric_leaves(timed)) - set(numeric_leaves(METRICS)) == {"stages.0.loss"}
 
 
 def test_another_environment_is_told_in_full() -> None:
-    found = compared(version(), version(environment={"torch": "2.14", "device": "CPU", "openvino": "1"}))
+    found = compare_versions(version(), version(environment={"torch": "2.14", "device": "CPU", "openvino": "1"}))
     assert not found["same_environment"]
     assert found["environment_differences"] == {"torch": ["2.13", "2.14"], "openvino": [None, "1"]}
     assert found["matches"], "the figures are what they are"
@@ -85,7 +87,7 @@ def test_another_environment_is_told_in_full() -> None:
     ("original", "now"), [("abc", "abd"), (None, None), (None, "abc"), ("abc+changed", "abc+changed")]
 )
 def test_code_that_is_not_known_to_be_the_same_is_not(original: str | None, now: str | None) -> None:
-    assert not compared(version(code_revision=original), version(code_revision=now))["revision"]["same"]
+    assert not compare_versions(version(code_revision=original), version(code_revision=now))["revision"]["same"]
 
 
 # --- in the transaction that ends the job ---
@@ -104,7 +106,7 @@ def end(sessions: Sessions, held: Claim, metrics: dict[str, Any]) -> None:
     """The one transaction of a training's end."""
     with sessions.begin() as session:
         promotion.register(session, held, NewModel("a" * 64, ["A", "B"], {}, metrics, "d" * 64, "abc"), GatePolicy())
-        reproduction.write(session, held)
+        reproduction.save_comparison(session, held)
         lifecycle.succeed(session, held, metrics=metrics)
 
 

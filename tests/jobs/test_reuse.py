@@ -12,12 +12,20 @@ from sqlalchemy.orm import Session
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
 from jobs.queue import explanations, lifecycle
-from jobs.queue.explanations import BLANK, HEATMAP, OVERLAY, Made, Pictures, name_of, words_of
+from jobs.queue.explanations import (
+    BLANK_NOTE,
+    HEATMAP,
+    OVERLAY,
+    ExplanationFiles,
+    NamedBlob,
+    artifact_name,
+    class_slugs,
+)
 from jobs.queue.leases import Claim
 from jobs.queue.outcomes import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.results import cache
-from jobs.results.cache import Known, known_results
+from jobs.results.cache import CachedResult, cached_results
 from jobs.states import JobKind, JobState, Lane
 from jobs.storage.blobs import Blob
 from jobs.tables import Artifact, Job, ScanResult, Unit, new_id
@@ -53,22 +61,22 @@ def scan_ids(session: Session, job: Job) -> list:
     return list(session.scalars(of_job))
 
 
-def made(ordinal: int, word: str | None = None, blank: bool = False) -> list[Made]:
+def made(ordinal: int, word: str | None = None, blank: bool = False) -> list[NamedBlob]:
     """What is made of a scan."""
-    parts = (OVERLAY, HEATMAP, BLANK) if blank else (OVERLAY, HEATMAP)
-    return [(name_of(ordinal, part, word), Blob("a" * 64, 10)) for part in parts]
+    parts = (OVERLAY, HEATMAP, BLANK_NOTE) if blank else (OVERLAY, HEATMAP)
+    return [(artifact_name(ordinal, part, word), Blob("a" * 64, 10)) for part in parts]
 
 
 def test_a_result_is_known_for_its_model_and_engine_alone(session: Session) -> None:
     job = batch(session)
     ids = scan_ids(session, job)
-    assert known_results(session, MODEL, "torch-fp32", ids) == {}
+    assert cached_results(session, MODEL, "torch-fp32", ids) == {}
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1))
-    found = Known("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9}, 0.4)
-    assert known_results(session, MODEL, "torch-fp32", ids) == dict.fromkeys(ids[1:], found), "a failure is no answer"
-    assert known_results(session, MODEL, "openvino-bf16", ids) == {}
-    assert known_results(session, new_id(), "torch-fp32", ids) == {}
+    found = CachedResult("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9}, 0.4)
+    assert cached_results(session, MODEL, "torch-fp32", ids) == dict.fromkeys(ids[1:], found), "a failure is no answer"
+    assert cached_results(session, MODEL, "openvino-bf16", ids) == {}
+    assert cached_results(session, new_id(), "torch-fp32", ids) == {}
 
 
 def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
@@ -79,7 +87,7 @@ def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
     (scan,) = scan_ids(session, job)
     again = submit(session, NewJob(TENANT, JobKind.PREDICT, Lane.URGENT, model_id=MODEL), [NewResult(scan)])
     held = first(session, again)
-    known = known_results(session, MODEL, "torch-fp32", [scan])[scan]
+    known = cached_results(session, MODEL, "torch-fp32", [scan])[scan]
     copied = ScanOutcome(0, known.label, known.confidence, known.probabilities, "torch-fp32", cached=True)
     lifecycle.succeed(session, held, outcomes=[copied])
     rows = session.execute(select(ScanResult.cached).where(ScanResult.scan_id == scan).order_by(ScanResult.job_id))
@@ -87,7 +95,7 @@ def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
 
 
 def test_known_results_are_found_by_the_index(session: Session) -> None:
-    query = cache._equal(MODEL, "torch-fp32", [uuid.uuid4()])
+    query = cache._select_results(MODEL, "torch-fp32", [uuid.uuid4()])
     literal = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     session.execute(text("SET LOCAL enable_seqscan = off"))
     assert "ix_scan_results_computed" in "\n".join(session.scalars(text(f"EXPLAIN {literal}")))
@@ -111,21 +119,21 @@ def test_equal_scans_of_a_batch_are_in_one_unit(session: Session) -> None:
 def test_explanations_follow_behind_all_predictions(session: Session) -> None:
     job = batch(session, scans=4, chunk=2)
     held = first(session, job)
-    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), then_explain=True)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), enqueue_explanations=True)
     kinds = [(unit.ordinal, unit.explains, unit.scans) for unit in units_of(session, job)]
     assert kinds == [(0, None, 2), (1, None, 2), (2, held.unit_id, 1)]
     held = first(session, job)
     assert not held.explains
-    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
 
     explaining = first(session, job)
     assert explaining.explains
     (left,) = explanations.unexplained(session, explaining)
     assert (left.ordinal, left.label) == (1, "Tumor")
-    explanations.keep(session, explaining, made(1))
+    explanations.save(session, explaining, made(1))
     assert explanations.unexplained(session, explaining) == [], "what is written is not done again"
-    own = Pictures("explanations/000001.png", "explanations/000001.heatmap.png", is_blank=False)
-    assert explanations.pictures(session, job.id, range(4)) == {1: {None: own}}
+    own = ExplanationFiles("explanations/000001.png", "explanations/000001.heatmap.png", is_blank=False)
+    assert explanations.find_files(session, job.id, range(4)) == {1: {None: own}}
     lifecycle.succeed(session, explaining)
     session.refresh(job)
     assert job.state == JobState.RUNNING, "two results still wait for theirs"
@@ -140,7 +148,7 @@ def test_explanations_follow_behind_all_predictions(session: Session) -> None:
 def test_nothing_found_is_nothing_to_explain(session: Session) -> None:
     job = batch(session, scans=1)
     held = first(session, job)
-    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), then_explain=True)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), enqueue_explanations=True)
     session.refresh(job)
     assert job.state == JobState.FAILED
 
@@ -148,15 +156,15 @@ def test_nothing_found_is_nothing_to_explain(session: Session) -> None:
 def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) -> None:
     job = batch(session, scans=2)
     held = first(session, job)
-    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
     lost = first(session, job)
-    explanations.keep(session, lost, made(0))
+    explanations.save(session, lost, made(0))
     lifecycle.requeue(session, lost, "DRAINED")
     following = first(session, job)
     with pytest.raises(LeaseLost):
-        explanations.keep(session, lost, made(1))
+        explanations.save(session, lost, made(1))
     assert [one.ordinal for one in explanations.unexplained(session, following)] == [1]
-    explanations.keep(session, following, made(1))
+    explanations.save(session, following, made(1))
     lifecycle.succeed(session, following)
     session.refresh(job)
     assert job.state == JobState.SUCCEEDED
@@ -166,7 +174,7 @@ def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) 
 def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session: Session) -> None:
     job = batch(session, scans=2)
     held = first(session, job)
-    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), then_explain=True)
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
     lifecycle.cancel(session, TENANT, job.id)
     session.refresh(job)
     assert (job.state, job.succeeded, job.cancelled) == (JobState.SUCCEEDED, 2, 0)
@@ -174,12 +182,12 @@ def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session
 
 def test_explanations_of_each_class_are_told_apart(session: Session) -> None:
     classes = ["Cyst", "Normal", "Tumor"]
-    words = words_of(classes)
+    words = class_slugs(classes)
     job = batch(session, scans=2)
     held = first(session, job)
     pieces = [*made(0), *made(0, words["Cyst"], blank=True), *made(0, words["Normal"])]
-    explanations.keep(session, held, pieces)
-    found = explanations.pictures(session, job.id, range(2), words)
+    explanations.save(session, held, pieces)
+    found = explanations.find_files(session, job.id, range(2), words)
     assert set(found) == {0}
     assert {label: seen.is_blank for label, seen in found[0].items()} == {None: False, "Cyst": True, "Normal": False}
     assert found[0]["Cyst"].heatmap == "explanations/000000.Cyst.heatmap.png"
@@ -191,10 +199,10 @@ def test_explanations_of_each_class_are_told_apart(session: Session) -> None:
 
 def test_a_classs_name_becomes_a_word_that_no_other_has() -> None:
     classes = ["Clear cell", "clear/cell", "Clear_cell", "heatmap", "Zyste ü", "腎", "肾", "x" * 300, "a.b"]
-    words = words_of(classes)
+    words = class_slugs(classes)
     assert words["Clear cell"] == "Clear_cell"
     assert words["Zyste ü"] == "Zyste_"
     assert words["heatmap"] != "heatmap", "000000.heatmap.png is the heatmap of the class that was found"
     assert len({word.casefold() for word in words.values()}) == len(classes)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", word) for word in words.values())
-    assert words == words_of(classes)
+    assert words == class_slugs(classes)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from jobs.db import Sessions
 from jobs.errors import TooManyWebhooks
 from jobs.events import deliveries, webhooks
-from jobs.events.deliveries import Attempt, Due
+from jobs.events.deliveries import Attempt, DueDelivery
 from jobs.events.webhooks import EventType
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
@@ -38,7 +38,7 @@ def told(session: Session) -> list[tuple[str, str, dict]]:
     return [(row.type, row.event_id, row.data) for row in rows]
 
 
-def claimed(session: Session, hold: float = 60) -> Due:
+def claimed(session: Session, hold: float = 60) -> DueDelivery:
     due = deliveries.claim(session, hold, [], [])
     assert due is not None
     return due
@@ -110,7 +110,7 @@ def test_a_webhook_that_is_being_deleted_neither_stops_a_job_from_ending_nor_hea
 
 def test_a_tenant_has_so_many_webhooks_and_no_more_even_at_once(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        for _ in range(webhooks.MOST - 1):
+        for _ in range(webhooks.MAX_WEBHOOKS - 1):
             make_webhook(session)
     refused: list[Exception] = []
 
@@ -140,6 +140,9 @@ def make_version(sessions: Sessions) -> Job:
     return job
 
 
+SERVING = {"pipeline": "image", "task": "default"}
+
+
 def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session, *(event for event in EventType if event.startswith("model.")))
@@ -153,10 +156,10 @@ def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(ses
     assert ids[1].startswith("promotion_")
     assert [(type_, data) for type_, _, data in found] == [
         ("model.created", {"model_version": "1", "job_id": str(one.id), "promoted": True}),
-        ("model.promoted", {"model_version": "1", "replaced": None, "how": "gate"}),
+        ("model.promoted", {"model_version": "1", "replaced": None, "how": "gate", **SERVING}),
         ("model.created", {"model_version": "2", "job_id": str(two.id), "promoted": False}),
-        ("model.promoted", {"model_version": "2", "replaced": "1", "how": "force"}),
-        ("model.rolled_back", {"model_version": "1", "replaced": "2", "how": "rollback"}),
+        ("model.promoted", {"model_version": "2", "replaced": "1", "how": "force", **SERVING}),
+        ("model.rolled_back", {"model_version": "1", "replaced": "2", "how": "rollback", **SERVING}),
     ]
 
 
@@ -199,7 +202,7 @@ def emit(session: Session, *event_ids: str, tenant_id: str = TENANT) -> None:
         webhooks.emit(session, tenant_id, event_id, EventType.JOB_SUCCEEDED, {})
 
 
-def next_of(sessions: Sessions, busy: Collection[uuid.UUID] = ()) -> Due:
+def next_of(sessions: Sessions, busy: Collection[uuid.UUID] = ()) -> DueDelivery:
     """What is claimed next."""
     with sessions.begin() as session:
         due = deliveries.claim(session, 60, busy, [])
@@ -222,14 +225,14 @@ def test_sixteen_receivers_that_never_answer_leave_the_next_turn_to_another(sess
         silent = {make_webhook(session, tenant_id=tenant).id for tenant in tenants for _ in range(4)}
         for tenant in tenants:
             emit(session, *(f"event-{number}" for number in range(5)), tenant_id=tenant)
-    held: list[Due] = []
+    held: list[DueDelivery] = []
     for _ in silent:
         held.append(next_of(sessions, [due.webhook_id for due in held]))
     assert {due.webhook_id for due in held} == silent
     with sessions.begin() as session:
         healthy = make_webhook(session)
         emit(session, "healthy")
-        deliveries.ended(session, held[0], Attempt(None, "silent"), RETRIES)
+        deliveries.record_attempt(session, held[0], Attempt(None, "silent"), RETRIES)
     due = next_of(sessions, [due.webhook_id for due in held[1:]])
     assert (due.webhook_id, due.event_id) == (healthy.id, "healthy")
 
@@ -283,7 +286,7 @@ def test_it_is_tried_again_after_longer_and_longer_and_then_has_failed(sessions:
         with sessions.begin() as session:
             session.execute(update(Delivery).values(next_at=dt.datetime(2000, 1, 1, tzinfo=dt.UTC)))
             held = claimed(session)
-            deliveries.ended(session, held, Attempt(500, "The receiver answered 500."), RETRIES)
+            deliveries.record_attempt(session, held, Attempt(500, "The receiver answered 500."), RETRIES)
         with sessions() as session:
             row = the_one(session)
         waits.append((row.next_at - held.now).total_seconds())
@@ -298,8 +301,8 @@ def test_who_was_taken_for_dead_writes_nothing(sessions: Sessions) -> None:
     with sessions.begin() as session:
         slow = claimed(session, hold=0)
     with sessions.begin() as session:
-        deliveries.ended(session, claimed(session), Attempt(204), RETRIES)
-        deliveries.ended(session, slow, Attempt(None, "late"), RETRIES)
+        deliveries.record_attempt(session, claimed(session), Attempt(204), RETRIES)
+        deliveries.record_attempt(session, slow, Attempt(None, "late"), RETRIES)
         row = the_one(session)
         assert (row.state, row.status, row.error, row.attempts) == ("delivered", 204, None, 2)
 
@@ -309,7 +312,7 @@ def test_410_silences_the_webhook_and_leaves_it_to_be_seen(sessions: Sessions) -
     with sessions.begin() as session:
         held = claimed(session)
         webhooks.emit(session, TENANT, "later", EventType.JOB_FAILED, {})
-        deliveries.ended(session, held, Attempt(410, "The receiver answered 410."), RETRIES)
+        deliveries.record_attempt(session, held, Attempt(410, "The receiver answered 410."), RETRIES)
         webhooks.emit(session, TENANT, "last", EventType.JOB_FAILED, {})
         rows = session.scalars(select(Delivery).order_by(Delivery.id)).all()
         assert [(row.event_id, row.state, row.status) for row in rows] == [
@@ -323,12 +326,12 @@ def test_410_silences_the_webhook_and_leaves_it_to_be_seen(sessions: Sessions) -
 @pytest.mark.usefixtures("due")
 def test_a_delivery_that_has_failed_is_sent_anew_by_hand_for_one_try(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        deliveries.ended(session, claimed(session), Attempt(500, "no"), ())
+        deliveries.record_attempt(session, claimed(session), Attempt(500, "no"), ())
         row = the_one(session)
         deliveries.redeliver(session, TENANT, row.webhook_id, row.id)
         assert (the_one(session).state, the_one(session).ended_at) == ("pending", None)
     with sessions.begin() as session:
-        deliveries.ended(session, claimed(session), Attempt(500, "no"), ())
+        deliveries.record_attempt(session, claimed(session), Attempt(500, "no"), ())
         assert (the_one(session).state, the_one(session).attempts) == ("failed", 2)
 
 
@@ -340,11 +343,11 @@ def test_a_delivery_that_is_sent_anew_during_a_try_is_sent_once_more(sessions: S
     with sessions.begin() as session:
         deliveries.redeliver(session, TENANT, held.webhook_id, held.id)
     with sessions.begin() as session:
-        deliveries.ended(session, held, attempt, ())
+        deliveries.record_attempt(session, held, attempt, ())
         assert the_one(session).state == "pending"
     with sessions.begin() as session:
         again = claimed(session)
-        deliveries.ended(session, again, Attempt(204), ())
+        deliveries.record_attempt(session, again, Attempt(204), ())
         assert (again.id, again.attempts, the_one(session).state) == (held.id, 2, "delivered")
 
 
@@ -355,7 +358,7 @@ def test_deliveries_are_forgotten_after_their_time(sessions: Sessions) -> None:
         then = int((old.created_at - dt.timedelta(days=2)).timestamp() * 1000)
         session.execute(update(Delivery).values(id=uuid.UUID(int=(then << 80) + (old.id.int & (1 << 80) - 1))))
         assert deliveries.prune(session, days=1) == 0, "it is still to be sent"
-        deliveries.ended(session, claimed(session), Attempt(204), ())
+        deliveries.record_attempt(session, claimed(session), Attempt(204), ())
         assert deliveries.prune(session, days=3) == 0
         assert deliveries.prune(session, days=1) == 1
         assert told(session) == []

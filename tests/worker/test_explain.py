@@ -375,7 +375,7 @@ def test_what_is_written_when_a_unit_is_interrupted_stays(
     job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain="all")
     predict_chunk(held(resources, job))
     interrupted = held(resources, job)
-    keep, kept = explain.explanations.keep, list[int]()
+    keep, kept = explain.explanations.save, list[int]()
 
     def once(session: Any, held: Claim, made: Any) -> None:
         keep(session, held, made)
@@ -383,13 +383,13 @@ def test_what_is_written_when_a_unit_is_interrupted_stays(
         if len(kept) == 2:  # the first time there was nothing yet
             interrupted.interrupt(Draining())
 
-    monkeypatch.setattr(explain.explanations, "keep", once)
+    monkeypatch.setattr(explain.explanations, "save", once)
     with pytest.raises(Draining):
         explain_results(interrupted)
     interrupted.end(Draining())
     assert set(explained(resources, job)) == {0}
     assert len(explained(resources, job)[0]) == len(CLASSES), "of a scan all is written, or nothing"
-    monkeypatch.setattr(explain.explanations, "keep", keep)
+    monkeypatch.setattr(explain.explanations, "save", keep)
     explain_results(held(resources, job))
     assert set(explained(resources, job)) == {0, 1, 2}
 
@@ -402,14 +402,14 @@ def test_a_cancelled_batch_keeps_what_is_explained(
     job = ask(*scans, kind=JobKind.PREDICT_BATCH, explain=True)
     predict_chunk(held(resources, job))
     cancelled = held(resources, job)
-    keep = explain.explanations.keep
+    keep = explain.explanations.save
 
     def kept(session: Session, held: Claim, made: list[Any]) -> None:
         keep(session, held, made)
         if made:
             cancelled.interrupt(CancelRequested())
 
-    monkeypatch.setattr(explain.explanations, "keep", kept)
+    monkeypatch.setattr(explain.explanations, "save", kept)
     with pytest.raises(CancelRequested):
         explain_results(cancelled)
     cancelled.end(CancelRequested())

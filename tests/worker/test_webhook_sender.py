@@ -342,7 +342,7 @@ def test_no_log_and_no_row_names_an_address(
     url = f"https://ris.example/hook/{TOKEN}"
     lost = OperationalError(url, {"url": url}, Exception(url))
     monkeypatch.setattr(deliveries, "claim", failing_at_first(deliveries.claim, OSError(url)))
-    monkeypatch.setattr(deliveries, "ended", failing_at_first(deliveries.record_attempt, lost))
+    monkeypatch.setattr(deliveries, "record_attempt", failing_at_first(deliveries.record_attempt, lost))
     monkeypatch.setattr(sending, "post", failing_at_first(post, *[RuntimeError(url)] * 10))
     subscribe(sessions, url)
     quick = settings.model_copy(update={**SHORT, "lease_seconds": 0.1})
