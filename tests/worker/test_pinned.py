@@ -22,7 +22,7 @@ from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import Predictor, ScanInput
 from tests import builders
 from tests.builders import TENANT
-from tests.ml.builders import CLASSES, encode, make_pixels
+from tests.ml.builders import CLASSES, encode, last_linear, make_pixels
 from worker.execution.resources import Resources
 from worker.execution.unit import UnitLease
 from worker.handlers.predict import predict_chunk
@@ -37,7 +37,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed, path in enumerate(paths):
         model = Model(network.build(2, 0, "vgg16", "gap"), CLASSES, Transform(32, 32), {}, "vgg16", "gap")
         with torch.no_grad():
-            model.last_linear.bias[1] = 4 * seed - 2  # one sees tumours nearly nowhere, the other nearly everywhere
+            last_linear(model).bias[1] = 4 * seed - 2  # one sees tumours nearly nowhere, the other nearly everywhere
         network.save(model, path)
     return paths
 

@@ -80,5 +80,7 @@ def test_the_log_of_a_defect_outlives_its_workspace_and_a_clients_mistake_leaves
     unit.resources.settings.work.mkdir(parents=True)
     for code, kept in (("BAD_DATASET", 0), ("INTERNAL", 1)):
         with pytest.raises(WorkFailed):
-            _raise_if_failed(unit, RunState(failed=events.Failed(code, "why")), cast(Child, None), log_file)
+            _raise_if_failed(
+                unit, RunState(spec_of("image"), failed=events.Failed(code, "why")), cast(Child, None), log_file
+            )
         assert len(list(unit.resources.settings.work.glob("*.log"))) == kept

@@ -58,8 +58,9 @@ def is_behind(session: Session) -> bool:
 
 
 def sync_registry(client: Any, sessions: Sessions) -> None:
-    """Bring MLflow's registry up to date. Tenants locked by another process are skipped, and a refusal for one tenant does
-    not affect others.
+    """Bring MLflow's registry up to date.
+
+    Tenants locked by another process are skipped, and a refusal for one tenant does not affect others.
 
     Raises:
         Exception: of MLflow's client, if it is away: nothing else would succeed either.
