@@ -1,4 +1,4 @@
-"""HTTP in, rows out. `create_app` makes the application; importing this package does nothing."""
+"""The REST API and the console. `create_app` makes the Flask application; importing this package has no effects."""
 
 from typing import TYPE_CHECKING
 

@@ -1,0 +1,1 @@
+"""HTTP for every resource: auth, bodies, fields, problem details, idempotency, waiting, streams, paging, request log."""

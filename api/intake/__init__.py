@@ -1,0 +1,1 @@
+"""Files on their way in: scans, manifests, resumable uploads, datasets from feedback."""

@@ -1,4 +1,4 @@
-// A model card: the server's Markdown as elements. Only what cards are made of: headings, lists, tables, code, text.
+// Renders a model card's Markdown as elements: headings, lists, tables, code and text, which is all that cards use.
 
 const KINDS = [
   [/^```/, code],
@@ -59,7 +59,7 @@ function filled(tag, text) {
   return holding(tag, parts.map((part) => (part.startsWith("**") ? filled("strong", part.slice(2, -2)) : plain(part))));
 }
 
-// What people wrote comes escaped: a class may bear any name.
+// Unescapes clients' texts: a class name may contain any character.
 const plain = (text) => document.createTextNode(text.replace(/\\([!-/:-@[-`{-~])/g, "$1"));
 
 function holding(tag, children, name = "") {

@@ -1,8 +1,8 @@
-// Requests with the reader's key, which this tab alone remembers. What is refused says why in the server's own words.
+// Requests with the user's API key, which is kept in this tab only. Errors carry the server's own text.
 
 const KEY = "renalq.key";
-const SECONDS = 45; // for an answer: longer than the page ever asks the server to wait
-const SENDABLE = /^[!-~]+$/; // a header takes no other letters, and no key has any
+const SECONDS = 45; // timeout of a request: longer than the page asks the server to wait
+const SENDABLE = /^[!-~]+$/; // allowed in a header; keys have no other characters
 
 export class Refused extends Error {
   constructor(status, words) {
@@ -25,7 +25,7 @@ export const key = {
   },
 };
 
-// A browser may forbid to store anything: then the key is known until the page is left.
+// A browser may forbid storage: then the key is kept until the page is closed.
 function stored(act) {
   try {
     return act();
@@ -34,7 +34,7 @@ function stored(act) {
   }
 }
 
-// What `take` makes of the answer to a request; Refused for whatever is no 2xx or 304, with status 0 where none came.
+// Sends a request and returns `take(response)`. Throws Refused unless the status is 2xx or 304; status 0: no response.
 export async function ask(path, take, { headers = {}, signal, seconds = SECONDS, ...options } = {}) {
   const sent = key.get() ?? "";
   if (!SENDABLE.test(sent)) throw new Refused(401, "This is no key: keys begin with rq_, and have no spaces or accents.");
@@ -55,7 +55,7 @@ const SILENT = {
   SyntaxError: "What answers is not this server. Try again shortly.",
 };
 
-// A connection that was dropped without a word would be waited on for ever.
+// Without a timeout, a silently dropped connection would be waited on for ever.
 function ending(signal, seconds) {
   const late = AbortSignal.timeout(seconds * 1000);
   return signal ? AbortSignal.any([signal, late]) : late;
@@ -65,13 +65,13 @@ const json = (answer) => answer.json();
 
 export const read = (path, options) => ask(path, json, options);
 
-// Asks again and again with the tag that the server gave: null where nothing has changed since.
+// Returns a polling function that sends the last ETag: its result is null if nothing has changed.
 export function follower() {
   let tag = null;
   return (path, options) => {
     const take = async (answer) => {
       const found = answer.status === 304 ? null : await answer.json();
-      tag = answer.headers.get("ETag"); // only now: of an answer that was cut nothing is known
+      tag = answer.headers.get("ETag"); // after the body: a truncated response must not count
       return found;
     };
     return ask(path, take, { ...options, headers: tag ? { "If-None-Match": tag } : {} });

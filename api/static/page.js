@@ -1,4 +1,4 @@
-// The first page: the key at its door, then scans, jobs and the champion. Text is only ever set as text.
+// The console: asks for the key, then shows scans, jobs and the champion. Data is set as text, never as HTML.
 
 import { elements } from "./card.js";
 import { ask, follower, key, pause, read, Refused } from "./client.js";
@@ -17,18 +17,18 @@ const day = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric" 
 
 // --- the key ---
 
-let opened = 0; // each key that opens the desk starts loops of its own; what was asked with the ones before is not shown
+let session = 0; // each key starts a session with polling loops of its own; late responses of earlier ones are dropped
 
-// Whether the page still belongs to whoever it belongs to now.
+// Returns a function that says whether the current session is still active.
 function owner() {
-  const mine = opened;
-  return () => mine === opened;
+  const mine = session;
+  return () => mine === session;
 }
 
 at("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   at("key-error").textContent = "";
-  opened += 1;
+  session += 1;
   const still = owner();
   key.set(at("key").value.trim());
   try {
@@ -47,13 +47,13 @@ document.addEventListener("key-refused", () => shut("This key is unknown or was 
 function open() {
   at("gate").hidden = true;
   at("desk").hidden = at("forget-key").hidden = false;
-  opened += 1;
-  every(JOBS_SECONDS, jobsLook());
-  every(CHAMPION_SECONDS, championLook);
+  session += 1;
+  every(JOBS_SECONDS, pollJobs());
+  every(CHAMPION_SECONDS, pollChampion);
 }
 
 function shut(why) {
-  opened += 1;
+  session += 1;
   key.forget();
   empty();
   at("desk").hidden = at("forget-key").hidden = true;
@@ -62,7 +62,7 @@ function shut(why) {
   at("key").focus();
 }
 
-// What is hidden can be read by the next person at this screen, so nothing stays.
+// Removes all data from the page: the next person at this screen could read what is only hidden.
 function empty() {
   scans.clear();
   showJobs([], "Loading …");
@@ -72,11 +72,11 @@ function empty() {
   at("card-text").replaceChildren();
 }
 
-// Looks now and then, but not while nobody sees the page.
-async function every(seconds, look) {
+// Polls while the page is visible.
+async function every(seconds, poll) {
   const still = owner();
   while (still()) {
-    if (!document.hidden) await look(still);
+    if (!document.hidden) await poll(still);
     await pause(seconds);
   }
 }
@@ -93,12 +93,12 @@ const drop = at("drop");
 for (const kind of ["dragenter", "dragover"]) drop.addEventListener(kind, () => drop.classList.add("over"));
 for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
 drop.addEventListener("drop", (event) => scans.add(event.dataTransfer.files));
-// A file that misses the zone must not replace the page.
+// A file dropped outside the zone must not replace the page.
 for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
 
 // --- jobs ---
 
-function jobsLook() {
+function pollJobs() {
   const follow = follower();
   return async (still) => {
     try {
@@ -128,7 +128,7 @@ function showJobs(jobs, none = "No jobs yet. Drop a scan, or train a model.") {
   at("jobs-none").hidden = jobs.length > 0;
   at("jobs-none").textContent = none;
   const known = new Map([...at("jobs").children].map((row) => [row.dataset.id, row]));
-  // Rows stay what they are: whoever is on a button stays there.
+  // Rows are reused, so that a focused button keeps its focus.
   jobs.forEach((job, place) => {
     const row = known.get(job.id) ?? newRow(job);
     known.delete(job.id);
@@ -198,7 +198,7 @@ async function cancel(row, job) {
 
 // --- the champion ---
 
-async function championLook(still) {
+async function pollChampion(still) {
   try {
     const model = await read("/models/champion");
     if (still()) showChampion(model);
@@ -225,7 +225,7 @@ function showChampion(model) {
   const since = at("champion-since");
   since.dateTime = model.promoted_at ?? "";
   since.textContent = model.promoted_at ? time.format(new Date(model.promoted_at)) : "an unknown time";
-  // Who was made champion by force, or by a rollback, was so against what the gate had said.
+  // A champion by force or rollback may not have passed the gate.
   at("champion-why").textContent = model.gate?.promoted ? "Why the gate promoted it" : "Why the gate did not promote it";
   at("champion-reasons").replaceChildren(...(model.gate?.reasons ?? []).map(reason));
 }

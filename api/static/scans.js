@@ -1,18 +1,18 @@
-// Scans: sent without their names, followed to their end, shown with label, confidence, disposition and heatmap.
+// Scans: sent without their file names, followed to the end of the job, shown with label, confidence and heatmap.
 
 import { ask, follower, pause, read, Refused } from "./client.js";
 
-const AT_ONCE = 3; // a browser opens six connections to one host, and the jobs want one
+const CONCURRENT = 3; // a browser opens six connections to one host, and the list of jobs needs one
 const WAIT_SECONDS = 30;
-const LOOK_SECONDS = 1;
-const SLOWEST = 50_000; // bytes a second: what sends a scan more slowly is taken for a connection that is gone
+const POLL_SECONDS = 1;
+const SLOWEST = 50_000; // bytes per second: a slower transfer counts as a lost connection
 const TONES = { normal: "good", tumor: "bad", indeterminate: "unsure", rejected: "unsure" };
 
 const list = document.getElementById("results");
 const waiting = [];
-const urls = new Set(); // what the pictures of the list hold in memory
+const urls = new Set(); // object URLs of the images in the list
 let working = 0;
-let round = new AbortController(); // ends with the list: what was sent before it was cleared is shown no more
+let round = new AbortController(); // aborted when the list is cleared, so that late results are dropped
 
 export function add(files) {
   for (const file of files) {
@@ -32,12 +32,12 @@ export function clear() {
   list.replaceChildren();
   urls.forEach(URL.revokeObjectURL);
   urls.clear();
-  tell("");
+  announce("");
   document.getElementById("clear").hidden = true;
 }
 
 function work() {
-  while (working < AT_ONCE && waiting.length) {
+  while (working < CONCURRENT && waiting.length) {
     working += 1;
     take(waiting.shift()).finally(() => {
       working -= 1;
@@ -49,49 +49,49 @@ function work() {
 async function take({ card, file, signal }) {
   try {
     const job = await classify(card, file, signal);
-    const [result] = (await patiently(card, signal, () => read(job.links.results, { signal }))).data;
+    const [result] = (await retrying(card, signal, () => read(job.links.results, { signal }))).data;
     if (!result || result.state !== "succeeded") {
       throw new Refused(0, result?.error?.detail ?? job.error?.detail ?? "The job was cancelled.");
     }
     show(card, result);
-    tell(`${file.name}: ${said(result)}`);
+    announce(`${file.name}: ${spoken(result)}`);
     if (result.explanation) await overlay(card, result.explanation, signal);
   } catch (error) {
-    if (signal.aborted) return; // nobody looks at the card any more
+    if (signal.aborted) return; // the list was cleared
     fail(card, error instanceof Refused ? error.message : "This page has failed. Reload it, and try again.");
-    tell(`${file.name}: failed. ${error.message}`);
+    announce(`${file.name}: failed. ${error.message}`);
     if (!(error instanceof Refused)) throw error;
   }
 }
 
 async function classify(card, file, signal) {
   const body = new FormData();
-  body.append("file", file, "scan"); // names of files are often those of patients
+  body.append("file", file, "scan"); // file names often contain patients' names
   body.append("explain", "true");
-  say(card, "Sending and classifying …");
+  setStatus(card, "Sending and classifying …");
   const headers = { Prefer: `wait=${WAIT_SECONDS}` };
   const seconds = 1.5 * WAIT_SECONDS + file.size / SLOWEST;
   let job = await read("/jobs/predict", { method: "POST", body, headers, signal, seconds });
   const follow = follower();
   while (!job.terminal) {
-    say(card, job.queue_position ? `Waiting behind ${job.queue_position} other jobs …` : "Classifying …");
-    await pause(LOOK_SECONDS);
-    job = (await patiently(card, signal, () => follow(job.links.self, { signal }))) ?? job;
+    setStatus(card, job.queue_position ? `Waiting behind ${job.queue_position} other jobs …` : "Classifying …");
+    await pause(POLL_SECONDS);
+    job = (await retrying(card, signal, () => follow(job.links.self, { signal }))) ?? job;
   }
   return job;
 }
 
-// Asks until there is an answer: that none comes just now says nothing of the job, which goes on.
-async function patiently(card, signal, asked) {
+// Retries until there is a response: a failed request says nothing about the job, which goes on.
+async function retrying(card, signal, asked) {
   while (true) {
     signal.throwIfAborted();
     try {
       return await asked();
     } catch (error) {
       if (!(error instanceof Refused) || !passing(error.status)) throw error;
-      say(card, "The server does not answer just now. Looking again …");
+      setStatus(card, "The server does not answer just now. Looking again …");
     }
-    await pause(LOOK_SECONDS);
+    await pause(POLL_SECONDS);
   }
 }
 
@@ -118,7 +118,7 @@ function preview(card, file) {
     image.remove();
     card.querySelector(".blank").textContent = "Your browser cannot show this kind of file.";
   };
-  image.src = held(file);
+  image.src = objectUrl(file);
 }
 
 function reveal(card, image) {
@@ -126,13 +126,13 @@ function reveal(card, image) {
   card.querySelector(".blank").hidden = true;
 }
 
-function held(blob) {
+function objectUrl(blob) {
   const url = URL.createObjectURL(blob);
   urls.add(url);
   return url;
 }
 
-function say(card, text) {
+function setStatus(card, text) {
   card.querySelector(".status-text").textContent = text;
 }
 
@@ -158,7 +158,7 @@ function show(card, result) {
   reason.hidden = !result.reason;
   reason.textContent = result.reason ?? "";
   const found = Object.entries(result.probabilities).sort((a, b) => b[1] - a[1]);
-  // Of a scan that is rejected no class is the answer, however sure the network is.
+  // A rejected scan has no class, however confident the network is.
   const answer = word === "rejected" ? null : result.label;
   card.querySelector(".classes").replaceChildren(...found.map(([name, share]) => bar(name, share, name === answer)));
   const note = card.querySelector(".note");
@@ -185,14 +185,14 @@ function facts(result) {
 }
 
 async function overlay(card, path, signal) {
-  const picture = await patiently(card, signal, () => ask(path, (answer) => answer.blob(), { signal }));
+  const picture = await retrying(card, signal, () => ask(path, (answer) => answer.blob(), { signal }));
   const image = card.querySelector(".overlay-image");
   image.onload = () => {
     image.alt = "The scan with a heatmap: where the model saw what speaks for its answer";
     reveal(card, image);
   };
-  image.src = held(picture);
-  if (!card.querySelector(".scan-image")) return; // there is nothing to fade to
+  image.src = objectUrl(picture);
+  if (!card.querySelector(".scan-image")) return; // no image to blend with
   const blend = card.querySelector(".blend");
   blend.hidden = false;
   blend.querySelector("input").addEventListener("input", (event) => {
@@ -207,13 +207,13 @@ function end(card, state) {
 
 // --- words ---
 
-function said(result) {
+function spoken(result) {
   const word = result.disposition && result.disposition !== result.label.toLowerCase() ? `${result.disposition}, ` : "";
   return `${word}${result.label}, ${percent(result.confidence)}. ${result.reason ?? ""}`;
 }
 
-function tell(text) {
-  document.getElementById("told").textContent = text;
+function announce(text) {
+  document.getElementById("announcement").textContent = text;
 }
 
 const capital = (word) => word.charAt(0).toUpperCase() + word.slice(1);

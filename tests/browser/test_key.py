@@ -15,7 +15,7 @@ from tests.stand_in import worker
 pytestmark = pytest.mark.slow
 
 JOBS, CHAMPION, CARD = (re.compile(f"{path}$") for path in (r"/jobs\?limit=20", "/models/champion", "/champion/card"))
-SHOWN = "() => ['desk', 'told', 'card'].map((id) => document.getElementById(id).outerHTML)"
+SHOWN = "() => ['desk', 'announcement', 'card'].map((id) => document.getElementById(id).outerHTML)"
 """All places in which the page shows what it has read with the key."""
 
 
@@ -87,7 +87,7 @@ def test_a_forgotten_key_leaves_nothing_behind(
     with worker(sessions, one(disposition="tumor"), overlay):
         visit.drop(SCAN)
         expect(visit.page.locator(".scan")).to_have_attribute("data-state", "done")
-    expect(visit.page.locator("#told")).to_contain_text(SCAN[0])
+    expect(visit.page.locator("#announcement")).to_contain_text(SCAN[0])
     visit.page.get_by_role("button", name="Model card").click()
     visit.page.get_by_role("dialog").get_by_role("heading", name="Intended use").wait_for()
     visit.page.get_by_role("button", name="Close").click()
@@ -104,7 +104,7 @@ def test_a_key_that_is_revoked_meanwhile_closes_everything(
     visit.page.get_by_role("button", name="Model card").click()
     visit.page.get_by_role("dialog").get_by_role("heading", name="Intended use").wait_for()
     with sessions.begin() as session:
-        for key in keys.listed(session, builders.TENANT):
+        for key in keys.list_keys(session, builders.TENANT):
             keys.revoke(session, builders.TENANT, key.id)
     expect(visit.page.get_by_role("alert")).to_contain_text("unknown or was revoked")
     expect(visit.page.get_by_label("API key")).to_be_focused()

@@ -65,7 +65,7 @@ def test_a_cleared_list_is_told_of_no_more(visit: Visit, sessions: Sessions, cha
     with worker(sessions, one()):
         pass
     visit.page.wait_for_timeout(1500)  # the next look
-    expect(visit.page.locator("#told")).to_be_empty()
+    expect(visit.page.locator("#announcement")).to_be_empty()
 
 
 def test_looks_that_fail_end_no_scan(

@@ -1,0 +1,1 @@
+"""Jobs: requests of trainings and predictions, state, events, results, summaries, explanations."""

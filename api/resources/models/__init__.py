@@ -1,1 +1,1 @@
-"""Model versions: routes, schemas and drift."""
+"""Model versions: promotion, comparison, cards, drift."""
