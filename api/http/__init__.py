@@ -1,1 +1,1 @@
-"""HTTP for every resource: auth, bodies, fields, problem details, idempotency, waiting, streams, paging, request log."""
+"""What every resource needs of HTTP: auth, bodies, fields, errors, idempotency, waiting, streams, paging, logging."""

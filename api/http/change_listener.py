@@ -109,7 +109,7 @@ class ChangeListener:
         while not self.closed:
             try:
                 self._listen_once()
-            except Exception as error:  # any error: with a dead listener every waiter would poll for ever
+            except Exception as error:  # any error: a dead thread would leave all waiters polling
                 log.warning("listener_lost", error=type(error).__name__)
             self.listening = False
             time.sleep(1)

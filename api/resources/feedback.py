@@ -47,7 +47,7 @@ class TruthSchema(ma.Schema):
 @blueprint.response(201, TruthSchema)
 @blueprint.doc(operationId="tellTruth")
 @idempotent()
-def tell_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
+def report_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
     """Report the true class of a scan. A second report corrects the first."""
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)

@@ -19,7 +19,7 @@ from jobs.keys import Scope
 from jobs.results import queries
 from jobs.tables import Scan
 
-blueprint = Blueprint("scans", __name__, url_prefix="/scans", description="Single images and DICOM files.")
+blueprint = Blueprint("scans", __name__, url_prefix="/scans", description=f"Single {spec_of({}).inputs.described}.")
 
 
 class ScanUpload(ma.Schema):
@@ -74,8 +74,8 @@ class KnownScansSchema(ma.Schema):
 def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     """Store a scan. The same bytes give the same id."""
     stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
-    looked = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
-    scan, new = scan_store.store_scan(stream, looked)
+    media = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
+    scan, new = scan_store.store_scan(stream, media)
     return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
 
 

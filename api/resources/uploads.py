@@ -26,7 +26,7 @@ from jobs.tables import Upload
 VERSION = "1.0.0"
 CHUNK = "application/offset+octet-stream"
 IDLE_SECONDS = 15.0
-"""A client that sends nothing for this long is taken for gone, and its upload is unlocked."""
+"""After this long without data a client counts as disconnected, and its upload is unlocked."""
 BIGINT_DIGITS = 18
 
 blueprint = Blueprint("uploads", __name__, url_prefix="/uploads", description="Resumable uploads (tus 1.0.0).")
@@ -165,7 +165,7 @@ def _expiry(upload: Upload) -> dict[str, str]:
 
 
 def _set_idle_timeout() -> None:
-    """Stop reading from a client that has lost its network: gunicorn would wait, and keep the lock, for ever."""
+    """Stop reading from a client that has lost its network: gunicorn would wait, and keep the lock, without end."""
     connection = request.environ.get("gunicorn.socket")
     if connection is not None:
         connection.settimeout(IDLE_SECONDS)  # gunicorn resets it before the connection's next request

@@ -28,7 +28,7 @@ class Explain(fields.Field[Any]):
 
     def __init__(self, **kwargs: Any) -> None:
         description = (
-            "Also make a Grad-CAM overlay and heatmap of each result: for the predicted class, or for `all` classes."
+            "Also make an overlay and heatmap of each result: for the predicted class, or for `all` classes."
         )
         kinds = {"type": ["string", "boolean"], "enum": [ALL_CLASSES, True, False]}
         super().__init__(metadata={**kinds, "description": description}, **kwargs)
@@ -51,7 +51,7 @@ class PicturesSchema(ma.Schema):
 class ExplainedSchema(ma.Schema):
     """Fields of a result whose explanation was requested."""
 
-    explanation = fields.String(metadata={"description": "URL of its Grad-CAM overlay, once it is made."})
+    explanation = fields.String(metadata={"description": "URL of its overlay, once it is made."})
     heatmap = fields.String(metadata={"description": "URL of the heatmap: 8-bit greyscale, 0 to 255 stand for 0 to 1."})
     explanation_note = fields.String(
         metadata={"description": "A remark on the explanation, or the reason why there is none."}
@@ -65,10 +65,10 @@ class ExplainedSchema(ma.Schema):
 
 def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult]) -> dict[int, Json]:
     """The fields of ExplainedSchema of these results, by ordinal."""
-    asked = view.job.params.get("explain")
-    if not asked:
+    requested = view.job.params.get("explain")
+    if not requested:
         return {}
-    words = explanations.class_slugs(queries.classes(session, view)) if asked == ALL_CLASSES else {}
+    words = explanations.class_slugs(queries.classes(session, view)) if requested == ALL_CLASSES else {}
     files = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
     return {row.ordinal: _of_result(view, row, files.get(row.ordinal, {}), list(words)) for row in rows}
 

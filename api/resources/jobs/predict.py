@@ -113,7 +113,7 @@ class BatchManifest(_Prediction):
 
 
 def predict_one(body: Body) -> uuid.UUID:
-    """Submit one scan: a file, bytes, or a stored one. Returns the job's id.
+    """Submit a prediction of one scan: a file, bytes, or a stored scan. Returns the job's id.
 
     Raises:
         BadInput, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
@@ -127,17 +127,17 @@ def predict_one(body: Body) -> uuid.UUID:
         scan_id = source
     else:
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
-        # Before the model: what is no image is no image whether or not there is one.
-        looked = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
-        model = _pinned(body)
+        # Before the model: a file that is no image gets the same error with or without a champion.
+        media = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
+        model = _pin_model(body)
         admit()
-        scan_id = scan_store.store_scan(stream, looked)[0].id
+        scan_id = scan_store.store_scan(stream, media)[0].id
     return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
 
 
 @from_upload("files", many=True)
 def predict_many(body: Body) -> uuid.UUID:
-    """Submit a batch: files, one zip, a whole upload, a manifest, stored scans, or a dataset. Returns the job's id.
+    """Submit a batch: files, a zip, an upload, a manifest, stored scans, or a dataset. Returns the job's id.
 
     Raises:
         UploadNotFound, UploadIncomplete, UploadBusy
@@ -145,18 +145,18 @@ def predict_many(body: Body) -> uuid.UUID:
         QueueFull
     """
     limits = Limits.of(services().settings)
-    with _members(body, limits) as members:
+    with _zip_members(body, limits) as members:
         manifest = manifests.read_manifest(body.get("manifest"), body.get("files", ()), members)
-        # Only now the model, as above.
-        model = _pinned(body)
-        admit(len(manifest.rows) if manifest else _announced(body, members), batches=1)
-        scans = manifest.store_scans(spec_of(body).inputs) if manifest else _taken(body, members, limits)
+        # After the files, as in `predict_one`.
+        model = _pin_model(body)
+        admit(len(manifest.rows) if manifest else _count_scans(body, members), batches=1)
+        scans = manifest.store_scans(spec_of(body).inputs) if manifest else _store(body, members, limits)
     return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"))
 
 
 @contextmanager
-def _members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
-    """The files of the zip that was sent, checked; None where it is no zip."""
+def _zip_members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
+    """The checked files of the zip that was sent; None if it is no zip."""
     files: list[FileStorage] = body.get("files", [])
     if len(files) == 1 and archives.is_zip(files[0].stream):
         with archives.open_zip(files[0].stream, limits) as members:
@@ -165,24 +165,24 @@ def _members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
         yield None
 
 
-def _announced(body: Body, members: list[Member] | None) -> int:
-    """How many scans will be in the job; of a dataset, `submit` finds out."""
+def _count_scans(body: Body, members: list[Member] | None) -> int:
+    """Number of scans in the job; 1 for a dataset, whose scans are counted by `submit`."""
     return len(members or body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
 
 
-def _taken(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
+def _store(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
     inputs = spec_of(body).inputs
     if members is not None:
         return scan_store.store_scans(scan_store.from_zip(members), inputs)
     if "files" in body:
         return scan_store.store_scans(scan_store.from_files(body["files"], body.get("custom_ids", ())), inputs)
     if "dataset_id" in body:
-        return _of_dataset(body["dataset_id"], inputs, limits)
+        return _store_dataset(body["dataset_id"], inputs, limits)
     with transaction() as session:
         return scan_store.results_of_stored(session, body["scan_ids"], body.get("custom_ids", ()))
 
 
-def _of_dataset(dataset_id: uuid.UUID, inputs: Inputs, limits: Limits) -> list[NewResult]:
+def _store_dataset(dataset_id: uuid.UUID, inputs: Inputs, limits: Limits) -> list[NewResult]:
     with transaction() as session:
         sha256 = catalog.ready(session, tenant(), dataset_id).archive_sha256
     try:
@@ -192,7 +192,7 @@ def _of_dataset(dataset_id: uuid.UUID, inputs: Inputs, limits: Limits) -> list[N
         raise BadArchive("The dataset's zip is no longer stored. Upload it again.") from None
 
 
-def _pinned(body: Body) -> ModelVersion:
+def _pin_model(body: Body) -> ModelVersion:
     with transaction() as session:
         return _model(session, body)
 
@@ -205,8 +205,7 @@ def _model(session: Session, body: Body) -> ModelVersion:
 
 
 def _refuse_unable(version: ModelVersion, body: Body) -> None:
-    """A version whose number is named may be of another pipeline than the default; its scans were looked at as another
-    pipeline's, then."""
+    """Refuse a version of another pipeline than the one that the scans were inspected for."""
     if version.pipeline != spec_of(body).name:
         detail = f"Version {version.version} is of the pipeline {version.pipeline}: set pipeline: {version.pipeline}."
         raise Invalid(detail, "/pipeline")
@@ -238,6 +237,6 @@ def _submit(
     )
     with transaction() as session:
         if dataset_id is not None:
-            catalog.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted under the new job
+            catalog.ready(session, tenant(), dataset_id)  # locked, so that it is not deleted before the job is stored
         chunk = pace.chunk_size(session, new.lane, services().settings)
         return submit(session, new, scans, chunk, quota()).id

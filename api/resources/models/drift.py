@@ -10,7 +10,7 @@ from api.http.auth import needs
 from api.http.bodies import Blueprint
 from api.http.context import services, transaction
 from api.http.responses import BINARY, PNG, negotiate
-from api.resources.models.routes import named
+from api.resources.models.routes import find_version
 from api.views import drift_chart
 from jobs.keys import Scope
 from jobs.models import drift
@@ -98,7 +98,7 @@ def get_drift(query: dict[str, Any], version: str) -> DriftReport | Response:
     """Compare a version's predictions with its test scans, day by day; as image/png, a chart of it."""
     with transaction() as session:
         policy = drift.DriftPolicy.of(services().settings)
-        found = drift.drift(session, named(session, version), policy, query["days"])
+        found = drift.drift(session, find_version(session, version), policy, query["days"])
     if negotiate(PNG) != PNG:
         return found
     return Response(drift_chart.draw_drift(found, query["days"]), mimetype=PNG)

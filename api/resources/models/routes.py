@@ -98,7 +98,7 @@ def rollback(body: dict[str, Any]) -> ModelVersion:
 def get_model(query: dict[str, Any], version: str) -> ModelVersion:
     """Show a model version; `champion` is the default of predictions."""
     with transaction() as session:
-        return named(session, version, **query)
+        return find_version(session, version, **query)
 
 
 @blueprint.route("/<version:version>/promote", methods=["POST"])
@@ -124,7 +124,7 @@ def promote_model(body: dict[str, Any], version: str) -> ModelVersion:
 def get_weights(version: str) -> Response:
     """Download a version's network: a safetensors file with classes, transform and calibration."""
     with transaction() as session:
-        found = named(session, version)
+        found = find_version(session, version)
     return download(found.weights_sha256, f"renalq-v{found.version}.safetensors")
 
 
@@ -136,13 +136,13 @@ def get_weights(version: str) -> Response:
 def get_card(version: str) -> Response:
     """Show a version's model card: its data, intended use, evaluation and limits."""
     with transaction() as session:
-        card = model_card.build_card(cards.model_card_data(session, named(session, version)))
+        card = model_card.build_card(cards.model_card_data(session, find_version(session, version)))
     if negotiate(JSON, default=MARKDOWN) == JSON:
         return jsonify(card)
     return Response(model_card_markdown.markdown(card), mimetype=MARKDOWN)
 
 
-def named(session: Session, wanted: str, pipeline: str | None = None, task: str | None = None) -> ModelVersion:
+def find_version(session: Session, wanted: str, pipeline: str | None = None, task: str | None = None) -> ModelVersion:
     """The version, or the champion. A missing champion is 404 here, not a conflict."""
     try:
         return registry.resolve(session, tenant(), wanted, pipeline, task)

@@ -43,7 +43,7 @@ class TransformSchema(ma.Schema):
     window = fields.List(
         fields.Float(),
         allow_none=True,
-        metadata={"description": "Centre and width in Hounsfield units; null: those in the file."},
+        metadata={"description": "Centre and width of the window; null: those in the file."},
     )
 
 
