@@ -104,9 +104,11 @@ def test_where_nothing_speaks_for_a_class_the_result_says_so(
 ) -> None:
     batch = Batch(sessions, settings, champion, explain="all")
     batch.explained(
-        *((0, part, None) for part in (OVERLAY, HEATMAP, BLANK_NOTE)), *((0, part, "Normal") for part in (OVERLAY, HEATMAP)),
-        *((1, part, "Normal") for part in (OVERLAY, HEATMAP, BLANK_NOTE)), *((1, part, None) for part in (OVERLAY, HEATMAP)),
-    )  # fmt: skip
+        *((0, part, None) for part in (OVERLAY, HEATMAP, BLANK_NOTE)),
+        *((0, part, "Normal") for part in (OVERLAY, HEATMAP)),
+        *((1, part, "Normal") for part in (OVERLAY, HEATMAP, BLANK_NOTE)),
+        *((1, part, None) for part in (OVERLAY, HEATMAP)),
+    )
     first, second = batch.results(client)
     assert first["explanation_note"] == first["explanations"]["Tumor"]["note"]
     assert "0 everywhere" in first["explanation_note"]
