@@ -281,8 +281,8 @@ def sentence(module: str) -> str:
     """The first sentence of the module's docstring."""
     path = ROOT / _path(module)
     source = (path / "__init__.py" if path.is_dir() else path).read_text()
-    words = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
-    return re.split(r"(?<=[.!?]) (?=[A-Z`])", words)[0]
+    first = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+    return re.split(r"(?<=[.!?]) (?=[A-Z`])", " ".join(first.split()))[0]
 
 
 def main() -> None:
