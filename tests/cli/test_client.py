@@ -51,7 +51,7 @@ def test_a_hostile_file_name_cannot_break_out_of_its_header(tmp_path: Path) -> N
     assert [(field, data) for field, _, data in files] == [("file", b"1")]
 
 
-def test_a_problem_is_one_line_with_its_pointers() -> None:
+def test_problem_line_names_the_pointers_of_a_problem() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason = 422, "Unprocessable Content"
     answer._content = (
@@ -63,20 +63,20 @@ def test_a_problem_is_one_line_with_its_pointers() -> None:
     )
 
 
-def test_aproblem_line_names_its_reasons() -> None:
+def test_problem_line_names_the_reasons_of_a_refusal() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason = 409, "Conflict"
     answer._content = b'{"title": "Conflict", "detail": "Refused.", "reasons": ["F1 0.9 < 0.97.", "Leaks."]}'
     assert problem_line(answer) == "409 Conflict: Refused. [F1 0.9 < 0.97.; Leaks.]"
 
 
-def test_an_answer_that_is_no_problem_is_one_line_still() -> None:
+def test_problem_line_of_a_response_without_json_is_one_line() -> None:
     answer = requests.Response()
     answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", b"<html>"
     assert problem_line(answer) == "502 Bad Gateway: <html>"
 
 
-def test_nobody_answering_says_what_to_do() -> None:
+def test_connection_error_says_how_to_start_a_server() -> None:
     with pytest.raises(ApiError, match="renalq up"):
         Client(f"http://127.0.0.1:{free_port()}", "rq_x").call("GET", "/jobs")
 
@@ -97,7 +97,7 @@ def test_key_and_address_come_from_the_environment_else_from_the_local_stack(
     assert (default_key(), default_url()) == ("rq_given", "https://renalq.example")
 
 
-def test_params_are_json_where_they_can_be_and_text_elsewhere() -> None:
+def test_params_are_parsed_as_json_or_else_text() -> None:
     pairs = ("epochs=5", "weights=none", "augmentation=false", "image_size=[224,224,3]", "learning_rate=1e-2")
     assert parse_params(pairs) == {
         "epochs": 5,
@@ -113,7 +113,7 @@ def test_a_param_without_a_value_is_refused() -> None:
         parse_params(("epochs",))
 
 
-def test_of_a_folder_the_images_are_taken_in_order(tmp_path: Path) -> None:
+def test_find_scans_of_a_folder_returns_its_images_in_order(tmp_path: Path) -> None:
     for name in ("b.dcm", "a.png", "notes.txt", "IM0001"):
         (tmp_path / name).touch()
     assert [file.name for file in find_scans([tmp_path])] == ["IM0001", "a.png", "b.dcm"]

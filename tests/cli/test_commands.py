@@ -105,7 +105,7 @@ def test_the_short_options_of_a_training_are_parameters(ask: Ask) -> None:
     assert asked == {"POST /jobs/train": {"dataset_id": "d1", "params": params}}
 
 
-def test_what_is_not_named_is_not_sent(ask: Ask) -> None:
+def test_options_that_are_not_given_are_not_sent(ask: Ask) -> None:
     _, asked = ask({"POST /jobs/train": JOB}, "train", "d1")
     assert asked["POST /jobs/train"]["params"] == {}
 
@@ -120,7 +120,7 @@ def test_a_reproduction_is_followed_and_ends_with_its_verdict(ask: Ask, found: d
     assert result.output.rstrip().endswith("\n".join(reproduction_lines(found)))
 
 
-def test_a_reproduction_that_is_not_followed_says_only_that_it_was_made(ask: Ask) -> None:
+def test_a_reproduction_without_watch_prints_only_the_new_job(ask: Ask) -> None:
     queued = {**JOB, "state": "queued", "terminal": False, "reproduction": None}
     result, asked = ask({"POST /jobs/j1/reproduce": queued}, "jobs", "reproduce", "j1", "--no-watch")
     assert result.exit_code == 0
@@ -128,7 +128,7 @@ def test_a_reproduction_that_is_not_followed_says_only_that_it_was_made(ask: Ask
     assert list(asked) == ["POST /jobs/j1/reproduce"]
 
 
-def test_what_differs_is_told_figure_by_figure() -> None:
+def test_a_reproduction_that_differs_lists_each_figure() -> None:
     lines = [" ".join(line.split()) for line in reproduction_lines(DIFFERENT)]
     assert lines == [
         "reproduction of j1: 2 figures differ",
@@ -159,7 +159,7 @@ def test_a_dataset_shows_its_problems_and_its_warnings(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("words", [["models"], ["models", "list"]])
-def test_models_are_listed_unless_something_else_is_asked(ask: Ask, words: list[str]) -> None:
+def test_models_without_a_subcommand_lists_versions(ask: Ask, words: list[str]) -> None:
     page = {"data": [MODEL], "has_more": False, "next": None}
     result, _ = ask({"GET /models?limit=100": page}, *words)
     assert result.exit_code == 0, result.output
@@ -168,7 +168,7 @@ def test_models_are_listed_unless_something_else_is_asked(ask: Ask, words: list[
     assert json.loads(result.output) == [MODEL]
 
 
-def test_a_model_shows_its_figures_and_what_the_gate_said(ask: Ask) -> None:
+def test_a_model_shows_its_figures_and_the_gates_verdict(ask: Ask) -> None:
     result, _ = ask({"GET /models/champion": MODEL}, "models", "show", "champion")
     assert result.output.splitlines() == [
         "version 3, the champion: Normal, Tumor",

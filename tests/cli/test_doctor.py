@@ -29,7 +29,7 @@ def renalq_doctor(home: Path, *options: str, **environ: str) -> subprocess.Compl
     )
 
 
-def test_it_says_one_line_each_and_finds_no_problem_here(tmp_path: Path) -> None:
+def test_doctor_prints_one_line_per_finding_and_finds_no_problem(tmp_path: Path) -> None:
     done = renalq_doctor(tmp_path)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.strip().splitlines()
@@ -37,7 +37,7 @@ def test_it_says_one_line_each_and_finds_no_problem_here(tmp_path: Path) -> None
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
 
 
-def test_it_speaks_json_to_machines_and_exits_1_for_a_problem(tmp_path: Path) -> None:
+def test_doctor_prints_json_and_exits_1_for_a_problem(tmp_path: Path) -> None:
     nobody = f"redis://:hunter2@{LOOPBACK}:{free_port()}/0"
     done = renalq_doctor(tmp_path, "--json", RENALQ_REDIS_URL=nobody)
     assert done.returncode == 1
@@ -75,7 +75,7 @@ def test_a_taken_port_is_a_problem_unless_our_stack_has_it(tmp_path: Path) -> No
         assert doctor.port(settings).level == Level.OK
 
 
-def test_the_servers_that_are_given_are_asked_for_their_version(postgres: str, redis_url: str) -> None:
+def test_given_servers_report_their_version(postgres: str, redis_url: str) -> None:
     settings = Settings(database_url=postgres, redis_url=redis_url)
     for found in (doctor.postgres(settings), doctor.redis(settings)):
         assert found.level == Level.OK
@@ -83,5 +83,5 @@ def test_the_servers_that_are_given_are_asked_for_their_version(postgres: str, r
 
 
 @pytest.mark.parametrize("package", ["mlflow", "a_package_that_is_not_there"])
-def test_what_is_optional_is_never_a_problem(package: str) -> None:
+def test_a_missing_optional_package_is_never_a_problem(package: str) -> None:
     assert doctor.optional(package, "without it").level != Level.PROBLEM

@@ -33,15 +33,15 @@ def test_without_a_terminal_there_is_one_line_a_stage_and_no_flood() -> None:
     assert len(lines_of(make_job(stage="data_ingestion"), make_job(), make_job(stage="evaluation"))) == 3
 
 
-def test_a_line_tells_stage_progress_and_time_left() -> None:
+def test_a_line_shows_stage_progress_and_time_left() -> None:
     assert lines_of(make_job())[0].split() == ["training", "42", "%", "about", "31", "s", "left"]
 
 
-def test_a_queued_job_tells_how_many_are_ahead() -> None:
+def test_a_queued_job_shows_how_many_are_ahead() -> None:
     assert "queued, 3 ahead" in lines_of(make_job(state="queued", stage=None, queue_position=3, eta_seconds=None))[0]
 
 
-def test_a_job_that_is_asked_to_stop_says_so() -> None:
+def test_a_job_with_a_cancel_request_shows_cancelling() -> None:
     assert "cancelling" in lines_of(make_job(cancel_requested=True))[0]
 
 
@@ -67,7 +67,7 @@ def test_an_epoch_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_sending_is_shown_once_there_is_something_to_send(terminal: bool) -> None:
+def test_upload_progress_is_shown_once_there_is_any(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
     with ProgressDisplay(console):
         pass

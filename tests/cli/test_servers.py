@@ -39,7 +39,7 @@ def test_postgres_serves_below_a_folder_that_only_its_owner_may_enter(tmp_path: 
     assert mode(closed) == 0o700
 
 
-def test_a_program_below_such_a_folder_is_found_as_well(tmp_path: Path) -> None:
+def test_a_program_below_a_closed_folder_is_executable(tmp_path: Path) -> None:
     """initdb looks for `postgres` beside itself with access(2), also where the virtual environment is root's alone."""
     program = tmp_path / "closed" / "program"
     program.parent.mkdir(mode=0o700)
@@ -56,7 +56,7 @@ def test_postgres_keeps_its_data_from_one_start_to_the_next(tmp_path: Path) -> N
         assert postgres_version(make_url(again).set(database="kept").render_as_string(hide_password=False))
 
 
-def test_postgres_starts_over_a_stale_lock_file_that_names_a_stranger(tmp_path: Path) -> None:
+def test_postgres_starts_despite_a_stale_lock_file_of_another_process(tmp_path: Path) -> None:
     with embedded_postgres(tmp_path, fsync=False):
         pass
     (tmp_path / "postgres" / "postmaster.pid").write_text(f"{os.getpid()}\n/somewhere\n0\n5432\n")
@@ -92,7 +92,7 @@ def test_redis_keeps_its_data_from_one_start_to_the_next(tmp_path: Path) -> None
         assert "yes" in ask_redis(again, "GET kept")
 
 
-def test_no_password_stands_in_a_command_line_or_in_a_file_for_others(tmp_path: Path) -> None:
+def test_no_password_is_on_a_command_line_or_in_a_readable_file(tmp_path: Path) -> None:
     with embedded_postgres(tmp_path, fsync=False), embedded_redis(tmp_path):
         secrets = [(tmp_path / f"{name}.password").read_text().strip() for name in ("postgres", "redis")]
         lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
@@ -118,7 +118,7 @@ def test_both_end_with_the_process_that_started_them(tmp_path: Path, number: sig
     eventually(lambda: not speaking_of(tmp_path), 10, "both are gone")
 
 
-def test_an_initdb_that_was_killed_leaves_nothing_that_is_taken_for_a_data_folder(tmp_path: Path) -> None:
+def test_a_killed_initdb_leaves_no_data_folder(tmp_path: Path) -> None:
     half = tmp_path / "postgres.new"
     half.mkdir()
     (half / "PG_VERSION").write_text("18\n")

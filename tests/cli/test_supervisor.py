@@ -102,7 +102,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_stack(small_stack: SmallSt
     assert f"it did so {MAX_RESTARTS + 1} times within a minute" in said
 
 
-def test_the_death_of_anything_else_stops_the_stack_and_says_which_and_where(small_stack: SmallStack) -> None:
+def test_the_death_of_another_service_stops_the_stack_and_names_it_and_its_log(small_stack: SmallStack) -> None:
     everyone = small_stack.everyone()
     os.kill(small_stack.pid("server"), signal.SIGKILL)
     assert small_stack.process.wait(20) == 1

@@ -138,7 +138,7 @@ def test_a_single_scan_is_explained_in_the_unit_that_predicts_it(ask: Ask, resou
     assert of_scan[1].is_blank == (heat.max() == 0)
 
 
-def test_without_being_asked_nothing_is_explained(ask: Ask, resources: Resources) -> None:
+def test_nothing_is_explained_without_a_request(ask: Ask, resources: Resources) -> None:
     job = ask(GOOD)
     predict_chunk(held(resources, job))
     assert explained(resources, job) == {}
@@ -162,7 +162,7 @@ def test_all_means_every_class_of_the_model(ask: Ask, resources: Resources, kind
     assert len(heats) == sum(not seen.is_blank for seen in found.values()), "each class has its own"
 
 
-def test_a_batch_is_explained_behind_its_predictions_as_a_single_scan_is(ask: Ask, resources: Resources) -> None:
+def test_a_batch_is_explained_after_its_predictions(ask: Ask, resources: Resources) -> None:
     job, single = ask(GOOD, BROKEN, kind=JobKind.PREDICT_BATCH, explain=True), ask(GOOD, explain=True)
     predict_chunk(held(resources, job))
     assert explained(resources, job) == {}
@@ -183,7 +183,7 @@ def test_a_scan_that_is_known_already_is_explained_too(ask: Ask, resources: Reso
     assert set(explained(resources, again)) == {0}
 
 
-def test_what_is_explained_is_the_predictions_label(ask: Ask, resources: Resources, weights: Path) -> None:
+def test_the_predicted_label_is_explained(ask: Ask, resources: Resources, weights: Path) -> None:
     """Not what the explaining network finds by itself: where rounding decides, it may be another class."""
     by, scan = Explainer.load(weights), ScanInput("a", GOOD)
     own = next(by.explain([scan])).label
@@ -200,7 +200,7 @@ def test_what_is_explained_is_the_predictions_label(ask: Ask, resources: Resourc
     assert not np.array_equal(heat, np.rint(next(by.explain([scan])).heatmap * 255))
 
 
-def test_it_is_explained_in_the_precision_that_it_was_predicted_in(ask: Ask, resources: Resources) -> None:
+def test_an_explanation_uses_the_precision_of_the_prediction(ask: Ask, resources: Resources) -> None:
     single, batch = (ask(GOOD, kind=kind, explain=True, precision="fp32") for kind in KINDS)
     predict_chunk(held(resources, single))
     predict_chunk(held(resources, batch))
@@ -253,7 +253,7 @@ def full(*_: object) -> None:
         (BlobStore, "put", full),
     ],
 )
-def test_a_result_stands_whatever_happens_to_its_explanation(
+def test_a_failed_explanation_keeps_the_result(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch, of: type, name: str, fails: Callable[..., None]
 ) -> None:
     job = ask(GOOD, explain=True)
@@ -287,7 +287,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("every", [True, "all"])
-def test_a_scan_that_is_gone_by_then_is_no_failure(ask: Ask, resources: Resources, every: bool | str) -> None:
+def test_a_scan_that_is_no_longer_stored_does_not_fail_the_unit(
+    ask: Ask, resources: Resources, every: bool | str
+) -> None:
     others = [encode(make_pixels(seed, 30, 30)) for seed in range(2)]
     job = ask(GOOD, *others, kind=JobKind.PREDICT_BATCH, explain=every)
     predict_chunk(held(resources, job))
@@ -309,7 +311,7 @@ def fail_to_explain(resources: Resources, job: Job) -> None:
         session.execute(update(Unit).where(*waits).values(not_before=NOW))
 
 
-def test_a_scan_that_cannot_be_explained_costs_no_other_its_explanation(
+def test_a_scan_that_cannot_be_explained_does_not_affect_others(
     ask: Ask, resources: Resources, poison: Callable[[int], None]
 ) -> None:
     """It is tried as often as any work, and ends without."""
@@ -327,9 +329,7 @@ def test_a_scan_that_cannot_be_explained_costs_no_other_its_explanation(
     assert state_of(resources, job)[0] == JobState.SUCCEEDED
 
 
-def test_what_failed_for_a_moment_is_explained_by_the_next_try(
-    ask: Ask, resources: Resources, poison: Callable[[int], None]
-) -> None:
+def test_a_retry_explains_what_failed_once(ask: Ask, resources: Resources, poison: Callable[[int], None]) -> None:
     job = ask(*(encode(make_pixels(seed, 30, 30)) for seed in range(2)), kind=JobKind.PREDICT_BATCH, explain=True)
     predict_chunk(held(resources, job))
     poison(0)
@@ -340,7 +340,7 @@ def test_what_failed_for_a_moment_is_explained_by_the_next_try(
     assert state_of(resources, job)[0] == JobState.SUCCEEDED
 
 
-def test_of_all_classes_each_is_stored_before_the_next_is_made(
+def test_each_class_is_stored_before_the_next_is_explained(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a worker's memory does not grow with the number of classes."""
@@ -355,7 +355,7 @@ def test_of_all_classes_each_is_stored_before_the_next_is_made(
     assert all(happened[place + 1] == "stored" for place in made)
 
 
-def test_after_an_attempt_that_died_the_explanation_waits_for_the_result(ask: Ask, resources: Resources) -> None:
+def test_a_second_attempt_explains_after_the_result(ask: Ask, resources: Resources) -> None:
     """Else a worker that is killed for its memory would take the prediction with it each time."""
     job = ask(GOOD, explain=True)
     held(resources, job).end(Draining())
@@ -367,7 +367,7 @@ def test_after_an_attempt_that_died_the_explanation_waits_for_the_result(ask: As
     assert state_of(resources, job)[0] == JobState.SUCCEEDED
 
 
-def test_what_is_written_when_a_unit_is_interrupted_stays(
+def test_an_interrupted_unit_keeps_written_explanations(
     ask: Ask, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(explain, "WRITE_SECONDS", 0.0)

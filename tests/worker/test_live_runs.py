@@ -25,7 +25,7 @@ SHOWN = ("mistakes.png", "report.html", "report.pdf", "manifest.json")
 
 
 @pytest.mark.slow
-def test_a_run_carries_all_that_a_training_told(mlflow_url: str, tmp_path: Path) -> None:
+def test_a_run_has_all_events_of_a_training(mlflow_url: str, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"w" * 1000)
     files = {name: tmp_path / name for name in ("scores.json", "roc.png", *SHOWN)}
@@ -95,9 +95,7 @@ def test_every_step_is_a_point_and_no_step_is_a_call_of_its_own(
 
 
 @pytest.mark.slow
-def test_the_machine_is_measured_from_the_beginning_to_the_end(
-    mlflow_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_system_metrics_cover_the_whole_run(mlflow_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.tracking.live.SAMPLE_SECONDS", 0.3)
     told: list[str] = []
     run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append)
@@ -118,7 +116,7 @@ def test_the_machine_is_measured_from_the_beginning_to_the_end(
     assert max(point.value for point in used) > 20
 
 
-def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
+def test_without_a_url_nothing_is_tracked_and_nothing_waits() -> None:
     run = Run(Settings(mlflow_url=""), WHAT, lambda _: pytest.fail("no run was to begin"))
     run.log_epoch(EPOCH)
     started = time.monotonic()
@@ -127,7 +125,7 @@ def test_without_an_address_nothing_is_tracked_and_nothing_waits() -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
+def test_an_unreachable_server_does_not_delay_the_job(tmp_path: Path) -> None:
     run = Run(Settings(mlflow_url=f"http://127.0.0.1:{free_port()}"), WHAT, lambda _: None)
     run.log_epoch(EPOCH)
     run.log_artifacts({"scores.json": tmp_path / "scores.json"}, tmp_path / "weights")
@@ -142,7 +140,7 @@ def test_a_server_that_is_away_costs_the_job_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_training_goes_on_in_the_same_run(mlflow_url: str) -> None:
+def test_a_resumed_training_continues_the_same_run(mlflow_url: str) -> None:
     told: list[str] = []
     for run_id, epochs in ((None, [EPOCH]), ("told", [replace(EPOCH, epoch=2)])):
         run = Run(Settings(mlflow_url=mlflow_url), WHAT, told.append, run_id and told[0])

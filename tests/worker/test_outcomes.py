@@ -20,7 +20,7 @@ def predicted(tumor: float, ood_score: float | None = 0.5, ood_reason: str | Non
     return Prediction("7", label, confidence, probabilities, **seen)  # type: ignore[arg-type]
 
 
-def test_a_prediction_says_what_may_be_done_with_it() -> None:
+def test_a_prediction_has_a_disposition() -> None:
     words = [judge().from_prediction(predicted(tumor)).disposition for tumor in (0.0, 0.3, 0.31, 0.69, 0.7, 1.0)]
     assert words == ["normal", "normal", "indeterminate", "indeterminate", "tumor", "tumor"]
     outcome = judge().from_prediction(predicted(0.5))
@@ -36,7 +36,7 @@ def test_the_policy_of_the_settings_decides() -> None:
     assert judge().from_prediction(predicted(0.8)).disposition == "tumor"
 
 
-def test_what_is_unlike_all_that_was_learnt_from_is_rejected_and_the_reason_says_why() -> None:
+def test_an_out_of_distribution_scan_is_rejected_with_a_reason() -> None:
     outcome = judge().from_prediction(predicted(0.99, 2.3, "it is brighter than they are"))
     assert (outcome.disposition, outcome.label) == ("rejected", "Tumor")
     assert "2.3 times" in str(outcome.reason)
@@ -51,7 +51,7 @@ def test_a_scan_that_could_not_be_read_is_no_prediction() -> None:
     assert (outcome.disposition, outcome.statistics) == (None, None)
 
 
-def test_what_is_known_is_disposed_of_by_the_policy_of_now() -> None:
+def test_a_cached_result_gets_the_current_policys_disposition() -> None:
     known = CachedResult("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 0.4)
     assert judge().from_cached(known).disposition == "tumor"
     outcome = judge(indeterminate_below=0.9).from_cached(known)
@@ -59,7 +59,7 @@ def test_what_is_known_is_disposed_of_by_the_policy_of_now() -> None:
     assert outcome.statistics is None, "it was counted when it was computed"
 
 
-def test_what_set_a_known_scan_apart_is_still_told() -> None:
+def test_a_cached_rejection_keeps_its_reason() -> None:
     known = CachedResult("Tumor", 0.8, {"Normal": 0.2, "Tumor": 0.8}, 2.3, "It is brighter than they are.")
     outcome = judge().from_cached(known)
     assert (outcome.disposition, outcome.reason) == ("rejected", "It is brighter than they are.")

@@ -45,13 +45,13 @@ def test_the_registry_is_behind_until_each_version_with_a_run_and_each_promotion
         assert is_behind(session)
 
 
-def test_what_mlflow_has_no_run_of_is_waited_for(sessions: Sessions) -> None:
+def test_a_version_without_a_run_waits_for_it(sessions: Sessions) -> None:
     with sessions.begin() as session:
         builders.make_model(session)
         assert not is_behind(session)
 
 
-def test_another_who_is_at_it_is_left_alone(sessions: Sessions) -> None:
+def test_a_tenant_locked_by_another_process_is_skipped(sessions: Sessions) -> None:
     with sessions.begin() as session:
         builders.make_model(session, mlflow_run_id="r1")
     with sessions.begin() as other:
@@ -59,7 +59,7 @@ def test_another_who_is_at_it_is_left_alone(sessions: Sessions) -> None:
         sync_registry("no client is asked", sessions)
 
 
-def test_a_promotion_and_the_mirror_never_wait_for_each_other_in_a_ring(sessions: Sessions) -> None:
+def test_a_promotion_and_the_sync_do_not_deadlock(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for run in ("r1", "r2", "r3"):
             builders.make_model(session, {"f1": 0.97}, mlflow_run_id=run)
@@ -91,7 +91,7 @@ def _waiting(sessions: Sessions) -> int:
         return session.scalar(here) or 0
 
 
-def test_a_training_whose_run_was_opened_late_is_mirrored_too(sessions: Sessions) -> None:
+def test_a_training_whose_run_was_opened_late_is_synced_too(sessions: Sessions) -> None:
     with sessions.begin() as session:
         version = builders.make_model(session)
         assert not is_behind(session)
@@ -100,7 +100,7 @@ def test_a_training_whose_run_was_opened_late_is_mirrored_too(sessions: Sessions
         assert is_behind(session)
 
 
-def test_a_promotion_does_not_wait_for_the_next_look(
+def test_a_promotion_does_not_wait_for_the_next_interval(
     settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rung: list[bool] = []
@@ -174,7 +174,7 @@ def test_a_pass_that_died_before_its_rows_is_done_again_without_a_trace(mlflow_u
 
 
 @pytest.mark.slow
-def test_a_run_that_somebody_has_deleted_holds_up_nothing(mlflow_url: str, sessions: Sessions) -> None:
+def test_a_deleted_run_does_not_block_the_sync(mlflow_url: str, sessions: Sessions) -> None:
     client, tenant = runs.connect(mlflow_url), _tenant()
     with sessions.begin() as session:
         builders.make_model(session, tenant_id=tenant, mlflow_run_id=uuid.uuid4().hex)

@@ -113,7 +113,7 @@ def refused(url: str, folder: Path, settings: Settings) -> FetchFailed:
 
 
 @pytest.mark.parametrize("kind", ["scan", "chunked"])
-def test_what_the_server_has_is_in_the_folder(kind: str, at: str, tmp_path: Path, allowing: Settings) -> None:
+def test_fetch_saves_the_content_in_the_folder(kind: str, at: str, tmp_path: Path, allowing: Settings) -> None:
     first, second = (fetch(f"{at}/{kind}/{PATIENT}.dcm", tmp_path, allowing) for _ in range(2))
     assert first.read_bytes() == second.read_bytes() == SCAN
     assert {first.parent, second.parent} == {tmp_path}
@@ -159,9 +159,7 @@ def test_redirects_end(at: str, tmp_path: Path, allowing: Settings) -> None:
         (503, "FETCH_UNREACHABLE"),
     ],
 )
-def test_what_another_try_may_mend_is_retryable(
-    status: int, code: str, at: str, tmp_path: Path, allowing: Settings
-) -> None:
+def test_temporary_errors_are_retryable(status: int, code: str, at: str, tmp_path: Path, allowing: Settings) -> None:
     error = refused(f"{at}/status/{status}/{PATIENT}", tmp_path, allowing)
     assert (error.code, error.retryable) == (code, code == "FETCH_UNREACHABLE")
     assert str(status) in error.detail
@@ -176,23 +174,21 @@ def test_a_scan_that_is_too_large_is_not_kept(kind: str, at: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["cut", "dripping", "silent"])
-def test_a_server_that_breaks_off_or_dawdles_is_given_up(
-    kind: str, at: str, tmp_path: Path, allowing: Settings
-) -> None:
+def test_a_slow_or_broken_response_fails(kind: str, at: str, tmp_path: Path, allowing: Settings) -> None:
     began = time.monotonic()
     error = refused(f"{at}/{kind}/{PATIENT}", tmp_path, allowing)
     assert (error.code, error.retryable) == ("FETCH_UNREACHABLE", True)
     assert time.monotonic() - began < 1.5
 
 
-def test_a_server_that_is_not_there_is_unreachable(tmp_path: Path) -> None:
+def test_a_missing_server_is_unreachable(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         host = f"127.0.0.1:{server.server_port}"
     error = refused(f"http://{host}/{PATIENT}", tmp_path, Settings(fetch_hosts=host))
     assert (error.code, error.retryable) == ("FETCH_UNREACHABLE", True)
 
 
-def test_no_log_names_an_address(at: str, tmp_path: Path, allowing: Settings, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_contains_a_url(at: str, tmp_path: Path, allowing: Settings, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"):
         fetch(f"{at}/scan/{PATIENT}", tmp_path, allowing)
     assert PATIENT not in caplog.text

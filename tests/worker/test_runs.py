@@ -37,18 +37,18 @@ def test_a_class_may_have_a_name_that_no_metric_may_have() -> None:
     assert dict(flattened({"per_class": {"<Cyst/Ö>": {"f1": 1}}})) == {"per_class._Cyst_Ö_.f1": 1.0}
 
 
-def test_an_epoch_is_told_at_its_number_with_its_phase_as_a_number() -> None:
+def test_an_epoch_is_logged_at_its_number_with_its_phase_as_a_number() -> None:
     points = {point.name: point for point in points_of_epoch({**vars(Epoch(3, 9, *[0.1] * 6)), "attempt": 2}, PHASES)}
     assert {point.step for point in points.values()} == {3}
     assert points["phase"].value == 0
     assert not {"epoch", "epochs", "attempt", "val_f1"} & set(points), "val_f1 was not told"
 
 
-def test_an_epoch_of_an_earlier_version_is_told_as_well() -> None:
+def test_an_epoch_of_an_earlier_version_is_logged() -> None:
     assert [point.name for point in points_of_epoch({"epoch": 1, "train_loss": 0.5}, PHASES)] == ["train_loss"]
 
 
-def test_steps_are_told_at_their_global_numbers() -> None:
+def test_steps_are_logged_at_their_global_numbers() -> None:
     points = points_of_steps(Steps(epoch=2, first_step=11, losses=[0.5, 0.4, 0.3], learning_rate=0.01))
     assert [(point.name, point.step, point.value) for point in points] == [
         ("train_loss_step", 11, 0.5),

@@ -33,7 +33,7 @@ def test_a_process_is_measured_with_its_children() -> None:
     assert 0 < second["system/system_memory_usage_percentage"] <= 100
 
 
-def test_a_process_that_has_ended_costs_only_its_own_figures() -> None:
+def test_an_ended_process_only_lacks_its_own_metrics() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     measured = SystemMetrics()
@@ -43,7 +43,7 @@ def test_a_process_that_has_ended_costs_only_its_own_figures() -> None:
     assert "system/training_memory_usage_megabytes" not in found
 
 
-def test_a_program_that_fails_costs_only_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_program_only_lacks_its_own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "_nvidia_smi", lambda: "/bin/false")
     assert "system/system_memory_usage_megabytes" in SystemMetrics().sample()
 

@@ -89,7 +89,7 @@ def champion_with(processes: Stack, word: bytes) -> int:
         (b"torn", False, "It cannot be compared with the champion (version 1): its file cannot be read. "),
     ],
 )
-def test_the_gate_goes_by_what_the_child_says_of_the_champion(
+def test_the_gate_uses_the_childs_scores_of_the_champion(
     processes: Stack, word: bytes, promoted: bool, reason: str
 ) -> None:
     champion_with(processes, word)
@@ -106,7 +106,7 @@ def test_the_gate_goes_by_what_the_child_says_of_the_champion(
         assert "champion" not in version.metrics, "a reproduction has another champion beside it, and is the same"
 
 
-def test_a_champion_that_changed_while_it_trained_is_not_taken_for_the_one_compared_with(
+def test_a_champion_that_changed_during_the_training_is_not_compared_with(
     processes: Stack,
 ) -> None:
     champion_with(processes, b"worse")

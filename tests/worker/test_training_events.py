@@ -72,9 +72,7 @@ def test_scores_and_the_end_are_kept_for_the_one_transaction_that_ends_the_job(h
     assert (rows, changes) == ([], 0)
 
 
-def test_the_log_of_a_defect_outlives_its_workspace_and_a_clients_mistake_leaves_none(
-    hold: Hold, tmp_path: Path
-) -> None:
+def test_the_log_is_kept_for_an_internal_error_and_not_for_a_clients_mistake(hold: Hold, tmp_path: Path) -> None:
     unit, log_file = hold(), tmp_path / "training.log"
     log_file.write_text("Traceback …")
     unit.resources.settings.work.mkdir(parents=True)

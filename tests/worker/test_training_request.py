@@ -62,7 +62,7 @@ def test_without_room_for_it_there_is_no_cache(hold: Hold, tmp_path: Path, resou
     assert told(hold(), tmp_path / "own").cache is None
 
 
-def test_a_job_of_an_earlier_version_is_read_by_the_names_of_its_day(hold: Hold, tmp_path: Path) -> None:
+def test_a_job_of_an_earlier_version_is_read_with_its_old_parameter_names(hold: Hold, tmp_path: Path) -> None:
     params = told(hold(held_out=0.3), tmp_path / "own").params
     assert params["test_size"] == 0.3
     assert "held_out" not in params
@@ -83,7 +83,7 @@ def test_a_file_is_taken_from_the_folder_of_weights(hold: Hold, tmp_path: Path, 
     assert told(hold(weights="file:mine.pth"), tmp_path / "own").base_model == settings.weights_dir / "mine.pth"
 
 
-def test_a_file_that_is_not_there_says_what_to_put_where(hold: Hold, tmp_path: Path, settings: Settings) -> None:
+def test_a_missing_weights_file_says_where_to_put_it(hold: Hold, tmp_path: Path, settings: Settings) -> None:
     error = refused(hold(weights="file:mine.pth"), tmp_path / "own")
     assert (error["code"], error["retryable"]) == ("WEIGHTS_MISSING", False)
     assert "mine.pth" in error["detail"]
@@ -99,7 +99,7 @@ def test_without_a_folder_of_weights_it_says_so(hold: Hold, tmp_path: Path, reso
 
 
 @pytest.mark.parametrize("name", ["../secret.pth", "/etc/hostname", "..", "weights/../../secret.pth"])
-def test_no_name_leads_out_of_the_folder(hold: Hold, tmp_path: Path, name: str) -> None:
+def test_a_weights_name_with_a_path_is_refused(hold: Hold, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.pth").write_bytes(b"w")
     assert refused(hold(weights=f"file:{name}"), tmp_path / "own")["code"] == "WEIGHTS_MISSING"
 

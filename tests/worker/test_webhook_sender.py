@@ -82,7 +82,7 @@ def test_a_delivery_is_what_standard_webhooks_says(sessions: Sessions, settings:
     assert (row.state, row.attempts, row.status, row.error) == ("delivered", 1, 204, None)
 
 
-def test_what_was_due_before_the_start_is_sent_and_the_end_waits_for_it(
+def test_deliveries_due_before_the_start_are_sent_and_awaited_at_the_end(
     sessions: Sessions, settings: Settings, receiver: Receiver
 ) -> None:
     subscribe(sessions, receiver.url)
@@ -93,9 +93,7 @@ def test_what_was_due_before_the_start_is_sent_and_the_end_waits_for_it(
     assert receiver.counted() == {"one": 1, "two": 1}
 
 
-def test_an_error_is_answered_by_another_try_with_the_same_id(
-    sessions: Sessions, settings: Settings, receiver: Receiver
-) -> None:
+def test_an_error_is_retried_with_the_same_id(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     webhook = subscribe(sessions, receiver.url)
     receiver.statuses = [500, 429]
     with sending_webhooks(allowing(settings, receiver)):
@@ -107,7 +105,7 @@ def test_an_error_is_answered_by_another_try_with_the_same_id(
     assert (row.state, row.attempts, row.status, row.error) == ("delivered", 3, 204, None)
 
 
-def test_a_receiver_that_never_takes_it_is_given_up(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+def test_a_delivery_fails_after_its_last_retry(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     subscribe(sessions, receiver.url)
     receiver.statuses = [500] * 10
     with sending_webhooks(allowing(settings, receiver)):
@@ -117,7 +115,7 @@ def test_a_receiver_that_never_takes_it_is_given_up(sessions: Sessions, settings
     assert len(receiver.received) == 4
 
 
-def test_410_ends_it_at_once_and_silences_the_webhook(
+def test_410_ends_the_delivery_and_disables_the_webhook(
     sessions: Sessions, settings: Settings, receiver: Receiver
 ) -> None:
     subscribe(sessions, receiver.url)
@@ -146,7 +144,7 @@ def test_a_redirect_is_not_followed(sessions: Sessions, settings: Settings, rece
     assert "redirects are not followed" in str(row.error)
 
 
-def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+def test_dead_receivers_do_not_delay_others(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     with receiving() as dead:
         for _ in range(MAX_PARALLEL_PER_TENANT + 2):
             subscribe(sessions, f"http://{dead.host}/silent")
@@ -161,7 +159,7 @@ def test_dead_receivers_hold_up_nobody_else(sessions: Sessions, settings: Settin
             assert len({received.event_id for received in receiver.received}) == 10
 
 
-def test_as_many_dead_receivers_as_there_are_senders_hold_up_nobody_else(
+def test_as_many_dead_receivers_as_threads_do_not_delay_others(
     sessions: Sessions, settings: Settings, receiver: Receiver
 ) -> None:
     tenants = [f"silent-{number}" for number in range(MAX_PARALLEL // MAX_PARALLEL_PER_TENANT)]
@@ -186,7 +184,7 @@ def test_one_webhook_gets_one_delivery_at_a_time(sessions: Sessions, settings: S
         assert len(receiver.received) == 1
 
 
-def test_what_is_sent_anew_by_hand_arrives_again(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
+def test_a_redelivery_arrives_again(sessions: Sessions, settings: Settings, receiver: Receiver) -> None:
     webhook = subscribe(sessions, receiver.url)
     with sending_webhooks(allowing(settings, receiver)):
         emit(sessions, "event")
@@ -223,7 +221,7 @@ def test_two_dispatchers_send_each_event_once(sessions: Sessions, settings: Sett
     assert receiver.counted() == events
 
 
-def test_the_database_going_away_is_waited_out(
+def test_sending_resumes_after_the_database_was_away(
     sessions: Sessions, settings: Settings, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribe(sessions, receiver.url)
@@ -237,7 +235,7 @@ def test_the_database_going_away_is_waited_out(
 
 
 @pytest.mark.parametrize("path", ["silent", "drip"])
-def test_a_receiver_that_dawdles_is_hung_up_on(path: str, settings: Settings, receiver: Receiver) -> None:
+def test_a_slow_receiver_is_disconnected_at_the_deadline(path: str, settings: Settings, receiver: Receiver) -> None:
     began = time.monotonic()
     with pytest.raises(DeliveryFailed, match=r"did not answer within 0.5 s \(RENALQ_WEBHOOK_SECONDS\)"):
         post(f"http://{receiver.host}/{path}/{TOKEN}", b"{}", {}, allowing(settings, receiver))
@@ -261,7 +259,7 @@ def heard(listener: socket.socket) -> Iterator[list[str]]:
     thread.join(10)
 
 
-def test_an_address_with_a_query_arrives_as_it_is(settings: Settings) -> None:
+def test_a_url_with_a_query_is_sent_unchanged(settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
         quick = settings.model_copy(update={"webhook_hosts": host})
@@ -271,9 +269,7 @@ def test_an_address_with_a_query_arrives_as_it_is(settings: Settings) -> None:
     assert f"Host: {host}" in asked
 
 
-def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ipv6_address_works_with_and_without_a_port(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
@@ -300,14 +296,14 @@ def test_a_number_of_ipv6_is_sent_to_with_a_port_and_without(
         ("https://ris.example:80/hook", "ris.example:80"),
     ],
 )
-def test_the_host_is_named_with_its_port_unless_that_is_the_usual_one(url: str, host: str) -> None:
+def test_the_host_header_has_the_port_unless_it_is_the_default(url: str, host: str) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, heard(listener) as asked, socket.create_connection(listener.getsockname()) as sock:
         webhook_client._exchange(urlsplit(url), sock, b"{}", {})
     assert f"Host: {host}" in asked
 
 
-def test_a_name_service_that_is_silent_is_not_waited_for_any_longer(
+def test_a_silent_name_server_does_not_delay_past_the_deadline(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over = threading.Event()
@@ -325,7 +321,7 @@ def test_a_name_service_that_is_silent_is_not_waited_for_any_longer(
 
 
 @pytest.mark.parametrize("url", ["http://{host}/", "http://no-such-host.invalid/", "http://" + "a" * 64 + ".example/"])
-def test_errors_repeat_nothing_of_the_address(url: str, settings: Settings) -> None:
+def test_errors_contain_nothing_of_the_url(url: str, settings: Settings) -> None:
     with receiving() as gone:
         pass
     with pytest.raises(DeliveryFailed) as caught:
@@ -335,7 +331,7 @@ def test_errors_repeat_nothing_of_the_address(url: str, settings: Settings) -> N
     assert caught.value.__suppress_context__
 
 
-def test_no_log_and_no_row_names_an_address(
+def test_no_log_and_no_row_contains_a_url(
     sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All goes wrong that is logged, each time with the address in the error."""
@@ -397,7 +393,7 @@ def secure(certificate: Path, receiver: Receiver) -> Receiver:
     return receiver
 
 
-def test_https_is_spoken_to_whom_the_certificate_names(
+def test_https_checks_the_name_of_the_certificate(
     secure: Receiver, certificate: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook_client, "_tls", lambda: ssl.create_default_context(cafile=certificate))
@@ -411,7 +407,7 @@ def test_https_is_spoken_to_whom_the_certificate_names(
     assert len(secure.received) == 2
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(secure: Receiver, settings: Settings) -> None:
+def test_an_untrusted_certificate_is_refused(secure: Receiver, settings: Settings) -> None:
     quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
     with pytest.raises(DeliveryFailed, match="SSLCertVerificationError"):
         post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick)
