@@ -42,7 +42,7 @@ class LabelledScan:
     def path(self, tenant_id: str) -> str:
         """The file's name in the zip."""
         folder = [self.label] if self.patient is None else [self.label, _pseudonym(tenant_id, self.patient)]
-        suffix = self.media_type.rpartition("/")[2].replace("tiff", "tif")
+        suffix = self.media_type.rpartition("/")[2]
         return "/".join([*folder, f"scan-{self.sha256[:32]}.{suffix}"])
 
 

@@ -18,6 +18,17 @@ def _details(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rows(details: Mapping[str, Any]) -> dict[str, Any]:
+    seen = details["transform"]
+    window = seen["window"]
+    return {
+        "Network": f"{details['network']}, head {details['head']}",
+        "Classes": ", ".join(details["classes"]),
+        "Input": seen["height"] and f"{seen['height']} × {seen['width']} pixels, resized by bilinear interpolation",
+        "CT window (HU)": f"centre {window[0]:g}, width {window[1]:g}" if window else "the one that each file names",
+    }
+
+
 CARD = Card(
     title="Kidney-CT classifier",
     use="Telling {classes} apart in single axial CT slices of the kidneys.",
@@ -29,6 +40,7 @@ CARD = Card(
     ),
     not_for=("Not for other organs, modalities or species.",),
     details=_details,
+    rows=_rows,
     ethics=(
         "A missed tumour weighs more than a false alarm: look at sensitivity first, and at its interval.",
         "People tend to agree with a machine. Let the radiologist read first, or without its answer.",
@@ -49,12 +61,15 @@ SPEC = PipelineSpec(
     tasks=frozenset({"train", "predict", "explain"}),
     inputs=Inputs(
         item="scan",
+        described="images and DICOM files",
         media_types=("application/dicom", "image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp"),
         inspect="ml.spec.image_header:look",
         refusal_code="NOT_AN_IMAGE",
         refusal="This is not an image that can be read: send PNG, JPEG or DICOM.",
     ),
     gate=Gate(
+        unknown_patients="Neither names nor DICOM tell the patients: one patient's scans may be in both training and "
+        "test set, and F1 too good.",
         leads=Bound(figure="f1", title="F1", setting="promote_min_f1", least=0.85),
         always=(
             Bound(figure="recall", title="Sensitivity", setting="promote_min_sensitivity", least=0.80),

@@ -55,6 +55,7 @@ class Inputs(_Declaration):
     `media_types[0]`."""
 
     item: str = "item"
+    described: str = "items"
     media_types: tuple[str, ...] = ("application/octet-stream",)
     inspect: str | None = None
     refusal_code: str = "BAD_INPUT"
@@ -96,15 +97,20 @@ class Bound(_Declaration):
 class Gate(_Declaration):
     """What the promotion gate goes by: `leads` decides against the champion, and has a bound for the first champion.
 
-    `always` are bounds for every version.
+    `always` are bounds for every version. `unknown_patients`: a note beside the reasons where the figures may be too
+    good because nothing tells the patients (`patients_known` is false).
     """
 
     leads: Bound
     always: tuple[Bound, ...] = ()
+    unknown_patients: str | None = None
 
 
 class Card(_Declaration):
-    """What a model card says of every version: sentences, and two functions of a version's parameters and classes."""
+    """What a model card says of every version: sentences, and what it tells of a version's parameters.
+
+    `details`: of the parameters, as JSON. `rows`: of the card's details, as rows of its table; null is told as unknown.
+    """
 
     title: str
     use: str = "Telling {classes} apart."
@@ -112,6 +118,7 @@ class Card(_Declaration):
     not_for: tuple[str, ...] = ()
     ethics: tuple[str, ...] = ()
     details: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda params: {}
+    rows: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda details: {"Classes": ", ".join(details["classes"])}
 
 
 class StoredParams(_Declaration):

@@ -290,4 +290,4 @@ def test_a_scan_whose_bytes_are_gone_is_named(settings: Settings) -> None:
     gone = LabelledScan("a" * 64, 10, "image/tiff", "Tumor", None)
     with pytest.raises(Invalid, match="a" * 64):
         write_zip(io.BytesIO(), TENANT, [gone], BlobStore(settings.artifacts))
-    assert gone.path(TENANT) == f"Tumor/scan-{'a' * 32}.tif"
+    assert gone.path(TENANT) == f"Tumor/scan-{'a' * 32}.tiff"

@@ -1,12 +1,21 @@
 """The schema's history runs up and down, and ends where `jobs/tables` stands."""
 
+from pathlib import Path
+
+import pytest
 from alembic import command
 from sqlalchemy import Connection, inspect, select, text
 
 from jobs.db import Base, Sessions
 from jobs.models import promotion
-from jobs.tables import ModelEvaluation, ModelVersion, Promotion
+from jobs.queue import lifecycle
+from jobs.settings import Settings
+from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion
+from tests import builders
 from tests.conftest import alembic_config
+from tests.faults.sabotage import Sabotage
+from tests.faults.work import batch, champion, training, wrong
+from tests.processes import stack
 
 OWNED_BY_NOBODY = {"processes"}
 
@@ -64,6 +73,33 @@ def test_the_champions_so_far_are_the_beginning_of_the_history(sessions: Session
         ).all()
         assert [tuple(row) for row in sets] == [("a", 1, "one", 93), ("a", 2, "one", 93), ("b", 1, "two", 12)]
         assert promotion.rollback(session, "a").version == 1
+
+
+@pytest.mark.slow
+def test_a_training_and_a_batch_of_the_release_before_are_migrated_and_finished(
+    settings: Settings, sessions: Sessions, tmp_path: Path
+) -> None:
+    """Its training had lost its worker in the middle, and of its batch one chunk was done."""
+    plan = Sabotage(tmp_path)
+    plan.training(seconds=0.1)
+    plan.network()
+    with stack(settings, sessions) as processes:
+        champion(processes)
+        running, batch_id = training(processes, epochs=2), batch(processes, ["normal", "tumor"] * 4, chunk=4)
+        with sessions.begin() as session:
+            for job_id in (running, batch_id):
+                builders.claim(session, builders.units_of(session, session.get_one(Job, job_id))[0], lease=0.5)
+            done = builders.claim(session, builders.units_of(session, session.get_one(Job, batch_id))[1])
+            lifecycle.succeed(session, done, outcomes=builders.outcomes_of(session, done))
+        with sessions.kw["bind"].connect() as connection:
+            command.downgrade(alembic_config(connection), "0006")
+            command.upgrade(alembic_config(connection), "head")
+        for name in ("dispatcher", "train", "predict"):
+            processes.start(name, environ=plan.environ())
+        for job_id in (running, batch_id):
+            job = processes.wait_for(job_id)
+            assert (job.state, job.pipeline, job.task) == ("succeeded", "image", "default"), processes.logs()
+        assert wrong(processes) == []
 
 
 def test_every_row_that_belongs_to_somebody_names_its_tenant() -> None:

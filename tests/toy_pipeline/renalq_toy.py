@@ -1,10 +1,10 @@
 """The most frequent class of the training set, as a pipeline: what another distribution brings to RenalQ."""
 
-import hashlib
 import json
 import time
 import zipfile
 from collections import Counter
+from hashlib import sha256
 from types import SimpleNamespace as Namespace
 
 from pydantic import BaseModel, Field
@@ -30,22 +30,21 @@ class Majority(Pipeline):
     def check(self, archive, folder, report):
         names = sorted(name for name in zipfile.ZipFile(archive).namelist() if not name.endswith("/"))
         classes = Counter(name.split("/")[0] for name in names)
-        problems = () if len(classes) > 1 else ("There are no two folders with files: make one a class.",)
-        return DatasetCheck(dict(classes), hashlib.sha256("\n".join(names).encode()).hexdigest(), problems)
+        problems = () if len(classes) > 1 else ("Make two folders with texts: one a class.",)
+        return DatasetCheck(dict(classes), sha256("".join(names).encode()).hexdigest(), problems)
 
     def train(self, job, emit):
         done = int(job.resume.read_text()) if job.resume else 0
         emit(StageStarted("counting"))
         if done:
             emit(Resumed(done))
-        for epoch in range(done + 1, job.params["epochs"] + 1):
+        for epoch in range(done + 1, (epochs := job.params["epochs"]) + 1):
             time.sleep(job.params["seconds"])
-            emit(Round(epoch, job.params["epochs"], {"share": epoch / job.params["epochs"]}))
+            emit(Round(epoch, epochs, {"share": epoch / epochs}))
             (path := job.checkpoints / str(epoch)).write_text(str(epoch))
             emit(Checkpointed(epoch, str(path), 0.0))
-        found, model = self.check(job.archive, job.folder, None), job.folder / SPEC.model_file
-        shares = {name: number / found.items for name, number in found.classes.items()}
-        model.write_text(json.dumps(shares))
+        found, model = self.check(job.archive, job.folder, None), job.folder / "m"
+        model.write_text(json.dumps(shares := {name: n / found.items for name, n in found.classes.items()}))
         emit(StageFinished("counting", 0.0))
         emit(Evaluated({"classes": list(shares), "accuracy": max(shares.values())}))
         emit(Finished(str(model), dataset_digest=found.digest))

@@ -15,41 +15,18 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from ml.pipelines import Item, Prediction
 
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_network")
 BATCH = 32
 
 
-@dataclass(frozen=True)
-class ScanInput:
-    """As in ml.image.serving.predictor."""
-
-    id: str
-    source: bytes | Path | Callable[[], bytes | Path]
-
-
-KeptScan = ScanInput
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """As in ml.image.serving.predictor."""
-
-    id: str
-    label: str | None = None
-    confidence: float | None = None
-    probabilities: dict[str, float] = field(default_factory=dict)
-    error_code: str | None = None
-    error_detail: str | None = None
-    retryable: bool = False
-    ood_score: float | None = None
-    statistics: dict[str, float] = field(default_factory=dict)
-    ood_reason: str | None = None
+ScanInput = CachedScan = Item
 
 
 class Predictor:

@@ -82,7 +82,9 @@ def _finished(folder: Path) -> events.Finished:
     model.write_bytes(os.urandom(ACT.get("model_bytes", 1000)))
     for name in FILES:
         (folder / name).write_text('{"digest": "%s"}' % ("d" * 64))
-    return events.Finished(str(model), {name: str(folder / name) for name in FILES}, device_seconds=0.1, dataset_digest="d" * 64)
+    return events.Finished(
+        str(model), {name: str(folder / name) for name in FILES}, device_seconds=0.1, dataset_digest="d" * 64
+    )
 
 
 def _say(event: events.Event) -> None:
