@@ -2,27 +2,22 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
 from cli.stack.embedded import embedded_postgres, embedded_redis
-from jobs.db import Sessions, make_engine, session_factory
+from jobs.db import Sessions
 from jobs.settings import Settings
+from tests.databases import Database, Databases
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run beside each other (`-n 2`): one file in one process, with its fixtures; and all that speak to the
     one whole stack, with its one training. Not by xdist's groups, which pytest 9.2 silently ignores (pytest-xdist
@@ -60,32 +55,30 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template(postgres: str) -> str:
-    """A migrated database that each test clones: cloning takes a tenth of migrating."""
-    name = f"template_{uuid.uuid4().hex[:8]}"
-    _admin(postgres, f'CREATE DATABASE "{name}"')
-    engine = make_engine(_named(postgres, name))
-    with engine.connect() as connection:
-        command.upgrade(alembic_config(connection), "head")
-    engine.dispose()
-    return name
+def databases(postgres: str) -> Iterator[Databases]:
+    """Migrated databases for one test after another."""
+    pool = Databases(postgres)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture
-def database_url(postgres: str, template: str) -> Iterator[str]:
-    """A database of the test's own, with all tables and no rows."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    _admin(postgres, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    yield _named(postgres, name)
-    _admin(postgres, f'DROP DATABASE "{name}" WITH (FORCE)')
+def database(databases: Databases) -> Iterator[Database]:
+    """A database with all tables and no rows. Others have used it, and will."""
+    with databases.borrow() as borrowed:
+        yield borrowed
 
 
 @pytest.fixture
-def sessions(database_url: str) -> Iterator[Sessions]:
+def database_url(database: Database) -> str:
+    """The URL of the test's database."""
+    return database.url
+
+
+@pytest.fixture
+def sessions(database: Database) -> Sessions:
     """Sessions on the test's database."""
-    factory = session_factory(database_url, pool_size=20)
-    yield factory
-    factory.kw["bind"].dispose()
+    return database.sessions(pool_size=20)
 
 
 @pytest.fixture
@@ -117,21 +110,3 @@ def browser() -> Iterator["Browser"]:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-def alembic_config(connection: object = None) -> Config:
-    """Alembic's configuration, on a given connection."""
-    config = Config(ROOT / "alembic.ini")
-    config.attributes["connection"] = connection
-    return config
-
-
-def _named(url: str, database: str) -> str:
-    return make_url(url).set(database=database).render_as_string(hide_password=False)
-
-
-def _admin(url: str, statement: str) -> None:
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(statement))
-    engine.dispose()

@@ -18,8 +18,6 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api import create_app
-from api.http.context import EXTENSION
 from cli.stack.server_plan import free_port
 from jobs import keys
 from jobs.db import Sessions
@@ -30,18 +28,18 @@ from jobs.queue import lifecycle
 from jobs.settings import Settings
 from jobs.tables import Job, ModelVersion
 from tests import builders
+from tests.applications import application
+from tests.databases import Database
 from tests.processes import ROOT, eventually
 
 ALL_SCOPES = ["jobs:read", "jobs:write", "models:write", "admin"]
 
 
 @pytest.fixture
-def app(settings: Settings, sessions: Sessions) -> Iterator[Flask]:
+def app(settings: Settings, database: Database) -> Iterator[Flask]:
     """The application."""
-    app = create_app(settings)
-    yield app
-    app.extensions[EXTENSION].listener.close()
-    app.extensions[EXTENSION].sessions.kw["bind"].dispose()
+    with application(settings, database.sessions(settings.db_pool, "renalq-api")) as app:
+        yield app
 
 
 @dataclass(frozen=True)

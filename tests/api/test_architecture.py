@@ -3,14 +3,20 @@
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 from flask import Flask
 from flask.testing import FlaskClient
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
+from api import create_app
 from api.http import auth
+from api.http.context import EXTENSION
+from jobs.db import Sessions
 from jobs.keys import Scope
+from jobs.settings import Settings
 from tests.api.conftest import Door
+from tests.applications import bind
 
 HEAVY = ("torch", "torchvision", "celery", "redis", "mlflow", "numpy", "openvino", "pydicom", "pandas")
 OPEN_TO_ALL = {
@@ -34,7 +40,11 @@ def test_every_endpoint_declares_who_may_use_it(app: Flask) -> None:
     assert {access for endpoint, access in declared.items() if endpoint not in OPEN_TO_ALL} <= set(map(str, Scope))
 
 
-def test_a_view_that_declares_nothing_is_refused_even_to_an_administrator(app: Flask, door: Door) -> None:
+def test_a_view_that_declares_nothing_is_refused_even_to_an_administrator(
+    settings: Settings, sessions: Sessions
+) -> None:
+    app = create_app(settings)
+    door = Door(app, sessions)
     app.add_url_rule("/forgotten", "forgotten", lambda: "secret")
     assert app.test_client().get("/forgotten").status_code == 401
     assert door.client().get("/forgotten").status_code == 403
@@ -77,3 +87,18 @@ def test_the_documentation_page_asks_no_other_host_for_anything(client: FlaskCli
     assert "http://" not in page.replace("http://localhost", "")
     assert "https://" not in page
     assert client.get("/docs/swagger-ui-bundle.js").status_code == 200
+
+
+def test_an_application_that_is_bound_to_other_settings_is_as_one_that_is_made_with_them(
+    settings: Settings, sessions: Sessions, tmp_path: Path
+) -> None:
+    """What lets all tests share one application (`tests/applications.py`)."""
+    other = settings.model_copy(update={"home": tmp_path / "other", "max_upload_bytes": 77, "wait_slots": 3})
+    made, bound = create_app(other), create_app(settings)
+    bind(bound, other, sessions)
+    assert bound.config == made.config
+    one, another = made.extensions.pop(EXTENSION), bound.extensions.pop(EXTENSION)
+    assert one.settings == another.settings
+    assert vars(one.blobs) == vars(another.blobs)
+    assert one.listener._slots == another.listener._slots
+    assert made.extensions.keys() == bound.extensions.keys()

@@ -15,7 +15,6 @@ from flask.testing import FlaskClient
 from sqlalchemy import select
 from werkzeug.test import TestResponse
 
-from api import create_app
 from api.http import waiting
 from api.http.context import EXTENSION
 from jobs.db import Sessions
@@ -28,6 +27,7 @@ from jobs.tables import Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Door, Finish, file, png
 from tests.api.test_errors import assert_problem
+from tests.applications import application
 from tests.processes import eventually
 from tests.stand_in import tumors, worker
 
@@ -339,11 +339,11 @@ def test_health_is_public_and_names_the_champion_to_its_own_key_alone(
 
 def test_health_without_postgres_is_degraded_with_a_key_too(tmp_path: Path) -> None:
     away = Settings(home=tmp_path, database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
-    client = create_app(away).test_client()
-    for headers in ({}, {"Authorization": "Bearer rq_x"}):
-        answer = client.get("/health", headers=headers)
-        assert (answer.status_code, answer.get_json()["status"]) == (200, "degraded")
-        assert answer.get_json()["reasons"] == ["database: Postgres does not answer."]
+    with application(away) as app:
+        for headers in ({}, {"Authorization": "Bearer rq_x"}):
+            answer = app.test_client().get("/health", headers=headers)
+            assert (answer.status_code, answer.get_json()["status"]) == (200, "degraded")
+            assert answer.get_json()["reasons"] == ["database: Postgres does not answer."]
 
 
 # --- keys in addresses ---

@@ -14,8 +14,10 @@ from api import create_app
 from api.http.auth import public
 from api.http.body_spool import JSON_BYTES
 from jobs import logs
+from jobs.db import Sessions
 from jobs.settings import Settings
 from tests.api.conftest import Door, file, png, zipped
+from tests.applications import application
 
 UNKNOWN = "01a1fee2-02aa-7524-a44d-7ccf93fff0eb"
 
@@ -138,12 +140,13 @@ def test_another_kind_of_body_is_415(client: FlaskClient) -> None:
     assert_problem(client.post("/datasets", data="a=b", content_type="text/plain"), 415)
 
 
-def test_a_body_that_is_too_large_is_413_and_names_the_setting(settings: Settings, door: Door) -> None:
-    door = Door(create_app(settings.model_copy(update={"max_upload_bytes": 1000})), door.sessions)
-    answer = door.client().post("/scans", data={"file": file(bytes(2000))})
-    assert "RENALQ_MAX_UPLOAD_BYTES" in assert_problem(answer, 413, "TOO_LARGE")["detail"]
-    answer = door.client().post("/jobs/train", json={"name": "x" * 2000})
-    assert_problem(answer, 413, "TOO_LARGE")
+def test_a_body_that_is_too_large_is_413_and_names_the_setting(settings: Settings, sessions: Sessions) -> None:
+    with application(settings.model_copy(update={"max_upload_bytes": 1000}), sessions) as app:
+        client = Door(app, sessions).client()
+        answer = client.post("/scans", data={"file": file(bytes(2000))})
+        assert "RENALQ_MAX_UPLOAD_BYTES" in assert_problem(answer, 413, "TOO_LARGE")["detail"]
+        answer = client.post("/jobs/train", json={"name": "x" * 2000})
+        assert_problem(answer, 413, "TOO_LARGE")
 
 
 def test_json_that_is_too_large_is_413_and_names_the_way_and_no_setting(client: FlaskClient) -> None:
@@ -154,14 +157,15 @@ def test_json_that_is_too_large_is_413_and_names_the_way_and_no_setting(client: 
     assert "RENALQ_" not in detail
 
 
-def test_a_scan_that_is_too_large_is_413(settings: Settings, door: Door) -> None:
-    door = Door(create_app(settings.model_copy(update={"max_scan_bytes": 10})), door.sessions)
-    assert_problem(door.client().post("/scans", data={"file": file(png())}), 413)
+def test_a_scan_that_is_too_large_is_413(settings: Settings, sessions: Sessions) -> None:
+    with application(settings.model_copy(update={"max_scan_bytes": 10}), sessions) as app:
+        assert_problem(Door(app, sessions).client().post("/scans", data={"file": file(png())}), 413)
 
 
 def test_a_defect_of_ours_is_500_and_tells_nobody_what_it_was_about(
-    app: Flask, capsys: pytest.CaptureFixture[str]
+    settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    app = create_app(settings)
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
     logs.configure("api")
@@ -184,13 +188,14 @@ def test_a_defect_of_ours_is_500_and_tells_nobody_what_it_was_about(
 
 def test_without_postgres_the_answer_is_503_and_the_process_still_lives(tmp_path: Path) -> None:
     away = Settings(home=tmp_path, database_url="postgresql+psycopg2://nobody@127.0.0.1:1/none")
-    client = create_app(away).test_client()
-    answer = client.get("/jobs", headers={"Authorization": "Bearer rq_x"})
-    assert_problem(answer, 503)
-    assert int(answer.headers["Retry-After"]) > 0
-    assert client.get("/health/live").status_code == 200
-    ready = client.get("/health/ready")
-    assert "database" in assert_problem(ready, 503)["reasons"][0]
+    with application(away) as app:
+        client = app.test_client()
+        answer = client.get("/jobs", headers={"Authorization": "Bearer rq_x"})
+        assert_problem(answer, 503)
+        assert int(answer.headers["Retry-After"]) > 0
+        assert client.get("/health/live").status_code == 200
+        ready = client.get("/health/ready")
+        assert "database" in assert_problem(ready, 503)["reasons"][0]
 
 
 def test_names_and_labels_of_clients_are_in_no_log(

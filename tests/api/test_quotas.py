@@ -1,7 +1,6 @@
 """What a tenant, and all together, may have in the queue: refused early, exactly, and without a trace."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +9,6 @@ from flask.testing import FlaskClient
 from sqlalchemy import func, select, update
 from werkzeug.test import TestResponse
 
-from api import create_app
-from api.http.context import EXTENSION
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset, IdempotencyKey, Job, ModelVersion, Scan, TenantLoad
@@ -30,12 +27,9 @@ def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
 
 
 @pytest.fixture
-def app(settings: Settings, sessions: Sessions, champion: ModelVersion) -> Iterator[Flask]:
+def app(app: Flask, champion: ModelVersion) -> Flask:
     """The application with this queue, and a champion."""
-    app = create_app(settings)
-    yield app
-    app.extensions[EXTENSION].listener.close()
-    app.extensions[EXTENSION].sessions.kw["bind"].dispose()
+    return app
 
 
 def count(sessions: Sessions, table: type) -> int:

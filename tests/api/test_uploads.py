@@ -19,7 +19,6 @@ from sqlalchemy import func, select, update
 from werkzeug.http import parse_date
 from werkzeug.test import TestResponse
 
-from api import create_app
 from api.intake import upload_store
 from api.resources import uploads
 from jobs.db import Sessions
@@ -27,6 +26,7 @@ from jobs.settings import Settings
 from jobs.tables import Dataset, IdempotencyKey, Job, ScanResult, Upload
 from tests.api.conftest import Door, Server, file, png, zipped
 from tests.api.test_errors import UNKNOWN, assert_problem
+from tests.applications import application
 from tests.processes import eventually
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -140,11 +140,11 @@ def test_the_name_comes_without_folders_and_other_metadata_is_passed_over(client
     assert base64.b64decode(shown.removeprefix("filename ")).decode() == "Müller�.zip"
 
 
-def test_more_than_may_be_uploaded_is_413_before_a_byte_is_sent(settings: Settings, door: Door) -> None:
-    door = Door(create_app(settings.model_copy(update={"max_upload_bytes": 100})), door.sessions)
-    answer = door.client().post("/uploads", headers={**TUS, "Upload-Length": "101"})
+def test_more_than_may_be_uploaded_is_413_before_a_byte_is_sent(settings: Settings, sessions: Sessions) -> None:
+    with application(settings.model_copy(update={"max_upload_bytes": 100}), sessions) as app:
+        answer = Door(app, sessions).client().post("/uploads", headers={**TUS, "Upload-Length": "101"})
     assert "RENALQ_MAX_UPLOAD_BYTES" in assert_problem(answer, 413, "TOO_LARGE")["detail"]
-    assert left(door.sessions, settings) == (0, 0)
+    assert left(sessions, settings) == (0, 0)
 
 
 @pytest.mark.parametrize("offset", [0, 4, 6, 10])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.db import Sessions
+from jobs.db import Sessions, session_factory
 from jobs.settings import Settings
+from tests.databases import Databases
 from tests.faults.sabotage import Sabotage
 from tests.processes import Stack, stack
 
@@ -17,6 +18,21 @@ SHORT = {
     "checkpoint_seconds": 0,
     "reuse_results": False,  # the cases count who looked at which scan, and their batches share scans
 }
+
+
+@pytest.fixture
+def database_url(databases: Databases) -> Iterator[str]:
+    """A database of the case's own: no process that it killed or lost can reach another case."""
+    with databases.clone() as url:
+        yield url
+
+
+@pytest.fixture
+def sessions(database_url: str) -> Iterator[Sessions]:
+    """Sessions on the case's database."""
+    factory = session_factory(database_url, pool_size=20)
+    yield factory
+    factory.kw["bind"].dispose()
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from typing import Any
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api import create_app
-from api.http.context import EXTENSION
 from jobs import keys
+from tests.applications import application
 from tests.builders import TENANT
 from tests.processes import Stack
 
@@ -40,9 +39,5 @@ class Rest:
 @contextmanager
 def rest(processes: Stack, **settings: Any) -> Iterator[Rest]:
     """The API, with the stack's settings or others."""
-    app = create_app(processes.settings.model_copy(update=settings))
-    try:
+    with application(processes.settings.model_copy(update=settings)) as app:
         yield Rest(app, processes)
-    finally:
-        app.extensions[EXTENSION].listener.close()
-        app.extensions[EXTENSION].sessions.kw["bind"].dispose()

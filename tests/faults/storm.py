@@ -31,7 +31,7 @@ from jobs.db import make_engine, session_factory
 from jobs.settings import Settings
 from jobs.tables import Job, ScanResult, Unit
 from ml.synthetic import phantom_files
-from tests.conftest import ROOT, alembic_config
+from tests.databases import ROOT, alembic_config
 from tests.faults.killer import Killer, recoveries
 from tests.faults.rest import Rest, rest
 from tests.faults.servers import own_postgres, own_redis

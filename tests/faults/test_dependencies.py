@@ -29,7 +29,7 @@ from jobs.queue import processes as living
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 from tests.api.conftest import png
-from tests.conftest import alembic_config
+from tests.databases import alembic_config
 from tests.faults.disk import small_disk
 from tests.faults.proxy import proxy
 from tests.faults.rest import rest
