@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from flask import Flask
 
 from api import create_app
-from api.http.body_spool import INCOMING
+from api.http.body_spool import SPOOL_FOLDER
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
 from jobs.db import Sessions, session_factory
@@ -40,5 +40,5 @@ def bind(app: Flask, settings: Settings, sessions: Sessions) -> Services:
     listener = ChangeListener(sessions.kw["bind"], settings.wait_slots)
     services = Services(settings, sessions, BlobStore(settings.artifacts), listener)
     app.extensions[EXTENSION] = services
-    app.config.update(MAX_CONTENT_LENGTH=settings.max_upload_bytes, SPOOL_FOLDER=settings.home / INCOMING)
+    app.config.update(MAX_CONTENT_LENGTH=settings.max_upload_bytes, SPOOL_FOLDER=settings.home / SPOOL_FOLDER)
     return services

@@ -8,19 +8,14 @@ from sqlalchemy import Connection, inspect, select, text
 
 from jobs.db import Base, Sessions
 from jobs.models import promotion
-<<<<<<< HEAD
 from jobs.queue import lifecycle
 from jobs.settings import Settings
 from jobs.tables import Job, ModelEvaluation, ModelVersion, Promotion
 from tests import builders
-from tests.conftest import alembic_config
+from tests.databases import alembic_config
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import batch, champion, training, wrong
 from tests.processes import stack
-=======
-from jobs.tables import ModelEvaluation, ModelVersion, Promotion
-from tests.databases import alembic_config
->>>>>>> 34a3c0b (wip databases and applications)
 
 OWNED_BY_NOBODY = {"processes"}
 
