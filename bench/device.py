@@ -26,9 +26,9 @@ from torch import nn
 
 from bench.predict import make_scans
 from bench.train import ROOT, machine
-from ml.image.engines.backends import device_has_bf16, open_engine
+from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import outputs_of
-from ml.image.learning.learner import device
+from ml.image.engines.hardware import device_has_bf16, training_device
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.pixels.augmentation import Augment
@@ -106,7 +106,7 @@ def per_second(count: int, work: Callable[[], object], rounds: int = 3) -> float
 def ceiling(side: int) -> float:
     """Operations a second of one square product, the best of ten."""
     form = torch.bfloat16 if device_has_bf16() else torch.float32
-    one, other = (torch.randn(side, side, device=device()).to(form) for _ in range(2))
+    one, other = (torch.randn(side, side, device=training_device()).to(form) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()

@@ -46,8 +46,9 @@ from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
 from ml.image.engines.admission import RANGE_SCANS, whole_network
-from ml.image.engines.backends import engine_name, supported_dtypes
+from ml.image.engines.backends import engine_name
 from ml.image.engines.graphs import activation_ranges, graph_of
+from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from ml.synthetic.phantom import generate
@@ -148,7 +149,7 @@ def _measure(side: str, folder: Path, scans: list[Path]) -> Side:
 
 
 def _alone(way: str, folder: Path, count: int) -> Side:
-    arguments = [sys.executable, "-m", "bench.serving.alone", way, str(folder), str(count)]
+    arguments = [sys.executable, "-m", "bench.peers.serving.alone", way, str(folder), str(count)]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with watched(process.pid) as use:
         output, _ = process.communicate()
@@ -161,9 +162,9 @@ def _alone(way: str, folder: Path, count: int) -> Side:
 def _celery(folder: Path, scans: list[Path]) -> Side:
     with embedded_redis(folder / "redis-c") as url:
         os.environ["RENALQ_REDIS_URL"] = url
-        from bench.serving.celery_tasks import predict
+        from bench.peers.serving.celery_tasks import predict
 
-        arguments = ["-m", "celery", "-A", "bench.serving.celery_tasks", "worker", "-c", "1", "-l", "WARNING"]
+        arguments = ["-m", "celery", "-A", "bench.peers.serving.celery_tasks", "worker", "-c", "1", "-l", "WARNING"]
         with process([*arguments, "--without-gossip", "--without-mingle"], folder / "celery.log") as pid:
             for answer in [predict.delay(str(path)) for path in scans[:8]]:
                 answer.get(timeout=120)
@@ -185,7 +186,7 @@ def _litserve(folder: Path, scans: list[Path]) -> Side:
         answer = local.session.post(f"http://127.0.0.1:{port}/predict", json={"image": image}, timeout=120)
         answer.raise_for_status()
 
-    with process(["-m", "bench.serving.litserve_app", str(port)], folder / "litserve.log") as pid:
+    with process(["-m", "bench.peers.serving.litserve_app", str(port)], folder / "litserve.log") as pid:
         eventually(lambda: _answers(port), 120, lambda: (folder / "litserve.log").read_text()[-2000:])
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(ask, scans[:CLIENTS]))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy.engine import make_url
 
-from bench.empty import ADDRESS
+from bench.peers.empty import ADDRESS
 from bench.train import ROOT, machine
 from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import Sessions, session_factory
@@ -105,19 +105,19 @@ def _sides() -> list[Side]:
 
 
 def _bare_celery() -> Side:
-    from bench.empty.bare_celery import empty
+    from bench.peers.empty.bare_celery import empty
 
-    worker = ["-m", "celery", "-A", "bench.empty.bare_celery", "worker", "-c", "1", *QUIET]
+    worker = ["-m", "celery", "-A", "bench.peers.empty.bare_celery", "worker", "-c", "1", *QUIET]
     return Side("bare celery", lambda count: [empty.delay() for _ in range(count)] and None, [worker])
 
 
 def _procrastinate() -> Side:
-    from bench.empty.with_procrastinate import app, empty
+    from bench.peers.empty.with_procrastinate import app, empty
 
     with app.open():
         app.schema_manager.apply_schema()
     app.open()
-    worker = ["-m", "procrastinate", "-a", "bench.empty.with_procrastinate.app", "worker", "--concurrency", "1"]
+    worker = ["-m", "procrastinate", "-a", "bench.peers.empty.with_procrastinate.app", "worker", "--concurrency", "1"]
 
     def send(count: int) -> None:
         empty.batch_defer(*({} for _ in range(count)))
@@ -127,8 +127,8 @@ def _procrastinate() -> Side:
 
 def _ours() -> Side:
     sessions: Sessions = session_factory(os.environ["RENALQ_DATABASE_URL"], application="bench")
-    worker = ["-m", "celery", "-A", "bench.empty.ours", "worker", "-Q", "urgent,batch", "-c", "1"]
-    worker += ["-I", "bench.empty.ours", "-n", "predict@bench", *QUIET]
+    worker = ["-m", "celery", "-A", "bench.peers.empty.ours", "worker", "-Q", "urgent,batch", "-c", "1"]
+    worker += ["-I", "bench.peers.empty.ours", "-n", "predict@bench", *QUIET]
 
     def send(count: int) -> None:
         with sessions.begin() as session:

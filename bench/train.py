@@ -1,7 +1,7 @@
 """Ours beside the plain loop, PyTorch Lightning and torchvision's reference: `python -m bench.train`.
 
-The plain side (bench/plain.py) is what projects of this kind ship: the whole network forward in fp32 in every epoch,
-PIL transforms, a DataLoader, `requires_grad = False` on the features, an evaluation after each epoch. Ours is
+The plain side (bench/peers/plain.py) is what projects of this kind ship: the whole network forward in fp32 in every
+epoch, PIL transforms, a DataLoader, `requires_grad = False` on the features, an evaluation after each epoch. Ours is
 `python -m ml train`. All unpack the zip, check it, split it by the same rule, train, evaluate and save, in a process of
 their own, so that time (of the whole process) and peak memory are honest. Two settings: 2 epochs with augmentation; 10
 without. `--seeds N` repeats ours and the plain loop for the quality. Prints tables, writes bench/out/train.json.
@@ -48,7 +48,12 @@ SETTINGS = {
     "augmented_2_epochs": {"epochs": 2, "augmentation": True},
     "cached_10_epochs": {"epochs": 10, "augmentation": False},
 }
-SIDES = {"plain": "bench.plain", "lightning": "bench.lightning", "reference": "bench.reference", "ours": "bench.ours"}
+SIDES = {
+    "plain": "bench.peers.plain",
+    "lightning": "bench.peers.lightning",
+    "reference": "bench.peers.reference",
+    "ours": "bench.peers.ours",
+}
 AT_LEAST = {"augmented_2_epochs": 6.0, "cached_10_epochs": 15.0}
 """Times that ours is to be faster than the plain loop, on a CPU that multiplies bf16 in matrix units (AMX)."""
 
@@ -126,7 +131,7 @@ def run_side(module: str, data: Path, params: dict[str, object]) -> Side:
 
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
-    from ml.image.engines.backends import device_name
+    from ml.image.engines.hardware import device_name
 
     return {"device": device_name(), "cores": os.cpu_count(), "python": platform.python_version()}
 

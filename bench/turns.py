@@ -29,16 +29,16 @@ from jobs.db import make_engine, session_factory
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
-from jobs.queue import dispatch, leases, lifecycle
+from jobs.queue import leases, lifecycle, pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.storage.blobs import Artifacts
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Job, ModelVersion, Scan, Unit
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from ml.synthetic import phantom_files
-from tests.conftest import alembic_config
+from tests.databases import alembic_config
 from tests.processes import Stack, eventually, stack
 
 OUT = ROOT / "bench" / "out" / "turns.json"
@@ -95,7 +95,7 @@ def _model(processes: Stack, folder: Path) -> None:
 
 def register(processes: Stack, tenant: str, path: Path) -> tuple[uuid.UUID, int]:
     """A model file as the tenant's champion: id and number of its version."""
-    blob = Artifacts(processes.settings.artifacts).put_file(path)
+    blob = BlobStore(processes.settings.artifacts).put_file(path)
     with processes.sessions.begin() as session:
         job = submit(session, NewJob(tenant, JobKind.TRAIN, Lane.TRAIN))
         unit = session.scalars(select(Unit).where(Unit.job_id == job.id)).one()
@@ -120,7 +120,7 @@ def _scans(processes: Stack, tenant: str, folder: Path) -> list[uuid.UUID]:
 
 def keep(processes: Stack, tenant: str, paths: Sequence[Path], media_type: str) -> list[uuid.UUID]:
     """Files of 512 × 512 as the tenant's stored scans: their ids."""
-    store, ids = Artifacts(processes.settings.artifacts), []
+    store, ids = BlobStore(processes.settings.artifacts), []
     with processes.sessions.begin() as session:
         for path in paths:
             blob = store.put_file(path)
@@ -170,7 +170,7 @@ def _measure(processes: Stack, scans: dict[str, list[uuid.UUID]], rounds: int) -
         assert urgent.started_at is not None
         found["urgent_starts"].append((urgent.started_at - urgent.created_at).total_seconds())
     with processes.sessions() as session:
-        found["chunk"].append(dispatch.pace(session)[Lane.BATCH])
+        found["chunk"].append(pace.mean_unit_seconds(session)[Lane.BATCH])
     assert processes.job(large.id).finished_at is None, "it was meant to be in the way"
     with processes.sessions.begin() as session:
         lifecycle.cancel(session, A, large.id)

@@ -4,7 +4,7 @@ import os
 
 from celery import Celery
 
-from bench.empty import say_now
+from bench.peers.empty import say_now
 
 app = Celery("bare", broker=os.environ["RENALQ_REDIS_URL"])
 app.conf.update(task_ignore_result=True, worker_prefetch_multiplier=1, task_default_queue="bare")

@@ -5,7 +5,7 @@ import os
 from procrastinate import App, PsycopgConnector
 from sqlalchemy.engine import make_url
 
-from bench.empty import say_now
+from bench.peers.empty import say_now
 
 url = make_url(os.environ["RENALQ_DATABASE_URL"]).set(drivername="postgresql")
 app = App(connector=PsycopgConnector(conninfo=url.render_as_string(hide_password=False)))

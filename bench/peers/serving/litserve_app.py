@@ -1,4 +1,4 @@
-"""LitServe with dynamic batching: `python -m bench.serving.litserve_app PORT`. The engine is ours."""
+"""LitServe with dynamic batching: `python -m bench.peers.serving.litserve_app PORT`. The engine is ours."""
 
 import base64
 import os

@@ -1,4 +1,4 @@
-"""The plain loop, as document 000 describes it: `python -m bench.plain ZIP PARAMS FOLDER`. Written to be fair.
+"""The plain loop, as document 000 describes it: `python -m bench.peers.plain ZIP PARAMS FOLDER`. Written to be fair.
 
 No trick of ours is in it, and none is kept from it that such projects use: torch's threads, `no_grad` for the
 evaluation, two loader processes. The split is ours, so that both sides are tested on the same scans; and so is the

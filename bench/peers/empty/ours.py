@@ -1,7 +1,7 @@
 """Our worker, with an ingest whose work is empty: the claim before it and the end after it are the real ones."""
 
 import worker.handlers.ingest
-from bench.empty import say_now
+from bench.peers.empty import say_now
 from jobs.queue import lifecycle
 from worker.app import app
 from worker.execution.unit import UnitLease

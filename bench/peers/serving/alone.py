@@ -1,4 +1,5 @@
-"""In one process, without any queue: `python -m bench.serving.alone WAY FOLDER COUNT`. The last line is the figures.
+"""In one process, without any queue: `python -m bench.peers.serving.alone WAY FOLDER COUNT`. The last line is the
+figures.
 
 cold      the network is loaded for each scan, as document 000 has it
 warm      it stays loaded; one scan after the other through torch, fp32

@@ -1,4 +1,4 @@
-"""Our side of bench.train: all four stages of `ml.image.stages.runner` on a zip: `python -m bench.ours ZIP PARAMS
+"""Our side of bench.train: all four stages of `ml.image.stages.runner` on a zip: `python -m bench.peers.ours ZIP PARAMS
 FOLDER`."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The same training by PyTorch Lightning's Trainer: `python -m bench.lightning ZIP PARAMS FOLDER`.
+"""The same training by PyTorch Lightning's Trainer: `python -m bench.peers.lightning ZIP PARAMS FOLDER`.
 
-As its documentation shows it: a LightningModule with the same network, loaders and optimizer as bench.plain, fit and
-predict by the Trainer, one checkpoint at the end.
+As its documentation shows it: a LightningModule with the same network, loaders and optimizer as bench.peers.plain,
+fit and predict by the Trainer, one checkpoint at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from bench.plain import build, material, report_scores, trainable
+from bench.peers.plain import build, material, report_scores, trainable
 from ml.runtime.torchvision_import import torchvision
 
 torchvision()  # torchmetrics imports it too, and would fail where its operators are missing

@@ -1,6 +1,6 @@
-"""The same training in the manner of torchvision's reference: `python -m bench.reference ZIP PARAMS FOLDER`.
+"""The same training in the manner of torchvision's reference: `python -m bench.peers.reference ZIP PARAMS FOLDER`.
 
-Its habits, on bench.plain's network and data: channels_last, pinned loaders, `inference_mode` for the evaluation,
+Its habits, on bench.peers.plain's network and data: channels_last, pinned loaders, `inference_mode` for the evaluation,
 gradients set to None, a learning-rate scheduler stepped each epoch, a checkpoint of network and optimizer after each.
 """
 
@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bench.plain import build, material, report_scores, trainable
+from bench.peers.plain import build, material, report_scores, trainable
 
 
 @torch.inference_mode()
