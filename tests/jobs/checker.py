@@ -1,4 +1,4 @@
-"""The checker of `design/FAULTS.md`: reads the database after any fault and says what is wrong.
+"""The consistency checker of `design/FAULTS.md`: it reads the database after a fault and reports violations.
 
     python -m tests.jobs.checker DATABASE_URL [--ended]
 
@@ -81,7 +81,7 @@ ENDED = {"a job has not ended": "SELECT id FROM jobs WHERE finished_at IS NULL"}
 
 
 def faults(session: Session, ended: bool = False) -> list[str]:
-    """What is wrong in the database, with the rows that show it; an empty list is what every test wants.
+    """The violations in the database, with the rows that show them; empty if it is consistent.
 
     Args:
         ended: whether nothing may be left to do.
@@ -97,7 +97,7 @@ def _some(rows: object) -> str:
 
 
 def main() -> int:
-    """Check the database that the command line names."""
+    """Check the database given on the command line."""
     from jobs.db import session_factory
 
     with session_factory(sys.argv[1], pool_size=1)() as session:

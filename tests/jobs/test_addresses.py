@@ -1,4 +1,4 @@
-"""Which addresses may be fetched from and sent to: the same answer at submit and in a worker.
+"""URLs that scans may be fetched from and webhooks sent to: the same verdict in the API and in a worker.
 
 What webhooks are not sent to is tried in tests/faults/test_webhooks.py (case 39).
 """
@@ -22,7 +22,7 @@ HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
         "http://[::1]:9000/7.dcm",
     ],
 )
-def test_a_host_that_is_named_is_allowed(url: str) -> None:
+def test_allowed_host_is_accepted(url: str) -> None:
     assert fetch_url_error(url, HOSTS) is None
 
 
@@ -51,14 +51,14 @@ def test_a_host_that_is_named_is_allowed(url: str) -> None:
         ("file:///etc/passwd", MALFORMED),
     ],
 )
-def test_anything_else_is_refused_in_words_that_do_not_repeat_it(url: str, why: str) -> None:
+def test_other_urls_are_refused_without_quoting_them(url: str, why: str) -> None:
     assert fetch_url_error(url, HOSTS) == why
 
 
 @pytest.mark.parametrize(
     "hosts", ["http://scans.example", "scans.example/path", "me@scans.example", "a:b", "a b", ":80"]
 )
-def test_a_list_that_cannot_be_read_stops_the_process_at_its_start(hosts: str) -> None:
+def test_malformed_host_list_is_refused_by_the_settings(hosts: str) -> None:
     with pytest.raises(ValidationError, match=r"scans\.example|no host name|[Pp]ort"):
         Settings(fetch_hosts=hosts)
 
@@ -79,7 +79,7 @@ def test_by_default_no_host_is_allowed() -> None:
         "https://[::1]:9000/hook",
     ],
 )
-def test_webhooks_are_sent_to_public_hosts_and_to_those_that_are_named(url: str) -> None:
+def test_webhooks_go_to_public_and_to_allowed_hosts(url: str) -> None:
     assert webhook_url_error(url, HOSTS) is None
 
 
@@ -92,12 +92,12 @@ def test_webhooks_are_sent_to_public_hosts_and_to_those_that_are_named(url: str)
         ("ftp://scans.example/hook", MALFORMED),
     ],
 )
-def test_another_port_of_a_named_host_is_another_place(url: str, why: str) -> None:
+def test_non_public_or_malformed_webhook_urls_are_refused(url: str, why: str) -> None:
     assert webhook_url_error(url, HOSTS) == why
 
 
 @pytest.mark.parametrize("waits", ["soon", "5,-1", "5,0", "nan", "inf"])
-def test_waits_that_cannot_be_read_stop_the_process_at_its_start(waits: str) -> None:
+def test_malformed_webhook_waits_are_refused_by_the_settings(waits: str) -> None:
     with pytest.raises(ValidationError):
         Settings(webhook_retry_seconds=waits)
     assert Settings(webhook_retry_seconds="5, 300").webhook_retries == (5, 300)

@@ -1,4 +1,4 @@
-"""What was predicted is counted once, and compared with the test scans: an alarm means something."""
+"""Predictions are counted once and compared with the test scans; false alarms are rare."""
 
 import datetime as dt
 import random
@@ -32,12 +32,12 @@ from worker.dispatcher.loop import Dispatcher
 
 POLICY = DriftPolicy(bound=0.25, least_scans=50)
 SCANS = 93
-"""Of the reference: a test set of a usual size."""
+"""Scans of the reference: a test set of typical size."""
 FIGURES = ("brightness", "contrast", "black", "sharpness", "colour", "confidence")
 
 
 def reference(seed: int = 0) -> Json:
-    """Histograms of test scans whose figures lie evenly between 0 and 1."""
+    """Histograms of test scans whose figures are uniform between 0 and 1."""
     rng, statistics = random.Random(seed), {}
     for name in FIGURES:
         values = sorted(rng.random() for _ in range(SCANS))
@@ -48,7 +48,7 @@ def reference(seed: int = 0) -> Json:
 
 
 def outcome(ordinal: int, rng: random.Random, shift: float = 0.0, disposition: str = "tumor") -> ScanOutcome:
-    """A prediction as of the reference; `shift` makes its picture brighter."""
+    """A prediction distributed like the reference; `shift` makes the scan brighter."""
     figures = {name: rng.random() for name in FIGURES}
     confidence, label = figures.pop("confidence"), rng.choice(("Normal", "Tumor"))
     statistics = {**figures, "brightness": min(1.0, figures["brightness"] + shift)}
@@ -104,38 +104,38 @@ def seen(session: Session, version: ModelVersion, days: int = 30, policy: DriftP
 # --- the index ---
 
 
-def test_equal_histograms_have_no_index_and_an_empty_bin_no_infinite_one() -> None:
+def test_psi_of_equal_histograms_is_zero_and_of_an_empty_bin_finite() -> None:
     assert psi([10, 20, 30], [10, 20, 30]) == 0
     assert psi([10, 20, 30], [100, 200, 300]) == pytest.approx(0, abs=0.01)
     assert 1 < psi([30, 30, 0], [0, 30, 30]) < 20
 
 
-def test_the_index_is_that_of_its_definition() -> None:
+def test_psi_matches_its_definition() -> None:
     """Shares 0.5 and 0.5 against 0.8 and 0.2: 0.3 ln 1.6 - 0.3 ln 0.4."""
     assert psi([5000, 5000], [8000, 2000]) == pytest.approx(0.4159, abs=0.001)
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=20))
-def test_the_index_is_never_negative_and_the_same_from_both_sides(pairs: list[tuple[int, int]]) -> None:
+def test_psi_is_non_negative_and_symmetric(pairs: list[tuple[int, int]]) -> None:
     old, new = zip(*pairs, strict=True)
     assert psi(old, new) >= 0
     assert psi(old, new) == pytest.approx(psi(new, old))
 
 
-def test_chance_is_the_chi_squared_distribution_of_yurdakul() -> None:
+def test_chance_limit_matches_the_chi_squared_distribution() -> None:
     """Upper points of the table: 15.507 (8 degrees of freedom, 5 %), 26.124 (8, 0.1 %), 3.841 (1, 5 %)."""
     for bins, risk, point in ((9, 0.05, 15.507), (9, 0.001, 26.124), (2, 0.05, 3.841)):
         assert chance_limit(bins, 100, 100, risk) == pytest.approx(point / 50, rel=0.03)
     assert chance_limit(1, 100, 100, 0.05) == 0
 
 
-def test_with_many_scans_only_the_bound_counts() -> None:
+def test_drift_limit_of_many_scans_is_the_bound() -> None:
     assert drift_limit(9, 10**6, 10**6, 0.25) == pytest.approx(0.25, abs=0.001)
     assert drift_limit(9, 93, 200, 0.25) > 0.4
 
 
-def test_a_day_like_the_reference_is_alarmed_less_than_once_in_a_hundred() -> None:
-    """93 reference scans, 200 a day in chunks of ten; the verdict is asked for after every chunk from 50 scans on."""
+def test_false_alarms_are_rarer_than_one_day_in_a_hundred() -> None:
+    """93 reference scans, 200 a day in chunks of ten; checked after every chunk from 50 scans on."""
     rng, alarms, days = random.Random(7), 0, 1000
     for _ in range(days):
         values = [[sorted(rng.random() for _ in range(SCANS)), [0] * 9] for _ in range(7)]
@@ -159,7 +159,7 @@ def bins(values: list[float], edges: list[float]) -> list[int]:
 # --- counting ---
 
 
-def test_each_prediction_is_counted_in_the_bin_of_every_figure(sessions: Sessions, champion: ModelVersion) -> None:
+def test_predictions_are_counted_per_figure_and_bin(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         (held,) = batch(session, version, 100)
@@ -176,7 +176,7 @@ def test_each_prediction_is_counted_in_the_bin_of_every_figure(sessions: Session
         assert sum(counts(session, version, "confidence").values()) == 100
 
 
-def test_failures_and_what_was_known_before_are_not_counted(sessions: Sessions, champion: ModelVersion) -> None:
+def test_failures_and_cached_results_are_not_counted(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         (held,) = batch(session, referred(session, champion), 3)
         good = outcome(0, random.Random(0))
@@ -185,7 +185,7 @@ def test_failures_and_what_was_known_before_are_not_counted(sessions: Sessions, 
         assert counts(session, champion, "class") == {good.label: 1}
 
 
-def test_a_version_without_a_reference_counts_classes_and_dispositions_alone(
+def test_version_without_reference_counts_classes_and_dispositions(
     sessions: Sessions,
     champion: ModelVersion,
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_version_without_a_reference_counts_classes_and_dispositions_alone(
         )
 
 
-def test_a_chunk_that_is_handed_back_half_done_is_counted_once(sessions: Sessions, champion: ModelVersion) -> None:
+def test_requeued_chunk_is_counted_once(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         (held,) = batch(session, referred(session, champion), 10)
         rng = random.Random(3)
@@ -213,7 +213,7 @@ def test_a_chunk_that_is_handed_back_half_done_is_counted_once(sessions: Session
         assert sum(counts(session, champion, "brightness").values()) == 10
 
 
-def test_chunks_that_end_at_once_are_all_counted_and_nobody_waits_for_ever(
+def test_concurrent_chunks_are_counted_without_deadlock(
     sessions: Sessions,
     champion: ModelVersion,
 ) -> None:
@@ -247,7 +247,7 @@ def test_chunks_that_end_at_once_are_all_counted_and_nobody_waits_for_ever(
 # --- verdicts ---
 
 
-def test_brighter_pictures_are_alarmed_and_usual_ones_are_not(sessions: Sessions, champion: ModelVersion) -> None:
+def test_brighter_scans_drift_and_similar_scans_do_not(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         day_of(session, version, 1, 200)
@@ -261,7 +261,7 @@ def test_brighter_pictures_are_alarmed_and_usual_ones_are_not(sessions: Sessions
         assert not seen(session, version, policy=DriftPolicy(bound=50, least_scans=50)).drifted
 
 
-def test_one_class_alone_is_alarmed(sessions: Sessions, champion: ModelVersion) -> None:
+def test_predicting_one_class_only_is_drift(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         (held,) = batch(session, version, 100)
@@ -270,7 +270,7 @@ def test_one_class_alone_is_alarmed(sessions: Sessions, champion: ModelVersion) 
         assert seen(session, version).days[0].drifted == ["class"]
 
 
-def test_many_rejected_scans_are_alarmed(sessions: Sessions, champion: ModelVersion) -> None:
+def test_many_rejected_scans_are_drift(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         (held,) = batch(session, version, 100)
@@ -281,7 +281,7 @@ def test_many_rejected_scans_are_alarmed(sessions: Sessions, champion: ModelVers
         assert (day.drifted, day.rejected_share) == (["rejected"], 0.3)
 
 
-def test_a_reference_that_cannot_be_read_keeps_nobody_from_being_served(
+def test_unreadable_reference_does_not_fail_predictions(
     sessions: Sessions, settings: Settings, champion: ModelVersion
 ) -> None:
     with sessions.begin() as session:
@@ -295,7 +295,7 @@ def test_a_reference_that_cannot_be_read_keeps_nobody_from_being_served(
         assert rung == [str(unit.id) for unit in builders.units_of(session, job)]
 
 
-def test_days_with_few_scans_are_judged_together_with_those_before(sessions: Sessions, champion: ModelVersion) -> None:
+def test_days_with_few_scans_are_pooled_with_earlier_days(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         for ago in (40, 4, 2, 0):
@@ -305,26 +305,29 @@ def test_days_with_few_scans_are_judged_together_with_those_before(sessions: Ses
         assert first.figures == second.figures == {}
         assert (third.scans, third.since, third.drifted) == (20, first.day, ["brightness"])
         (short,) = seen(session, version, days=1).days
-        assert short == third, "how far the question reaches back changes no verdict"
+        assert short == third, "the length of the report changes no verdict"
 
 
-def test_a_day_without_counts_is_shown_for_its_truths_and_has_no_verdict(
-    sessions: Sessions, champion: ModelVersion
-) -> None:
+def test_day_with_feedback_only_has_no_verdict(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         version = referred(session, champion)
         day_of(session, version, 1, 200, shift=0.6)
         judged(session, version, "Tumor", "Tumor")
         judged(session, version, "Tumor", "Normal", days_ago=40)
         found = seen(session, version)
-    counted, told_alone = found.days
-    assert told_alone.day - counted.day == dt.timedelta(days=1)
-    assert (told_alone.scans, told_alone.rejected_share, told_alone.since, told_alone.figures) == (0, None, None, {})
-    assert told_alone.truths == found.truths == ConfusionCounts(known=1, right=1, positives=1, true_positives=1)
+    counted, feedback_only = found.days
+    assert feedback_only.day - counted.day == dt.timedelta(days=1)
+    assert (feedback_only.scans, feedback_only.rejected_share, feedback_only.since, feedback_only.figures) == (
+        0,
+        None,
+        None,
+        {},
+    )
+    assert feedback_only.truths == found.truths == ConfusionCounts(known=1, right=1, positives=1, true_positives=1)
     assert (found.latest, found.drifted) == (counted, True), "the latest day with predictions is the one that counts"
 
 
-def test_no_day_is_shown_where_nothing_was_predicted(sessions: Sessions, champion: ModelVersion) -> None:
+def test_report_without_predictions_has_no_days(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         found = seen(session, champion)
         assert (found.days, found.latest, found.drifted, found.truths) == ([], None, False, ConfusionCounts())
@@ -344,11 +347,11 @@ def looked(session: Session, version: ModelVersion) -> None:
     drift.check_drift(session, version.id, POLICY)
 
 
-def told(session: Session) -> list[Delivery]:
+def drift_events(session: Session) -> list[Delivery]:
     return list(session.scalars(select(Delivery).where(Delivery.type == "model.drifted")))
 
 
-def test_a_champion_that_drifts_is_told_of_once_a_day(
+def test_drift_event_is_emitted_once_per_day(
     sessions: Sessions,
     settings: Settings,
     champion: ModelVersion,
@@ -359,21 +362,21 @@ def test_a_champion_that_drifts_is_told_of_once_a_day(
         version = referred(session, champion)
         day_of(session, version, 0, 100)
         looked(session, version)
-        assert told(session) == [], "nothing has drifted"
+        assert drift_events(session) == [], "nothing has drifted"
     with sessions.begin() as session:
         day_of(session, version, 0, 200, shift=0.6)
     dispatcher = Dispatcher(settings, sessions, publish=lambda *_: None)
     dispatcher.step()
     with sessions.begin() as session:
         looked(session, version)
-        (event,) = told(session)
+        (event,) = drift_events(session)
         today = dt.datetime.now(dt.UTC).date()
         assert event.tenant_id == TENANT
         assert event.event_id == f"drift_{version.id}_{today}"
         assert event.data == {"model_version": "1", "day": str(today), "figures": ["brightness"]}
 
 
-def test_a_version_that_is_not_champion_drifts_in_silence(
+def test_drift_of_other_versions_emits_no_event(
     sessions: Sessions,
     settings: Settings,
     champion: ModelVersion,
@@ -386,11 +389,11 @@ def test_a_version_that_is_not_champion_drifts_in_silence(
         assert seen(session, version).drifted
     Dispatcher(settings, sessions, publish=lambda *_: None).step()
     with sessions() as session:
-        assert told(session) == []
+        assert drift_events(session) == []
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_reference_that_cannot_be_read_keeps_no_other_champion_from_being_told_of(
+def test_unreadable_reference_does_not_block_other_champions(
     broken: int, sessions: Sessions, settings: Settings, champion: ModelVersion
 ) -> None:
     with sessions.begin() as session:
@@ -404,12 +407,12 @@ def test_a_reference_that_cannot_be_read_keeps_no_other_champion_from_being_told
     with structlog.testing.capture_logs() as logged:
         Dispatcher(settings, sessions, publish=lambda *_: None).step()
     with sessions() as session:
-        assert [event.tenant_id for event in told(session)] == [well_tenant]
+        assert [event.tenant_id for event in drift_events(session)] == [well_tenant]
     complaint = {"event": "drift_check_failed", "model": ill_id, "error": "KeyError"}
     assert complaint | {"log_level": "error"} in logged
 
 
-def test_to_look_for_drift_no_truth_is_read(sessions: Sessions, champion: ModelVersion) -> None:
+def test_drift_check_reads_no_feedback(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         listener(session)
         day_of(session, referred(session, champion), 0, 200, shift=0.6)
@@ -417,7 +420,7 @@ def test_to_look_for_drift_no_truth_is_read(sessions: Sessions, champion: ModelV
         holding.execute(text("LOCK TABLE truths IN ACCESS EXCLUSIVE MODE"))
         session.execute(text("SET LOCAL lock_timeout = '200ms'"))
         looked(session, champion)
-        assert len(told(session)) == 1
+        assert len(drift_events(session)) == 1
 
 
 # --- truths ---
@@ -426,7 +429,7 @@ def test_to_look_for_drift_no_truth_is_read(sessions: Sessions, champion: ModelV
 def judged(
     session: Session, version: ModelVersion, label: str, predicted: str, days_ago: int = 0, **more: Any
 ) -> uuid.UUID:
-    """A truth of a prediction so many days ago. Returns its scan."""
+    """Feedback on a prediction so many days ago. Returns its scan."""
     scan_id = more.pop("scan_id", None) or builders.make_scan(session).id
     then = dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)
     row = {"scan_id": scan_id, "label": label, "predicted": predicted, "predicted_at": then, "confidence": 0.9, **more}
@@ -434,7 +437,7 @@ def judged(
     return scan_id
 
 
-def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
+def test_feedback_counts_by_day_of_prediction_and_latest_wins(
     sessions: Sessions,
     champion: ModelVersion,
 ) -> None:
@@ -459,8 +462,8 @@ def test_truths_are_reckoned_by_the_day_of_the_prediction_and_the_latest_counts(
     )
 
 
-def test_what_was_rejected_is_not_judged(sessions: Sessions, champion: ModelVersion) -> None:
-    """Nobody is to use the class of a rejected scan, so it is neither right nor wrong."""
+def test_feedback_on_rejected_scans_is_not_counted(sessions: Sessions, champion: ModelVersion) -> None:
+    """The class of a rejected scan must not be used, so it is neither right nor wrong."""
     with sessions.begin() as session:
         version = referred(session, champion)
         for disposition, label in ((None, "Tumor"), ("tumor", "Normal"), ("rejected", "Normal"), ("rejected", "Tumor")):

@@ -1,4 +1,4 @@
-"""The gate's word, for any metrics."""
+"""The gate's verdict for any metrics."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ CALIBRATED = "Calibration error beyond chance 0.0200 ≤ the allowed 0.1000."
 
 
 def metrics(**more: Any) -> dict[str, Any]:
-    """Metrics of a good network that was tested as it should be."""
+    """Metrics of a good network, tested without leaks."""
     figures = {"f1": 0.95, "recall": 0.91, "ece": 0.05, "ece_chance": 0.03}
     return {**figures, "leaks": NO_LEAKS, "patients_known": True, **more}
 
@@ -28,14 +28,14 @@ def against(ours: float | None, theirs: float | None) -> ChampionComparison:
 
 
 def judged(candidate: dict[str, Any], champion: ChampionComparison | None = None, wanted: str = "auto") -> Verdict:
-    """The gate's word by the policy above."""
+    """The gate's verdict by the policy above."""
     return gate(candidate, champion, wanted, POLICY)
 
 
 # --- F1 ---
 
 
-def test_the_first_champion_needs_the_required_f1() -> None:
+def test_first_champion_needs_the_required_f1() -> None:
     enough = judged(metrics(f1=0.85))
     assert enough.promoted
     assert enough.reasons == [
@@ -48,7 +48,7 @@ def test_the_first_champion_needs_the_required_f1() -> None:
     assert below.reasons[0] == "There is no champion yet, and F1 0.8499 < the required 0.8500."
 
 
-def test_the_next_one_must_not_be_worse_on_the_same_test_scans() -> None:
+def test_next_champion_must_not_be_worse_on_shared_scans() -> None:
     assert judged(metrics(), against(0.946, 0.946)).promoted
     worse = judged(metrics(), against(0.925, 0.946))
     assert not worse.promoted
@@ -59,18 +59,18 @@ def test_the_next_one_must_not_be_worse_on_the_same_test_scans() -> None:
     ]
 
 
-def test_the_f1_on_the_shared_scans_counts_not_that_on_all() -> None:
+def test_f1_on_shared_scans_decides() -> None:
     assert judged(metrics(f1=0.10), against(0.95, 0.94)).promoted
     assert not judged(metrics(f1=1.00), against(0.93, 0.94)).promoted
 
 
-def test_two_figures_that_differ_are_never_shown_as_equal() -> None:
+def test_different_figures_are_shown_with_enough_digits() -> None:
     worse = judged(metrics(), against(0.94600001, 0.94600002))
     assert not worse.promoted
     assert worse.reasons[0].startswith("F1 0.94600001 < the champion's 0.94600002")
 
 
-def test_without_test_scans_of_both_it_is_refused_with_the_reason_and_the_remedy() -> None:
+def test_missing_shared_scans_refuse_with_reason_and_remedy() -> None:
     verdict = judged(metrics(), ChampionComparison(3, why="its classes are Cyst, Stone, not Normal, Tumor"))
     assert not verdict.promoted
     assert verdict.reasons[0] == (
@@ -80,7 +80,7 @@ def test_without_test_scans_of_both_it_is_refused_with_the_reason_and_the_remedy
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(None, 0.9), (0.9, None), (math.nan, 0.9), (0.9, math.nan)])
-def test_an_f1_that_is_not_known_is_not_good_enough(ours: float | None, theirs: float | None) -> None:
+def test_unknown_f1_is_refused(ours: float | None, theirs: float | None) -> None:
     verdict = judged(metrics(), against(ours, theirs))
     assert not verdict.promoted
     assert "not known" in verdict.reasons[0]
@@ -90,7 +90,7 @@ def test_an_f1_that_is_not_known_is_not_good_enough(ours: float | None, theirs: 
 
 
 @pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
-def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: ChampionComparison | None) -> None:
+def test_low_sensitivity_is_refused_whatever_the_f1(champion: ChampionComparison | None) -> None:
     assert judged(metrics(recall=0.80), champion).promoted
     verdict = judged(metrics(recall=0.79), champion)
     assert not verdict.promoted
@@ -98,20 +98,20 @@ def test_a_network_that_misses_too_many_is_refused_whatever_its_f1(champion: Cha
 
 
 @pytest.mark.parametrize("champion", [None, against(0.96, 0.95)])
-def test_a_network_whose_probabilities_are_wrong_is_refused(champion: ChampionComparison | None) -> None:
+def test_poor_calibration_is_refused(champion: ChampionComparison | None) -> None:
     verdict = judged(metrics(ece=0.16, ece_chance=0.05), champion)
     assert not verdict.promoted
     assert verdict.reasons[2] == "Calibration error beyond chance 0.1100 > the allowed 0.1000."
 
 
-def test_a_calibration_error_that_chance_explains_is_none() -> None:
+def test_calibration_error_within_chance_is_accepted() -> None:
     verdict = judged(metrics(ece=0.12, ece_chance=0.13))
     assert verdict.promoted
     assert verdict.reasons[2] == "Calibration error beyond chance 0.0000 ≤ the allowed 0.1000."
 
 
 @pytest.mark.parametrize("name", ["f1", "recall", "ece", "ece_chance"])
-def test_what_is_not_known_of_an_earlier_version_is_not_good_enough(name: str) -> None:
+def test_unknown_metrics_of_older_versions_are_refused(name: str) -> None:
     candidate = metrics()
     del candidate[name]
     verdict = judged(candidate)
@@ -119,7 +119,7 @@ def test_what_is_not_known_of_an_earlier_version_is_not_good_enough(name: str) -
     assert sum("not known" in reason for reason in verdict.reasons) == 1
 
 
-def test_all_that_speaks_against_it_is_listed() -> None:
+def test_all_failed_rules_are_listed() -> None:
     bad = metrics(f1=0.5, recall=0.4, ece=0.3, leaks={**NO_LEAKS, "patients": 2}, patients_known=False)
     verdict = judged(bad, against(0.5, 0.9))
     assert [reason.split()[0] for reason in verdict.reasons] == [
@@ -127,7 +127,7 @@ def test_all_that_speaks_against_it_is_listed() -> None:
     ]  # fmt: skip
 
 
-def test_the_policy_is_that_of_the_settings() -> None:
+def test_policy_comes_from_the_settings() -> None:
     assert GatePolicy.of(Settings()) == GatePolicy() == POLICY
     strict = Settings(promote_min_f1=0.9, promote_min_sensitivity=0.95, promote_max_calibration_error=0.02)
     assert GatePolicy.of(strict) == GatePolicy(0.9, 0.95, 0.02)
@@ -137,7 +137,7 @@ def test_the_policy_is_that_of_the_settings() -> None:
 # --- never ---
 
 
-def test_who_asks_for_no_promotion_hears_what_the_gate_would_have_said() -> None:
+def test_promote_never_reports_the_hypothetical_verdict() -> None:
     good = judged(metrics(), wanted="never")
     assert not good.promoted
     assert good.reasons == [
@@ -163,7 +163,7 @@ def test_who_asks_for_no_promotion_hears_what_the_gate_would_have_said() -> None
     ],
 )
 @pytest.mark.parametrize("champion", [None, against(1.0, 0.5)])
-def test_a_network_tested_on_what_it_has_learnt_is_refused_whatever_its_f1(
+def test_leaks_are_refused_whatever_the_f1(
     leaks: dict[str, int], words: str, champion: ChampionComparison | None
 ) -> None:
     verdict = judged(metrics(f1=1.0, leaks={**NO_LEAKS, **leaks}), champion)
@@ -177,7 +177,7 @@ def test_every_leak_is_named() -> None:
     assert len([reason for reason in verdict.reasons if "learnt from" in reason]) == 3
 
 
-def test_unknown_patients_are_noted_and_refused_nothing() -> None:
+def test_unknown_patients_are_noted_and_not_refused() -> None:
     verdict = judged(metrics(patients_known=False))
     assert verdict.promoted
     assert "patient" in verdict.reasons[-1]
@@ -199,7 +199,7 @@ policies = st.builds(GatePolicy, st.floats(0, 1), st.floats(0, 1), st.floats(0, 
 
 
 @given(any_metrics, any_metrics, any_metrics, st.floats(0, 1), st.floats(0, 1), wishes, policies)
-def test_what_is_worse_than_the_champion_on_the_same_scans_is_never_promoted(
+def test_worse_than_champion_is_never_promoted(
     candidate: dict[str, Any],
     ours: dict[str, Any],
     theirs: dict[str, Any],
@@ -218,7 +218,7 @@ def test_what_is_worse_than_the_champion_on_the_same_scans_is_never_promoted(
     st.none() | st.builds(ChampionComparison, st.integers(1, 9), st.just(50), any_metrics, any_metrics),
     policies,
 )
-def test_who_is_promoted_has_shown_all_that_is_asked_for(
+def test_promoted_version_meets_every_rule(
     candidate: dict[str, Any], champion: ChampionComparison | None, policy: GatePolicy
 ) -> None:
     verdict = gate(candidate, champion, "auto", policy)

@@ -1,4 +1,4 @@
-"""The life of a job, verb by verb, on real Postgres."""
+"""Transitions of jobs and units, on real Postgres."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ from tests.builders import (
 from tests.jobs.checker import faults
 
 
-def test_a_submitted_job_waits_with_one_unit_and_one_event(sessions: Sessions) -> None:
+def test_submitted_job_is_queued_with_one_unit_and_one_event(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         assert (job.state, job.total, job.attempt) == ("queued", 1, 0)
@@ -40,7 +40,7 @@ def test_a_submitted_job_waits_with_one_unit_and_one_event(sessions: Sessions) -
         assert _events(session, job) == ["submitted"]
 
 
-def test_a_batch_is_cut_into_chunks_in_order(sessions: Sessions) -> None:
+def test_batch_is_split_into_chunks_in_order(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=25, chunk=10)
         assert [unit.ordinal for unit in units_of(session, job)] == [0, 1, 2]
@@ -48,7 +48,7 @@ def test_a_batch_is_cut_into_chunks_in_order(sessions: Sessions) -> None:
         assert sizes == [5, 10, 10]
 
 
-def test_a_batch_of_broken_scans_alone_has_failed_before_it_began(sessions: Sessions) -> None:
+def test_batch_of_broken_scans_only_fails_at_submission(sessions: Sessions) -> None:
     with sessions.begin() as session:
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH)
         job = submit(session, new, [NewResult(None, name="a.txt", error=BROKEN)] * 3)
@@ -58,7 +58,7 @@ def test_a_batch_of_broken_scans_alone_has_failed_before_it_began(sessions: Sess
         assert not faults(session)
 
 
-def test_of_fifty_workers_one_gets_the_unit(sessions: Sessions) -> None:
+def test_one_of_fifty_workers_claims_the_unit(sessions: Sessions) -> None:
     with sessions.begin() as session:
         unit = units_of(session, make_job(session))[0]
     start = threading.Barrier(20)
@@ -75,7 +75,7 @@ def test_of_fifty_workers_one_gets_the_unit(sessions: Sessions) -> None:
         assert sum(pool.map(try_once, range(20))) == 1
 
 
-def test_a_claim_starts_the_job_and_raises_its_attempt(sessions: Sessions) -> None:
+def test_claim_starts_the_job_and_increments_the_attempt(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
@@ -84,17 +84,17 @@ def test_a_claim_starts_the_job_and_raises_its_attempt(sessions: Sessions) -> No
         assert job.started_at is not None
 
 
-def test_a_unit_that_is_not_due_is_refused(sessions: Sessions) -> None:
+def test_claim_before_not_before_is_refused(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         lifecycle.fail(session, claim(session, units_of(session, job)[0]), TRANSIENT, RetryPolicy(base=60))
         (unit,) = units_of(session, job)
         wait = unit.not_before - session.scalar(select(lifecycle.NOW))
-        assert timedelta(0) < wait < timedelta(seconds=60), "evenly between nothing and the bound"
+        assert timedelta(0) < wait < timedelta(seconds=60), "uniform between 0 and the bound"
         assert leases.claim(session, unit.id, "w", 45) is None
 
 
-def test_a_beat_renews_the_lease_and_a_look_hears_of_a_cancel(sessions: Sessions) -> None:
+def test_beat_renews_the_lease_and_poll_status_reports_a_cancel(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
@@ -105,7 +105,7 @@ def test_a_beat_renews_the_lease_and_a_look_hears_of_a_cancel(sessions: Sessions
         assert leases.poll_status(session, held) == leases.UnitStatus(held=True, cancel_requested=True)
 
 
-def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
+def test_worker_with_a_stale_fence_writes_nothing(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
@@ -130,8 +130,8 @@ def test_a_worker_thought_dead_can_write_nothing(sessions: Sessions) -> None:
         assert not faults(session)
 
 
-def test_a_fence_that_a_crash_gave_out_twice_serves_one_worker_only(sessions: Sessions) -> None:
-    """A claim does not wait for the disk: after a crash Postgres may have forgotten it, and its number with it."""
+def test_fence_given_out_twice_after_a_crash_serves_one_worker(sessions: Sessions) -> None:
+    """A claim does not wait for the disk: a crash of Postgres may lose it together with its fence."""
     with sessions.begin() as session:
         job = make_job(session)
         forgotten = claim(session, units_of(session, job)[0], "worker-a")
@@ -146,8 +146,8 @@ def test_a_fence_that_a_crash_gave_out_twice_serves_one_worker_only(sessions: Se
         lifecycle.succeed(session, fresh)
 
 
-def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutation: without the fence in the guard, the stale worker's write goes through."""
+def test_without_the_fence_the_stale_worker_would_write(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation test: without the fence in the guard, the stale worker's write succeeds."""
     unfenced = lifecycle.SUCCEED.sql.replace("AND fence = $3 AND worker = $4", "")
     assert unfenced != lifecycle.SUCCEED.sql
     types = "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]"
@@ -163,7 +163,7 @@ def test_the_fence_is_what_refuses_the_stale_worker(sessions: Sessions, monkeypa
         assert job.state == "succeeded", "the guard that the test before relies on was removed"
 
 
-def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> None:
+def test_reaper_leaves_a_unit_that_beats_in_between(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
@@ -191,7 +191,7 @@ def test_the_reaper_leaves_a_unit_that_beat_in_between(sessions: Sessions) -> No
     assert done == [0], "the expiry is checked again in the UPDATE"
 
 
-def test_the_reaper_does_not_wait_for_who_is_frozen_in_a_transaction(sessions: Sessions) -> None:
+def test_reaper_does_not_wait_for_a_frozen_transaction(sessions: Sessions) -> None:
     with sessions.begin() as session:
         held = claim(session, units_of(session, make_job(session))[0])
         _let_the_lease_run_out(session)
@@ -205,7 +205,7 @@ def test_the_reaper_does_not_wait_for_who_is_frozen_in_a_transaction(sessions: S
         assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
 
 
-def test_a_lost_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> None:
+def test_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         for _ in range(3):
@@ -220,7 +220,7 @@ def test_a_lost_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> Non
         assert not faults(session)
 
 
-def test_a_beating_unit_without_progress_is_stalled(sessions: Sessions) -> None:
+def test_beating_unit_without_progress_is_stalled(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         claim(session, units_of(session, job)[0])
@@ -231,7 +231,7 @@ def test_a_beating_unit_without_progress_is_stalled(sessions: Sessions) -> None:
         assert job.error["code"] == "STALLED"
 
 
-def test_a_drained_unit_goes_back_without_a_failure(sessions: Sessions) -> None:
+def test_drained_unit_is_requeued_without_a_failure(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         lifecycle.requeue(session, claim(session, units_of(session, job)[0]), "DRAINED")
@@ -239,7 +239,7 @@ def test_a_drained_unit_goes_back_without_a_failure(sessions: Sessions) -> None:
         assert (unit.state, unit.failures, unit.attempt) == ("queued", 0, 1)
 
 
-def test_what_was_done_before_a_drain_is_kept(sessions: Sessions) -> None:
+def test_drain_keeps_finished_scans(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
         first = claim(session, units_of(session, job)[0])
@@ -254,7 +254,7 @@ def test_what_was_done_before_a_drain_is_kept(sessions: Sessions) -> None:
         assert not faults(session)
 
 
-def test_a_cancel_keeps_what_was_done(sessions: Sessions) -> None:
+def test_cancel_keeps_finished_scans(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
         held = claim(session, units_of(session, job)[0])
@@ -266,8 +266,8 @@ def test_a_cancel_keeps_what_was_done(sessions: Sessions) -> None:
 
 
 @pytest.mark.parametrize("hand_back", ["drain", "failure"])
-def test_a_unit_handed_back_after_a_cancel_ends(sessions: Sessions, hand_back: str) -> None:
-    """Nobody could claim it any more: it would wait for ever."""
+def test_requeue_after_a_cancel_ends_the_unit(sessions: Sessions, hand_back: str) -> None:
+    """It could not be claimed any more, and would stay queued for ever."""
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10)
         held = claim(session, units_of(session, job)[0])
@@ -281,7 +281,7 @@ def test_a_unit_handed_back_after_a_cancel_ends(sessions: Sessions, hand_back: s
         assert not faults(session)
 
 
-def test_a_chunk_that_lost_its_worker_twice_is_split_until_the_poison_is_alone(sessions: Sessions) -> None:
+def test_chunk_that_lost_two_workers_is_split_until_the_poison_scan_is_alone(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=100)
         deaths = 0
@@ -303,7 +303,7 @@ def test_a_chunk_that_lost_its_worker_twice_is_split_until_the_poison_is_alone(s
         assert not faults(session)
 
 
-def test_an_error_that_is_no_scans_fault_splits_nothing(sessions: Sessions) -> None:
+def test_infrastructure_errors_split_nothing(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=100)
         for _ in range(2):
@@ -311,14 +311,14 @@ def test_an_error_that_is_no_scans_fault_splits_nothing(sessions: Sessions) -> N
         assert len(units_of(session, job)) == 1
 
 
-def test_a_permanent_failure_ends_the_job_at_once(sessions: Sessions) -> None:
+def test_permanent_failure_ends_the_job_at_once(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, state=JobState.FAILED)
         assert (job.state, job.failed, job.error) == ("failed", 1, BROKEN)
         assert not faults(session)
 
 
-def test_a_batch_with_some_failures_has_partially_succeeded(sessions: Sessions) -> None:
+def test_batch_with_some_failures_partially_succeeds(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
         for unit in units_of(session, job):
@@ -329,7 +329,7 @@ def test_a_batch_with_some_failures_has_partially_succeeded(sessions: Sessions) 
         assert not faults(session)
 
 
-def test_two_last_chunks_that_end_together_end_the_job_once(sessions: Sessions) -> None:
+def test_last_two_chunks_ending_together_finish_the_job_once(sessions: Sessions) -> None:
     for _ in range(10):
         with sessions.begin() as session:
             job = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
@@ -351,7 +351,7 @@ def test_cancelling_a_queued_job_ends_it_now(sessions: Sessions) -> None:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=20)
         job = lifecycle.cancel(session, TENANT, job.id)
         assert (job.state, job.cancelled) == ("cancelled", 20)
-        assert lifecycle.cancel(session, TENANT, job.id).state == "cancelled", "repeated: the same"
+        assert lifecycle.cancel(session, TENANT, job.id).state == "cancelled", "idempotent"
         assert not faults(session)
 
 
@@ -374,7 +374,7 @@ def test_a_job_cannot_be_cancelled_after_its_end(sessions: Sessions) -> None:
             lifecycle.cancel(session, TENANT, job.id)
 
 
-def test_nobody_cancels_a_job_of_another_tenant(sessions: Sessions) -> None:
+def test_job_of_another_tenant_cannot_be_cancelled(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         for tenant, job_id in (("other", job.id), (TENANT, unknown_id())):
@@ -382,7 +382,7 @@ def test_nobody_cancels_a_job_of_another_tenant(sessions: Sessions) -> None:
                 lifecycle.cancel(session, tenant, job_id)
 
 
-def test_a_cancelled_unit_is_refused_and_a_dead_worker_does_not_hold_the_cancel_up(sessions: Sessions) -> None:
+def test_cancelled_unit_is_not_claimed_and_a_dead_worker_does_not_delay_the_cancel(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
         claim(session, units_of(session, job)[0])
@@ -395,7 +395,7 @@ def test_a_cancelled_unit_is_refused_and_a_dead_worker_does_not_hold_the_cancel_
         assert not faults(session)
 
 
-def test_cancel_and_success_at_once_have_one_winner(sessions: Sessions) -> None:
+def test_concurrent_cancel_and_success_have_one_winner(sessions: Sessions) -> None:
     for _ in range(10):
         with sessions.begin() as session:
             job = make_job(session)
@@ -420,8 +420,8 @@ def test_cancel_and_success_at_once_have_one_winner(sessions: Sessions) -> None:
 # --- what the database itself forbids ---
 
 
-def test_every_illegal_move_of_a_unit_is_refused_by_the_database(sessions: Sessions) -> None:
-    """Also shows that the trigger and `jobs/states.py` name the same moves."""
+def test_database_refuses_every_illegal_unit_transition(sessions: Sessions) -> None:
+    """The trigger and `jobs/states.py` allow the same transitions."""
     with sessions.begin() as session:
         unit = units_of(session, make_job(session))[0]
     for start in UnitState:
@@ -436,21 +436,21 @@ def test_every_illegal_move_of_a_unit_is_refused_by_the_database(sessions: Sessi
                     session.execute(update(Unit).where(Unit.id == unit.id).values(**_unit_in(end)))
 
 
-def test_an_ended_job_stays_as_it_ended(sessions: Sessions) -> None:
+def test_database_refuses_changes_of_an_ended_job(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, state=JobState.SUCCEEDED)
     with pytest.raises(IntegrityError, match="has ended"), sessions.begin() as session:
         session.execute(update(Job).where(Job.id == job.id).values(state="running", finished_at=None))
 
 
-def test_a_scan_that_has_ended_stays_as_it_ended(sessions: Sessions) -> None:
+def test_database_refuses_changes_of_an_ended_result(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, scans=3)
     with pytest.raises(IntegrityError, match="has ended as succeeded"), sessions.begin() as session:
         session.execute(update(ScanResult).where(ScanResult.job_id == job.id).values(label="Normal"))
 
 
-def test_events_only_grow_and_the_end_comes_once(sessions: Sessions) -> None:
+def test_events_are_append_only_with_one_terminal_event(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, state=JobState.SUCCEEDED)
     with pytest.raises(IntegrityError, match="append-only"), sessions.begin() as session:
@@ -460,14 +460,14 @@ def test_events_only_grow_and_the_end_comes_once(sessions: Sessions) -> None:
             job_events.record(session, job.id, TENANT, state, {})
 
 
-def test_a_running_unit_without_a_lease_is_refused(sessions: Sessions) -> None:
+def test_database_refuses_a_running_unit_without_lease(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session)
     with pytest.raises(IntegrityError, match="running_is_leased"), sessions.begin() as session:
         session.execute(update(Unit).values(state="running"))
 
 
-def test_every_change_of_a_job_is_told_and_gives_it_a_new_revision(sessions: Sessions) -> None:
+def test_every_change_of_a_job_notifies_and_increments_the_revision(sessions: Sessions) -> None:
     with listening(sessions.kw["bind"], job_events.JOBS_CHANNEL, job_events.UNITS_CHANNEL) as bell:
         with sessions.begin() as session:
             job = make_job(session)
@@ -500,7 +500,7 @@ def _events(session: Session, job: Job) -> list[str]:
     return list(session.scalars(select(JobEvent.type).where(JobEvent.job_id == job.id).order_by(JobEvent.id)))
 
 
-def test_a_scan_can_be_in_a_batch_twice(sessions: Sessions) -> None:
+def test_batch_may_contain_a_scan_twice(sessions: Sessions) -> None:
     with sessions.begin() as session:
         scan = make_scan(session)
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH)

@@ -1,7 +1,7 @@
-"""The lifecycle's SQL against a model of it: hypothesis looks for a series of verbs after which the two disagree.
+"""The lifecycle's SQL against a model: hypothesis searches for a series of transitions after which they disagree.
 
 The model is what the docs promise, in plain Python; the checker looks at the database after every step. A second test
-runs random verbs in threads: there nobody can say beforehand who wins, but whoever does, nothing may be lost.
+runs random transitions in threads: whichever wins, the database must stay consistent.
 """
 
 import random
@@ -36,7 +36,7 @@ PICK = st.randoms(use_true_random=False)
 
 @dataclass
 class ModelUnit:
-    """What a unit is, by the docs."""
+    """A unit according to the documentation."""
 
     job_id: uuid.UUID
     state: str = "queued"
@@ -47,7 +47,7 @@ class ModelUnit:
 
 @dataclass
 class ModelJob:
-    """What a job is, by the docs."""
+    """A job according to the documentation."""
 
     kind: JobKind
     total: int
@@ -57,7 +57,7 @@ class ModelJob:
     cancel_requested: bool = False
 
     def state(self, units: list[ModelUnit]) -> str | None:
-        """Its end; None while a unit has not ended."""
+        """Its final state; None while a unit has not ended."""
         if any(unit.state not in UNIT_TERMINAL for unit in units):
             return None
         if self.succeeded == self.total:
@@ -68,7 +68,7 @@ class ModelJob:
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """Verbs in any order, by current and by stale workers."""
+    """Transitions in any order, by current and by stale workers."""
 
     sessions: Sessions
 
@@ -270,7 +270,7 @@ class Lifecycle(RuleBasedStateMachine):
         return unit.state == "running" and unit.fence == held.fence
 
     def _write(self, held: Claim, verb: object) -> bool:
-        """Whether the write went through: exactly if the claim is the one in force."""
+        """Whether the write succeeded: exactly if the claim is current."""
         try:
             with self.sessions.begin() as session:
                 verb(session)  # type: ignore[operator]
@@ -304,7 +304,7 @@ class Lifecycle(RuleBasedStateMachine):
             self._hand_back(held)
 
     def _split(self, held: Claim) -> None:
-        """The parts hold what the unit held, and nothing twice. Where the job's end was asked for, all have ended."""
+        """The parts hold the unit's scans, each once. If the job was cancelled, all have ended."""
         before = self.units.pop(held.unit_id)
         with self.sessions() as session:
             of_job = session.execute(select(Unit.id, Unit.state, Unit.failures).where(Unit.job_id == held.job_id)).all()
@@ -343,7 +343,7 @@ def _good(ordinal: int) -> ScanOutcome:
     return ScanOutcome(ordinal, "Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9})
 
 
-def test_the_verbs_do_what_the_model_says(sessions: Sessions) -> None:
+def test_transitions_match_the_model(sessions: Sessions) -> None:
     machine = type("Machine", (Lifecycle,), {"sessions": sessions})
     run_state_machine_as_test(
         machine,
@@ -358,7 +358,7 @@ def test_the_verbs_do_what_the_model_says(sessions: Sessions) -> None:
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
-def test_whoever_wins_nothing_is_lost(sessions: Sessions, seed: int) -> None:
+def test_concurrent_transitions_keep_the_database_consistent(sessions: Sessions, seed: int) -> None:
     """Six workers, two dispatchers, a reaper and a canceller do random things to the same jobs at the same time."""
     with sessions.begin() as session:
         session.execute(text("TRUNCATE jobs, units, scan_results, job_events, tenant_loads, scans CASCADE"))
@@ -384,7 +384,7 @@ def test_whoever_wins_nothing_is_lost(sessions: Sessions, seed: int) -> None:
 
 
 def _work(sessions: Sessions, pick: random.Random) -> None:
-    """Claim something, and end it in one of many ways; a dead worker ends it in none."""
+    """Claim a unit and end it in a random way; a dead worker does not end it."""
     with sessions() as session:
         units = list(session.scalars(select(Unit.id).where(Unit.finished_at.is_(None))))
     if not units:
@@ -448,7 +448,7 @@ def _cancel(sessions: Sessions, pick: random.Random) -> None:
 
 
 def _finish(sessions: Sessions) -> None:
-    """Honest workers do the rest; the dead ones' leases run out."""
+    """Healthy workers do the rest; the leases of dead ones expire."""
     for _ in range(200):
         with sessions.begin() as session:
             session.execute(
@@ -466,4 +466,4 @@ def _finish(sessions: Sessions) -> None:
                 held = leases.claim(session, unit_id, "honest", 45)
                 if held is not None:
                     _end(session, held, "succeed")
-    raise AssertionError("units are left that nobody can claim")
+    raise AssertionError("units are left that cannot be claimed")

@@ -1,4 +1,4 @@
-"""How a training and its reproduction compare, and that it is written with the job's end or not at all."""
+"""Comparison of a training and its reproduction, stored in the transaction that ends the job."""
 
 import uuid
 from typing import Any
@@ -36,7 +36,7 @@ def version(metrics: dict[str, Any] = METRICS, **more: Any) -> ModelVersion:
     return ModelVersion(metrics=metrics, **{**made, **more})
 
 
-def test_the_same_figures_match() -> None:
+def test_equal_metrics_match() -> None:
     assert compare_versions(version(), version()) == {
         "revision": {"original": "abc", "now": "abc", "same": True},
         "same_environment": True,
@@ -48,7 +48,7 @@ def test_the_same_figures_match() -> None:
     }
 
 
-def test_a_figure_that_differs_is_named_with_both_values() -> None:
+def test_different_metric_is_reported_with_both_values() -> None:
     now = {**METRICS, "per_class": {"Tumor": {"f1": 0.91}}, "confusion_matrix": [[4, 2], [0, 6]]}
     found = compare_versions(version(), version(now))
     assert not found["matches"]
@@ -59,12 +59,12 @@ def test_a_figure_that_differs_is_named_with_both_values() -> None:
     }
 
 
-def test_differences_within_the_tolerance_are_none() -> None:
+def test_differences_within_the_tolerance_match() -> None:
     assert compare_versions(version(), version({**METRICS, "f1": 0.9 + 9e-7}))["matches"]
     assert not compare_versions(version(), version({**METRICS, "f1": 0.9 + 2e-6}))["matches"]
 
 
-def test_a_figure_that_only_one_of_them_has_is_a_difference() -> None:
+def test_metric_of_one_version_only_is_a_difference() -> None:
     assert compare_versions(version(), version({**METRICS, "roc_auc": 0.99}))["differences"] == {
         "roc_auc": [None, 0.99]
     }
@@ -76,17 +76,17 @@ def test_times_are_not_compared() -> None:
     assert set(numeric_leaves(timed)) - set(numeric_leaves(METRICS)) == {"stages.0.loss"}
 
 
-def test_another_environment_is_told_in_full() -> None:
+def test_environment_differences_are_reported() -> None:
     found = compare_versions(version(), version(environment={"torch": "2.14", "device": "CPU", "openvino": "1"}))
     assert not found["same_environment"]
     assert found["environment_differences"] == {"torch": ["2.13", "2.14"], "openvino": [None, "1"]}
-    assert found["matches"], "the figures are what they are"
+    assert found["matches"], "the metrics are equal"
 
 
 @pytest.mark.parametrize(
     ("original", "now"), [("abc", "abd"), (None, None), (None, "abc"), ("abc+changed", "abc+changed")]
 )
-def test_code_that_is_not_known_to_be_the_same_is_not(original: str | None, now: str | None) -> None:
+def test_unknown_or_changed_code_is_not_the_same(original: str | None, now: str | None) -> None:
     assert not compare_versions(version(code_revision=original), version(code_revision=now))["revision"]["same"]
 
 
@@ -110,7 +110,7 @@ def end(sessions: Sessions, held: Claim, metrics: dict[str, Any]) -> None:
         lifecycle.succeed(session, held, metrics=metrics)
 
 
-def test_a_reproduction_says_so_on_its_job_and_as_its_last_event_but_one(sessions: Sessions) -> None:
+def test_reproduction_is_stored_on_the_job_and_as_an_event(sessions: Sessions) -> None:
     original = training(sessions, METRICS)
     again = training(sessions, {**METRICS, "f1": 0.5}, reproduction_of=original, promote="never")
     with sessions() as session:
@@ -123,7 +123,7 @@ def test_a_reproduction_says_so_on_its_job_and_as_its_last_event_but_one(session
         assert session.get_one(Job, original).reproduction is None
 
 
-def test_a_worker_that_has_lost_its_lease_writes_no_comparison(sessions: Sessions) -> None:
+def test_lost_lease_writes_no_comparison(sessions: Sessions) -> None:
     original = training(sessions, METRICS)
     with sessions.begin() as session:
         job = builders.make_job(session, reproduction_of=original)
@@ -136,7 +136,7 @@ def test_a_worker_that_has_lost_its_lease_writes_no_comparison(sessions: Session
         assert session.query(ModelVersion).count() == 1
 
 
-def test_a_retried_reproduction_is_one_still(sessions: Sessions) -> None:
+def test_retry_of_a_reproduction_is_a_reproduction(sessions: Sessions) -> None:
     original = training(sessions, METRICS)
     with sessions.begin() as session:
         base = builders.unknown_id()

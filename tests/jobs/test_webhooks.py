@@ -1,4 +1,4 @@
-"""Events and the deliveries that they write: in the event's transaction, one for each webhook that hears of it."""
+"""Deliveries of events: written in the event's transaction, one per subscribed webhook."""
 
 import datetime as dt
 import threading
@@ -31,7 +31,7 @@ def make_webhook(session: Session, *events: str, tenant_id: str = TENANT) -> Web
     return webhooks.create(session, tenant_id, URL, events or list(EventType))
 
 
-def told(session: Session) -> list[tuple[str, str, dict]]:
+def delivered(session: Session) -> list[tuple[str, str, dict]]:
     """Type, event's id and data of each delivery, oldest first."""
     session.expire_all()
     rows = session.scalars(select(Delivery).order_by(Delivery.id))
@@ -50,28 +50,28 @@ def the_one(session: Session) -> Delivery:
 
 
 @pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
-def test_a_job_that_ends_is_told_once_with_ids_and_states_alone(sessions: Sessions, state: JobState) -> None:
+def test_job_end_emits_one_event_with_ids_and_states(sessions: Sessions, state: JobState) -> None:
     with sessions.begin() as session:
         make_webhook(session)
         job = builders.make_job(session, JobKind.PREDICT, state, scans=1, metadata={"patient": "Erika"})
         data = {"job_id": str(job.id), "kind": "predict", "state": str(state)}
-        assert told(session) == [(f"job.{state}", f"job_{job.id}_{state}", data)]
+        assert delivered(session) == [(f"job.{state}", f"job_{job.id}_{state}", data)]
 
 
-def test_a_batch_that_succeeds_in_part_says_so(sessions: Sessions) -> None:
+def test_partially_succeeded_batch_emits_its_event(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session)
         job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=2)
         held = builders.claim(session, builders.units_of(session, job)[0])
         lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
-        assert [type_ for type_, _, _ in told(session)] == ["job.partially_succeeded"]
+        assert [type_ for type_, _, _ in delivered(session)] == ["job.partially_succeeded"]
 
 
-def test_every_end_of_a_job_is_an_event_that_a_webhook_may_hear_of() -> None:
+def test_every_terminal_state_has_an_event_type() -> None:
     assert {f"job.{state}" for state in TERMINAL} == {event for event in EventType if event.startswith("job.")}
 
 
-def test_each_webhook_hears_of_what_it_asked_for_in_its_own_tenant(sessions: Sessions) -> None:
+def test_webhook_receives_its_events_of_its_own_tenant(sessions: Sessions) -> None:
     with sessions.begin() as session:
         one, other = make_webhook(session), make_webhook(session, EventType.JOB_SUCCEEDED)
         make_webhook(session, EventType.MODEL_PROMOTED)
@@ -80,24 +80,24 @@ def test_each_webhook_hears_of_what_it_asked_for_in_its_own_tenant(sessions: Ses
         assert set(session.scalars(select(Delivery.webhook_id))) == {one.id, other.id}
 
 
-def test_an_event_that_is_emitted_twice_is_delivered_once(sessions: Sessions) -> None:
+def test_event_emitted_twice_is_delivered_once(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session)
         for _ in range(2):
             webhooks.emit(session, TENANT, "model_7_drifted", EventType.MODEL_DRIFTED, {"version": 7})
-        assert told(session) == [("model.drifted", "model_7_drifted", {"version": 7})]
+        assert delivered(session) == [("model.drifted", "model_7_drifted", {"version": 7})]
 
 
-def test_an_event_that_did_not_happen_is_not_delivered(sessions: Sessions) -> None:
+def test_event_of_a_rolled_back_transaction_is_not_delivered(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session)
     with sessions() as session:
         webhooks.emit(session, TENANT, "event", EventType.JOB_FAILED, {})
         session.rollback()
-        assert told(session) == []
+        assert delivered(session) == []
 
 
-def test_a_webhook_that_is_being_deleted_neither_stops_a_job_from_ending_nor_hears_of_it(sessions: Sessions) -> None:
+def test_deleting_a_webhook_does_not_block_the_end_of_a_job(sessions: Sessions) -> None:
     with sessions.begin() as session:
         webhook = make_webhook(session)
     with sessions.begin() as deleting:
@@ -105,10 +105,10 @@ def test_a_webhook_that_is_being_deleted_neither_stops_a_job_from_ending_nor_hea
         with sessions.begin() as session:
             builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1)
     with sessions() as session:
-        assert told(session) == []
+        assert delivered(session) == []
 
 
-def test_a_tenant_has_so_many_webhooks_and_no_more_even_at_once(sessions: Sessions) -> None:
+def test_webhook_limit_holds_for_concurrent_requests(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for _ in range(webhooks.MAX_WEBHOOKS - 1):
             make_webhook(session)
@@ -131,7 +131,7 @@ def test_a_tenant_has_so_many_webhooks_and_no_more_even_at_once(sessions: Sessio
 
 
 def make_version(sessions: Sessions) -> Job:
-    """A training that has ended well."""
+    """A succeeded training."""
     with sessions.begin() as session:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
@@ -143,14 +143,14 @@ def make_version(sessions: Sessions) -> Job:
 SERVING = {"pipeline": "image", "task": "default"}
 
 
-def test_versions_and_changes_of_the_champion_are_told_without_their_reasons(sessions: Sessions) -> None:
+def test_model_events_leave_the_reason_out(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session, *(event for event in EventType if event.startswith("model.")))
     one, two = make_version(sessions), make_version(sessions)
     with sessions.begin() as session:
         promotion.promote(session, TENANT, "2", GatePolicy(), force=True, reason="Erika's scan")
         promotion.rollback(session, TENANT, reason="Erika's scan")
-        found = told(session)
+        found = delivered(session)
     ids = [event_id for _, event_id, _ in found]
     assert len(set(ids)) == 5
     assert ids[1].startswith("promotion_")
@@ -175,7 +175,7 @@ def due(sessions: Sessions) -> None:
 
 
 @pytest.mark.usefixtures("due")
-def test_what_is_claimed_is_nobody_elses_until_the_claim_is_over(sessions: Sessions) -> None:
+def test_claimed_delivery_is_held_until_the_claim_expires(sessions: Sessions) -> None:
     with sessions.begin() as session:
         first = claimed(session, hold=0.2)
         with sessions.begin() as other:
@@ -189,7 +189,7 @@ def test_what_is_claimed_is_nobody_elses_until_the_claim_is_over(sessions: Sessi
 
 
 @pytest.mark.usefixtures("due")
-def test_a_webhook_or_tenant_that_has_enough_to_do_is_passed_over(sessions: Sessions) -> None:
+def test_busy_webhooks_and_full_tenants_are_skipped(sessions: Sessions) -> None:
     with sessions.begin() as session:
         webhook_id = the_one(session).webhook_id
         assert deliveries.claim(session, 60, [webhook_id], []) is None
@@ -203,14 +203,14 @@ def emit(session: Session, *event_ids: str, tenant_id: str = TENANT) -> None:
 
 
 def next_of(sessions: Sessions, busy: Collection[uuid.UUID] = ()) -> DueDelivery:
-    """What is claimed next."""
+    """The delivery that is claimed next."""
     with sessions.begin() as session:
         due = deliveries.claim(session, 60, busy, [])
     assert due is not None
     return due
 
 
-def test_webhooks_take_turns_and_each_gets_what_is_due_to_it_in_order(sessions: Sessions) -> None:
+def test_webhooks_take_turns_and_deliver_in_order(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_webhook(session)
         emit(session, "one", "two", "three")
@@ -219,7 +219,7 @@ def test_webhooks_take_turns_and_each_gets_what_is_due_to_it_in_order(sessions: 
     assert [next_of(sessions).event_id for _ in range(5)] == ["one", "four", "two", "five", "three"]
 
 
-def test_sixteen_receivers_that_never_answer_leave_the_next_turn_to_another(sessions: Sessions) -> None:
+def test_sixteen_unresponsive_receivers_do_not_starve_another(sessions: Sessions) -> None:
     with sessions.begin() as session:
         tenants = [f"silent-{number}" for number in range(4)]
         silent = {make_webhook(session, tenant_id=tenant).id for tenant in tenants for _ in range(4)}
@@ -237,7 +237,7 @@ def test_sixteen_receivers_that_never_answer_leave_the_next_turn_to_another(sess
     assert (due.webhook_id, due.event_id) == (healthy.id, "healthy")
 
 
-def test_what_another_dispatcher_claims_this_moment_is_passed_over_without_waiting(sessions: Sessions) -> None:
+def test_delivery_claimed_by_another_dispatcher_is_skipped_without_waiting(sessions: Sessions) -> None:
     with sessions.begin() as session:
         one, other = make_webhook(session), make_webhook(session)
         emit(session, "event", "later")
@@ -246,7 +246,7 @@ def test_what_another_dispatcher_claims_this_moment_is_passed_over_without_waiti
         assert deliveries.claim(third, 60, [], []) is None
 
 
-def test_a_webhook_that_is_being_deleted_is_passed_over_without_waiting(sessions: Sessions) -> None:
+def test_webhook_being_deleted_is_skipped_without_waiting(sessions: Sessions) -> None:
     with sessions.begin() as session:
         gone, kept = make_webhook(session), make_webhook(session)
         emit(session, "event")
@@ -257,7 +257,7 @@ def test_a_webhook_that_is_being_deleted_is_passed_over_without_waiting(sessions
             assert deliveries.claim(session, 60, [], []) is None
 
 
-def test_of_many_who_claim_at_once_each_gets_something_else(sessions: Sessions) -> None:
+def test_concurrent_claims_get_different_deliveries(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for _ in range(4):
             make_webhook(session)
@@ -280,7 +280,7 @@ def test_of_many_who_claim_at_once_each_gets_something_else(sessions: Sessions) 
 
 
 @pytest.mark.usefixtures("due")
-def test_it_is_tried_again_after_longer_and_longer_and_then_has_failed(sessions: Sessions) -> None:
+def test_retries_wait_longer_and_end_as_failed(sessions: Sessions) -> None:
     waits = []
     for _ in range(3):
         with sessions.begin() as session:
@@ -297,7 +297,7 @@ def test_it_is_tried_again_after_longer_and_longer_and_then_has_failed(sessions:
 
 
 @pytest.mark.usefixtures("due")
-def test_who_was_taken_for_dead_writes_nothing(sessions: Sessions) -> None:
+def test_stale_sender_records_nothing(sessions: Sessions) -> None:
     with sessions.begin() as session:
         slow = claimed(session, hold=0)
     with sessions.begin() as session:
@@ -308,7 +308,7 @@ def test_who_was_taken_for_dead_writes_nothing(sessions: Sessions) -> None:
 
 
 @pytest.mark.usefixtures("due")
-def test_410_silences_the_webhook_and_leaves_it_to_be_seen(sessions: Sessions) -> None:
+def test_410_disables_the_webhook_and_keeps_it_listed(sessions: Sessions) -> None:
     with sessions.begin() as session:
         held = claimed(session)
         webhooks.emit(session, TENANT, "later", EventType.JOB_FAILED, {})
@@ -324,7 +324,7 @@ def test_410_silences_the_webhook_and_leaves_it_to_be_seen(sessions: Sessions) -
 
 
 @pytest.mark.usefixtures("due")
-def test_a_delivery_that_has_failed_is_sent_anew_by_hand_for_one_try(sessions: Sessions) -> None:
+def test_failed_delivery_is_redelivered_with_one_attempt(sessions: Sessions) -> None:
     with sessions.begin() as session:
         deliveries.record_attempt(session, claimed(session), Attempt(500, "no"), ())
         row = the_one(session)
@@ -337,7 +337,7 @@ def test_a_delivery_that_has_failed_is_sent_anew_by_hand_for_one_try(sessions: S
 
 @pytest.mark.usefixtures("due")
 @pytest.mark.parametrize("attempt", [Attempt(204), Attempt(500, "no")])
-def test_a_delivery_that_is_sent_anew_during_a_try_is_sent_once_more(sessions: Sessions, attempt: Attempt) -> None:
+def test_redelivery_during_an_attempt_sends_once_more(sessions: Sessions, attempt: Attempt) -> None:
     with sessions.begin() as session:
         held = claimed(session)
     with sessions.begin() as session:
@@ -352,7 +352,7 @@ def test_a_delivery_that_is_sent_anew_during_a_try_is_sent_once_more(sessions: S
 
 
 @pytest.mark.usefixtures("due")
-def test_deliveries_are_forgotten_after_their_time(sessions: Sessions) -> None:
+def test_old_deliveries_are_pruned(sessions: Sessions) -> None:
     with sessions.begin() as session:
         old = the_one(session)
         then = int((old.created_at - dt.timedelta(days=2)).timestamp() * 1000)
@@ -361,4 +361,4 @@ def test_deliveries_are_forgotten_after_their_time(sessions: Sessions) -> None:
         deliveries.record_attempt(session, claimed(session), Attempt(204), ())
         assert deliveries.prune(session, days=3) == 0
         assert deliveries.prune(session, days=1) == 1
-        assert told(session) == []
+        assert delivered(session) == []

@@ -1,4 +1,4 @@
-"""What was computed once is known; and explanations follow their results without holding anybody up."""
+"""The result cache, and explanations, which are queued behind all predictions."""
 
 import re
 import uuid
@@ -38,7 +38,7 @@ MODEL = new_id()
 
 @pytest.fixture
 def session(sessions: Sessions) -> Iterator[Session]:
-    """A transaction that the test's verbs share."""
+    """A session with one transaction for the whole test."""
     with sessions.begin() as opened:
         yield opened
         assert faults(opened) == []
@@ -50,7 +50,7 @@ def batch(session: Session, scans: int = 3, chunk: int = 10, **new: object) -> J
 
 
 def first(session: Session, job: Job) -> Claim:
-    """The job's first unit that waits, claimed."""
+    """The job's first queued unit, claimed."""
     waits = [unit for unit in units_of(session, job) if unit.finished_at is None]
     return builders.claim(session, waits[0])
 
@@ -62,12 +62,12 @@ def scan_ids(session: Session, job: Job) -> list:
 
 
 def made(ordinal: int, word: str | None = None, blank: bool = False) -> list[NamedBlob]:
-    """What is made of a scan."""
+    """Files of an explanation."""
     parts = (OVERLAY, HEATMAP, BLANK_NOTE) if blank else (OVERLAY, HEATMAP)
     return [(artifact_name(ordinal, part, word), Blob("a" * 64, 10)) for part in parts]
 
 
-def test_a_result_is_known_for_its_model_and_engine_alone(session: Session) -> None:
+def test_cached_result_is_per_model_and_engine(session: Session) -> None:
     job = batch(session)
     ids = scan_ids(session, job)
     assert cached_results(session, MODEL, "torch-fp32", ids) == {}
@@ -79,8 +79,8 @@ def test_a_result_is_known_for_its_model_and_engine_alone(session: Session) -> N
     assert cached_results(session, new_id(), "torch-fp32", ids) == {}
 
 
-def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
-    """However often a scan is sent, the index holds it once for each model and engine."""
+def test_cached_results_are_not_sources_of_the_cache(session: Session) -> None:
+    """However often a scan is sent, the index has it once per model and engine."""
     job = batch(session, scans=1)
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
@@ -94,7 +94,7 @@ def test_what_was_taken_over_is_not_taken_over_again(session: Session) -> None:
     assert sorted(rows.scalars()) == [False, True]
 
 
-def test_known_results_are_found_by_the_index(session: Session) -> None:
+def test_cached_results_are_found_by_the_index(session: Session) -> None:
     query = cache._select_results(MODEL, "torch-fp32", [uuid.uuid4()])
     literal = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     session.execute(text("SET LOCAL enable_seqscan = off"))
@@ -116,7 +116,7 @@ def test_equal_scans_of_a_batch_are_in_one_unit(session: Session) -> None:
     assert [unit.scans for unit in units_of(session, job)] == [4, 3]
 
 
-def test_explanations_follow_behind_all_predictions(session: Session) -> None:
+def test_explanations_are_queued_behind_all_predictions(session: Session) -> None:
     job = batch(session, scans=4, chunk=2)
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), enqueue_explanations=True)
@@ -131,7 +131,7 @@ def test_explanations_follow_behind_all_predictions(session: Session) -> None:
     (left,) = explanations.unexplained(session, explaining)
     assert (left.ordinal, left.label) == (1, "Tumor")
     explanations.save(session, explaining, made(1))
-    assert explanations.unexplained(session, explaining) == [], "what is written is not done again"
+    assert explanations.unexplained(session, explaining) == [], "stored explanations are not computed again"
     own = ExplanationFiles("explanations/000001.png", "explanations/000001.heatmap.png", is_blank=False)
     assert explanations.find_files(session, job.id, range(4)) == {1: {None: own}}
     lifecycle.succeed(session, explaining)
@@ -142,10 +142,10 @@ def test_explanations_follow_behind_all_predictions(session: Session) -> None:
     lifecycle.fail(session, last, builders.BROKEN)
     session.refresh(job)
     assert (job.state, job.succeeded, job.failed) == (JobState.PARTIALLY_SUCCEEDED, 3, 1), "the results stand"
-    assert job.error == builders.BROKEN, "and why they are not all explained is said"
+    assert job.error == builders.BROKEN, "the error says why some are not explained"
 
 
-def test_nothing_found_is_nothing_to_explain(session: Session) -> None:
+def test_unit_without_results_queues_no_explanations(session: Session) -> None:
     job = batch(session, scans=1)
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1), enqueue_explanations=True)
@@ -153,7 +153,7 @@ def test_nothing_found_is_nothing_to_explain(session: Session) -> None:
     assert job.state == JobState.FAILED
 
 
-def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) -> None:
+def test_lost_explaining_unit_writes_nothing_and_the_next_attempt_continues(session: Session) -> None:
     job = batch(session, scans=2)
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
@@ -171,7 +171,7 @@ def test_a_lost_explainer_writes_nothing_and_the_next_goes_on(session: Session) 
     assert len(session.scalars(select(Artifact).where(Artifact.job_id == job.id)).all()) == 4
 
 
-def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session: Session) -> None:
+def test_cancel_during_explanations_keeps_results(session: Session) -> None:
     job = batch(session, scans=2)
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
@@ -180,7 +180,7 @@ def test_a_job_that_is_cancelled_while_it_is_explained_keeps_its_results(session
     assert (job.state, job.succeeded, job.cancelled) == (JobState.SUCCEEDED, 2, 0)
 
 
-def test_explanations_of_each_class_are_told_apart(session: Session) -> None:
+def test_explanations_are_stored_per_class(session: Session) -> None:
     classes = ["Cyst", "Normal", "Tumor"]
     words = class_slugs(classes)
     job = batch(session, scans=2)
@@ -197,7 +197,7 @@ def test_explanations_of_each_class_are_told_apart(session: Session) -> None:
     assert {name for name, kind in types if kind != "image/png"} == texts
 
 
-def test_a_classs_name_becomes_a_word_that_no_other_has() -> None:
+def test_class_slugs_are_unique() -> None:
     classes = ["Clear cell", "clear/cell", "Clear_cell", "heatmap", "Zyste ü", "腎", "肾", "x" * 300, "a.b"]
     words = class_slugs(classes)
     assert words["Clear cell"] == "Clear_cell"

@@ -1,4 +1,4 @@
-"""Who is champion, who made it so, and the way back; on real rows."""
+"""Promotion, rollback and comparison of model versions, on real Postgres."""
 
 import random
 import uuid
@@ -31,12 +31,12 @@ WHY = "The radiologists want it back."
 
 
 def scores(f1: float, test_digest: str = ONE_SET, **more: Any) -> dict[str, Any]:
-    """Metrics on 93 test scans, good enough but for F1."""
+    """Metrics on 93 test scans that meet the policy except for F1."""
     return {**builders.SCORES, "f1": f1, "test_digest": test_digest, "held_out": 93, **more}
 
 
 def measured(champion: ModelVersion, ours: float, theirs: float, test_digest: str = OTHER_SET) -> PairedScores:
-    """What a training found that scored this champion beside its network."""
+    """Paired scores of a training's network and this champion."""
     scans = 93 if test_digest == ONE_SET else 40
     return PairedScores(champion.id, "", test_digest, scans, scores(ours, test_digest), scores(theirs, test_digest))
 
@@ -61,7 +61,7 @@ def trained(
 
 
 def history(session: Session, tenant_id: str = TENANT) -> list[tuple[int, int | None, str]]:
-    """(version, whom it replaced, how), oldest first."""
+    """(version, replaced version, how), oldest first."""
     rows = session.scalars(select(Promotion).where(Promotion.tenant_id == tenant_id).order_by(Promotion.id))
     return [(row.version, row.replaced, row.how) for row in rows]
 
@@ -74,7 +74,7 @@ def champion(session: Session, tenant_id: str = TENANT) -> int | None:
 
 @pytest.fixture
 def session(sessions: Sessions) -> Any:
-    """One transaction, which is thrown away."""
+    """A session whose transaction is rolled back."""
     with sessions() as opened:
         yield opened
         opened.rollback()
@@ -89,7 +89,7 @@ def three(session: Session) -> list[ModelVersion]:
 # --- at a training's end ---
 
 
-def test_a_champion_is_written_into_the_history_with_the_gates_words(session: Session) -> None:
+def test_gate_promotion_is_recorded_with_the_verdict(session: Session) -> None:
     version = trained(session, scores(0.9), reference={"scans": 93})
     assert (version.champion, version.promoted_at is not None) == (True, True)
     assert version.reference == {"scans": 93}
@@ -99,7 +99,7 @@ def test_a_champion_is_written_into_the_history_with_the_gates_words(session: Se
     assert version.gate["reasons"][0] == "There is no champion yet, and F1 0.9000 ≥ the required 0.8500."
 
 
-def test_a_training_is_judged_on_the_scans_that_it_shares_with_the_champion(session: Session) -> None:
+def test_gate_compares_on_the_scans_shared_with_the_champion(session: Session) -> None:
     first = trained(session, scores(0.95))
     worse = trained(session, scores(0.99, "3" * 64), measured(first, 0.91, 0.92))
     assert not worse.champion
@@ -109,7 +109,7 @@ def test_a_training_is_judged_on_the_scans_that_it_shares_with_the_champion(sess
     assert history(session) == [(1, None, "gate"), (3, 1, "gate")]
 
 
-def test_both_scores_are_kept_for_each_set_of_test_scans(session: Session) -> None:
+def test_scores_of_both_versions_are_stored_per_test_set(session: Session) -> None:
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.99, "3" * 64), measured(first, 0.91, 0.92))
     rows = session.scalars(select(ModelEvaluation)).all()
@@ -122,7 +122,7 @@ def test_both_scores_are_kept_for_each_set_of_test_scans(session: Session) -> No
     }
 
 
-def test_on_one_test_set_the_latest_scores_of_both_stand_beside_each_other(session: Session) -> None:
+def test_latest_scores_on_a_test_set_are_compared(session: Session) -> None:
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.951, 0.952, ONE_SET))
     assert not second.champion, "on this machine, now, the champion has 0.952"
@@ -131,14 +131,14 @@ def test_on_one_test_set_the_latest_scores_of_both_stand_beside_each_other(sessi
     assert first.metrics["f1"] == 0.95, "what its own training found stays as it was"
 
 
-def test_on_its_own_test_scans_too_a_version_is_compared_as_it_predicts(session: Session) -> None:
+def test_paired_scores_replace_those_of_own_test_scans(session: Session) -> None:
     first = trained(session, scores(0.95))
     second = trained(session, scores(0.951), measured(first, 0.949, 0.95, ONE_SET))
     assert not second.champion, "rounded as predictions are, it has 0.949"
     assert comparison.compare(session, TENANT, "1", "2").metrics["f1"] == [0.95, 0.949]
 
 
-def test_scores_on_what_a_version_has_learnt_from_compare_with_nobodys(session: Session) -> None:
+def test_scores_with_leaks_are_not_compared(session: Session) -> None:
     trained(session, scores(0.99, leaks={"patients": 0, "duplicates": 33}))
     promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
     leaky = registry.resolve(session, TENANT, "1")
@@ -147,14 +147,14 @@ def test_scores_on_what_a_version_has_learnt_from_compare_with_nobodys(session: 
     assert comparison.compare(session, TENANT, "1", "2").scans == 40
 
 
-def test_without_a_comparison_the_reasons_say_why(session: Session) -> None:
+def test_missing_comparison_is_explained_in_the_reasons(session: Session) -> None:
     first = trained(session, scores(0.9))
     version = trained(session, scores(0.99, OTHER_SET), PairedScores(first.id, "its file cannot be read"))
     assert not version.champion
     assert "cannot be compared with the champion (version 1): its file cannot be read." in version.gate["reasons"][0]
 
 
-def test_a_champion_that_changed_meanwhile_is_not_the_one_compared_with(session: Session) -> None:
+def test_champion_changed_during_training_needs_shared_scans(session: Session) -> None:
     first = trained(session, scores(0.9))
     trained(session, scores(0.95, "3" * 64), measured(first, 0.95, 0.90))
     late = trained(session, scores(0.99, "4" * 64), measured(first, 0.93, 0.90, "5" * 64))
@@ -163,14 +163,14 @@ def test_a_champion_that_changed_meanwhile_is_not_the_one_compared_with(session:
     assert "no test scans were scored with both" in late.gate["reasons"][0]
 
 
-def test_a_champion_where_there_was_none_has_changed_too(session: Session) -> None:
+def test_first_champion_during_training_needs_shared_scans(session: Session) -> None:
     trained(session, scores(0.9))
     late = trained(session, scores(0.99, OTHER_SET))
     assert not late.champion
     assert "the champion changed while it trained" in late.gate["reasons"][0]
 
 
-def test_a_champion_that_changed_meanwhile_is_compared_where_both_were_tested_on_one_set(session: Session) -> None:
+def test_changed_champion_is_compared_on_a_shared_test_set(session: Session) -> None:
     first = trained(session, scores(0.9))
     trained(session, scores(0.95), measured(first, 0.95, 0.90, ONE_SET))
     late = trained(session, scores(0.94), measured(first, 0.94, 0.90, ONE_SET))
@@ -178,7 +178,7 @@ def test_a_champion_that_changed_meanwhile_is_compared_where_both_were_tested_on
     assert late.gate["reasons"][0] == "F1 0.9400 < the champion's 0.9500 (version 2) on the same 93 test scans."
 
 
-def test_who_asks_for_no_promotion_hears_the_gates_word_on_the_champion(session: Session) -> None:
+def test_promote_never_records_the_verdict_against_the_champion(session: Session) -> None:
     first = trained(session, scores(0.9))
     version = trained(session, scores(0.95), measured(first, 0.95, 0.90), promote="never")
     assert not version.champion
@@ -189,7 +189,7 @@ def test_who_asks_for_no_promotion_hears_the_gates_word_on_the_champion(session:
 # --- promotion by request ---
 
 
-def test_a_version_that_the_gate_agrees_with_is_promoted_by_request(session: Session) -> None:
+def test_request_promotes_a_version_that_passes_the_gate(session: Session) -> None:
     trained(session, scores(0.9))
     waiting = trained(session, scores(0.95), promote="never")
     key = new_id()
@@ -202,7 +202,7 @@ def test_a_version_that_the_gate_agrees_with_is_promoted_by_request(session: Ses
     assert row.verdict["reasons"][0] == "F1 0.9500 ≥ the champion's 0.9000 (version 1) on the same 93 test scans."
 
 
-def test_a_worse_version_is_refused_with_all_reasons(session: Session, three: list[ModelVersion]) -> None:
+def test_worse_version_is_refused_with_all_reasons(session: Session, three: list[ModelVersion]) -> None:
     with pytest.raises(PromotionRefused) as raised:
         promotion.promote(session, TENANT, "1", POLICY)
     assert raised.value.reasons[0] == "F1 0.9000 < the champion's 0.9400 (version 3) on the same 93 test scans."
@@ -211,7 +211,7 @@ def test_a_worse_version_is_refused_with_all_reasons(session: Session, three: li
     assert champion(session) == 3
 
 
-def test_versions_without_common_test_scans_say_train_anew_or_force(session: Session) -> None:
+def test_refusal_without_shared_scans_names_the_remedy(session: Session) -> None:
     first = trained(session, scores(0.9))
     trained(session, scores(0.99, OTHER_SET), PairedScores(first.id, "it could not be scored"))
     with pytest.raises(PromotionRefused) as raised:
@@ -222,7 +222,7 @@ def test_versions_without_common_test_scans_say_train_anew_or_force(session: Ses
     )
 
 
-def test_force_takes_any_version_and_keeps_the_gates_word(session: Session, three: list[ModelVersion]) -> None:
+def test_force_promotes_and_records_the_verdict(session: Session, three: list[ModelVersion]) -> None:
     promotion.promote(session, TENANT, "1", POLICY, force=True, reason=f"  {WHY} ")
     assert champion(session) == 1
     row = promotion.promotions(session, TENANT, 1).data[0]
@@ -239,7 +239,7 @@ def test_force_needs_a_reason(session: Session, three: list[ModelVersion], reaso
     assert champion(session) == 3
 
 
-def test_who_is_champion_stays_it_and_nothing_is_written(session: Session, three: list[ModelVersion]) -> None:
+def test_promoting_the_champion_changes_nothing(session: Session, three: list[ModelVersion]) -> None:
     before = history(session)
     for wanted in ("3", "champion"):
         assert promotion.promote(session, TENANT, wanted, POLICY).version == 3
@@ -248,12 +248,12 @@ def test_who_is_champion_stays_it_and_nothing_is_written(session: Session, three
 
 
 @pytest.mark.parametrize("wanted", ["9", "0", "-1", "first", ""])
-def test_what_there_is_not_cannot_be_promoted(session: Session, wanted: str) -> None:
+def test_promoting_an_unknown_version_raises_not_found(session: Session, wanted: str) -> None:
     with pytest.raises((ModelNotFound, NoChampion)):
         promotion.promote(session, TENANT, wanted, POLICY)
 
 
-def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
+def test_promotion_notifies_the_dispatcher_at_commit(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for f1 in (0.9, 0.95):
             trained(session, scores(f1))
@@ -267,7 +267,7 @@ def test_the_dispatcher_hears_of_it_with_the_commit(sessions: Sessions) -> None:
 # --- rollback ---
 
 
-def test_rolling_back_twice_goes_two_back(session: Session, three: list[ModelVersion]) -> None:
+def test_two_rollbacks_go_back_two_champions(session: Session, three: list[ModelVersion]) -> None:
     key = new_id()
     assert promotion.rollback(session, TENANT, reason="It misses cysts.", key_id=key).version == 2
     assert promotion.rollback(session, TENANT).version == 1
@@ -279,13 +279,13 @@ def test_rolling_back_twice_goes_two_back(session: Session, three: list[ModelVer
     assert (row.reason, row.by_key) == ("It misses cysts.", key)
 
 
-def test_after_an_older_version_by_force_a_rollback_undoes_that(session: Session, three: list[ModelVersion]) -> None:
+def test_rollback_after_force_returns_to_the_replaced_version(session: Session, three: list[ModelVersion]) -> None:
     promotion.promote(session, TENANT, "1", POLICY, force=True, reason=WHY)
     assert promotion.rollback(session, TENANT).version == 3
     assert promotion.rollback(session, TENANT).version == 2
 
 
-def test_after_a_rollback_and_a_promotion_the_way_back_is_the_one_that_was_gone(
+def test_rollback_after_rollback_and_promotion_skips_the_rolled_back_version(
     session: Session, three: list[ModelVersion]
 ) -> None:
     assert promotion.rollback(session, TENANT).version == 2
@@ -295,22 +295,20 @@ def test_after_a_rollback_and_a_promotion_the_way_back_is_the_one_that_was_gone(
         promotion.rollback(session, TENANT)
 
 
-def test_without_a_champion_there_is_nothing_to_roll_back(session: Session) -> None:
+def test_rollback_without_champion_raises(session: Session) -> None:
     with pytest.raises(NoChampion):
         promotion.rollback(session, TENANT)
 
 
-def test_jobs_keep_the_version_that_they_were_pinned_to(session: Session, three: list[ModelVersion]) -> None:
+def test_submitted_jobs_keep_their_pinned_version(session: Session, three: list[ModelVersion]) -> None:
     job = builders.make_job(session, model_id=three[2].id, model_version=3)
     promotion.rollback(session, TENANT)
     assert session.get_one(Job, job.id, populate_existing=True).model_id == three[2].id
     assert registry.resolve(session, TENANT, None).version == 2
 
 
-def test_a_champion_of_the_code_before_gets_its_place_in_the_history(
-    session: Session, three: list[ModelVersion]
-) -> None:
-    """While a stack is upgraded, an old worker may still promote: it knows of no history."""
+def test_champion_without_promotion_gets_one_inserted(session: Session, three: list[ModelVersion]) -> None:
+    """During an upgrade an old worker may still promote; it writes no promotion."""
     session.execute(update(ModelVersion).where(ModelVersion.champion).values(champion=False))
     session.execute(update(ModelVersion).where(ModelVersion.version == 1).values(champion=True))
     assert promotion.rollback(session, TENANT).version == 3
@@ -330,24 +328,24 @@ def test_promotions_page_newest_first(session: Session, three: list[ModelVersion
 
 
 @pytest.mark.parametrize("change", [update(Promotion).values(reason="another"), delete(Promotion)])
-def test_history_can_neither_be_changed_nor_deleted(session: Session, three: list[ModelVersion], change: Any) -> None:
+def test_promotions_are_append_only(session: Session, three: list[ModelVersion], change: Any) -> None:
     with pytest.raises(IntegrityError, match="is history"):
         session.execute(change)
 
 
-def test_the_database_refuses_two_champions_by_itself(session: Session, three: list[ModelVersion]) -> None:
+def test_database_refuses_two_champions(session: Session, three: list[ModelVersion]) -> None:
     with pytest.raises(IntegrityError, match="uq_model_versions_champion"):
         session.execute(update(ModelVersion).where(ModelVersion.version == 1).values(champion=True))
 
 
-def test_the_database_refuses_force_without_a_reason_by_itself(session: Session, three: list[ModelVersion]) -> None:
+def test_database_refuses_force_without_reason(session: Session, three: list[ModelVersion]) -> None:
     row = Promotion(tenant_id=TENANT, model_id=three[0].id, version=1, how="force")
     session.add(row)
     with pytest.raises(IntegrityError, match="force_has_reason"):
         session.flush()
 
 
-def test_two_tenants_have_a_champion_and_a_history_each(session: Session, three: list[ModelVersion]) -> None:
+def test_tenants_have_separate_champions_and_histories(session: Session, three: list[ModelVersion]) -> None:
     other = trained(session, scores(0.86), tenant_id="elsewhere")
     assert (other.version, other.champion, champion(session)) == (1, True, 3)
     assert history(session, "elsewhere") == [(1, None, "gate")]
@@ -365,7 +363,7 @@ def test_two_tenants_have_a_champion_and_a_history_each(session: Session, three:
 # --- many at once ---
 
 
-def test_fifty_changes_at_once_leave_one_champion_and_a_history_that_fits(sessions: Sessions) -> None:
+def test_fifty_concurrent_changes_keep_one_champion_and_a_consistent_history(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for f1 in (0.90, 0.92, 0.94, 0.96):
             trained(session, scores(f1))
@@ -399,7 +397,7 @@ def _change(lots: random.Random) -> Callable[[Session], ModelVersion]:
     return lambda session: promotion.promote(session, TENANT, wanted, POLICY, force=True, reason=WHY)
 
 
-def test_a_training_that_ends_during_a_rollback_is_compared_with_who_is_champion_then(sessions: Sessions) -> None:
+def test_training_ending_during_rollback_is_compared_with_the_new_champion(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for f1 in (0.90, 0.95):
             trained(session, scores(f1))
@@ -426,7 +424,7 @@ def _wait_for_lock(sessions: Sessions) -> None:
 # --- two versions beside each other ---
 
 
-def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(session: Session) -> None:
+def test_comparison_uses_the_largest_shared_test_set(session: Session) -> None:
     first = trained(session, scores(0.9, recall=0.88), params={"epochs": 5, "seed": 7}, environment={"torch": "2.9"})
     second = trained(
         session, scores(0.95), measured(first, 0.7, 0.6),
@@ -443,7 +441,7 @@ def test_two_versions_compare_on_the_largest_set_that_both_were_scored_on(sessio
     assert found.note == "Both were scored on the same 93 test scans."
 
 
-def test_two_versions_without_common_test_scans_have_no_figures(session: Session) -> None:
+def test_comparison_without_shared_scans_has_no_metrics(session: Session) -> None:
     trained(session, scores(0.9))
     trained(session, scores(0.95, OTHER_SET), code_revision="def")
     found = comparison.compare(session, TENANT, "1", "2")
@@ -452,20 +450,20 @@ def test_two_versions_without_common_test_scans_have_no_figures(session: Session
     assert found.note.startswith("No test scans were scored with both")
 
 
-def test_versions_that_tell_no_test_set_have_no_common_one(session: Session) -> None:
+def test_versions_without_test_digest_share_no_test_set(session: Session) -> None:
     for _ in range(2):
         trained(session, builders.SCORES)
     assert comparison.compare(session, TENANT, "1", "2").metrics == {}
     assert session.scalars(select(ModelEvaluation)).all() == []
 
 
-def test_a_comparison_of_what_there_is_not_says_so(session: Session) -> None:
+def test_comparing_an_unknown_version_raises_not_found(session: Session) -> None:
     trained(session, scores(0.9))
     with pytest.raises(ModelNotFound):
         comparison.compare(session, TENANT, "1", "2")
 
 
-def test_a_measurement_of_another_champion_is_not_taken_for_this_ones(session: Session) -> None:
+def test_paired_scores_of_another_champion_are_ignored(session: Session) -> None:
     first, unknown = trained(session, scores(0.9)), uuid.uuid4()
     assert (
         comparison.missing_reason(first, PairedScores(unknown, "its file cannot be read")) != "its file cannot be read"

@@ -1,4 +1,4 @@
-"""What the dispatcher sees in the tables, and what it marks."""
+"""The dispatcher's queries and writes."""
 
 from datetime import timedelta
 
@@ -15,55 +15,55 @@ from jobs.tables import Unit
 from tests.builders import claim, make_job, outcomes_of, units_of
 
 
-def look(session: Session, per_job: int = 4) -> QueueSnapshot:
-    """The dispatcher's view with usual clocks."""
+def snapshot(session: Session, per_job: int = 4) -> QueueSnapshot:
+    """The dispatcher's view with default intervals."""
     return dispatch.snapshot(session, redispatch_seconds=15, per_job=per_job, alive_seconds=15)
 
 
-def ring_all(session: Session, per_job: int = 4) -> int:
-    """Ring whatever waits; how many that were."""
-    return len(dispatch.dispatch(session, [unit.unit_id for unit in look(session, per_job).waiting], 15))
+def dispatch_all(session: Session, per_job: int = 4) -> int:
+    """Dispatch all waiting units and return their number."""
+    return len(dispatch.dispatch(session, [unit.unit_id for unit in snapshot(session, per_job).waiting], 15))
 
 
-def test_a_waiting_unit_is_seen_and_rung_once(sessions: Sessions) -> None:
+def test_queued_unit_is_dispatched_once(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
-        (unit,) = look(session).waiting
+        (unit,) = snapshot(session).waiting
         assert (unit.unit_id, unit.lane, unit.kind) == (units_of(session, job)[0].id, "train", "train")
-        assert ring_all(session) == 1
-        assert list(look(session).waiting) == []
-        assert dispatch.dispatch(session, [unit.unit_id], 15) == set(), "not again so soon, whoever asks"
+        assert dispatch_all(session) == 1
+        assert list(snapshot(session).waiting) == []
+        assert dispatch.dispatch(session, [unit.unit_id], 15) == set(), "not due again yet"
 
 
-def test_a_doorbell_that_nobody_answers_is_rung_again_and_waits_twice_as_long(sessions: Sessions) -> None:
+def test_unclaimed_unit_is_dispatched_again_with_doubling_waits(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session)
-        ring_all(session)
-        _let_pass(session, 16)
-        (unit,) = look(session).waiting
+        dispatch_all(session)
+        _age_dispatches(session, 16)
+        (unit,) = snapshot(session).waiting
         assert unit.overdue
-        assert ring_all(session) == 1
-        _let_pass(session, 16)
-        assert ring_all(session) == 0
-        _let_pass(session, 16)
-        assert ring_all(session) == 1
+        assert dispatch_all(session) == 1
+        _age_dispatches(session, 16)
+        assert dispatch_all(session) == 0
+        _age_dispatches(session, 16)
+        assert dispatch_all(session) == 1
 
 
-def test_only_a_few_units_of_one_job_wait_for_a_worker_at_a_time(sessions: Sessions) -> None:
+def test_few_units_of_one_job_are_dispatched_at_a_time(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=100, chunk=10)
-        assert ring_all(session) == 4
+        assert dispatch_all(session) == 4
         held = claim(session, units_of(session, job)[0])
-        assert ring_all(session) == 1, "what runs does not keep others from being rung: a job may have many workers"
+        assert dispatch_all(session) == 1, "running units do not count: a job may have many workers"
         lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
-        assert ring_all(session) == 0
+        assert dispatch_all(session) == 0
 
 
-def test_two_dispatchers_never_ring_the_same_unit(sessions: Sessions) -> None:
+def test_two_dispatchers_never_dispatch_the_same_unit(sessions: Sessions) -> None:
     with sessions.begin() as session:
         for _ in range(20):
             make_job(session)
-        waiting = [unit.unit_id for unit in look(session).waiting]
+        waiting = [unit.unit_id for unit in snapshot(session).waiting]
     with sessions.begin() as one, sessions.begin() as other:
         first = dispatch.dispatch(one, waiting[:12], 15)
         second = dispatch.dispatch(other, waiting, 15)
@@ -71,41 +71,41 @@ def test_two_dispatchers_never_ring_the_same_unit(sessions: Sessions) -> None:
     assert len(first | second) == 20
 
 
-def test_every_tenant_of_every_lane_is_seen_behind_a_large_batch(sessions: Sessions) -> None:
+def test_snapshot_includes_every_tenant_behind_a_large_batch(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session, JobKind.PREDICT_BATCH, scans=300, chunk=1, tenant_id="large")
         for tenant in ("b", "c", "zz"):
             make_job(session, JobKind.PREDICT_BATCH, scans=1, tenant_id=tenant)
         make_job(session, JobKind.PREDICT, scans=1, tenant_id="b")
-        seen = {(unit.lane, unit.tenant_id) for unit in look(session).waiting}
+        seen = {(unit.lane, unit.tenant_id) for unit in snapshot(session).waiting}
     assert seen == {("batch", "large"), ("batch", "b"), ("batch", "c"), ("batch", "zz"), ("urgent", "b")}
 
 
-def test_what_runs_is_seen_with_its_worker(sessions: Sessions) -> None:
+def test_snapshot_includes_running_units_with_workers(sessions: Sessions) -> None:
     with sessions.begin() as session:
         batch = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
         held = claim(session, units_of(session, batch)[0], "predict@here/41")
         processes.upsert(session, Heartbeat("predict@here/40", processes.WORKER, ["urgent", "batch"]))
-        view = look(session)
+        view = snapshot(session)
         (running,) = view.running
         assert (running.worker, running.can_yield, running.yield_requested) == ("predict@here", True, False)
         assert view.workers == [dispatch.Worker("predict@here", frozenset({Lane.URGENT, Lane.BATCH}))]
         dispatch.request_yield(session, [held.unit_id])
         assert leases.poll_status(session, held).yield_requested
-        assert look(session).running[0].yield_requested
+        assert snapshot(session).running[0].yield_requested
 
 
-def test_a_unit_that_could_not_be_rung_waits_a_little(sessions: Sessions) -> None:
+def test_released_unit_waits_before_the_next_dispatch(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session)
-        ring_all(session)
+        dispatch_all(session)
         dispatch.release(session, [units_of(session, job)[0].id], delay=5)
-        assert list(look(session).waiting) == []
+        assert list(snapshot(session).waiting) == []
         session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
-        assert ring_all(session) == 1
+        assert dispatch_all(session) == 1
 
 
-def test_the_pace_of_a_lane_is_that_of_its_latest_units(sessions: Sessions) -> None:
+def test_lane_pace_is_measured_on_the_latest_units(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=30, chunk=10)
         for unit in units_of(session, job):
@@ -116,7 +116,7 @@ def test_the_pace_of_a_lane_is_that_of_its_latest_units(sessions: Sessions) -> N
     assert measured == {Lane.BATCH: pytest.approx(2, abs=0.5)}
 
 
-def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None:
+def test_dispatcher_queries_use_indexes(sessions: Sessions) -> None:
     """10,000 waiting jobs: each plan goes by an index."""
     with sessions.begin() as session:
         job = make_job(session, JobKind.PREDICT_BATCH, scans=10, chunk=1)
@@ -135,7 +135,7 @@ def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None
             )
         )
         session.execute(text("ANALYZE jobs, units"))
-        look(session)
+        snapshot(session)
         dispatch.reserve(session, [])
         dispatch.dispatch(session, [], 15)
         leases.claim_next(session, Lane.TRAIN, "w", 45)
@@ -156,25 +156,25 @@ def test_no_question_of_the_dispatcher_scans_a_table(sessions: Sessions) -> None
             )
 
 
-def test_a_promised_unit_is_taken_by_the_next_that_asks_and_not_twice(sessions: Sessions) -> None:
+def test_reserved_unit_is_claimed_once_by_claim_next(sessions: Sessions) -> None:
     with sessions.begin() as session:
         first, second = make_job(session), make_job(session)
-        waiting = [unit.unit_id for unit in look(session).waiting]
+        waiting = [unit.unit_id for unit in snapshot(session).waiting]
         dispatch.reserve(session, waiting)
-        assert [unit.reserved for unit in look(session).waiting] == [True, True]
+        assert [unit.reserved for unit in snapshot(session).waiting] == [True, True]
         taken = [leases.claim_next(session, Lane.TRAIN, "w", 45) for _ in range(3)]
         assert [held and held.job_id for held in taken] == [first.id, second.id, None]
         assert leases.claim_next(session, Lane.BATCH, "w", 45) is None
 
 
-def test_a_promised_unit_can_be_rung_and_one_that_is_rung_is_nobodys_promise(sessions: Sessions) -> None:
+def test_reserved_unit_can_be_dispatched_and_is_then_not_reserved(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session)
-        (unit,) = look(session).waiting
+        (unit,) = snapshot(session).waiting
         dispatch.reserve(session, [unit.unit_id])
         assert dispatch.dispatch(session, [unit.unit_id], 15) == {unit.unit_id}
         assert leases.claim_next(session, Lane.TRAIN, "w", 45) is None
 
 
-def _let_pass(session: Session, seconds: int) -> None:
+def _age_dispatches(session: Session, seconds: int) -> None:
     session.execute(update(Unit).values(dispatched_at=Unit.dispatched_at - timedelta(seconds=seconds)))

@@ -1,4 +1,4 @@
-"""Results are kept for a time only: what goes, what stays, and who is told."""
+"""Expiry of results: what is deleted, what stays, and what readers get."""
 
 import uuid
 
@@ -17,7 +17,7 @@ from tests import builders
 from worker.dispatcher.loop import Dispatcher
 
 SOON = 1e-9
-"""Days that anything which has ended is over."""
+"""Retention time (days) that every ended job has passed."""
 
 
 def ended(sessions: Sessions, scans: int = 3, failed: int = 0, kind: JobKind = JobKind.PREDICT_BATCH) -> uuid.UUID:
@@ -44,7 +44,7 @@ def job(sessions: Sessions, job_id: uuid.UUID) -> Job:
         return session.get_one(Job, job_id)
 
 
-def test_results_go_and_the_job_stays_as_it_ended(sessions: Sessions) -> None:
+def test_expired_results_are_deleted_and_the_job_stays(sessions: Sessions) -> None:
     job_id = ended(sessions, failed=1)
     before = job(sessions, job_id)
     assert expire(sessions) is False
@@ -58,7 +58,7 @@ def test_results_go_and_the_job_stays_as_it_ended(sessions: Sessions) -> None:
     assert types == ["submitted", "claimed", "partially_succeeded", "results_expired"]
 
 
-def test_only_what_ended_long_enough_ago_goes(sessions: Sessions) -> None:
+def test_recent_results_are_kept(sessions: Sessions) -> None:
     recent, running = ended(sessions), ended(sessions)
     with sessions.begin() as session:
         running = builders.make_job(session, JobKind.PREDICT_BATCH, JobState.RUNNING, scans=2).id
@@ -71,7 +71,7 @@ def test_only_what_ended_long_enough_ago_goes(sessions: Sessions) -> None:
 
 
 @pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
-def test_results_of_predictions_that_went_wrong_go_too(sessions: Sessions, state: JobState) -> None:
+def test_results_of_failed_predictions_expire(sessions: Sessions, state: JobState) -> None:
     with sessions.begin() as session:
         job_id = builders.make_job(session, JobKind.PREDICT, state, scans=1).id
     expire(sessions)
@@ -79,7 +79,7 @@ def test_results_of_predictions_that_went_wrong_go_too(sessions: Sessions, state
     assert job(sessions, job_id).state == state
 
 
-def test_explanations_go_and_other_artifacts_stay(sessions: Sessions) -> None:
+def test_explanations_expire_and_other_artifacts_stay(sessions: Sessions) -> None:
     job_id = ended(sessions)
     with sessions.begin() as session:
         for name in (*map(artifact_name, range(3)), "explanations.txt", "report.html"):
@@ -94,7 +94,7 @@ def test_explanations_go_and_other_artifacts_stay(sessions: Sessions) -> None:
         ]
 
 
-def test_a_bite_is_bounded_and_takes_the_first_results_first(sessions: Sessions) -> None:
+def test_batch_of_deletions_is_bounded_and_ordered(sessions: Sessions) -> None:
     first, second = ended(sessions, 5), ended(sessions, 5)
     assert expire(sessions, rows=3) is True
     assert (left(sessions, first), len(left(sessions, second))) == ([3, 4], 5)
@@ -109,7 +109,7 @@ def test_a_bite_is_bounded_and_takes_the_first_results_first(sessions: Sessions)
         assert session.scalar(select(func.count()).where(JobEvent.type == "results_expired")) == 2
 
 
-def test_of_many_jobs_a_bite_takes_some(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_of_deletions_is_bounded_in_jobs(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "BATCH_JOBS", 2)
     jobs = [ended(sessions, 1, kind=JobKind.PREDICT) for _ in range(3)]
     assert expire(sessions) is True
@@ -118,7 +118,7 @@ def test_of_many_jobs_a_bite_takes_some(sessions: Sessions, monkeypatch: pytest.
     assert left(sessions, jobs[2]) == []
 
 
-def test_nobody_takes_half_of_the_results_for_all_of_them(sessions: Sessions) -> None:
+def test_partly_deleted_results_read_as_expired(sessions: Sessions) -> None:
     job_id = ended(sessions, 4, failed=2)
     with sessions() as session:
         view = queries.job(session, builders.TENANT, job_id)
@@ -131,7 +131,7 @@ def test_nobody_takes_half_of_the_results_for_all_of_them(sessions: Sessions) ->
             submission.retry(session, builders.TENANT, job_id)
 
 
-def test_a_job_that_was_retried_before_is_still_the_same_retry(sessions: Sessions) -> None:
+def test_retry_made_before_expiry_is_still_returned(sessions: Sessions) -> None:
     job_id = ended(sessions, 2, failed=1)
     with sessions.begin() as session:
         new = submission.retry(session, builders.TENANT, job_id).id
@@ -140,7 +140,7 @@ def test_a_job_that_was_retried_before_is_still_the_same_retry(sessions: Session
         assert submission.retry(session, builders.TENANT, job_id).id == new
 
 
-def test_two_dispatchers_take_different_jobs(sessions: Sessions) -> None:
+def test_two_dispatchers_expire_different_jobs(sessions: Sessions) -> None:
     first, second = ended(sessions), ended(sessions)
     with sessions.begin() as one:
         one.execute(text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": first})
@@ -151,7 +151,7 @@ def test_two_dispatchers_take_different_jobs(sessions: Sessions) -> None:
 
 
 @pytest.mark.parametrize(("days", "kept"), [(0, 3), (30, 3), (SOON, 0)])
-def test_the_dispatcher_does_it_as_the_setting_says(
+def test_dispatcher_expires_results_by_the_setting(
     sessions: Sessions, settings: Settings, days: float, kept: int
 ) -> None:
     job_id = ended(sessions)
@@ -159,7 +159,7 @@ def test_the_dispatcher_does_it_as_the_setting_says(
     assert len(left(sessions, job_id)) == kept
 
 
-def test_the_dispatcher_comes_back_soon_where_there_is_more(
+def test_dispatcher_continues_soon_while_there_are_more(
     sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_JOBS", 1)
