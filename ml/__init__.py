@@ -1,0 +1,1 @@
+"""Pipelines that train, predict and explain, usable without a server; `ml.spec` declares them."""
