@@ -60,6 +60,8 @@ class ResultState(StrEnum):
 
 
 class DatasetState(StrEnum):
+    """The state of an uploaded dataset."""
+
     CHECKING = "checking"  # → ready | invalid by its ingest job
     READY = "ready"
     INVALID = "invalid"

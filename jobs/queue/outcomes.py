@@ -18,10 +18,10 @@ from jobs.tables import Job, Json, ScanResult
 
 @dataclass(frozen=True)
 class ScanOutcome:
-    """The end of one scan: a label with its probabilities and the engine that computed them, or an error.
+    """The result of one scan: a label with its probabilities and the engine that computed them, or an error.
 
     `disposition`, `reason`, `ood_score`, `output`: see ml.pipelines.Prediction and Disposition. `statistics` of the
-    scan are counted, and not kept.
+    scan are counted for drift and not stored.
     """
 
     ordinal: int

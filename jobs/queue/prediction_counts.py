@@ -25,12 +25,12 @@ WITH model AS MATERIALIZED (
     SELECT key AS what, translate(value ->> 'edges', '[]', '{}')::float8[] AS edges
     FROM model, jsonb_each(model.statistics)
 ), found AS (
-    SELECT figure.key AS what, width_bucket(said.value::float8, edges)::text AS bin
+    SELECT figure.key AS what, width_bucket(item.value::float8, edges)::text AS bin
     FROM jsonb_each($2) AS figure JOIN binned ON binned.what = figure.key,
-        jsonb_array_elements_text(figure.value) AS said
+        jsonb_array_elements_text(figure.value) AS item
     UNION ALL
-    SELECT word, said.value
-    FROM unnest(ARRAY['class', 'disposition']) AS word, jsonb_array_elements_text($2 -> word) AS said
+    SELECT word, item.value
+    FROM unnest(ARRAY['class', 'disposition']) AS word, jsonb_array_elements_text($2 -> word) AS item
 )
 INSERT INTO prediction_counts (model_id, day, what, bin, tenant_id, scans)
 SELECT model.id, (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date), what, bin, model.tenant_id, count(*)

@@ -26,6 +26,7 @@ def new_id() -> uuid.UUID:
 
 
 def one_of(column: str, words: type[StrEnum] | frozenset[Any]) -> str:
+    """The condition of a CHECK that a column holds one of these words."""
     return f"{column} IN ({', '.join(sorted(repr(str(word)) for word in words))})"
 
 
