@@ -4,20 +4,16 @@ import datetime as dt
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
 import psutil
 import psycopg2
 import pytest
-import requests
 from alembic import command
 from sqlalchemy.engine import make_url
 
@@ -50,6 +46,7 @@ from tests.faults.work import (
     wrong,
 )
 from tests.processes import Stack, count, eventually, stack
+from tests.tracking_server import mlflow_server
 
 pytestmark = pytest.mark.faults
 
@@ -405,7 +402,7 @@ def test_27_mlflow_down(fast: Settings, sessions: Sessions, plan: Sabotage) -> N
         job_id = training(processes, epochs=2)
         assert processes.wait_for(job_id).state == "succeeded", processes.logs()
         assert processes.job(job_id).tracked_at is None
-        with mlflow(port, fast.home):
+        with mlflow_server(fast.home, port):
             eventually(lambda: processes.job(job_id).tracked_at, 120, processes.logs)
             from mlflow import MlflowClient
 
@@ -434,26 +431,3 @@ def test_27_mlflow_half_open(fast: Settings, sessions: Sessions, plan: Sabotage)
             eventually(lambda: count(sessions, past), 30)  # four times the grace
             assert "hung_worker_killed" not in processes.log("train"), processes.logs()
             assert wrong(processes) == []
-
-
-@contextmanager
-def mlflow(port: int, folder: Path) -> Iterator[None]:
-    """A tracking server that answers, for the length of the block."""
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", str(folder / "files")]
-    with (folder / "mlflow.log").open("wb") as log:
-        command = [sys.executable, "-m", "mlflow", "server", *options, *store]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        eventually(lambda: _healthy(port), 90, lambda: (folder / "mlflow.log").read_text())
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-
-
-def _healthy(port: int) -> bool:
-    try:
-        return requests.get(f"http://127.0.0.1:{port}/health", timeout=2).ok
-    except requests.RequestException:
-        return False

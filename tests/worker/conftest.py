@@ -1,23 +1,18 @@
 """Units that are held as a worker holds them, without a worker's process."""
 
 import io
-import os
-import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import requests
 
 from cli.stack.server_plan import free_port
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset
 from tests import builders
-from tests.processes import eventually
+from tests.tracking_server import mlflow_server
 from worker.execution.resources import Resources, open_resources
 from worker.execution.unit import UnitLease
 
@@ -50,23 +45,6 @@ def hold(resources: Resources, sessions: Sessions) -> Hold:
 
 @pytest.fixture(scope="session")
 def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an MLflow server that keeps all it has in a folder."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", str(folder / "files")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *command, *store], stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        eventually(lambda: _healthy(url), 180, lambda: (folder / "log").read_text())
+    """The URL of an MLflow server for all tests."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), free_port()) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # asked politely, it waits for connections that clients keep open
-        process.wait(10)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/health", timeout=2).ok
-    except requests.RequestException:
-        return False
