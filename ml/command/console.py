@@ -1,4 +1,4 @@
-"""The pipeline's events for a person: progress bars, a line an epoch, tables."""
+"""Shows a run in the terminal: progress bars, a line per epoch, and tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPORTS = ("report.html", "report.pdf", "scores.json")
 
 
 class Console:
-    """Shows events as they come: a bar for each stage, and at the end, below them, what came of it. For `with`."""
+    """A context manager that shows events: a progress bar for each stage, and the results below them at the end."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -59,7 +59,7 @@ class Console:
                 self._print(line)
 
     def _print(self, line: str) -> None:
-        self._bars.console.print(line, soft_wrap=True)  # a path that is broken in two cannot be copied
+        self._bars.console.print(line, soft_wrap=True)  # paths that are broken into two lines cannot be copied
 
 
 def _line(event: events.Event) -> str:
@@ -76,7 +76,7 @@ def _line(event: events.Event) -> str:
             return f"checkpoint: {escape(path)}  {seconds:.1f} s"
         case events.Evaluated(metrics):
             shown = "  ".join(_figure(name, metrics) for name in FIGURES if metrics.get(name) is not None)
-            return f"{shown}  on {metrics['held_out']} held-out scans{_beside(event.champion)}"
+            return f"{shown}  on {metrics['held_out']} held-out scans{_champion_line(event.champion)}"
         case events.Finished(model_path, artifacts):
             named = {"model": model_path} | {name: artifacts[name] for name in REPORTS if name in artifacts}
             lines = [f"{name:<12} {escape(path)}" for name, path in named.items()]
@@ -87,8 +87,8 @@ def _line(event: events.Event) -> str:
             return ""
 
 
-def _beside(champion: Mapping[str, Any] | None) -> str:
-    """How the champion did, in a line of its own; nothing where none was given."""
+def _champion_line(champion: Mapping[str, Any] | None) -> str:
+    """The comparison with the champion as a line of its own; empty if there is none."""
     if champion is None:
         return ""
     if not champion["comparable"]:
@@ -99,7 +99,7 @@ def _beside(champion: Mapping[str, Any] | None) -> str:
 
 
 def _figure(name: str, metrics: Mapping[str, Any]) -> str:
-    """A score, and the ends of its 95 % interval where it has one."""
+    """A score, with its 95 % interval if it has one."""
     ends = (metrics.get("intervals") or {}).get(name)
     interval = f" ({ends[0]:.2f}–{ends[1]:.2f})" if ends else ""
     return f"[bold]{name} {metrics[name]:.3f}[/bold]{interval}"
@@ -122,7 +122,7 @@ def _note(one: Prediction) -> str:
 
 
 def dataset_table(report: DatasetReport) -> int:
-    """Print what a dataset holds, what is doubtful and what is wrong; 1 when something is wrong with it."""
+    """Print a dataset's contents, warnings and problems; returns 1 if there are problems, else 0."""
     console = RichConsole()
     table = Table("class", "scans")
     for name, count in report.classes.items():

@@ -1,0 +1,1 @@
+"""Scores of a classifier, for any pipeline: metrics, 95 % intervals, calibration."""

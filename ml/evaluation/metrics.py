@@ -1,4 +1,4 @@
-"""Scores on test scans: from logits to everything in scores.json. Definitions and sources: docs/evaluation.md."""
+"""Scores on test scans, from logits to everything in scores.json. Definitions and sources: docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _none() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ModelOutputs:
-    """A network's answers: logits float [N, classes] and int labels [N] of test scans, the same of M validation scans.
+    """Logits float [N, classes] and labels int [N] of test scans, and the same of M validation scans.
 
-    M may be 0. `groups`: int [N], equal for test scans of one patient or one picture; None: each scan is its own.
-    `seed`: of the bootstrap. ValueError where shapes disagree; BadParams where a logit is not finite.
+    M may be 0. `groups`: int [N], equal for test scans of one patient or picture; None: each scan is its own group.
+    `seed`: of the bootstrap. ValueError if shapes do not match; BadParams if a logit is not finite.
     """
 
     classes: tuple[str, ...]
@@ -60,20 +60,20 @@ class ModelOutputs:
 
     @property
     def positive(self) -> int | None:
-        """Index of the positive class, of two."""
+        """Index of the positive class; None for more than two classes."""
         return positive_index(self.classes)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores 0–1; losses are mean cross-entropies in nats. `confusion_matrix[true][predicted]` counts test scans.
+    """Scores, 0–1; losses are mean cross-entropies in nats. `confusion_matrix[true][predicted]` counts test scans.
 
-    With two classes precision, recall (sensitivity), f1, specificity and the areas are those of `positive`, called so
-    from `threshold` on; with more they are macro means, and `positive`, `threshold` and `specificity` None. A figure
-    that is not defined is None (an AUC where the test scans are of one class), never NaN; precision, recall and f1 are
-    then 0. `ece_chance`: the calibration error that a perfectly calibrated network would show here. `independent`:
-    groups of test scans (patients, where known).
-    `interval_methods`: bootstrap or wilson. From `counts` on: what `with_context` adds.
+    With two classes, precision, recall (sensitivity), f1, specificity and the areas are those of the class `positive`,
+    predicted from `threshold` on. With more they are macro means, and `positive`, `threshold` and `specificity` are
+    None. Undefined figures (an AUC with test scans of one class) are None, never NaN; precision, recall and f1 are then
+    0. `ece_chance`: calibration error of a perfectly calibrated network on these scans. `independent`: number of
+    groups of test scans (patients, if known). `interval_methods`: bootstrap or wilson. `with_context` sets the fields
+    from `counts` on.
     """
 
     accuracy: float
@@ -113,24 +113,24 @@ class Scores:
         leaks: Mapping[str, int],
         cross_validation: Mapping[str, Any] | None = None,
     ) -> Scores:
-        """The same scores with what the answers alone cannot tell.
+        """The same scores with information from outside of the outputs.
 
-        `counts`: scans in train, validation, test. `leaks`: test scans that share patients, duplicates, near_duplicates
-        with what was learned from. `cross_validation`: folds (a list of figures), mean and std.
+        `counts`: scans in train, validation and test. `leaks`: test scans that share patients, duplicates or
+        near_duplicates with the training. `cross_validation`: folds (a list of figures), mean and std.
         """
-        told = None if cross_validation is None else dict(cross_validation)
+        folds = None if cross_validation is None else dict(cross_validation)
         return replace(
-            self, counts=dict(counts), patients_known=patients_known, leaks=dict(leaks), cross_validation=told
+            self, counts=dict(counts), patients_known=patients_known, leaks=dict(leaks), cross_validation=folds
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For scores.json and the `evaluated` event: plain types, nothing that JSON refuses."""
+        """For scores.json and the `evaluated` event: plain JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test scan, by its place among the test scans, that was called another class than its own, and how surely."""
+    """A misclassified test scan: its index among the test scans, and the probability of the predicted class."""
 
     index: int
     true: str
@@ -139,62 +139,61 @@ class Mistake:
 
 
 def positive_class(classes: tuple[str, ...]) -> str | None:
-    """The class of a positive finding: Tumor where there is one, else the last of two; None for more than two."""
+    """The class of a positive finding: Tumor if there is one, else the last of two; None for more than two classes."""
     if len(classes) != 2:
         return None
     return next((name for name in classes if name.lower() in _POSITIVE), classes[-1])
 
 
 def positive_index(classes: tuple[str, ...]) -> int | None:
-    """The place of `positive_class` among the network's outputs."""
+    """The index of `positive_class` among the network's outputs."""
     name = positive_class(classes)
     return None if name is None else classes.index(name)
 
 
-def score(judged: ModelOutputs, calibration: Calibration | None = None) -> Scores:
-    """All scores of the test scans; temperature and threshold are those of `calibration`, else chosen on the validation
-    scans."""
-    calibration = calibration or calibration_of(judged)
-    made, labels = decide(judged, calibration), judged.test_labels
-    found: dict[str, Any] = {
-        **_headline(made),
-        **_each_class(made, judged.classes),
-        **_intervals(made, judged.seed),
-        **_calibration_errors(judged, calibration),
+def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scores:
+    """All scores of the test scans. Without `calibration`, it is chosen on the validation scans."""
+    calibration = calibration or calibration_of(outputs)
+    decisions, labels = decide(outputs, calibration), outputs.test_labels
+    computed: dict[str, Any] = {
+        **_headline_figures(decisions),
+        **_each_class(decisions, outputs.classes),
+        **_intervals(decisions, outputs.seed),
+        **_calibration_errors(outputs, calibration),
     }
     return Scores(
-        **found,
-        loss=cross_entropy(labels, judged.test_logits),
-        loss_calibrated=cross_entropy(labels, judged.test_logits, calibration.temperature),
-        sensitivity_at_specificity={f"{wanted:.2f}": _sensitivity_at(made, wanted) for wanted in SPECIFICITIES},
+        **computed,
+        loss=cross_entropy(labels, outputs.test_logits),
+        loss_calibrated=cross_entropy(labels, outputs.test_logits, calibration.temperature),
+        sensitivity_at_specificity={f"{wanted:.2f}": _sensitivity_at(decisions, wanted) for wanted in SPECIFICITIES},
         threshold=calibration.threshold,
         temperature=calibration.temperature,
         calibration=calibration.reason,
-        confusion_matrix=_confusion(made),
-        classes=list(judged.classes),
-        positive=positive_class(judged.classes),
+        confusion_matrix=_confusion(decisions),
+        classes=list(outputs.classes),
+        positive=positive_class(outputs.classes),
         held_out=len(labels),
-        independent=len(np.unique(made.groups)),
+        independent=len(np.unique(decisions.groups)),
     )
 
 
-def calibration_of(judged: ModelOutputs) -> Calibration:
-    """Temperature and threshold: what a prediction of this network has to use too."""
-    return calibrate(judged.validation_labels, judged.validation_logits, judged.positive)
+def calibration_of(outputs: ModelOutputs) -> Calibration:
+    """Temperature and threshold by the validation scans; predictions of this network must use them too."""
+    return calibrate(outputs.validation_labels, outputs.validation_logits, outputs.positive)
 
 
-def decide(judged: ModelOutputs, calibration: Calibration) -> Decisions:
-    """What the network said of the test scans."""
-    groups = np.arange(len(judged.test_labels)) if judged.groups is None else judged.groups
-    predicted = calibration.decide(judged.test_logits, judged.positive)
-    margins = log_odds(judged.test_logits, calibration.temperature)
-    return Decisions(judged.test_labels, predicted, margins, groups, judged.positive)
+def decide(outputs: ModelOutputs, calibration: Calibration) -> Decisions:
+    """The network's decisions for the test scans."""
+    groups = np.arange(len(outputs.test_labels)) if outputs.groups is None else outputs.groups
+    predicted = calibration.decide(outputs.test_logits, outputs.positive)
+    margins = log_odds(outputs.test_logits, calibration.temperature)
+    return Decisions(outputs.test_labels, predicted, margins, groups, outputs.positive)
 
 
 def log_odds(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """log(p / (1 − p)) of each class, float64 [N, classes].
 
-    Ranking by it keeps scans apart whose probabilities round to the same 1.0.
+    A ranking by log-odds separates scans whose probabilities round to the same 1.0.
     """
     scaled = logits.astype(np.float64) / temperature
     result = np.empty_like(scaled)
@@ -205,48 +204,52 @@ def log_odds(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def sensitivity_at(truth: np.ndarray, ranking: np.ndarray, specificity: float) -> float | None:
-    """The highest sensitivity of a threshold whose specificity on these scans is at least the wanted one.
+    """The highest sensitivity of any threshold whose specificity on these scans is at least `specificity`.
 
-    No interpolation: some threshold really does this. None without both kinds. `truth`: bool [N]; `ranking`: [N].
+    There is no interpolation. None without both classes. `truth`: bool [N]; `ranking`: float [N].
     """
     negatives = np.sort(ranking[~truth])
     if not len(negatives) or len(negatives) == len(ranking):
         return None
-    may_be_wrong = int(np.floor((1 - specificity) * len(negatives) + 1e-9))
-    above = negatives[len(negatives) - 1 - may_be_wrong]  # positive is what ranks above this negative
+    allowed = int(np.floor((1 - specificity) * len(negatives) + 1e-9))
+    above = negatives[len(negatives) - 1 - allowed]  # scans that rank above this negative are positive
     return float((ranking[truth] > above).mean())
 
 
-def worst_mistakes(judged: ModelOutputs, most: int = 12) -> list[Mistake]:
-    """The test scans that were wrongly called with the highest probability of what they were called, worst first."""
-    calibration = calibration_of(judged)
-    predicted = calibration.decide(judged.test_logits, judged.positive)
-    confidence = calibration.probabilities(judged.test_logits)[np.arange(len(predicted)), predicted]
-    wrong = np.flatnonzero(predicted != judged.test_labels)
+def worst_mistakes(outputs: ModelOutputs, most: int = 12) -> list[Mistake]:
+    """The test scans that were misclassified with the highest probability, worst first."""
+    calibration = calibration_of(outputs)
+    predicted = calibration.decide(outputs.test_logits, outputs.positive)
+    confidence = calibration.probabilities(outputs.test_logits)[np.arange(len(predicted)), predicted]
+    wrong = np.flatnonzero(predicted != outputs.test_labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
-    names = judged.classes
+    names = outputs.classes
     return [
-        Mistake(int(index), names[judged.test_labels[index]], names[predicted[index]], float(confidence[index]))
+        Mistake(int(index), names[outputs.test_labels[index]], names[predicted[index]], float(confidence[index]))
         for index in worst
     ]
 
 
-def _sensitivity_at(made: Decisions, specificity: float) -> float | None:
-    chosen = range(made.classes) if made.positive is None else [made.positive]
-    found = [sensitivity_at(made.labels == index, made.margins[:, index], specificity) for index in chosen]
-    defined = [value for value in found if value is not None]
+def _sensitivity_at(decisions: Decisions, specificity: float) -> float | None:
+    chosen = range(decisions.classes) if decisions.positive is None else [decisions.positive]
+    sensitivities = [
+        sensitivity_at(decisions.labels == index, decisions.margins[:, index], specificity) for index in chosen
+    ]
+    defined = [value for value in sensitivities if value is not None]
     return float(np.mean(defined)) if defined else None
 
 
-def _headline(made: Decisions) -> dict[str, float | None]:
-    one = {name: _number(values[0]) for name, values in figures(_once(made), made).items()}
+def _headline_figures(decisions: Decisions) -> dict[str, float | None]:
+    one = {name: _number(values[0]) for name, values in figures(_ones(decisions), decisions).items()}
     always = {name: one[name] or 0.0 for name in ("accuracy", "precision", "recall", "f1")}
     return {**always, **{name: one.get(name) for name in ("specificity", "roc_auc", "pr_auc")}}
 
 
-def _each_class(made: Decisions, classes: tuple[str, ...]) -> dict[str, Any]:
-    each = {name: values[0] for name, values in per_class(_once(made), made, range(made.classes)).items()}
-    support = np.bincount(made.labels, minlength=made.classes)
+def _each_class(decisions: Decisions, classes: tuple[str, ...]) -> dict[str, Any]:
+    each = {
+        name: values[0] for name, values in per_class(_ones(decisions), decisions, range(decisions.classes)).items()
+    }
+    support = np.bincount(decisions.labels, minlength=decisions.classes)
     return {
         "per_class": {
             name: {
@@ -259,34 +262,34 @@ def _each_class(made: Decisions, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _intervals(made: Decisions, seed: int) -> dict[str, Any]:
-    known = intervals(made, seed)
+def _intervals(decisions: Decisions, seed: int) -> dict[str, Any]:
+    known = intervals(decisions, seed)
     return {
         "intervals": {name: None if found is None else [found.low, found.high] for name, found in known.items()},
         "interval_methods": {name: found.method for name, found in known.items() if found is not None},
     }
 
 
-def _once(made: Decisions) -> np.ndarray:
-    return np.ones((1, len(made.labels)))
+def _ones(decisions: Decisions) -> np.ndarray:
+    return np.ones((1, len(decisions.labels)))
 
 
-def _calibration_errors(judged: ModelOutputs, calibration: Calibration) -> dict[str, float]:
-    before = top_label(judged.test_labels, softmax(judged.test_logits))
-    right, confidence = top_label(judged.test_labels, calibration.probabilities(judged.test_logits))
+def _calibration_errors(outputs: ModelOutputs, calibration: Calibration) -> dict[str, float]:
+    before = top_label(outputs.test_labels, softmax(outputs.test_logits))
+    correct, confidence = top_label(outputs.test_labels, calibration.probabilities(outputs.test_logits))
     return {
-        "ece": reliability(right, confidence).error,
+        "ece": reliability(correct, confidence).error,
         "ece_before": reliability(*before).error,
-        "ece_chance": chance_error(confidence, judged.seed),
+        "ece_chance": chance_error(confidence, outputs.seed),
     }
 
 
-def _confusion(made: Decisions) -> list[list[int]]:
-    counts = np.zeros((made.classes, made.classes), np.int64)
-    np.add.at(counts, (made.labels, made.predicted), 1)
+def _confusion(decisions: Decisions) -> list[list[int]]:
+    counts = np.zeros((decisions.classes, decisions.classes), np.int64)
+    np.add.at(counts, (decisions.labels, decisions.predicted), 1)
     return [[int(count) for count in row] for row in counts]
 
 
 def _number(value: float) -> float | None:
-    """A float as it is; None for NaN, which JSON refuses."""
+    """A float; None for NaN, which is not valid JSON."""
     return None if np.isnan(value) else float(value)

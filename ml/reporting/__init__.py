@@ -1,0 +1,1 @@
+"""The training report: plots, HTML and PDF."""

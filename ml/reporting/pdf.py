@@ -1,39 +1,37 @@
-"""A report's sections as a PDF: A4 pages, vector plots, by matplotlib alone."""
+"""Renders a report as a PDF with A4 pages and vector plots, by matplotlib alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml.reporting.plots import Canvas, Plot
-
-if TYPE_CHECKING:
-    from ml.reporting.sections import Section, Table
+from ml.reporting.sections import Section, Table
 
 A4 = (8.27, 11.69)  # inches
-_MARGIN, _LINE = 0.7, 1.45  # inches; a line's height in units of its font size
+_MARGIN, _LINE = 0.7, 1.45  # inches; line height / font size
 _BODY = 9.0  # points
-PLOTS_HEIGHT = 10.1  # inches of a page that plots may take
+PLOTS_HEIGHT = 10.1  # inches per page for plots
 
 
-def write_pdf(title: str, made: str, made_at: datetime, content: Sequence[Section], path: Path) -> None:
-    """Write the sections as a PDF. `made_at` is its only date, so the same content gives the same bytes."""
+def write_pdf(title: str, subtitle: str, made_at: datetime, content: Sequence[Section], path: Path) -> None:
+    """Write the sections as a PDF. `made_at` is its only date, so that the same content gives the same bytes."""
     from matplotlib.backends.backend_pdf import PdfPages
 
     metadata = {"Title": title, "CreationDate": made_at, "ModDate": made_at, "Creator": "RenalQ"}
     with path.open("wb") as file, PdfPages(file, metadata=metadata) as pages:
         flow = _Flow(pages)
         flow.text(title, 16, bold=True)
-        flow.text(made, _BODY, colour="#555555")
+        flow.text(subtitle, _BODY, colour="#555555")
         for section in content:
             flow.section(section)
         flow.finish()
 
 
 class _Flow:
-    """Text and tables from the top of A4 pages to their bottom; plots on pages of their own."""
+    """Lays out text and tables on A4 pages from top to bottom, and plots on pages of their own."""
 
     def __init__(self, pages: Any) -> None:
         from matplotlib.textpath import TextToPath
@@ -46,7 +44,7 @@ class _Flow:
         if section.plots:
             self._plots(section)
             return
-        self._need(1.2)  # a heading with something below it
+        self._need(1.2)  # for the heading and some lines below it
         self.text(section.title, 12, bold=True)
         for paragraph in section.paragraphs:
             self.text(paragraph, _BODY)
@@ -121,7 +119,7 @@ class _Flow:
         self._figure.text(x / A4[0], (self._y - below) / A4[1], line, parse_math=False, **style)
 
     def _wrapped(self, text: str, size: float, width: float, bold: bool = False) -> list[str]:
-        """Lines no wider than `width` inches; a word that is wider, such as a hash, is cut."""
+        """Lines no wider than `width` inches; wider words, such as hashes, are cut."""
         lines = [""]
         for word in text.split():
             longer = f"{lines[-1]} {word}".strip()
@@ -149,7 +147,7 @@ def _column_widths(columns: int) -> list[float]:
 
 
 def _pages_of(plots: Sequence[Plot]) -> list[list[list[Plot]]]:
-    """Pages of rows: a wide plot alone, narrow ones in pairs, as many rows as their heights allow."""
+    """Pages of rows: wide plots alone, narrow ones in pairs, as many rows as their heights allow."""
     rows: list[list[Plot]] = []
     for plot in plots:
         if rows and plot.width < 6 and len(rows[-1]) == 1 and rows[-1][0].width < 6:
@@ -166,7 +164,7 @@ def _pages_of(plots: Sequence[Plot]) -> list[list[list[Plot]]]:
 
 def _row_height(row: Sequence[Plot]) -> float:
     room = (A4[0] - 1.0) / len(row)
-    return max(plot.height * min(1.0, room / plot.width) for plot in row) + 0.4  # and its caption
+    return max(plot.height * min(1.0, room / plot.width) for plot in row) + 0.4  # plus caption
 
 
 def _draw_page(figure: Canvas, rows: Sequence[Sequence[Plot]]) -> None:
@@ -181,7 +179,7 @@ def _draw_page(figure: Canvas, rows: Sequence[Sequence[Plot]]) -> None:
 
 
 def _settle(figure: Canvas) -> None:
-    """Lay out now, and round the places: the layout's last digits differ from run to run, and so would the bytes."""
+    """Compute the layout now, and round positions: their last digits differ between runs, and so would the bytes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     parts = [figure]

@@ -1,7 +1,7 @@
-"""Plots of a training and of its scores: drawn once, as PNG files and on the report's pages.
+"""Plots of a training and its scores, as PNG files and for the pages of the report.
 
-matplotlib is imported on first use: it takes half a second. Colours are Okabe and Ito's, which colour-blind people tell
-apart; lines differ in style too, for print.
+matplotlib is imported on first use, since that takes half a second. Colours are Okabe and Ito's, which are colour-blind
+safe; lines also differ in style, for print.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ml.runtime.events import Epoch
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 _COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black")
 _STYLES = ("-", "--", "-.", ":")
-CURVES = 8  # ROC or PR curves in one plot
-CELLS = 20  # classes beyond which the confusion matrix has colours only
+MAX_CURVES = 8  # ROC or PR curves in one plot
+MAX_NUMBERED = 20  # classes up to which the confusion matrix shows numbers
 DPI = 130
 
 Canvas = Any  # a matplotlib Figure or SubFigure
@@ -32,7 +32,7 @@ Canvas = Any  # a matplotlib Figure or SubFigure
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: `name` of its PNG file, what it shows in words, its size in inches, and how it is drawn."""
+    """One plot: `name` of its PNG file, title and caption, size in inches, and a function that draws it."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Plot:
 
     @cached_property
     def png(self) -> bytes:
-        """The plot as the bytes of a PNG file, drawn on first use. The same plot gives the same bytes."""
+        """The content of the PNG file, drawn on first use. The same plot gives the same bytes."""
         # Figure without pyplot: no global state, no display, the Agg canvas.
         from matplotlib.figure import Figure
 
@@ -61,27 +61,27 @@ class Plot:
 
 
 def all_plots(
-    judged: ModelOutputs,
+    outputs: ModelOutputs,
     scores: Scores,
     epochs: Sequence[Epoch],
     best_epoch: int | None,
     pixels_of: Callable[[np.ndarray], np.ndarray],
 ) -> list[Plot]:
-    """Every plot that there is something to show in.
+    """All plots; that of cross-validation only if there were folds.
 
-    `pixels_of`: places among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3].
+    `pixels_of`: positions among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3].
     """
-    found = worst_mistakes(judged)
-    pixels = pixels_of(np.array([one.index for one in found], np.int64)) if found else np.empty((0, 1, 1, 3), np.uint8)
-    several = cross_validation(scores)
+    worst = worst_mistakes(outputs)
+    pixels = pixels_of(np.array([one.index for one in worst], np.int64)) if worst else np.empty((0, 1, 1, 3), np.uint8)
+    folds = cross_validation(scores)
     return [
         learning_curves(epochs, best_epoch),
         confusion_matrix(scores),
-        reliability_diagram(judged, scores),
-        roc(judged, scores),
-        precision_recall(judged, scores),
-        mistakes(found, pixels, scores.held_out),
-        *([several] if several else []),
+        reliability_diagram(outputs, scores),
+        roc(outputs, scores),
+        precision_recall(outputs, scores),
+        mistakes(worst, pixels, scores.held_out),
+        *([folds] if folds else []),
     ]
 
 
@@ -89,7 +89,7 @@ def all_plots(
 
 
 def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None = None) -> Plot:
-    """Loss, accuracy and F1 by epoch; below them the learning rate where it changes."""
+    """Loss, accuracy and F1 by epoch, and the learning rate if it changes."""
     varies = len({epoch.learning_rate for epoch in epochs}) > 1
 
     def draw(canvas: Canvas) -> None:
@@ -146,7 +146,7 @@ def _mark_phases(axes: Any, epochs: Sequence[Epoch], best_epoch: int | None) -> 
 
 
 def confusion_matrix(scores: Scores) -> Plot:
-    """Counts, and each row's shares, of true against predicted class."""
+    """Counts of true against predicted classes, and their shares of each row."""
 
     def draw(canvas: Canvas) -> None:
         counts = np.array(scores.confusion_matrix)
@@ -158,7 +158,7 @@ def confusion_matrix(scores: Scores) -> Plot:
         turned = {"rotation": 40, "ha": "right"} if len(names) > 3 else {}
         axes.set_xticks(range(len(names)), names, **turned)
         axes.set_yticks(range(len(names)), names)
-        if len(names) <= CELLS:
+        if len(names) <= MAX_NUMBERED:
             for (true, predicted), count in np.ndenumerate(counts):
                 share = shares[true, predicted]
                 text, colour = f"{count}\n{share:.0%}", "white" if share > 0.5 else "black"
@@ -169,12 +169,12 @@ def confusion_matrix(scores: Scores) -> Plot:
     return Plot("confusion_matrix.png", "Confusion matrix", caption, side, side, draw)
 
 
-def roc(judged: ModelOutputs, scores: Scores) -> Plot:
-    """Sensitivity against 1 − specificity; the point is where the chosen threshold stands."""
+def roc(outputs: ModelOutputs, scores: Scores) -> Plot:
+    """Sensitivity against 1 − specificity; a cross marks the chosen threshold."""
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
-        for name, truth, ranking, look in _one_against_rest(judged, scores, "roc_auc"):
+        for name, truth, ranking, look in _one_against_rest(outputs, scores, "roc_auc"):
             hits, false = (np.append(0, counts[0]) for counts in ranked(np.ones((1, len(truth))), truth, ranking))
             label = f"AUC {scores.per_class[name]['roc_auc']:.3f}: {_shown(name)}"
             axes.plot(false / false[-1], hits / hits[-1], label=label, **look)
@@ -188,12 +188,12 @@ def roc(judged: ModelOutputs, scores: Scores) -> Plot:
     return Plot("roc.png", "ROC curve", caption, 4.8, 4.8, draw)
 
 
-def precision_recall(judged: ModelOutputs, scores: Scores) -> Plot:
-    """Precision against recall; the dotted line is what guessing reaches."""
+def precision_recall(outputs: ModelOutputs, scores: Scores) -> Plot:
+    """Precision against recall; a dotted line shows the result of guessing."""
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
-        for name, truth, ranking, look in _one_against_rest(judged, scores, "pr_auc"):
+        for name, truth, ranking, look in _one_against_rest(outputs, scores, "pr_auc"):
             hits, false = (counts[0] for counts in ranked(np.ones((1, len(truth))), truth, ranking))
             recall, precision = np.append(0, hits / hits[-1]), hits / (hits + false)
             label = f"AP {scores.per_class[name]['pr_auc']:.3f}: {_shown(name)}"
@@ -209,16 +209,16 @@ def precision_recall(judged: ModelOutputs, scores: Scores) -> Plot:
 
 
 def _one_against_rest(
-    judged: ModelOutputs, scores: Scores, figure: str
+    outputs: ModelOutputs, scores: Scores, figure: str
 ) -> Iterable[tuple[str, np.ndarray, np.ndarray, dict[str, Any]]]:
-    """(class, whether true, ranking, look) of the positive class; of more than two, those that are told apart worst."""
-    made = decide(judged, calibration_of(judged))
+    """(class, truth, ranking, line style) of the positive class or, with more than two, of the worst classes."""
+    decisions = decide(outputs, calibration_of(outputs))
     defined = {name: area for name, one in scores.per_class.items() if (area := one[figure]) is not None}
-    wanted = [scores.positive] if scores.positive else sorted(defined, key=lambda name: defined[name])[:CURVES]
-    for place, name in enumerate(name for name in wanted if name in defined):
-        look = {"color": _COLOURS[place % len(_COLOURS)], "ls": _STYLES[place % len(_STYLES)], "lw": 1.6}
-        index = judged.classes.index(name)
-        yield name, judged.test_labels == index, made.margins[:, index], look
+    chosen = [scores.positive] if scores.positive else sorted(defined, key=lambda name: defined[name])[:MAX_CURVES]
+    for number, name in enumerate(name for name in chosen if name in defined):
+        look = {"color": _COLOURS[number % len(_COLOURS)], "ls": _STYLES[number % len(_STYLES)], "lw": 1.6}
+        index = outputs.classes.index(name)
+        yield name, outputs.test_labels == index, decisions.margins[:, index], look
 
 
 def _operating_point(axes: Any, x: float, y: float, scores: Scores) -> None:
@@ -233,8 +233,8 @@ def _square(axes: Any, place: str) -> None:
         axes.legend(loc=place, fontsize=8)
 
 
-def reliability_diagram(judged: ModelOutputs, scores: Scores) -> Plot:
-    """Accuracy by confidence, before and after temperature scaling, over a histogram of the confidences."""
+def reliability_diagram(outputs: ModelOutputs, scores: Scores) -> Plot:
+    """Accuracy by confidence, before and after temperature scaling, above a histogram of the confidences."""
     sides = (
         ("before", 1.0, scores.ece_before, {"color": RED, "marker": "s", "ls": "--"}),
         ("after", scores.temperature, scores.ece, {"color": BLUE, "marker": "o", "ls": "-"}),
@@ -244,10 +244,10 @@ def reliability_diagram(judged: ModelOutputs, scores: Scores) -> Plot:
         above, below = canvas.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         above.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="perfect")
         for name, temperature, error, look in sides:
-            right, confidence = top_label(judged.test_labels, softmax(judged.test_logits, temperature))
+            right, confidence = top_label(outputs.test_labels, softmax(outputs.test_logits, temperature))
             bins = reliability(right, confidence)
             above.plot(bins.confidence, bins.accuracy, label=f"{name}: ECE {error:.3f}", lw=1, ms=5, **look)
-            sizes = 20 + 180 * bins.scans / bins.scans.max()  # a bin of two scans says little
+            sizes = 20 + 180 * bins.scans / bins.scans.max()  # bins with few scans are less reliable
             above.scatter(bins.confidence, bins.accuracy, sizes, look["color"], marker=look["marker"], alpha=0.3, lw=0)
             below.hist(confidence, np.linspace(0, 1, BINS + 1), histtype="step", color=look["color"], ls=look["ls"])
         above.set(title="Calibration", ylabel="Share right", xlim=(0, 1.02), ylim=(-0.02, 1.05))
@@ -265,7 +265,7 @@ def reliability_diagram(judged: ModelOutputs, scores: Scores) -> Plot:
 
 
 def mistakes(found: Sequence[Mistake], pixels: np.ndarray, tested: int) -> Plot:
-    """The most confidently wrong test scans as thumbnails; `pixels` uint8 [len(found), height, width, 3]."""
+    """The misclassified test scans with the highest confidence; `pixels`: uint8 [len(found), height, width, 3]."""
     rows = max(1, -(-len(found) // 4))
 
     def draw(canvas: Canvas) -> None:
@@ -286,25 +286,27 @@ def mistakes(found: Sequence[Mistake], pixels: np.ndarray, tested: int) -> Plot:
 
 
 def cross_validation(scores: Scores) -> Plot | None:
-    """Each fold's figures, with mean and standard deviation; None without cross-validation."""
-    told = scores.cross_validation
-    if not told:
+    """The figures of each fold, with mean and standard deviation; None without cross-validation."""
+    folds = scores.cross_validation
+    if not folds:
         return None
-    names = [name for name in ("accuracy", "precision", "recall", "f1", "roc_auc", "pr_auc") if name in told["mean"]]
+    names = [name for name in ("accuracy", "precision", "recall", "f1", "roc_auc", "pr_auc") if name in folds["mean"]]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
-        for place, name in enumerate(names):
-            values = [fold[name] for fold in told["folds"] if fold.get(name) is not None]
+        for x, name in enumerate(names):
+            values = [fold[name] for fold in folds["folds"] if fold.get(name) is not None]
             spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
-            axes.plot(place + np.asarray(spread), values, "o", color=BLUE, mfc="none", ms=5)
-            if told["mean"][name] is not None:
-                deviation = told["std"].get(name) or 0.0
-                axes.errorbar(place, told["mean"][name], deviation, fmt="_", color=RED, ms=26, mew=2, capsize=6)
+            axes.plot(x + np.asarray(spread), values, "o", color=BLUE, mfc="none", ms=5)
+            if folds["mean"][name] is not None:
+                deviation = folds["std"].get(name) or 0.0
+                axes.errorbar(x, folds["mean"][name], deviation, fmt="_", color=RED, ms=26, mew=2, capsize=6)
         axes.set_xticks(range(len(names)), [_NAMES[name] for name in names])
         axes.grid(alpha=0.3, axis="y")
 
-    caption = f"{len(told['folds'])}-fold cross-validation: each fold's figures (circles), mean and standard deviation."
+    caption = (
+        f"{len(folds['folds'])}-fold cross-validation: each fold's figures (circles), mean and standard deviation."
+    )
     return Plot("cross_validation.png", "Cross-validation", caption, 8.0, 3.2, draw)
 
 
@@ -319,13 +321,13 @@ _NAMES = {
 
 
 def _shown(name: str, longest: int = 22) -> str:
-    """A class name as a label: short, one line, and with dollars that matplotlib does not take for mathematics."""
+    """A class name as a label: short, on one line, and with dollars escaped for matplotlib."""
     line = " ".join(name.split())
     short = line if len(line) <= longest else line[: longest - 1] + "…"
     return short.replace("$", r"\$")
 
 
 def _thumbnail(pixels: np.ndarray, side: int = 224) -> np.ndarray:
-    """Fewer pixels of a large scan: a report need not carry whole ones."""
+    """A large scan with fewer pixels, to keep the report small."""
     step = max(1, max(pixels.shape[:2]) // side)
     return pixels[::step, ::step]

@@ -1,6 +1,6 @@
-"""A training's report: one HTML file that needs nothing else, and the same content as a PDF.
+"""The report of a training: a self-contained HTML file, and the same content as a PDF.
 
-Both are rendered of the same `Section`s. Nothing in them is of a patient: no file name, no identifier.
+Both are rendered from the same `Section`s. They contain no patient data: no file names and no identifiers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """All that a report tells.
+    """The content of a report.
 
-    `dataset`: images, classes (name → scans), warnings (of `ml.image.dataset.inspection.dataset_warnings`, so they name
-    nobody); what else is in it is left out. `made_at` is the only date in both files. `leak_reasons`: sentences of
-    `ml.image.dataset.splits.Leaks.reasons`. `split_notes`: sentences on how the split was made. What is not known is
-    None and told so.
+    `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.inspection.dataset_warnings`); other
+    keys are ignored. `made_at` is the only date in both files. `leak_reasons`: sentences of
+    `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. Unknown values are None, and
+    shown as such.
     """
 
     scores: Scores
@@ -63,7 +63,7 @@ class ReportInputs:
 
 
 def write_report(inputs: ReportInputs, html: Path, pdf: Path) -> None:
-    """Write both files, each at once or not at all. The same inputs give the same bytes (with the same libraries)."""
+    """Write both files, each atomically. The same inputs give the same bytes (with the same libraries)."""
     content = sections(inputs)
     for path in (html, pdf):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_report(inputs: ReportInputs, html: Path, pdf: Path) -> None:
     partial.write_text(_html(inputs, content), encoding="utf-8")
     partial.replace(html)
     partial = pdf.with_name(f".{pdf.name}.partial")
-    write_pdf(inputs.title, _made(inputs), inputs.made_at, content, partial)
+    write_pdf(inputs.title, _subtitle(inputs), inputs.made_at, content, partial)
     partial.replace(pdf)
 
 
@@ -93,7 +93,7 @@ def sections(inputs: ReportInputs) -> list[Section]:
 
 
 def verdict(scores: Scores, leak_reasons: Sequence[str] = ()) -> Iterator[str]:
-    """Sentences on what was found, and on what was not shown."""
+    """Sentences that summarize the scores and their limits."""
     of = f"for class {scores.positive}" if scores.positive else "on average over the classes"
     yield f"On {scores.held_out} test scans, F1 {of} is {_with_interval(scores, 'f1')}."
     if scores.positive is not None:
@@ -106,9 +106,9 @@ def verdict(scores: Scores, leak_reasons: Sequence[str] = ()) -> Iterator[str]:
     yield from (f"The test is not clean: {reason}" for reason in leak_reasons)
     yield from _patients(scores)
     if scores.cross_validation:
-        told = scores.cross_validation
-        mean, deviation = (_number(told[part].get("f1")) for part in ("mean", "std"))
-        yield f"Over {len(told['folds'])} folds of cross-validation F1 was {mean}, standard deviation {deviation}."
+        folds = scores.cross_validation
+        mean, deviation = (_number(folds[part].get("f1")) for part in ("mean", "std"))
+        yield f"Over {len(folds['folds'])} folds of cross-validation F1 was {mean}, standard deviation {deviation}."
     yield NOT_A_DEVICE
 
 
@@ -189,7 +189,7 @@ def _dataset(inputs: ReportInputs) -> Table:
 
 
 def _warnings(dataset: Mapping[str, Any]) -> Iterator[str]:
-    """The inspection's warnings, which name no file and no patient."""
+    """The inspection's warnings, which contain no file names and no patients."""
     found = tuple(str(text) for text in dataset.get("warnings") or ())
     yield from found or ("The inspection of the dataset has no warning.",)
 
@@ -253,8 +253,8 @@ def _html(inputs: ReportInputs, content: Sequence[Section]) -> str:
         return base64.b64encode(plot.png).decode("ascii")
 
     page = environment.get_template("report.html")
-    return page.render(title=inputs.title, made=_made(inputs), sections=content, encoded=encoded)
+    return page.render(title=inputs.title, made=_subtitle(inputs), sections=content, encoded=encoded)
 
 
-def _made(inputs: ReportInputs) -> str:
+def _subtitle(inputs: ReportInputs) -> str:
     return f"{inputs.made_at:%Y-%m-%d %H:%M} · {inputs.network} · {inputs.scores.held_out} test scans"

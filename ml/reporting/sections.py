@@ -1,4 +1,4 @@
-"""What a report consists of: sections of text, tables and plots."""
+"""The content of a report, independent of its format: sections of text, tables and plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ml.reporting.plots import Plot
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under their headers; the first cell of a row names it."""
+    """Rows of text below headers; the first cell of a row is its name."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -18,7 +18,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it, in this order."""
+    """A heading, and what follows it: paragraphs, tables, then plots."""
 
     title: str
     paragraphs: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""A zip into a folder, safely: into a temporary folder first, then renamed; a refused zip leaves nothing behind."""
+"""Safe extraction of a zip: into a temporary folder that is then renamed; a refused zip leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """What a zip of scans may be at most."""
+    """Limits for a zip of scans."""
 
     members: int = 200_000
     total_bytes: int = 20 * 2**30
-    ratio: float = 200.0  # inflated / stored size of a member over 1 MiB; deflate's own ceiling is 1032
+    ratio: float = 200.0  # inflated / stored size of members over 1 MiB; deflate's maximum is 1032
     member_bytes: int = 2**30
 
 
 def extract_zip(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> None:
-    """Unpack `archive` as `folder`, which is replaced when it exists.
+    """Unpack `archive` as `folder`, which is replaced if it exists.
 
-    Raises ArchiveError, and leaves `folder` as it was, for a broken or encrypted zip, names outside the folder, links,
-    the same name twice, archives within the archive, and sizes beyond `limits`.
+    ArchiveError, without a change to `folder`, for a damaged or encrypted zip, names outside of the folder, links,
+    duplicate names, nested archives, and sizes beyond `limits`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if archive.resolve().is_relative_to(folder.resolve()):
@@ -57,7 +57,7 @@ def _extract(archive: Path, staging: Path, limits: ArchiveLimits) -> None:
 
 
 def checked_members(opened: zipfile.ZipFile, limits: ArchiveLimits) -> dict[str, zipfile.ZipInfo]:
-    """Safe relative name → member, for every file in the zip; ArchiveError when one member or the whole is unsafe."""
+    """Safe relative name → member, for every file in the zip; ArchiveError if a member or the whole zip is unsafe."""
     infos = opened.infolist()
     if len(infos) > limits.members:
         raise ArchiveError(f"The zip has more than {limits.members:,} members.")
@@ -99,6 +99,6 @@ def _check_member(info: zipfile.ZipInfo, name: str, limits: ArchiveLimits) -> No
 
 def _extract_one(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # zipfile reads no more than the declared size (checked above), then compares the CRC: a lying header ends here.
+    # zipfile reads at most the declared size, which is checked above, then compares the CRC: a false size fails here.
     with opened.open(member) as source, target.open("xb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)

@@ -1,8 +1,7 @@
-"""What was computed once and is the same next time, on disk: decoded pixels and frozen features. Bounded; what was not
-used for longest goes first.
+"""A disk cache for decoded pixels and frozen features, of bounded size; least recently used entries are removed first.
 
-A key is a hash of everything that the content depends on, so nothing in here is ever out of date. An entry is written
-beside its place and renamed: a reader finds all of it or nothing, and several trainings may share a folder.
+A key is a hash of everything that the content depends on, so entries never become outdated. An entry is written to a
+temporary folder and renamed: readers see all of it or nothing, and several trainings may share the cache.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ log = logging.getLogger("ml")
 
 
 def key_of(**parts: object) -> str:
-    """A name for what depends on these parts: hex, 64 digits. They must be JSON-able."""
+    """The key for content that depends on these parts, which must be JSON-serializable: 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries, each a folder of files, together at most `max_bytes`."""
+    """A folder of entries, each a folder of files, with at most `max_bytes` in total."""
 
     folder: Path
     max_bytes: int
 
     def find(self, key: str) -> Path | None:
-        """The entry's folder, marked as used just now; None where there is none."""
+        """The entry's folder, which counts as used now; None if there is no such entry."""
         entry = self.folder / key
         try:
             os.utime(entry)
@@ -45,7 +44,7 @@ class Cache:
         return entry
 
     def store(self, key: str, files: Mapping[str, np.ndarray | bytes]) -> None:
-        """Keep an entry, in place of an older one; make room first. A full disk is only logged: a cache saves time."""
+        """Store an entry, replacing an older one, and removing others if necessary. A full disk is only logged."""
         size = sum(len(content) if isinstance(content, bytes) else content.nbytes for content in files.values())
         if size > self.max_bytes:
             return
@@ -61,45 +60,45 @@ class Cache:
             self._replace(partial, self.folder / key)
         except OSError as error:
             log.warning(
-                "Nothing was left in the cache (%s); the training goes on.", error.strerror or error
-            )  # numpy's has no errno
+                "The cache entry could not be stored (%s); the training continues.", error.strerror or error
+            )  # numpy's errors have no strerror
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _replace(self, partial: Path, entry: Path) -> None:
-        shutil.rmtree(entry, ignore_errors=True)  # who has it open keeps its maps
-        with suppress(OSError):  # another training was first: its entry is as good
+        shutil.rmtree(entry, ignore_errors=True)  # processes that have it open keep their memory maps
+        with suppress(OSError):  # another training was faster; its entry is the same
             partial.rename(entry)
 
     def _make_room(self, size: int, key: str) -> None:
         entries = []
         for entry in self.folder.iterdir():
             if entry.name == key:
-                continue  # its place is what the new one takes
-            with suppress(OSError):  # removed by another training meanwhile
-                held = sum(file.stat().st_size for file in entry.iterdir())
-                entries.append((entry.stat().st_mtime, held, entry))
-        total = sum(held for _, held, _ in entries)
-        for _, held, entry in sorted(entries):
+                continue  # it will be replaced
+            with suppress(OSError):  # removed by another training in the meantime
+                used = sum(file.stat().st_size for file in entry.iterdir())
+                entries.append((entry.stat().st_mtime, used, entry))
+        total = sum(used for _, used, _ in entries)
+        for _, used, entry in sorted(entries):
             if total + size <= self.max_bytes:
                 return
             shutil.rmtree(entry, ignore_errors=True)
-            total -= held
+            total -= used
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A dataset's features under one backbone, in a cache."""
+    """The cache entry for a dataset's features below one cut of a network."""
 
     cache: Cache
     key: str
 
     def entry(self) -> Path | None:
-        """The folder that they are in, where they are."""
+        """The entry's folder, if it exists."""
         return self.cache.find(self.key)
 
     def store(self, features: np.ndarray, known: np.ndarray) -> None:
-        """Keep them, unless all of them are there already."""
+        """Store features [scans, …] with the mask of computed ones, bool [scans], unless the cache has all of them."""
         entry = self.entry()
         found = None if entry is None else read_features(entry)
         if found is None or found[1].shape != known.shape or (known & ~found[1]).any():
@@ -107,8 +106,10 @@ class Cached:
 
 
 def read_features(entry: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Features float32 [scans, …], mapped from the file, and which scans have any: bool [scans]. None where half of
-    the entry was removed just now."""
+    """Memory-mapped features, float32 [scans, …], and which of them were computed, bool [scans].
+
+    None if the entry is being removed.
+    """
     try:
         return np.load(entry / "features.npy", mmap_mode="r"), np.load(entry / "known.npy")
     except (OSError, ValueError, EOFError):

@@ -1,4 +1,4 @@
-"""Downloads a dataset from an http(s) address or a Google Drive share link; written to a temporary file, then renamed."""
+"""Downloads a dataset from an http(s) address or a Google Drive link, to a temporary file that is then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in threads ahead of whoever consumes it: in order, and never more than `depth` results in memory."""
+"""Prefetching: work in threads ahead of its consumer, in order and in bounded memory; and batching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Result = TypeVar("Result")
 def prefetch(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, depth: int = 32
 ) -> Iterator[Result]:
-    """`map(work, items)` in threads, in order. Pillow, zlib and hashlib let go of the GIL, so threads do help."""
+    """`map(work, items)` in threads, in order, with at most `depth` results in memory.
+
+    Threads help because Pillow, zlib and hashlib release the GIL.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     pending: deque[Future[Result]] = deque()
     try:
@@ -30,14 +33,16 @@ def prefetch(
 
 
 def batched_for_streams(items: Iterable[Item], size: int, streams: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, for a device that takes so many `streams` of them at the same time. What is left at the
-    end is shared evenly: one stream does not work for two while the other has nothing."""
-    for some in batched(items, size * streams):
-        yield from batched(some, -(-len(some) // streams))
+    """Lists of at most `size` items, for a device that computes `streams` batches at the same time.
+
+    The remainder at the end is divided evenly, so that all streams are busy.
+    """
+    for round_ in batched(items, size * streams):
+        yield from batched(round_, -(-len(round_) // streams))
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items; the last one may be shorter."""
     source = iter(items)
     while batch := list(islice(source, size)):
         yield batch

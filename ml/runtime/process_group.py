@@ -1,5 +1,6 @@
-"""Processes of one machine that train together, as one of them sees it: which share of the rows is its own, and how
-arrays and numbers are exchanged. Who starts and ends them is in `ml.image.learning.ddp_launch`.
+"""The processes of one machine that train together, from the view of one of them: shares of rows, and collectives.
+
+`ml.image.learning.ddp_launch` starts and ends the processes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Value = TypeVar("Value")
 
 @dataclass(eq=False)
 class ProcessGroup:
-    """A member's view: it is number `rank` of `size`. Every member takes each `size`-th row, from its own on.
+    """The group of `size` processes, seen by number `rank`, which owns every `size`-th row from row `rank` on.
 
-    When the team parts, the leader is alone: `size` becomes 1.
+    When the group ends, the leader goes on alone: its `size` becomes 1.
     """
 
     rank: int = 0
@@ -27,23 +28,23 @@ class ProcessGroup:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this one speaks, and writes files."""
+        """Whether this process reports and writes files."""
         return self.rank == 0
 
     def device(self) -> torch.device:
-        """This member's own: a GPU each, where there are as many."""
+        """The device of this process: its own GPU if there are enough, else the CPU."""
         return torch.device("cuda", self.rank) if torch.cuda.device_count() >= self.size else torch.device("cpu")
 
     def own_rows(self, rows: Rows) -> Rows:
-        """This member's share of rows; none where there are fewer rows than members before it."""
+        """The rows of this process; none if there are fewer than `rank` + 1."""
         return rows if self.size == 1 else rows[self.rank :: self.size]
 
     def rows_to_compute(self, rows: Rows) -> Rows:
-        """What this member computes for `together`: its rows, or where it has none, one that is thrown away."""
+        """What this process computes for `gather_rows`: its own rows or, if it has none, one that is discarded."""
         return self.own_rows(rows) if self.rank < len(rows) else rows[:1]
 
     def gather_rows(self, share: np.ndarray, count: int) -> np.ndarray:
-        """All members' shares of `count` rows in their places again: [count, …]; each member gets all."""
+        """All processes' shares of `count` rows in their original order: [count, …], the same in each process."""
         if self.size == 1:
             return share
         padded = np.zeros((-(-count // self.size), *share.shape[1:]), share.dtype)
@@ -56,7 +57,7 @@ class ProcessGroup:
         return whole
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over all members."""
+        """The sum of each value over all processes."""
         if self.size == 1:
             return values
         summed = torch.tensor(values, dtype=torch.float64)
@@ -64,7 +65,7 @@ class ProcessGroup:
         return [float(value) for value in summed]
 
     def all_true(self, flags: np.ndarray) -> np.ndarray:
-        """Where all members say true: bool, of the shape of `flags`."""
+        """Where all processes have True: bool, in the shape of `flags`."""
         if self.size == 1:
             return flags
         least = torch.from_numpy(flags.astype(np.uint8))
@@ -72,7 +73,7 @@ class ProcessGroup:
         return least.numpy().astype(bool)
 
     def broadcast(self, value: Value) -> Value:
-        """What the leader's `value` is."""
+        """The leader's `value`."""
         if self.size == 1:
             return value
         box = [value]

@@ -1,6 +1,6 @@
-"""A safetensors file that is either whole or not there: a temporary file beside it, fsync, rename, fsync of the folder.
+"""Atomic safetensors files: a temporary file beside the target, fsync, rename, fsync of the folder.
 
-After a kill -9 a temporary file may stay (its name begins with a dot); the file itself is the old one or the new one.
+After a kill -9 a temporary file may remain (its name begins with a dot); the target is either the old or the new one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write `path` at once. OSError where the system refuses; whatever was there before is then still there."""
+    """Write `path` atomically. OSError if the system refuses; an existing file is then unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -29,15 +29,15 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        save_file(ready, str(path), metadata={"format": "pt", **metadata})
+        save_file(plain, str(path), metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         raise _as_os_error(error) from error
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
-    # safetensors is Rust: a refused write comes without its errno, as "… I/O error: … (os error 28)".
+    # safetensors is written in Rust: its errors have no errno, only the text "… I/O error: … (os error 28)".
     for number in (errno.ENOSPC, errno.EDQUOT):
         if f"(os error {number})" in str(error):
             return OSError(number, os.strerror(number))
@@ -45,13 +45,13 @@ def _as_os_error(error: SafetensorError) -> OSError:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Take a file's blocks before it is mapped: a full disk is an OSError here, and would be a SIGBUS in the map."""
+    """Allocate a file's blocks before mapping it: a full disk is an OSError here, but a SIGBUS in mapped memory."""
     if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(descriptor, 0, size)
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or, so that a rename survives a power cut, of a folder."""
+    """fsync of a file, or of a folder, so that a rename survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

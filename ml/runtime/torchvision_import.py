@@ -1,9 +1,9 @@
-"""The one door to torchvision.
+"""Imports torchvision, also beside a CPU build of torch; import it nowhere else.
 
-torchvision's PyPI wheel is linked against CUDA torch. Beside a CPU build of torch its compiled operators cannot load,
-and `import torchvision` fails with "operator torchvision::nms does not exist". Nothing of ours uses those operators, so
-after (and only after) the plain import has failed, the two names that torchvision looks for are declared without an
-implementation, and the import is tried again. Where the plain import works nothing is declared.
+torchvision's wheel on PyPI is linked against CUDA torch. Beside a CPU build its compiled operators cannot be loaded,
+and `import torchvision` fails with "operator torchvision::nms does not exist". RenalQ does not use these operators. So
+if, and only if, the plain import fails, the two names that torchvision looks for are declared without an
+implementation, and the import is repeated.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import torch
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = ("nms", "qnms")
-_declared: list[torch.library.Library] = []  # a Library takes its operators back when it is collected
+_declared: list[torch.library.Library] = []  # a Library removes its operators when it is garbage collected
 
 
 @cache
 def torchvision() -> ModuleType:
-    """Import torchvision, declaring its missing operators if that is what the import fails on."""
+    """Import torchvision; its missing operators are declared if the import fails because of them."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    _forget_half_imported()
+    _remove_partial_import()
     _declare_operators()
     return importlib.import_module("torchvision")
 
 
 def operators_declared() -> bool:
-    """True when torchvision's compiled operators were missing and stand-ins were declared (for `renalq doctor`)."""
+    """Whether the compiled operators were missing and had to be declared (for `renalq doctor`)."""
     torchvision()
     return bool(_declared)
 
@@ -46,6 +46,6 @@ def _declare_operators() -> None:
     _declared.append(library)
 
 
-def _forget_half_imported() -> None:
+def _remove_partial_import() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]

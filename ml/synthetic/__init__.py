@@ -1,0 +1,1 @@
+"""Synthetic CT of phantoms, for demonstrations, tests and benchmarks."""

@@ -1,11 +1,11 @@
 """Synthetic abdominal CT at the level of the kidneys, in Hounsfield units (HU).
 
-A phantom is one made-up patient: body habitus, organ sizes, contrast phase and scanner noise drawn from a
-seed. Slices of it are painted in millimetres as soft-edged blobs, back to front, and then covered with noise
-whose spectrum has the shape of filtered back-projection. Half of the patients carry one enhancing kidney mass
-with a darker, necrotic core, and every slice written of them shows it.
+A phantom is an invented patient: body habitus, organ sizes, contrast phase and scanner noise are drawn by a seed.
+Slices are painted in millimetres as soft-edged blobs, back to front, and then covered with noise that has the spectrum
+of filtered back-projection. Half of the patients have one enhancing kidney mass with a darker, necrotic core, which is
+visible in each of their slices.
 
-Good for demonstrations, tests and benchmarks; it says nothing about how a network does on real patients.
+Phantoms are for demonstrations, tests and benchmarks; they say nothing about a network's quality on real patients.
 
 Sources. Tissue HU: Lamba et al., AJR 2014 (fat, muscle, fluid, organs before contrast) and Hofer, "CT
 Teaching Manual" (bone, enhancement in the portal-venous phase). Solid renal masses enhance less than the parenchyma
@@ -29,7 +29,7 @@ Masks = npt.NDArray[np.bool_]
 Patch = tuple[slice, slice]
 
 INTERCEPT = -1024
-"""HU of the stored value 0 in the DICOM files: nothing is darker."""
+"""HU of the stored value 0 in DICOM files, the minimum."""
 SLICE_MM = 5.0
 AIR, FAT_HU, MUSCLE, FLUID, VEIN, CORTICAL_BONE = -1000.0, -100.0, 60.0, 15.0, 140.0, 520.0
 
@@ -51,7 +51,7 @@ class Kidney:
 
 @dataclass(frozen=True)
 class Tumour:
-    """A mass on one kidney: `bearing` from lateral in radians, `depth` 1 is on the contour, `radius` in mm."""
+    """A mass on one kidney: `bearing` from lateral in radians, `depth` (1 is on the contour), `radius` in mm."""
 
     kidney: int
     bearing: float
@@ -64,7 +64,7 @@ class Tumour:
 
 @dataclass(frozen=True)
 class Phantom:
-    """One patient: lengths in mm, `tilt` in radians, `noise` the standard deviation at the centre in HU."""
+    """One patient: lengths in mm, `tilt` in radians, `noise` in HU (standard deviation at the centre)."""
 
     patient: int
     seed: int
@@ -82,7 +82,7 @@ class Phantom:
 
     @property
     def label(self) -> Label:
-        """The class folder this patient's slices belong in."""
+        """The class of this patient's slices."""
         return "Tumor" if self.tumour else "Normal"
 
     @property
@@ -105,12 +105,12 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """File name without suffix; the part before `_slice` is what a split by patient groups by."""
+        """File name without suffix; it contains the patient's id (see `ml.image.dataset.patients`)."""
         return f"patient-{self.patient:04d}_slice-{self.index:02d}"
 
 
 class Canvas:
-    """A square image in HU that blobs are painted on; coordinates are patient mm, y towards the back."""
+    """A square image in HU to paint blobs on; coordinates are in patient mm, y towards the back."""
 
     def __init__(self, size: int, phantom: Phantom, rng: np.random.Generator) -> None:
         self.size, self.mm, self.rng = size, phantom.field_mm / size, rng
@@ -129,10 +129,10 @@ class Canvas:
         soft: float = 1.3,
         square: float = 0.0,
     ) -> tuple[Patch, Floats]:
-        """Blend an ellipse with a wavy contour into the image; gives its patch and coverage 0..1.
+        """Blend an ellipse with a wavy contour into the image; returns its patch, and its coverage 0 to 1.
 
-        `layers` are (inset in mm, HU) from the outside in; `soft` is the width of the edge in pixels;
-        `square` 0..1 pulls the ellipse towards its rectangle.
+        `layers`: (inset in mm, HU) from the outside in. `angle`: radians. `rough`: amplitude of the contour's waves.
+        `soft`: width of the edge in pixels. `square`: 0 to 1, from ellipse to rectangle.
         """
         window, u, v = self._local(x, y, max(rx, ry) * 1.3, angle)
         u /= rx
@@ -161,7 +161,7 @@ class Canvas:
         return (rows, cols), c * dx[None] + s * dy[:, None], c * dy[:, None] - s * dx[None]
 
     def _waves(self, uu: Floats, vv: Floats, uv: Floats, rough: float) -> Floats:
-        """1 + a * cos(2 theta) + b * sin(2 theta) + c * cos(4 theta), without the slow trigonometry."""
+        """1 + a * cos(2 theta) + b * sin(2 theta) + c * cos(4 theta), without slow trigonometric functions."""
         a, b, c = (float(part) for part in self.rng.normal(0, rough, 3) * (0.7, 0.7, 0.15))
         scale = 1 / (uu + vv + 1e-6)
         cos2, sin2 = (uu - vv) * scale, uv * scale
@@ -170,7 +170,7 @@ class Canvas:
 
 
 def make_phantom(patient: int, tumour: bool, seed: int) -> Phantom:
-    """Draw one patient's anatomy from `(seed, patient)`; the tumour is drawn last, so the rest ignores it."""
+    """One patient's anatomy by `(seed, patient)`. The tumour is drawn last, so the rest does not depend on it."""
     rng = np.random.default_rng([seed, patient])
     habitus = rng.uniform(0, 1)  # 0 lean .. 1 heavy: girth and fat go together
     rx = 157 + 13 * habitus + rng.normal(0, 2)
@@ -261,7 +261,7 @@ def _body(canvas: Canvas, phantom: Phantom) -> None:
 
 
 def _bowel(canvas: Canvas, phantom: Phantom, rng: np.random.Generator) -> None:
-    """Loops in front: wall, then fluid or stool, and gas on top of it, for the patient lies on the back."""
+    """Loops in front: wall, then fluid or stool, with gas on top, since the patient lies on the back."""
     width, depth = phantom.cavity
     for _ in range(14):  # vessels of the mesentery
         cx, cy = rng.uniform(-0.2, 0.6) * width, -depth * rng.uniform(0.05, 0.7)
@@ -321,12 +321,12 @@ def _kidney(canvas: Canvas, kidney: Kidney, level: float) -> None:
 
 
 def _shrink(level: float) -> float:
-    """How much smaller than at the hilum a kidney is cut at `level`: an ellipsoid's profile."""
+    """Size of a kidney's section at `level` relative to the hilum: the profile of an ellipsoid."""
     return math.sqrt(max(0.1, 1 - 0.45 * level * level))
 
 
 def _mass(canvas: Canvas, phantom: Phantom, level: float) -> Masks:
-    """Paint the enhancing rim and the necrotic core; the mask is where the mass covers half a pixel."""
+    """Paint the enhancing rim and the necrotic core; the mask has the pixels that the mass covers by more than half."""
     mask = np.zeros(canvas.hu.shape, np.bool_)
     tumour = phantom.tumour
     if tumour is None:
@@ -350,7 +350,7 @@ def _noise_shape(size: int) -> Floats:
 
 
 def _noise(phantom: Phantom, size: int, rng: np.random.Generator) -> Floats:
-    """Correlated noise in HU [H, W], strongest in the middle, where the rays have passed the most tissue."""
+    """Correlated noise in HU, [H, W]; strongest in the middle, where rays pass the most tissue."""
     parts = rng.standard_normal((size, size + 2), np.float32).view(np.complex64)
     field = np.fft.irfft2(parts * _noise_shape(size), s=(size, size)).astype(np.float32, copy=False)
     axis = np.linspace(-1, 1, size, dtype=np.float32) * np.float32(phantom.field_mm / 2)

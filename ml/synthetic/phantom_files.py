@@ -34,14 +34,14 @@ def windowed(hu: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
 
 
 def png_bytes(image: Slice) -> bytes:
-    """An 8-bit grey PNG in the soft-tissue window."""
+    """The slice as an 8-bit grey PNG in the soft-tissue window."""
     out = io.BytesIO()
     Image.fromarray(windowed(image.hu)).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 
 def dicom_bytes(image: Slice) -> bytes:
-    """A DICOM part-10 file (CT Image Storage, explicit VR little endian); HU = stored value - 1024."""
+    """The slice as a DICOM part-10 file (CT Image Storage, explicit VR little endian); HU = stored value - 1024."""
     patient = f"PHANTOM-{image.patient:04d}"
     series = f"renalq-{image.seed}-{image.patient}"
     meta = FileMetaDataset()
@@ -106,7 +106,7 @@ def write_dataset(
     size: int = 512,
     on_slice: Callable[[], None] = _ignore,
 ) -> int:
-    """Write `Normal/` and `Tumor/` (or, unlabelled, one flat folder and `truth.csv`); gives their count."""
+    """Write `Normal/` and `Tumor/` (or, unlabelled, one flat folder and `truth.csv`); returns the number of slices."""
     truth: list[tuple[str, str]] = []
     for image in generate(patients, slices, seed, size):
         name, data = _named(image, format, unlabelled)
@@ -131,7 +131,7 @@ def write_zip(
     size: int = 512,
     on_slice: Callable[[], None] = _ignore,
 ) -> int:
-    """The same as one zip, whole or not at all; unlabelled, `NAME.truth.csv` lies beside it, not inside."""
+    """The same as a zip, atomically; unlabelled, with `NAME.truth.csv` beside it. Returns the number of slices."""
     truth: list[tuple[str, str]] = []
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _write_truth(path: Path, truth: Sequence[tuple[str, str]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ml phantom --out PATH[.zip] …`: write a data set, progress on stderr; 0 when done."""
+    """`python -m ml phantom --out PATH[.zip] …`: write a dataset, with progress on stderr; returns 0."""
     args = _parser().parse_args(argv)
     write = write_zip if args.out.suffix == ".zip" else write_dataset
     with Progress(console=Console(stderr=True)) as progress:

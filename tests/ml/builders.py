@@ -19,6 +19,7 @@ from ml.image.dataset.splits import Split
 from ml.image.engines.backends import TorchEngine
 from ml.image.engines.features import Features
 from ml.image.learning.train import TrainData
+from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
 from ml.runtime.config import parse_params
@@ -30,6 +31,14 @@ SCANS = TRAINED + VALIDATED + TESTED
 CLASSES = ("Normal", "Tumor")
 FEATURES = 2048  # of a scan, where a `CountingBackbone` computes them
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def last_linear(model: Model) -> nn.Linear:
+    """The layer that outputs the logits."""
+    head = model.network.get_submodule(ARCHITECTURES[model.architecture].head)
+    assert isinstance(head, nn.Sequential)
+    assert isinstance(head[-1], nn.Linear)
+    return head[-1]
 
 
 def make_pixels(seed: int = 0, height: int = 48, width: int = 48, bright: bool = False) -> np.ndarray:

@@ -106,7 +106,7 @@ def train_until(epoch: int, case: Case, folder: Path) -> Checkpoint:
     """The checkpoint after `epoch`, of a training that is then dropped."""
     (model, data), done = case.made(), []
     keeper = CheckpointWriter(CheckpointPlan(folder, 0.0), make_origin(), done, lambda event: None)
-    for one in train(TrainConfig(model, case.params, keep=keeper), data):
+    for one in train(TrainConfig(model, case.params, on_checkpoint=keeper), data):
         done.append(one)
         if one.epoch == epoch + 1:
             break

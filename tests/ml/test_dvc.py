@@ -1,4 +1,4 @@
-"""dvc.yaml against the code: a stage that leaves out what it depends on would be skipped when that has changed."""
+"""dvc.yaml against the code: dvc would skip a stage if code changed that is missing from its dependencies."""
 
 from __future__ import annotations
 
@@ -22,90 +22,87 @@ from tests.ml.builders import make_files, make_params, write_zip
 from tests.ml.conftest import SIDE
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES_OF_DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-NO_OUTCOME = {"errors", "events", "cache"}
-"""They say what went wrong, tell how far it is, and keep what was computed: none of it changes what a stage writes."""
-MODULES = dict(zip(STAGES, ("ingestion", "preparation", "fitting", "evaluation"), strict=True))
+DVC_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RUN = "ml/image/stages/run.py"
+FILES = dict(zip(STAGES, ("ingestion", "base_model", "training", "evaluation"), strict=True))
 
 
 @cache
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((ROOT / "ml" / f"{module}.py").read_text())
-
-
-def imported(module: str) -> dict[str, str]:
-    """Name in this module → the module of ml that it is or comes from."""
+def imports_of(file: str) -> dict[str, str]:
+    """Name in this file → the file in ml/ that it is or comes from."""
     found = {}
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.ImportFrom) and node.module == "ml":
-            found |= {one.asname or one.name: one.name for one in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ml."):
-            found |= {one.asname or one.name: str(node.module)[3:] for one in node.names}
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ml."):
+            folder = str(node.module).replace(".", "/")
+            for name in node.names:
+                files = (f"{folder}/{name.name}.py", f"{folder}.py", f"{folder}/__init__.py")
+                found[name.asname or name.name] = next(file for file in files if (ROOT / file).exists())
     return found
 
 
-def handed_on(attribute: str) -> set[str]:
-    """The modules that stand behind an attribute of `ml.image.stages.run.Run`, by the statement of the class that
-    defines it."""
-    names = imported("run")
-    body = next(node for node in tree_of("run").body if isinstance(node, ast.ClassDef) and node.name == "Run").body
+def behind_run(attribute: str) -> set[str]:
+    """The files that an attribute of `ml.image.stages.run.Run` uses, by the statement that defines it."""
+    imports, tree = imports_of(RUN), ast.parse((ROOT / RUN).read_text())
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Run").body
     for node in body:
         defined = node.target.id if isinstance(node, ast.AnnAssign) else getattr(node, "name", "")
         if defined == attribute:
-            return {names[one.id] for one in ast.walk(node) if isinstance(one, ast.Name) and one.id in names}
+            return {imports[one.id] for one in ast.walk(node) if isinstance(one, ast.Name) and one.id in imports}
     return set()
 
 
-def modules_behind(stage: str) -> set[str]:
-    """All that a stage imports, directly or through others; of what ml.image.stages.run imports, what the stage asks
-    a Run for."""
+def files_behind(stage: str) -> set[str]:
+    """All files that a stage imports, directly or indirectly; of a Run, only what the stage uses of it."""
     found: set[str] = set()
-    waiting = {MODULES[stage]}
+    waiting = {f"ml/image/stages/{FILES[stage]}.py"}
     while waiting:
-        module = waiting.pop()
-        found.add(module)
-        more = set() if module == "run" else set(imported(module).values())
-        if module != "run":
-            asked = set(re.findall(r"\bstate\.(\w+)", (ROOT / "ml" / f"{module}.py").read_text()))
-            more |= {behind for attribute in asked for behind in handed_on(attribute)}
-        waiting |= more - found - NO_OUTCOME
+        file = waiting.pop()
+        found.add(file)
+        if file == RUN:
+            continue
+        used = set(re.findall(r"\brun\.(\w+)", (ROOT / file).read_text()))
+        waiting |= {*imports_of(file).values(), *(one for name in used for one in behind_run(name))} - found
     return found
 
 
+def room_of(file: str) -> str:
+    """The folder of a file; stages are files of their own."""
+    return file if file.startswith("ml/image/stages/") else str(Path(file).parent)
+
+
 def test_the_stages_are_the_pipelines():
-    assert tuple(STAGES_OF_DVC) == STAGES
-    assert [stage["cmd"] for stage in STAGES_OF_DVC.values()] == [f"python -m ml {name}" for name in STAGES]
+    assert tuple(DVC_STAGES) == STAGES
+    assert [stage["cmd"] for stage in DVC_STAGES.values()] == [f"python -m ml {name}" for name in STAGES]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_every_module_behind_it_and_on_no_other(stage):
-    listed = {path for path in STAGES_OF_DVC[stage]["deps"] if path.startswith("ml/") and path.endswith(".py")}
-    assert listed == {f"ml/{module}.py" for module in modules_behind(stage)}
+def test_a_stage_depends_on_exactly_the_rooms_that_it_imports_from(stage):
+    listed = {path for path in DVC_STAGES[stage]["deps"] if path.startswith("ml/")}
+    assert listed == {room_of(file) for file in files_behind(stage)}
 
 
 def test_every_dependency_is_in_the_repository_or_written_by_a_stage_before():
     written = {str(load_config(ROOT / "config" / "config.yaml").data_ingestion.local_data_file)}
-    for stage in STAGES_OF_DVC.values():
+    for stage in DVC_STAGES.values():
         for path in stage["deps"]:
             assert path in written or (not path.startswith("artifacts/") and (ROOT / path).exists()), path
         written |= set(stage["outs"])
 
 
 def test_every_parameter_is_one_of_some_stage():
-    told = [name for stage in STAGES_OF_DVC.values() for name in stage["params"]]
-    assert {name.lower() for name in told} == set(Params.model_fields)
+    named = [name for stage in DVC_STAGES.values() for name in stage["params"]]
+    assert {name.lower() for name in named} == set(Params.model_fields)
 
 
-def test_the_page_of_the_report_and_the_config_are_dependencies_too():
-    assert "ml/templates" in STAGES_OF_DVC["evaluation"]["deps"]
-    assert all("config/config.yaml" in stage["deps"] for stage in STAGES_OF_DVC.values())
+def test_the_config_is_a_dependency_of_every_stage():
+    assert all("config/config.yaml" in stage["deps"] for stage in DVC_STAGES.values())
 
 
 # --- dvc itself ------------------------------------------------------------------------------------------------------
 
 
 def dvc(folder: Path, *arguments: str) -> str:
-    """Its stdout; it finds our `python` first, and tells nobody of its use."""
+    """The output of a dvc command, which finds this `python` first, and sends no analytics."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [sys.executable, "-m", "dvc", *arguments]
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
@@ -115,7 +112,7 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 
 def stages_to_run(folder: Path, **changed: object) -> set[str]:
-    """The stages that something has changed for, other parameters among it."""
+    """The stages with changed dependencies, if parameters change as well."""
     path = folder / "params.yaml"
     before = path.read_text()
     path.write_text(yaml.safe_dump(yaml.safe_load(before) | changed))
@@ -128,7 +125,8 @@ def stages_to_run(folder: Path, **changed: object) -> set[str]:
 def test_dvc_runs_all_stages_and_then_only_what_has_changed(tmp_path):
     for name in ("ml", "config"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, tmp_path)
     params = make_params(network="resnet18", image_size=[SIDE, SIDE, 3], epochs=1).model_dump(mode="json")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({name.upper(): value for name, value in params.items()}))
     (tmp_path / "artifacts" / "data_ingestion").mkdir(parents=True)

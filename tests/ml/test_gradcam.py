@@ -27,7 +27,7 @@ from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
 from ml.runtime.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from tests.ml.builders import CLASSES, encode, make_dicom, make_pixels, make_scans
+from tests.ml.builders import CLASSES, encode, last_linear, make_dicom, make_pixels, make_scans
 
 CONVOLUTIONAL = sorted({*NETWORKS} - {"vit_b_16"})
 HEIGHT, WIDTH, SPOT = 150, 260, 50
@@ -55,8 +55,8 @@ def make_spotter(name: str) -> Model:
                 middle = layer.kernel_size[0] // 2
                 layer.weight[0, 0, middle, middle] = 1
     spotter = Model(built, CLASSES, model.transform, {}, name, "gap")
-    spotter.last_linear.weight.zero_()[:, 0] = torch.tensor([-1.0, 1.0])
-    spotter.last_linear.bias.zero_()
+    last_linear(spotter).weight.zero_()[:, 0] = torch.tensor([-1.0, 1.0])
+    last_linear(spotter).bias.zero_()
     return spotter
 
 
@@ -216,7 +216,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
 def test_what_raises_all_logits_alike_changes_no_heatmap():
     scan, by, raised = encode(make_pixels(1, 60, 60, bright=True)), Explainer(make_model()), make_model()
     with torch.no_grad():
-        raised.last_linear.weight += torch.randn(raised.last_linear.in_features, generator=torch.manual_seed(1))
+        last_linear(raised).weight += torch.randn(last_linear(raised).in_features, generator=torch.manual_seed(1))
     for label in CLASSES:
         ours, theirs = explained(scan, label, by).heatmap, explained(scan, label, Explainer(raised)).heatmap
         assert theirs == pytest.approx(ours, abs=1e-3)
@@ -344,7 +344,7 @@ def test_the_overlay_is_the_grey_scan_where_nothing_is_seen_and_coloured_where_i
 def spoiled(value: float) -> Explainer:
     model = make_model()
     with torch.no_grad():
-        model.last_linear.weight.fill_(value)
+        last_linear(model).weight.fill_(value)
     return Explainer(model)
 
 

@@ -259,7 +259,7 @@ def test_torchs_own_allocator_is_understood(vgg):
 WITHOUT_ROOM = """
 import resource
 import numpy as np
-from ml import network
+from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.engines.backends import OpenVinoEngine
 from ml.runtime.errors import DeviceOutOfMemory

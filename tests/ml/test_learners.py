@@ -63,10 +63,10 @@ def learned(
     for epoch in range(3):
         for window in range(windows):
             if windows > 1 or not learner.in_window:
-                learner.enter(features_of(window))
+                learner.enter_window(features_of(window))
             losses += [learner.learn(batch)[1] for batch in batches_of(params, epoch)]
         if windows > 1:
-            learner.leave()
+            learner.leave_window()
     learner.finish()
     return classifier, losses
 
@@ -155,7 +155,7 @@ def test_logits_are_those_of_the_finished_network(make):
     params, other = make_params(learning_rate=0.1, standardize=True), features_of(9)
     classifier = make_classifier()
     learner = make(params, Criterion(), classifier)
-    learner.enter(features_of(0))
+    learner.enter_window(features_of(0))
     for batch in batches_of(params, 0):
         learner.learn(batch)
     before = learner.logits(other)
@@ -174,14 +174,14 @@ def test_the_best_place_is_gone_back_to(make, windows):
     for epoch in range(3):
         for window in range(windows):
             if windows > 1 or not learner.in_window:
-                learner.enter(features_of(window))
+                learner.enter_window(features_of(window))
             for batch in batches_of(params, epoch):
                 learner.learn(batch)
         if windows > 1:
-            learner.leave()
-        seen.append((learner.logits(other), cloned(learner.place())))
+            learner.leave_window()
+        seen.append((learner.logits(other), cloned(learner.weights())))
     assert all(not torch.allclose(one[0], another[0], atol=1e-3) for one, another in pairwise(seen))
-    learner.put(seen[0][1])
+    learner.set_weights(seen[0][1])
     learner.finish()
     assert torch.allclose(classifier(other), seen[0][0], atol=1e-9)
 
@@ -194,7 +194,7 @@ def test_the_best_place_is_gone_back_to(make, windows):
 def test_parts_of_a_batch_add_up_to_its_mean(weights, smoothing):
     criterion, logits = Criterion(weights, smoothing), torch.randn(7, 3).double()
     labels = LABELS[:7]
-    parts = [criterion.part(logits[part], labels[part], labels) for part in (slice(0, 3), slice(3, 7), slice(7, 9))]
+    parts = [criterion.partial(logits[part], labels[part], labels) for part in (slice(0, 3), slice(3, 7), slice(7, 9))]
     assert float(sum(parts)) == pytest.approx(float(criterion(logits, labels)), rel=1e-12)
 
 

@@ -60,7 +60,7 @@ def train_plainly(linear: nn.Linear, windows: list[int], **options: float) -> li
 def learn(span: SpanSgdLinear, window: int) -> list[float]:
     norms = []
     for number, rows in enumerate(batches(window)):
-        span.gather(rows, gradient_of(span.forward(rows)))
+        span.accumulate(rows, gradient_of(span.forward(rows)))
         norms.append(float(span.squared_norm().sqrt()))
         span.step(rate_of(number))
     return norms
@@ -69,7 +69,7 @@ def learn(span: SpanSgdLinear, window: int) -> list[float]:
 def train_in_span(linear: nn.Linear, windows: list[int], **options: float) -> tuple[SpanSgdLinear, list[float]]:
     span, norms = SpanSgdLinear(linear, **options), []
     for window in windows:
-        span.enter(inputs_of(window))
+        span.enter_window(inputs_of(window))
         norms += learn(span, window)
     return span, norms
 
@@ -80,7 +80,7 @@ def test_the_weights_are_those_of_plain_sgd(windows, options):
     plain, spanned = make_linear(), make_linear()
     norms = train_plainly(plain, windows, **options)
     span, ours = train_in_span(spanned, windows, **options)
-    span.settle()
+    span.close_window()
     assert (plain.weight - make_linear().weight).abs().max() > 0.01
     assert torch.allclose(spanned.weight, plain.weight, rtol=0, atol=1e-10)
     assert torch.allclose(spanned.bias, plain.bias, rtol=0, atol=1e-10)
@@ -92,15 +92,15 @@ def test_a_step_of_several_batches_is_one_of_their_sum():
     first, second = batches(0)[:2]
     spans = [SpanSgdLinear(linear, **DECAYING) for linear in (both, parts)]
     for span in spans:
-        span.enter(inputs_of(0))
+        span.enter_window(inputs_of(0))
     whole = torch.cat([first, second])
     gradient = gradient_of(spans[0].forward(whole))
-    spans[0].gather(whole, gradient)
-    spans[1].gather(first, gradient[: len(first)])
-    spans[1].gather(second, gradient[len(first) :])
+    spans[0].accumulate(whole, gradient)
+    spans[1].accumulate(first, gradient[: len(first)])
+    spans[1].accumulate(second, gradient[len(first) :])
     for span in spans:
         span.step(RATE, 0.5)
-        span.settle()
+        span.close_window()
     assert torch.allclose(both.weight, parts.weight, rtol=0, atol=1e-12)
     assert torch.allclose(both.bias, parts.bias, rtol=0, atol=1e-12)
 
@@ -113,11 +113,11 @@ def test_a_scan_that_a_batch_has_twice_counts_twice():
     expected = nn.utils.get_total_norm([plain.weight.grad, plain.bias.grad])
     torch.optim.SGD(plain.parameters(), RATE).step()
     span = SpanSgdLinear(spanned, 0.0)
-    span.enter(inputs_of(0))
-    span.gather(rows, gradient)
+    span.enter_window(inputs_of(0))
+    span.accumulate(rows, gradient)
     assert float(span.squared_norm().sqrt()) == pytest.approx(float(expected), rel=1e-9)
     span.step(RATE)
-    span.settle()
+    span.close_window()
     assert torch.allclose(spanned.weight, plain.weight, rtol=0, atol=1e-12)
 
 
@@ -126,17 +126,17 @@ def test_outputs_of_other_inputs_need_no_settling(options):
     linear, other = make_linear(), torch.randn(7, 300).double()
     span, _ = train_in_span(linear, [0, 1], **options)
     before = span.outputs(other)
-    span.settle()
+    span.close_window()
     assert torch.allclose(before, linear(other), atol=1e-10)
 
 
 def test_settling_twice_changes_nothing():
     linear = make_linear()
     span, _ = train_in_span(linear, [0], **PLAIN)
-    span.settle()
-    settled = linear.weight.detach().clone()
-    span.settle()
-    assert torch.equal(settled, linear.weight)
+    span.close_window()
+    closed = linear.weight.detach().clone()
+    span.close_window()
+    assert torch.equal(closed, linear.weight)
 
 
 # --- places and states -----------------------------------------------------------------------------------------------
@@ -152,15 +152,15 @@ def test_a_place_is_gone_back_to(windows, options):
     linear, other = make_linear(), torch.randn(7, 300).double()
     span, _ = train_in_span(linear, windows, **options)
     if len(windows) > 1:
-        span.settle(keep_momentum=True)
-    place, expected = copies(span.place()), span.outputs(other)
-    span.enter(inputs_of(windows[-1])) if len(windows) > 1 else None
+        span.close_window(keep_momentum=True)
+    weights, expected = copies(span.weights()), span.outputs(other)
+    span.enter_window(inputs_of(windows[-1])) if len(windows) > 1 else None
     learn(span, windows[-1])
     assert not torch.allclose(span.outputs(other), expected, atol=1e-3)
-    span.settle(keep_momentum=True) if len(windows) > 1 else None
-    span.put(place)
+    span.close_window(keep_momentum=True) if len(windows) > 1 else None
+    span.set_weights(weights)
     assert torch.equal(span.outputs(other), expected)
-    span.settle()
+    span.close_window()
     assert torch.allclose(linear(other), expected, atol=1e-10)
 
 
@@ -170,9 +170,9 @@ def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: in
     span = SpanSgdLinear(linear, **options)
     span.restore(state, None if window is None else inputs_of(window))
     if window is None:
-        span.enter(inputs_of(last))
+        span.enter_window(inputs_of(last))
     learn(span, last)
-    span.settle()
+    span.close_window()
     return linear.weight
 
 
@@ -180,11 +180,11 @@ def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: in
 def test_a_state_between_windows_is_gone_on_from_exactly(options):
     linear = make_linear()
     span, _ = train_in_span(linear, [0, 1], **options)
-    span.settle(keep_momentum=True)
+    span.close_window(keep_momentum=True)
     state = copies(span.state())
-    span.enter(inputs_of(2))
+    span.enter_window(inputs_of(2))
     learn(span, 2)
-    span.settle()
+    span.close_window()
     assert torch.equal(trained_on_from(state, None, last=2, **options), linear.weight)
 
 
@@ -194,12 +194,12 @@ def test_a_state_in_the_first_window_needs_no_weight(options):
     span, _ = train_in_span(linear, [0], **options)
     state = copies(span.state())
     learn(span, 0)
-    span.settle()
+    span.close_window()
     assert max(value.numel() for value in state.values()) == 24 * 20
     assert torch.equal(trained_on_from(state, 0, last=0, **options), linear.weight)
 
 
-def test_a_later_window_must_be_settled_before_its_state_is_told():
+def test_state_of_an_open_later_window_is_refused():
     span, _ = train_in_span(make_linear(), [0, 1], **PLAIN)
-    with pytest.raises(AssertionError, match="settled"):
+    with pytest.raises(AssertionError, match="close a later window"):
         span.state()

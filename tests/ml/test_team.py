@@ -216,7 +216,8 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
         epochs = list(start.history)
         keeper = where.get("keep", lambda epoch, state: None)
         for epoch in train(
-            TrainConfig(model, params, group=group, start=start, keep=keeper), TrainData(features, labels, split, 1)
+            TrainConfig(model, params, group=group, start=start, on_checkpoint=keeper),
+            TrainData(features, labels, split, 1),
         ):
             epochs.append(epoch)
             where.get("on_epoch", lambda epoch: None)(epoch)

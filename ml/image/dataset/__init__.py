@@ -1,0 +1,1 @@
+"""Datasets of scans: finding and checking them, patients, near-duplicates, splits, lineage."""

@@ -1,0 +1,1 @@
+"""Fast inference of frozen layers: backends, dtypes and their admission, feature computation."""

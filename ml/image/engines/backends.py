@@ -31,8 +31,8 @@ from ml.image.pixels.transforms import Transform
 from ml.spec.image import Params
 
 SMALL_BATCH = 4
-"""Batch size on CPUs without a matrix unit. There 1 to 16 images per batch are equally fast (14.8 images/s in bf16), and
-an urgent scan waits 0.5 s for the current batch instead of 2.4 s."""
+"""Batch size on CPUs without a matrix unit. There 1 to 16 images per batch are equally fast (14.8 images/s in bf16),
+and an urgent scan waits 0.5 s for the current batch instead of 2.4 s."""
 STREAMS = 2
 """Batches that OpenVINO computes at the same time, each on its share of the cores."""
 

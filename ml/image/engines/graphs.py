@@ -2,9 +2,9 @@
 
 int8 is requested by a FakeQuantize node on the input of a convolution or matrix product, and by weights that are int8
 times a step size; OpenVINO's CPU plugin fuses these into an integer product. Inputs have one range per tensor, weights
-one per output channel (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference"). The first
-convolution, which sees the picture, and the last product, which computes the logits, are not quantized: their rounding
-would do the most harm, and they are about a hundredth of the work.
+one per output channel (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference"). The
+first convolution, which sees the picture, and the last product, which computes the logits, are not quantized: their
+rounding would do the most harm, and they are about a hundredth of the work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Imports OpenVINO without telemetry; import it nowhere else.
 
 A plain `import openvino`, like its converter, writes a client id below the home folder and sends an event to a
-statistics service on the internet, from a separate process. If its telemetry package cannot be imported, OpenVINO uses a stub that
-does nothing. So that import is blocked here, before OpenVINO itself is imported.
+statistics service on the internet, from a separate process. If its telemetry package cannot be imported, OpenVINO uses
+a stub that does nothing. So that import is blocked here, before OpenVINO itself is imported.
 """
 
 from __future__ import annotations

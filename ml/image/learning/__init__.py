@@ -1,0 +1,1 @@
+"""Training: the loop, learners, schedules, sampling, checkpoints and DDP workers."""

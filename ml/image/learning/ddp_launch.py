@@ -1,10 +1,10 @@
-"""Processes of one machine that train together: how they find each other, and how none outlives the rest.
+"""DDP workers on one machine: start them, connect them, and make sure that none outlives the others.
 
-The process that asks for a team leads it: it tells the epochs and writes the files. The others are its children,
-`python -m ml.image.learning.ddp_worker`; each reads its job from a file, and runs the same training in step. A member
-whose leader is gone sees its stdin end and leaves; the leader ends the members whenever it leaves the team; and
-where one dies, the connections to it break, so that the others' next exchange fails at once. A process that stands
-still without dying is given up after `EXCHANGE_TIMEOUT`.
+The process that launches workers is their leader: it reports epochs and writes files. Workers are its children
+(`python -m ml.image.learning.ddp_worker`); each reads its job from a file and runs the same training in step. A worker
+exits when its stdin ends, that is when the leader is gone, and the leader kills the workers whenever it leaves the
+group. If a worker dies, its connections break, so the others fail at their next collective. A process that hangs is
+given up after `EXCHANGE_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -30,30 +30,28 @@ import torch.distributed as dist
 from ml.runtime.errors import BadParams, PipelineError, as_pipeline_error
 from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
-EXCHANGE_TIMEOUT = timedelta(
-    minutes=30
-)  # of an exchange; a member may wait this long for another one's share of the features
-START_SECONDS = 180.0  # in which a member must have loaded its job
-BLAME_SECONDS = 5.0  # in which a member whose connection broke is found to have died
+EXCHANGE_TIMEOUT = timedelta(minutes=30)  # of a collective; a worker may wait this long for another's features
+START_SECONDS = 180.0  # in which a worker must have loaded its job
+DEATH_SECONDS = 5.0  # in which the death of a worker is noticed after its connection broke
 
 
 class WorkerLost(PipelineError):
-    """A process of the training ended before its time. Whatever ended it may be over, so trying again can help."""
+    """A process of the training died. The cause may be temporary, so trying again can help."""
 
     retryable = True
 
 
 class Job(Protocol):
-    """What a member does. It travels by pickle, so its class must be one that can be imported."""
+    """What a worker does. It is pickled, so its class must be importable."""
 
     def load(self) -> Callable[[ProcessGroup], None]:
-        """Read all that it needs from disk; what it answers runs when the whole team is there."""
+        """Read everything from disk; the returned function is called when the whole group is connected."""
         ...
 
 
 @dataclass(frozen=True)
 class RankConfig:
-    """A member's place: how it finds the others, and what it has to do."""
+    """A worker's rank, the size of its group, their common folder, and its job."""
 
     rank: int
     size: int
@@ -62,46 +60,47 @@ class RankConfig:
 
     @property
     def ready(self) -> Path:
-        """A file that says that the job is loaded."""
+        """A file that exists when the job is loaded."""
         return self.folder / f"ready-{self.rank}"
 
     @property
     def failure(self) -> Path:
-        """A file that says what ended this member."""
+        """A JSON file with the error that ended this worker."""
         return self.folder / f"failure-{self.rank}"
 
 
 @contextmanager
 def launch_workers(size: int, job: Job, folder: Path | None = None) -> Iterator[ProcessGroup]:
-    """Lead a team of `size` processes, of which the others do `job`. With size 1 there is nobody else.
+    """Be the leader of a group of `size` processes, of which the others run `job`.
 
-    `folder`: of which files for the members may be written below. BadParams names `devices` where the machine has too
-    few; a member's own PipelineError, or MemberLost, where one of them fails.
+    `folder`: where a temporary folder for the group is created.
+
+    Raises:
+        BadParams: the machine has too few devices.
+        PipelineError: the error of a worker, or WorkerLost.
     """
     if size == 1:
         yield SINGLE_PROCESS
         return
     require_devices(size)
-    with tempfile.TemporaryDirectory(prefix="renalq-team-", dir=folder) as place, _sharing_cores(size):
-        members, group = (
-            _Members([RankConfig(rank, size, Path(place), job) for rank in range(1, size)]),
-            ProcessGroup(0, size),
-        )
+    with tempfile.TemporaryDirectory(prefix="renalq-ddp-", dir=folder) as scratch, _sharing_cores(size):
+        workers = _Workers([RankConfig(rank, size, Path(scratch), job) for rank in range(1, size)])
+        group = ProcessGroup(0, size)
         try:
-            members.start()
-            with connected(group, Path(place)), members.watched():
+            workers.start()
+            with connected(group, Path(scratch)), workers.watched():
                 yield group
         except PipelineError:
             raise
         except Exception as error:
-            raise members.blamed_for(error) from error
+            raise workers.cause_of(error) from error
         finally:
-            members.end()
+            workers.kill()
             group.size = 1
 
 
 def require_devices(size: int) -> None:
-    """BadParams unless this machine has as many GPUs or, without any, as many cores."""
+    """BadParams unless this machine has `size` GPUs or, if it has none, as many cores."""
     gpus, cores = torch.cuda.device_count(), max(2, os.cpu_count() or 1)
     if gpus and gpus < size:
         raise BadParams(f"devices: this machine has {gpus} GPUs; choose at most {gpus}.")
@@ -111,14 +110,14 @@ def require_devices(size: int) -> None:
 
 @contextmanager
 def connected(group: ProcessGroup, folder: Path) -> Iterator[None]:
-    """Be connected to the other members, through a file in `folder` that tells where they listen."""
+    """Connect to the other processes, which find each other through a file in `folder`."""
     with_gpus = group.device().type == "cuda"
     if with_gpus:
         torch.cuda.set_device(group.device())
-    with _on_this_machine_only():
+    with _loopback_only():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if with_gpus else "gloo",
-            init_method=f"file://{folder / 'meeting'}",
+            init_method=f"file://{folder / 'rendezvous'}",
             rank=group.rank,
             world_size=group.size,
             timeout=EXCHANGE_TIMEOUT,
@@ -130,8 +129,8 @@ def connected(group: ProcessGroup, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _on_this_machine_only() -> Iterator[None]:
-    # Else gloo listens where the machine's own name leads, which in a container may be nowhere.
+def _loopback_only() -> Iterator[None]:
+    # By default gloo listens on the address of the host name, which may not be reachable in a container.
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if sys.platform == "linux" else ()
     added = {name: "lo" for name in names if name not in os.environ}
     os.environ.update(added)
@@ -152,47 +151,49 @@ def _sharing_cores(size: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Members:
-    """The other processes, as their leader holds them."""
+class _Workers:
+    """The worker processes, from the leader's view."""
 
-    def __init__(self, seats: list[RankConfig]) -> None:
-        self._seats = seats
+    def __init__(self, configs: list[RankConfig]) -> None:
+        self._configs = configs
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start them all, and wait until each has its job."""
-        size = len(self._seats) + 1
+        """Start all workers, and wait until each has loaded its job."""
         paths, threads = os.pathsep.join(path for path in sys.path if path), str(torch.get_num_threads())
-        own = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads}
-        for seat in self._seats:
-            paper = seat.folder / f"seat-{seat.rank}"
-            paper.write_bytes(pickle.dumps(seat))
-            command = [sys.executable, "-m", "ml.image.learning.ddp_worker", str(paper)]
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=own))
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads}
+        for config in self._configs:
+            file = config.folder / f"rank-{config.rank}"
+            file.write_bytes(pickle.dumps(config))
+            command = [sys.executable, "-m", "ml.image.learning.ddp_worker", str(file)]
+            self._processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+            )
         deadline = time.monotonic() + START_SECONDS
-        while not all(seat.ready.exists() for seat in self._seats):
+        while not all(config.ready.exists() for config in self._configs):
             if self._dead() or time.monotonic() > deadline:
-                raise self.blamed_for(TimeoutError(f"{size - 1} processes were not ready in {START_SECONDS:.0f} s"))
+                raise self.cause_of(
+                    TimeoutError(f"{len(self._configs)} processes were not ready in {START_SECONDS:.0f} s")
+                )
             time.sleep(0.02)
 
-    def blamed_for(self, error: Exception) -> Exception:
-        """What a dead member says it died of; without one, `error` itself is the leader's own."""
-        deadline = time.monotonic() + BLAME_SECONDS
-        while not self._dead() and time.monotonic() < deadline and _is_of_connections(error):
+    def cause_of(self, error: Exception) -> Exception:
+        """The error of a dead worker; if none is dead, `error` is the leader's own."""
+        deadline = time.monotonic() + DEATH_SECONDS
+        while not self._dead() and time.monotonic() < deadline and _may_be_lost_connection(error):
             time.sleep(0.02)
-        dead = self._dead()
-        if not dead:
+        if not self._dead():
             return error
-        time.sleep(0.2)  # those that only lost their connection to the first one may be dead by now too
-        return min((_failure(seat, process) for seat, process in self._dead()), key=_generality)
+        time.sleep(0.2)  # workers that only lost their connection to the dead one may have died too by now
+        return min((_failure(config, process) for config, process in self._dead()), key=_generality)
 
     def _dead(self) -> list[tuple[RankConfig, subprocess.Popen[bytes]]]:
-        pairs = zip(self._seats, self._processes, strict=False)
-        return [(seat, process) for seat, process in pairs if process.poll() is not None]
+        pairs = zip(self._configs, self._processes, strict=False)
+        return [(config, process) for config, process in pairs if process.poll() is not None]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """NCCL does not notice that another process died, and would wait for it on the GPU: then it is told."""
+        """Abort collectives when a worker dies: NCCL does not notice it and would wait on the GPU."""
         over = threading.Event()
 
         def watch() -> None:
@@ -202,16 +203,16 @@ class _Members:
                         dist.distributed_c10d._abort_process_group()
                     return
 
-        watching = threading.Thread(target=watch, name="team", daemon=True)
+        watcher = threading.Thread(target=watch, name="ddp-watch", daemon=True)
         if torch.cuda.is_available():
-            watching.start()
+            watcher.start()
         try:
             yield
         finally:
             over.set()
 
-    def end(self) -> None:
-        """No member is left after this."""
+    def kill(self) -> None:
+        """Kill all workers and wait for their end."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -220,42 +221,44 @@ class _Members:
                 process.stdin.close()
 
 
-def _is_of_connections(error: Exception) -> bool:
-    return isinstance(error, RuntimeError)  # dist.DistError and DDP's are RuntimeErrors
+def _may_be_lost_connection(error: Exception) -> bool:
+    return isinstance(error, RuntimeError)  # dist.DistError and DDP's errors are RuntimeErrors
 
 
-def _failure(seat: RankConfig, process: subprocess.Popen[bytes]) -> PipelineError:
-    """What ended a member: told by itself, else by its exit code."""
+def _failure(config: RankConfig, process: subprocess.Popen[bytes]) -> PipelineError:
+    """The error that ended a worker: the one that it wrote, else by its exit code."""
     try:
-        told = json.loads(seat.failure.read_text(encoding="utf-8"))
+        fields = json.loads(config.failure.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         code = process.returncode
         end = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        return WorkerLost(f"Process {seat.rank + 1} of the {seat.size} that train together {end}; start the job again.")
-    failure = PipelineError(told["detail"])
-    failure.code, failure.retryable = told["code"], told["retryable"]
+        return WorkerLost(
+            f"Process {config.rank + 1} of the {config.size} that train together {end}; start the job again."
+        )
+    failure = PipelineError(fields["detail"])
+    failure.code, failure.retryable = fields["code"], fields["retryable"]
     return failure
 
 
 def _generality(failure: PipelineError) -> int:
-    """A member that was killed, or failed for a reason with a name, says more than one that lost its connection."""
+    """Sort key: a killed worker, or one with a known error, explains more than one that lost its connection."""
     return 2 if failure.code == PipelineError.code and not isinstance(failure, WorkerLost) else 1
 
 
-# --- a member's own side ---------------------------------------------------------------------------------------------
+# --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-def run_worker(seat: RankConfig) -> None:
-    """Do a member's job to its end; what fails is left for the leader to read."""
+def run_worker(config: RankConfig) -> None:
+    """Run a worker's job to its end; an error is written to `config.failure` for the leader, and raised."""
     try:
-        work = seat.job.load()
-        seat.ready.touch()
-        group = ProcessGroup(seat.rank, seat.size)
-        with connected(group, seat.folder):
+        work = config.job.load()
+        config.ready.touch()
+        group = ProcessGroup(config.rank, config.size)
+        with connected(group, config.folder):
             work(group)
     except BaseException as error:
         failure = as_pipeline_error(error)
-        told = {"code": failure.code, "detail": str(failure), "retryable": failure.retryable}
+        fields = {"code": failure.code, "detail": str(failure), "retryable": failure.retryable}
         with suppress(OSError):  # the leader is gone, and its folder too
-            seat.failure.write_text(json.dumps(told), encoding="utf-8")
+            config.failure.write_text(json.dumps(fields), encoding="utf-8")
         raise

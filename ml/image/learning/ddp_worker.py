@@ -1,5 +1,7 @@
-"""A process of a training on several devices. `training_group` starts them; `python -m ml.image.learning.ddp_worker
-FILE` is one."""
+"""Training on several devices: starts the DDP workers, and is the main program of a worker.
+
+`python -m ml.image.learning.ddp_worker FILE` runs a worker; FILE holds its pickled `RankConfig`.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ from ml.spec.image import Params
 
 
 @dataclass(frozen=True)
-class TrainingJob:
-    """A training as a member does it: the network's file, the pixels' file (.npy), and what the leader knows besides.
+class WorkerTraining:
+    """A training as a worker runs it; see `ml.image.learning.ddp_launch.Job`.
 
-    See `ml.image.learning.ddp_launch.Job`. `resume`: the checkpoint that the leader goes on from.
+    `model`: a model file; `pixels`: a .npy file; `labels`, `split`, `positive`: as in
+    `ml.image.learning.train.TrainData`; `resume`: the checkpoint that the leader continues from.
     """
 
     model: Path
@@ -75,40 +78,47 @@ def training_group(
     resume: Path | None = None,
     folder: Path | None = None,
 ) -> Iterator[ProcessGroup]:
-    """The processes that train `model` together, as `params.devices` asks; with one device, this one alone.
+    """The process group that trains `model` on `params.devices` devices; with one device, this process alone.
 
-    `pixels`: the file (.npy) of all scans' pixels; `labels`, `split`, `positive`: as in
-    `ml.image.learning.train.TrainData`, since all have to find the same epoch the best; `resume`: the checkpoint
-    that the training goes on from; `folder`: below it the model is written for the members, for as long as they
-    start. BadParams names `devices` where the machine has too few; the `with` block raises the error of a member
-    that fails.
+    Args:
+        params: the parameters of the training.
+        model: the network before training.
+        pixels: the .npy file with the pixels of all scans.
+        labels, split, positive: as in `ml.image.learning.train.TrainData`. Workers need them to find the same best
+            epoch.
+        resume: the checkpoint that the training continues from.
+        folder: where to write the model for the workers while they start.
+
+    Raises:
+        BadParams: the machine has fewer devices.
+        PipelineError: an error of a worker, or `ml.image.learning.ddp_launch.WorkerLost`; from the `with` block.
     """
     if params.devices == 1:
         yield SINGLE_PROCESS
         return
-    with TemporaryDirectory(prefix="renalq-member-", dir=folder) as place:
-        path = Path(place) / "model.safetensors"
+    with TemporaryDirectory(prefix="renalq-ddp-model-", dir=folder) as scratch:
+        path = Path(scratch) / "model.safetensors"
         network.save(model, path)
-        job = TrainingJob(path, pixels.absolute(), params, labels, split, positive, resume and resume.absolute())
+        job = WorkerTraining(path, pixels.absolute(), params, labels, split, positive, resume and resume.absolute())
         with launch_workers(params.devices, job, folder) as group:
-            path.unlink()  # each has it mapped by now
+            path.unlink()  # all workers have mapped it by now
             yield group
 
 
-# --- the process -----------------------------------------------------------------------------------------------------
+# --- the worker process ----------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Be the member whose `RankConfig` is in the file that is named on the command line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the leader is the one that ends the team
-    threading.Thread(target=_leave_with_the_leader, daemon=True).start()
-    seat = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - our leader's, in a folder of its own
-    assert isinstance(seat, RankConfig)
-    run_worker(seat)
+    """Run the worker whose `RankConfig` is in the file that the command line names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the leader reacts, and ends them
+    threading.Thread(target=_exit_with_leader, daemon=True).start()
+    config = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - written by the leader, in its own folder
+    assert isinstance(config, RankConfig)
+    run_worker(config)
     return 0
 
 
-def _leave_with_the_leader() -> None:
+def _exit_with_leader() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
 

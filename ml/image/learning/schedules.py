@@ -1,6 +1,6 @@
-"""The learning rate of each step, the best epoch, and when to stop: functions of the parameters and the epochs so far.
+"""Learning rate schedules, best epoch and early stopping, as functions of the parameters and the epochs so far.
 
-Nothing here has a state, so a training that goes on from a checkpoint needs nothing kept of it.
+They have no state, so checkpoints need not store any.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from ml.runtime.events import Epoch
 from ml.spec.image import Params
 
-MIN_GAIN = 1e-4  # of the monitored figure; less is noise
+MIN_GAIN = 1e-4  # of the monitored figure; smaller gains are noise
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of epochs: with the backbone frozen (`head`, no block on `top`), or with blocks that learn."""
+    """Consecutive epochs: with the whole backbone frozen (head), or with its `top` blocks unfrozen (fine_tune)."""
 
     name: str
     top: int
@@ -26,7 +26,7 @@ class Phase:
 
 
 def phases(params: Params) -> tuple[Phase, ...]:
-    """The head alone, then, where the parameters ask for it, with the top blocks."""
+    """The head phase and, if the parameters ask for it, the fine-tuning phase."""
     head = Phase("head", 0, params.epochs, params.learning_rate)
     if not params.fine_tune_epochs:
         return (head,)
@@ -34,9 +34,9 @@ def phases(params: Params) -> tuple[Phase, ...]:
 
 
 def learning_rate(params: Params, phase: Phase, progress: float, history: Sequence[Epoch]) -> float:
-    """The rate at `progress` (epochs of this phase that are done, as a fraction), given the phase's epochs so far.
+    """The learning rate at `progress`, in epochs of this phase, given the phase's epochs so far.
 
-    Warm-up rises linearly (Goyal et al. 2017). cosine falls to 0 at the phase's end (Loshchilov and Hutter 2017); step
+    Warm-up is linear (Goyal et al. 2017). cosine falls to 0 at the end of the phase (Loshchilov and Hutter 2017); step
     and plateau multiply by gamma.
     """
     warm = min(params.warmup_epochs, max(phase.epochs - 1, 0))
@@ -48,18 +48,18 @@ def learning_rate(params: Params, phase: Phase, progress: float, history: Sequen
     if params.schedule == "step":
         return phase.rate * float(params.gamma ** (int(done) // params.step_epochs))
     if params.schedule == "plateau":
-        return phase.rate * float(params.gamma ** _falls(params, history))
+        return phase.rate * float(params.gamma ** _plateaus(params, history))
     return phase.rate
 
 
-def _falls(params: Params, history: Sequence[Epoch]) -> int:
-    falls, best, waited = 0, -math.inf, 0
+def _plateaus(params: Params, history: Sequence[Epoch]) -> int:
+    plateaus, best, waited = 0, -math.inf, 0
     for epoch in history:
         value = gain(params, epoch)
         best, waited = (value, 0) if value > best + MIN_GAIN else (best, waited + 1)
         if waited >= params.step_epochs:
-            falls, waited = falls + 1, 0
-    return falls
+            plateaus, waited = plateaus + 1, 0
+    return plateaus
 
 
 def gain(params: Params, epoch: Epoch) -> float:
@@ -70,18 +70,18 @@ def gain(params: Params, epoch: Epoch) -> float:
 
 
 def best_epoch(params: Params, history: Sequence[Epoch]) -> int:
-    """The number of the epoch whose network is kept: the first of the best, or the last. 0 without any."""
+    """The number of the epoch whose weights are kept: the first of the best ones, or the last. 0 without epochs."""
     if not history or params.keep == "last":
         return len(history)
     return max(history, key=lambda epoch: (gain(params, epoch), -epoch.epoch)).epoch
 
 
 def is_over(params: Params, phase: Phase, history: Sequence[Epoch]) -> bool:
-    """Whether the phase ends here: all its epochs are done, or the patience is at its end."""
-    mine = [epoch for epoch in history if epoch.phase == phase.name]
-    if len(mine) >= phase.epochs:
+    """Whether the phase is over: all its epochs are done, or its patience is exhausted."""
+    phase_history = [epoch for epoch in history if epoch.phase == phase.name]
+    if len(phase_history) >= phase.epochs:
         return True
-    if not params.patience or not mine:
+    if not params.patience or not phase_history:
         return False
-    best = max(range(len(mine)), key=lambda index: (gain(params, mine[index]), -index))
-    return len(mine) - 1 - best >= params.patience
+    best = max(range(len(phase_history)), key=lambda index: (gain(params, phase_history[index]), -index))
+    return len(phase_history) - 1 - best >= params.patience

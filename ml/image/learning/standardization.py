@@ -1,4 +1,4 @@
-"""Features to mean 0 and one spread, learned from training scans, and folded into the first Linear at the end."""
+"""Standardizes features to mean 0 and a fixed spread; folded into the first Linear after training."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-SPREAD = 0.3  # std that standardized features are given: a step of SGD grows with |x|² = 25088·SPREAD², and at 1 the
-# documented learning rate of 0.01 diverges on scans that a fifth of it would have learned
-FLOOR = 0.3  # of the mean std, added in quadrature: a feature that hardly moved in training, but fires on an unseen
-# patient, would else be blown up until it drowns the others
-WIDTH = 25088  # features that SPREAD is made for; with fewer, each may spread more at the same |x|²
+SPREAD = 0.3
+"""Standard deviation of standardized features. The step of SGD grows with |x|² = 25088 · SPREAD²; with a spread of 1,
+the documented learning rate of 0.01 diverges on scans that are learned well with a fifth of it."""
+FLOOR = 0.3
+"""Share of the mean standard deviation that is added in quadrature. Otherwise a feature that is nearly constant in
+training, but not for a new patient, would be scaled up until it dominates."""
+WIDTH = 25088
+"""Number of features that SPREAD is chosen for; fewer features may have a larger spread at the same |x|²."""
 
 
 class Standardization:
-    """(x - mean) / scale, once it was fitted; before that, and where it is off, x itself."""
+    """(x - mean) / scale after `fit`; x itself before that, or if it is off."""
 
     def __init__(self, on: bool) -> None:
         self._on = on
@@ -23,7 +26,7 @@ class Standardization:
         self._scale: torch.Tensor | None = None
 
     def fit(self, features: torch.Tensor) -> None:
-        """Learn mean and scale from raw features [n, width]; a second call changes nothing."""
+        """Determine mean and scale from raw features [n, width]; further calls do nothing."""
         if self._on and self._mean is None:
             std, self._mean = torch.std_mean(features, dim=0)
             spread = min(1.0, SPREAD * (WIDTH / features.shape[1]) ** 0.5)
@@ -37,7 +40,7 @@ class Standardization:
 
     @torch.no_grad()
     def fold(self, linear: nn.Linear) -> None:
-        """Make `linear` take raw features: W(x - mean)/scale + b is a Linear of x itself."""
+        """Change `linear` to take raw features: W(x - mean)/scale + b is a Linear of x."""
         if self._mean is not None and self._scale is not None:
             linear.weight.div_(self._scale)
             linear.bias.sub_(linear.weight @ self._mean)
@@ -45,10 +48,10 @@ class Standardization:
             self._on = False
 
     def state(self) -> dict[str, torch.Tensor]:
-        """By name; empty where there is none."""
+        """Mean and scale by name; empty before `fit`."""
         return {} if self._mean is None or self._scale is None else {"mean": self._mean, "scale": self._scale}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on with a `state`."""
+        """Restore a `state`."""
         if "mean" in state:
             self._mean, self._scale = state["mean"].clone(), state["scale"].clone()

@@ -1,5 +1,4 @@
-"""VGG16's classifier under SGD: its first Linear in the span of its inputs (see ml.image.learning.span_sgd), the
-rest by torch."""
+"""The learner for VGG16's classifier under SGD: span SGD for its first Linear (see ml.image.learning.span_sgd)."""
 
 from __future__ import annotations
 
@@ -32,108 +31,107 @@ class VggHeadLearner:
         self.device = training_device()
         self._classifier, self._criterion = classifier.to(self.device), criterion
         self._linear = cast(nn.Linear, classifier[0])
-        self._first = SpanSgdLinear(self._linear, params.momentum, params.weight_decay)
+        self._span = SpanSgdLinear(self._linear, params.momentum, params.weight_decay)
         self._rest = cast(nn.Sequential, classifier[2:])
         self._clip = params.clip_norm
         self._optimizer = torch.optim.SGD(
             self._rest.parameters(), 1.0, params.momentum, weight_decay=params.weight_decay, fused=True
         )
-        self._standardized = Standardization(params.standardizes)
+        self._standardize = Standardization(params.standardizes)
 
     @property
     def in_window(self) -> bool:
         """See `Learner`."""
-        return self._first.in_window
+        return self._span.in_window
 
-    def enter(self, features: torch.Tensor) -> None:
+    def enter_window(self, features: torch.Tensor) -> None:
         """See `Learner`."""
         features = features.to(self.device)
-        self._standardized.fit(features)
-        self._first.enter(self._standardized(features))
+        self._standardize.fit(features)
+        self._span.enter_window(self._standardize(features))
 
     def learn(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """See `Learner`."""
         self._rest.train()
         rows, labels = batch.rows.to(self.device), batch.labels.to(self.device)
-        hidden = self._first.forward(rows).requires_grad_()
+        hidden = self._span.forward(rows).requires_grad_()
         logits = self._rest(F.relu(hidden))
         loss = self._criterion(logits, labels)
         (loss if batch.share == 1.0 else loss * batch.share).backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
-        self._first.gather(rows, hidden.grad)
+        self._span.accumulate(rows, hidden.grad)
         if batch.rate is not None:
             self._step(batch.rate)
         return logits.detach().cpu(), float(loss.detach())
 
     def _step(self, rate: float) -> None:
-        factor = self._clipping()
+        factor = self._clip_factor()
         if factor != 1.0:
             for parameter in self._rest.parameters():
                 parameter.grad = None if parameter.grad is None else parameter.grad.mul_(factor)
         set_rate(self._optimizer, rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._first.step(rate, factor)
+        self._span.step(rate, factor)
 
-    def _clipping(self) -> float:
-        """What clipping multiplies all gradients with (Pascanu et al. 2013), as torch's `clip_grad_norm_` has it."""
+    def _clip_factor(self) -> float:
+        """The factor that clips all gradients (Pascanu et al. 2013), as in torch's `clip_grad_norm_`."""
         if self._clip is None:
             return 1.0
         squares = [parameter.grad.square().sum() for parameter in self._rest.parameters() if parameter.grad is not None]
-        norm = float(torch.stack([self._first.squared_norm(), *squares]).sum().sqrt())
+        norm = float(torch.stack([self._span.squared_norm(), *squares]).sum().sqrt())
         return min(1.0, self._clip / (norm + 1e-6))
 
     @torch.inference_mode()
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """See `Learner`."""
         self._rest.eval()
-        hidden = self._first.outputs(self._standardized(features.to(self.device)))
+        hidden = self._span.outputs(self._standardize(features.to(self.device)))
         return self._rest(F.relu(hidden)).cpu()  # type: ignore[no-any-return]
 
-    def leave(self) -> None:
+    def leave_window(self) -> None:
         """See `Learner`."""
-        self._first.settle(keep_momentum=True)
+        self._span.close_window(keep_momentum=True)
 
     @torch.no_grad()
-    def place(self) -> Tensors:
+    def weights(self) -> Tensors:
         """See `Learner`."""
-        return {**add_prefix("first.", self._first.place()), **add_prefix("rest.", self._rest.state_dict())}
+        return {**add_prefix("first.", self._span.weights()), **add_prefix("rest.", self._rest.state_dict())}
 
     @torch.no_grad()
-    def put(self, place: Tensors) -> None:
+    def set_weights(self, weights: Tensors) -> None:
         """See `Learner`."""
-        self._first.put(strip_prefix(place, "first."))
-        self._rest.load_state_dict(strip_prefix(place, "rest."))
+        self._span.set_weights(strip_prefix(weights, "first."))
+        self._rest.load_state_dict(strip_prefix(weights, "rest."))
 
     @torch.no_grad()
     def state(self) -> Tensors:
-        """See `Learner`. 0.1 GB inside the first window, where the first Linear is known to whoever has the network and
-        the features; between windows its weight and momentum come along, which are 0.8 GB more (see
-        ml.image.learning.span_sgd).
+        """See `Learner`. 0.1 GB in the first window; between windows 0.8 GB more, for the weight and momentum of the
+        first Linear (see ml.image.learning.span_sgd).
         """
         parameters = dict(self._rest.named_parameters())
         return {
-            **add_prefix("first.", self._first.state()),
+            **add_prefix("first.", self._span.state()),
             **add_prefix("rest.", self._rest.state_dict()),
             **add_prefix("optimizer.", optimizer_state(self._optimizer, parameters)),
-            **self._standardized.state(),
+            **self._standardize.state(),
         }
 
     @torch.no_grad()
     def restore(self, state: Tensors, window: torch.Tensor | None) -> None:
         """See `Learner`."""
         state = {name: value.to(self.device) for name, value in state.items()}
-        self._standardized.restore(state)
-        inputs = None if window is None else self._standardized(window.to(self.device))
-        self._first.restore(strip_prefix(state, "first."), inputs)
+        self._standardize.restore(state)
+        inputs = None if window is None else self._standardize(window.to(self.device))
+        self._span.restore(strip_prefix(state, "first."), inputs)
         self._rest.load_state_dict(strip_prefix(state, "rest."))
         restore_optimizer(self._optimizer, dict(self._rest.named_parameters()), strip_prefix(state, "optimizer."))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """See `Learner`: the span is written back, and the standardization folded."""
-        self._first.settle()
-        self._standardized.fold(self._linear)
+        """See `Learner`. Writes the span back and folds the standardization into the first Linear."""
+        self._span.close_window()
+        self._standardize.fold(self._linear)
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
         self._classifier.cpu().eval()

@@ -1,0 +1,1 @@
+"""Networks: architectures, initial weights, model files, feature descriptors, OOD detectors."""

@@ -1,8 +1,9 @@
-"""The six networks: the one place that knows where each one's blocks, its head and its Grad-CAM layer are.
+"""The six supported networks: the blocks, head and Grad-CAM layer of each.
 
-All are torchvision's, under torchvision's names. Here each is seen as a row of blocks, bottom to top, a pooling, and a
-head: `network(x) = head(pool(block(…block(x))))`. Whoever trains cuts that row in two: what is below the cut is frozen
-and computed once, what is above it learns. torchvision publishes ImageNet weights for all of them (IMAGENET1K_V1).
+All are torchvision's, under torchvision's names. Each is described as a sequence of blocks from bottom to top, a
+pooling, and a head: `network(x) = head(pool(block(…block(x))))`. Training cuts this sequence in two: layers below the
+cut are frozen and computed once, layers above it learn. torchvision publishes ImageNet weights for all of them
+(IMAGENET1K_V1).
 
 | network | paper | parameters | features (pooled) | blocks |
 |---|---|---|---|---|
@@ -27,8 +28,8 @@ from ml.image.pixels.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ml.runtime.torchvision_import import torchvision
 
 HeadKind = Literal["vgg", "gap"]
-HIDDEN = 4096  # of the head that VGG16 came with
-MAP_SIDE = 7  # of VGG16's last map as its head wants it
+HIDDEN = 4096  # width of the hidden layers of VGG16's own head
+MAP_SIDE = 7  # side of VGG16's pooled maps, as its head expects them
 
 Blocks = Callable[[Any], list[nn.Module]]
 Pool = Callable[[Any], nn.Module]
@@ -36,9 +37,13 @@ Pool = Callable[[Any], nn.Module]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network. `head`: the attribute that holds it. `pooled`: features a scan under head gap. `cam`: the layer
-    whose maps Grad-CAM weighs, as a path of attributes. `cells`: pixels from one cell of these maps to the next, and
-    the pixel that the first one looks at: the centre of its receptive field. `options`: for torchvision's builder."""
+    """One network.
+
+    `head`: the attribute with the head. `pooled`: features per scan with head gap. `blocks`, `pool`: functions of the
+    network. `cam`: the layer whose maps Grad-CAM weights, as a path of attributes. `cells`: distance in pixels between
+    cells of these maps, and the centre of the first cell's receptive field. `weights`: torchvision's enum. `mean`,
+    `std`: of the input normalization. `options`: for torchvision's builder.
+    """
 
     name: str
     head: str
@@ -52,27 +57,22 @@ class Architecture:
     std: tuple[float, float, float] = IMAGENET_STD
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def has_maps(self) -> bool:
-        """Whether the last block gives maps; a transformer gives tokens."""
-        return self.name != "vit_b_16"
-
     def features(self, head: HeadKind) -> int:
-        """Numbers that a scan's features have under a head."""
+        """The number of features per scan below a head."""
         return self.pooled * MAP_SIDE**2 if (self.name, head) == ("vgg16", "vgg") else self.pooled
 
     def published(self) -> Any:
-        """torchvision's entry of the ImageNet weights, with its url."""
+        """torchvision's entry for the ImageNet weights, with its url."""
         return getattr(torchvision().models, self.weights).IMAGENET1K_V1
 
     def build(self) -> nn.Module:
-        """The network as torchvision makes it, with 1000 outputs and weights by torch's global generator."""
+        """The untrained network with 1000 outputs, initialized by torch's global generator."""
         built: nn.Module = getattr(torchvision().models, self.name)(weights=None, **self.options)
         return built
 
 
 def make_head(kind: HeadKind, features: int, classes: int, dropout: float) -> nn.Sequential:
-    """vgg: Linear 4096, ReLU, Dropout, twice, then a Linear (document 000's head). gap: Dropout and one Linear."""
+    """vgg: twice Linear 4096, ReLU, Dropout, then a Linear (the head of document 000). gap: Dropout and one Linear."""
     if kind == "gap":
         return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
     hidden = [nn.Linear(features, HIDDEN), nn.ReLU(), nn.Dropout(dropout)]
@@ -80,28 +80,28 @@ def make_head(kind: HeadKind, features: int, classes: int, dropout: float) -> nn
     return nn.Sequential(*hidden, nn.Linear(HIDDEN, classes))
 
 
-def set_head(network: nn.Module, of: Architecture, kind: HeadKind, classes: int, dropout: float) -> nn.Module:
-    """Give the network, in place, a new head of this kind, and the pooling that goes with it."""
-    setattr(network, of.head, make_head(kind, of.features(kind), classes, dropout))
-    if of.name == "vgg16":
+def set_head(network: nn.Module, architecture: Architecture, kind: HeadKind, classes: int, dropout: float) -> nn.Module:
+    """Replace the network's head, in place, and its pooling accordingly."""
+    setattr(network, architecture.head, make_head(kind, architecture.features(kind), classes, dropout))
+    if architecture.name == "vgg16":
         network.avgpool = nn.AdaptiveAvgPool2d(MAP_SIDE if kind == "vgg" else 1)
-    if of.name == "inception_v3":
-        network.dropout = nn.Identity()  # ours is in the head
+    if architecture.name == "inception_v3":
+        network.dropout = nn.Identity()  # the head has its own
     return network
 
 
-def cut(network: nn.Module, of: Architecture, top: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """The network as two that share its layers: below, all but the `top` uppermost blocks; above, those and the head.
+def cut(network: nn.Module, architecture: Architecture, top: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The network in two parts that share its layers, (below, above); above has the `top` uppermost blocks and head.
 
-    With `top` 0 the pooling is below, and between the two are [N, features]; else it is whatever the block gives.
+    With `top` 0 the pooling is below, which outputs [N, features]. Otherwise below outputs what its last block does.
     """
-    blocks, head = of.blocks(network), network.get_submodule(of.head)
+    blocks, head = architecture.blocks(network), network.get_submodule(architecture.head)
     if top == 0:
-        return nn.Sequential(*blocks, of.pool(network)), nn.Sequential(head)
-    return nn.Sequential(*blocks[:-top]), nn.Sequential(*blocks[-top:], of.pool(network), head)
+        return nn.Sequential(*blocks, architecture.pool(network)), nn.Sequential(head)
+    return nn.Sequential(*blocks[:-top]), nn.Sequential(*blocks[-top:], architecture.pool(network), head)
 
 
-# --- the blocks ------------------------------------------------------------------------------------------------------
+# --- blocks ----------------------------------------------------------------------------------------------------------
 
 
 def _vgg_blocks(network: Any) -> list[nn.Module]:
@@ -134,7 +134,7 @@ def _pooled(network: Any) -> nn.Module:
 
 
 class Patches(nn.Module):
-    """A vision transformer's way from pictures [N, 3, 224, 224] to tokens [N, 197, 768], the class token first."""
+    """The first block of a vision transformer: pictures [N, 3, 224, 224] → tokens [N, 197, 768], class token first."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -143,11 +143,11 @@ class Patches(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        # shape[0], not len(): a tracing engine would take the latter for a constant
+        # shape[0], not len(), which tracing would turn into a constant
         patches = self.projection(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
-        placed: torch.Tensor = tokens + self.positions
-        return placed
+        embedded: torch.Tensor = tokens + self.positions
+        return embedded
 
 
 class ClassToken(nn.Module):
@@ -170,7 +170,7 @@ ARCHITECTURES = {
         Architecture("resnet50", "fc", 2048, _resnet_blocks, _pooled, "layer4", (32, 0), "ResNet50_Weights"),
         Architecture(
             "inception_v3", "fc", 2048, _inception_blocks, _pooled, "Mixed_7c", (32, 37), "Inception_V3_Weights",
-            # Its ImageNet weights learned from pixels in [-1, 1], and without the second head of its training.
+            # Its ImageNet weights expect pixels in [-1, 1]; the auxiliary head is only used for training.
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), options={"aux_logits": False, "init_weights": True},
         ),
         Architecture(

@@ -42,7 +42,7 @@ NOTABLE = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """A normal distribution of vectors [width]: own variances along some orthogonal axes, one for all other directions.
+    """A normal distribution of vectors [width] with one variance per axis, and one for all other directions.
 
     Vectors are standardized by `mean` and `scale`, [width] each. Of standardized vectors, `variances` [axes] are those
     along `axes` [axes, width], and `rest` is the variance in every other direction.
@@ -56,8 +56,11 @@ class Distribution:
 
     @classmethod
     def fit(cls, values: np.ndarray, axes: int, floor: np.ndarray | float) -> Distribution:
-        """Fit to `values` [n, width]. `floor`, a scalar or [width], is added to their standard deviations in quadrature,
-        and its mean square to the variance in every direction, so that constant elements are harmless."""
+        """Fit to `values` [n, width].
+
+        `floor`, a scalar or [width], is added to their standard deviations in quadrature, and its mean square to the
+        variance in every direction, so that constant elements are harmless.
+        """
         mean = values.mean(axis=0)
         scale = np.hypot(values.std(axis=0), floor)
         standardized = (values - mean) / scale

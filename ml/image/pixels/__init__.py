@@ -1,0 +1,1 @@
+"""Pixels: decoding of pictures and DICOM, transforms, augmentation, input statistics."""

@@ -1,7 +1,7 @@
-"""PNG, JPEG, BMP, TIFF, WebP and DICOM to one array form: uint8, height × width × 3, RGB.
+"""Decodes PNG, JPEG, BMP, TIFF, WebP and DICOM to one array format: uint8 [height, width, 3], RGB.
 
-Every message of an `ImageError` is a fixed sentence: nothing of the file, its name or its patient is in it, so it may
-be logged and shown. Declared sizes are checked before anything is decoded (50 kB of PNG can declare 50,000 × 50,000).
+Every `ImageError` has a fixed message without content of the file, its name or its patient, so it may be logged and
+shown. Declared sizes are checked before anything is decoded: 50 kB of PNG can declare 50,000 × 50,000 pixels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ml.runtime.errors import ImageError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MAX_PIXELS = 50_000_000  # of one picture; a chest radiograph has about 10 million
-MAX_SIDE = 65_535  # of one side, in pixels: what JPEG and DICOM can say; some work takes memory for each row or column
-MAX_BYTES = 256 * 1024 * 1024  # of one file, and of a deflated DICOM data set once inflated
+MAX_PIXELS = 50_000_000  # per picture; a chest radiograph has about 10 million
+MAX_SIDE = 65_535  # pixels per side, the limit of JPEG and DICOM; some steps need memory per row or column
+MAX_BYTES = 256 * 1024 * 1024  # per file, and per inflated DICOM data set
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom", ".ima"))
 SOFT_TISSUE = (40.0, 400.0)  # window centre and width in Hounsfield units, the usual one for the abdomen
@@ -36,12 +36,18 @@ _NO_PIXELS = "The DICOM file holds no readable picture."
 
 
 def decode(source: bytes | Path, window: tuple[float, float] | None = None) -> np.ndarray:
-    """Pixels of an image file or of its bytes: uint8 [height, width, 3], RGB, turned upright.
+    """Decode an image file, or its bytes: uint8 [height, width, 3], RGB, upright.
 
-    Multi-page and animated pictures give their first page; a multi-frame DICOM gives its middle frame.
-    `window`: centre and width in Hounsfield units, in place of a CT file's own window; everything else ignores it.
-    Grey DICOM values are rescaled to the modality's units, and windowed by the linear function of PS3.3 C.11.2.1.2.
-    Raises ImageError for everything that is not a readable picture of a sane size, ValueError for a width below 1.
+    The first page of multi-page and animated pictures is used, and the middle frame of a multi-frame DICOM file. Grey
+    DICOM values are rescaled to the modality's units, and windowed by the linear function of PS3.3 C.11.2.1.2.
+
+    Args:
+        source: a path, or the file's bytes.
+        window: centre and width in Hounsfield units, instead of a CT file's own window; ignored for other files.
+
+    Raises:
+        ImageError: it is not a readable picture, or too large.
+        ValueError: the window's width is below 1.
     """
     if window is not None and not window[1] >= 1:
         raise ValueError("A window is at least 1 Hounsfield unit wide.")
@@ -52,7 +58,10 @@ def decode(source: bytes | Path, window: tuple[float, float] | None = None) -> n
 
 
 def colour_mode(content: bytes) -> str:
-    """How a readable file stores its colours: grey, 16-bit, RGB, RGBA, palette, CMYK, … or DICOM. Reads the header."""
+    """How a file stores its colours, by its header: grey, 16-bit, RGB, RGBA, palette, CMYK, … or DICOM.
+
+    Raises ImageError.
+    """
     if is_dicom(content):
         return "DICOM"
     try:
@@ -108,13 +117,13 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _on_black(picture: Image.Image) -> Image.Image:
-    # Scans have a black background; dropping the alpha channel instead would show whatever colour hides under it.
+    # Scans have a black background. Just dropping the alpha channel would show hidden colours of transparent pixels.
     black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
     return Image.alpha_composite(black, picture).convert("RGB")
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Floats to uint8 between their own minimum and maximum: 12 bits stored in 16 would be black on the full range."""
+    """Scale to uint8 between minimum and maximum; on the full range, 12 bits stored in 16 would be black."""
     finite = np.nan_to_num(values)
     low, high = float(finite.min()), float(finite.max())
     return _between(finite, low, high)
@@ -150,7 +159,7 @@ def _decode_dicom(content: bytes, window: tuple[float, float] | None) -> np.ndar
             return _frame_to_rgb(dataset, window)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # decoders raise almost anything on damaged data
+    except Exception as error:  # decoders raise all kinds of errors on damaged data
         raise ImageError(_NO_PIXELS) from error
 
 
@@ -168,18 +177,20 @@ def _frame_to_rgb(dataset: Dataset, window: tuple[float, float] | None) -> np.nd
 
 
 def _windowed(dataset: Dataset, frame: np.ndarray, asked: tuple[float, float] | None) -> np.ndarray:
-    """Grey levels as a radiologist would see them: rescaled to the modality's units, then windowed."""
+    """Grey levels as in a DICOM viewer: rescaled to the modality's units, then windowed."""
     from pydicom.pixels import apply_modality_lut
 
     values = np.asarray(apply_modality_lut(frame, dataset), dtype=np.float32)
-    window = asked if asked and dataset.get("Modality") == "CT" else _window_of(dataset)  # only CT has Hounsfield units
+    window = (
+        asked if asked and dataset.get("Modality") == "CT" else _window_of(dataset)
+    )  # only CT is in Hounsfield units
     grey = _linear(values, *window) if window else _scaled(values)
     return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
 
 
 def _linear(values: np.ndarray, centre: float, width: float) -> np.ndarray:
-    """The linear VOI function of DICOM PS3.3, C.11.2.1.2: from centre - 0.5 - (width - 1)/2, and (width - 1) wide."""
-    if width < 1:  # undefined there, but found in files whose values are fractions
+    """The linear VOI function of DICOM PS3.3, C.11.2.1.2: from centre - 0.5 - (width - 1)/2 on, width - 1 wide."""
+    if width < 1:  # undefined in the standard, but found in files with fractional values
         return _between(values, centre - width / 2, centre + width / 2)
     if width == 1:
         return np.where(values <= centre - 0.5, 0, 255).astype(np.uint8)
@@ -187,7 +198,7 @@ def _linear(values: np.ndarray, centre: float, width: float) -> np.ndarray:
 
 
 def _window_of(dataset: Dataset) -> tuple[float, float] | None:
-    """(centre, width) of the file's first window, else the soft tissue window for CT, else None."""
+    """(centre, width) of the file's first window, else of the soft tissue window for CT, else None."""
     centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
     if centre is not None and width is not None and width > 0:
         return centre, width
@@ -203,7 +214,7 @@ def _first(value: object) -> float | None:
 
 
 def _check_inflated_size(content: bytes) -> None:
-    # pydicom inflates a deflated data set whole and without limit, so it is measured first, in bounded memory.
+    # pydicom inflates a deflated data set without limit, so its size is measured first, in bounded memory.
     if _DEFLATED not in content[:2048]:
         return
     group_length = int.from_bytes(content[140:144], "little")

@@ -1,7 +1,7 @@
-"""Input statistics: what a scan looks like in six plain figures, whatever network sees it.
+"""Input statistics: six simple figures of a scan, independent of any network.
 
-They cost a quarter of a millisecond, show drift from day to day (ml.image.serving.drift_reference), and tell what no
-network was ever asked to tell apart: a colour photograph, a negative, another window (ml.image.networks.ood).
+They take a quarter of a millisecond, show drift over time (ml.image.serving.drift_reference), and detect what networks
+do not: a colour photograph, a negative, another window (ml.image.networks.ood).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 DARK, BRIGHT = 8.0, 247.0
 """Grey levels below which a pixel is black, and above which it is white."""
-_STEP = 2  # pixels from one that is looked at to the next: a quarter of them says the same
+_STEP = 2  # every second pixel in each direction; all of them would give nearly the same figures
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """One figure: how far another encoder, or another resizing, may move it without being noticed (`tolerance`), and
-    what is said of a scan that has far `less` or far `more` of it than others."""
+    """One figure: the difference that another encoder or resizing may cause (`tolerance`), and how to describe scans
+    with far `less` or far `more` of it than the training scans."""
 
     tolerance: float
     less: str
@@ -33,16 +33,16 @@ MEANINGS = {
     "sharpness": Meaning(0.5, "it is smoother than they are", "it is sharper or noisier than they are"),
     "colour": Meaning(1.0, "it has less colour than they have", "it has more colour than they have"),
 }
-"""By name. Brightness (mean), contrast (standard deviation), sharpness (mean difference of neighbours, two pixels
-apart) and colour (mean difference of red from green and of green from blue) are in grey levels, 0 to 255; black and
-white are shares of the pixels, 0 to 1."""
+"""By name. In grey levels, 0 to 255: brightness (mean), contrast (standard deviation), sharpness (mean difference of
+pixels two apart), colour (mean difference of red and green, and of green and blue). Shares of pixels, 0 to 1: black,
+white."""
 
 
 def input_statistics(pixels: np.ndarray) -> dict[str, float]:
-    """The figures of `MEANINGS` of a scan as the network sees it, uint8 [height, width, 3] with sides of 3 or more."""
+    """The figures of `MEANINGS` for a resized scan, uint8 [height, width, 3], with sides of at least 3 pixels."""
     red, green, blue = pixels[::_STEP, ::_STEP].transpose(2, 0, 1).astype(np.float32)
     grey = (red + green + blue) / 3
-    found = (
+    values = (
         grey.mean(),
         grey.std(),
         (grey < DARK).mean(),
@@ -50,5 +50,5 @@ def input_statistics(pixels: np.ndarray) -> dict[str, float]:
         (np.abs(grey[1:] - grey[:-1]).mean() + np.abs(grey[:, 1:] - grey[:, :-1]).mean()) / 2,
         (np.abs(red - green).mean() + np.abs(green - blue).mean()) / 2,
     )
-    # What lies behind the fourth digit is the machine's, not the scan's.
-    return {name: round(float(value), 4) for name, value in zip(MEANINGS, found, strict=True)}
+    # Digits after the fourth differ between machines.
+    return {name: round(float(value), 4) for name, value in zip(MEANINGS, values, strict=True)}

@@ -1,4 +1,4 @@
-"""Array to network input. The Transform travels with the weights."""
+"""The transform from decoded pixels to network input; it is stored with the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Transform:
-    """How pixels become the network's input: resize (Pillow, bilinear with antialiasing), then (x/255 - mean) / std.
+    """Resizing (Pillow, bilinear with antialiasing), then (x/255 - mean) / std.
 
-    `window`: centre and width in Hounsfield units that a CT is decoded with; None: those that its file names.
+    `window`: centre and width in Hounsfield units for decoding CT; None: the window stored in each file.
     """
 
     height: int = 224
@@ -45,7 +45,7 @@ class Transform:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Transform:
-        """The reverse of `as_dict`."""
+        """The inverse of `as_dict`."""
         mean, std = (tuple(float(value) for value in fields[name]) for name in ("mean", "std"))
         window = fields.get("window")
         return cls(int(fields["height"]), int(fields["width"]), mean, std, tuple(window) if window else None)  # type: ignore[arg-type]
