@@ -27,9 +27,7 @@ class Explain(fields.Field[Any]):
     """A boolean, in JSON or as a string, or `all`. Not a `fields.Boolean`, since those must be JSON in a form."""
 
     def __init__(self, **kwargs: Any) -> None:
-        description = (
-            "Also make an overlay and heatmap of each result: for the predicted class, or for `all` classes."
-        )
+        description = "Also make an overlay and heatmap of each result: for the predicted class, or for `all` classes."
         kinds = {"type": ["string", "boolean"], "enum": [ALL_CLASSES, True, False]}
         super().__init__(metadata={**kinds, "description": description}, **kwargs)
 
