@@ -20,8 +20,8 @@ from tests.api.test_errors import assert_problem
 
 KEYS = {
     "id", "kind", "pipeline", "task", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress",
-    "eta_seconds", "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of", "reproduction",
-    "model_version", "metrics", "error", "metadata",
+    "eta_seconds", "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of",
+    "reproduction", "model_version", "metrics", "error", "metadata",
     "created_at", "started_at", "finished_at", "results_expired_at", "device_seconds", "scans_per_second", "engines",
     "links",
 }  # fmt: skip
