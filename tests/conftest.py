@@ -12,22 +12,30 @@ from cli.stack.embedded import embedded_postgres, embedded_redis
 from jobs.db import Sessions
 from jobs.settings import Settings
 from tests.databases import Database, Databases
+from tests.depth import depth
+from tests.whole_stack import RunningStack, running_stack
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+SHARED = {
+    "whole stack": ("tests/e2e/", "tests/cli/test_devstack.py"),
+    "MLflow": ("tests/worker/test_live_runs.py", "tests/worker/test_registry_sync.py"),
+}
+"""Files that share something that takes long to start: one process runs them all."""
+
+
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run beside each other (`-n 2`): one file in one process, with its fixtures; and all that speak to the
-    one whole stack, with its one training. Not by xdist's groups, which pytest 9.2 silently ignores (pytest-xdist
-    #1386): each process then made the fixtures of each file, two stacks and two trainings among them."""
+    """Where tests run beside each other (`-n 2`): one file in one process, with its fixtures. Not by xdist's groups,
+    which pytest 9.2 silently ignores (pytest-xdist #1386): each process then made the fixtures of each file."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "e2e" if "/e2e/" in file else file
+            return next((shared for shared, files in SHARED.items() if any(name in file for name in files)), file)
 
     return ByFile(config, log)
 
@@ -96,6 +104,14 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
         process_seconds=0.5,
         retry_base_seconds=0.1,
     )
+
+
+@pytest.fixture(scope="session")
+def whole_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """`renalq up` with all its parts, for all tests that leave it running."""
+    many_units = {"RENALQ_CHUNK_SECONDS": "0.5", "RENALQ_CHUNK_SCANS": "16"}  # of a small batch
+    with running_stack(tmp_path_factory.mktemp("whole") / "home", **depth(many_units, {})) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,69 +16,13 @@ import psutil
 import pytest
 import requests
 
-from cli.stack.server_plan import LOOPBACK, free_port
-from tests.cli.processes import alive, eventually, family, read_json, speaking_of
+from cli.stack.server_plan import LOOPBACK
+from tests.process_tree import alive, eventually
+from tests.whole_stack import RunningStack
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
-READY_SECONDS = 90
-
-
-class RunningStack:
-    """One `renalq up` in a folder of its own."""
-
-    def __init__(self, home: Path, *options: str, port: int | None = None) -> None:
-        self.home, self.port = home, port or free_port()
-        self.output = home.with_name(f"{home.name}.out")
-        with self.output.open("ab") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cli", "up", *options],
-                cwd=REPOSITORY,
-                env=self.environ(),
-                stdout=stream,
-                stderr=stream,
-            )
-
-    def environ(self) -> dict[str, str]:
-        ours = {"RENALQ_HOME": str(self.home), "RENALQ_PORT": str(self.port), "RENALQ_DEV_FSYNC": "off"}
-        strange = ("RENALQ_DATABASE_URL", "RENALQ_REDIS_URL", "RENALQ_URL", "RENALQ_KEY", "RENALQ_MLFLOW_URL")
-        return {name: value for name, value in os.environ.items() if name not in strange} | ours
-
-    def ready(self) -> RunningStack:
-        eventually(self._is_ready, READY_SECONDS, f"ready; it said: {self.said()}")
-        return self
-
-    def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self.said()
-        state = self.state() or {}  # that of a killed stack may still lie there
-        return bool(state.get("ready")) and state["pid"] == self.process.pid
-
-    def state(self) -> Any:
-        return read_json(self.home / "stack.json")
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    def get(self, path: str, **headers: str) -> requests.Response:
-        return requests.get(f"http://{LOOPBACK}:{self.port}{path}", headers=headers, timeout=10)
-
-    def renalq(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cli", *command],
-            env=self.environ(),
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def everyone(self) -> list[int]:
-        return family(self.process.pid)
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
+SMALL = ("--no-flower", "--no-mlflow")
 
 
 @pytest.fixture
@@ -103,14 +45,6 @@ def start(tmp_path: Path) -> Iterator[Any]:
             stack.end()
 
 
-@pytest.fixture(scope="module")
-def whole_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    """A stack with all its parts that the reading tests share."""
-    stack = RunningStack(tmp_path_factory.mktemp("whole") / "home").ready()
-    yield stack
-    stack.end()
-
-
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -118,8 +52,7 @@ def mode(path: Path) -> int:
 def test_the_first_key_is_valid_and_only_its_owner_may_read_it(whole_stack: RunningStack) -> None:
     file = whole_stack.home / "admin.key"
     assert mode(file) == 0o600
-    key = file.read_text().strip()
-    assert whole_stack.get("/jobs", Authorization=f"Bearer {key}").status_code == 200
+    assert whole_stack.get("/jobs", Authorization=f"Bearer {whole_stack.key()}").status_code == 200
     assert whole_stack.get("/jobs").status_code == 401
 
 
@@ -185,58 +118,53 @@ def test_keys_are_made_listed_and_revoked_by_the_cli(whole_stack: RunningStack) 
 
 
 def test_the_cli_lists_and_refuses_in_one_line(whole_stack: RunningStack) -> None:
-    assert json.loads(whole_stack.renalq("jobs", "list", "--json").stdout)["data"] == []
-    for nothing in (("models",), ("datasets", "list")):
-        assert json.loads(whole_stack.renalq(*nothing, "--json").stdout) == []
+    key = {"Authorization": f"Bearer {whole_stack.key()}"}
+    jobs = json.loads(whole_stack.renalq("jobs", "list", "--json").stdout)["data"]
+    assert [job["id"] for job in jobs] == [job["id"] for job in whole_stack.get("/jobs", **key).json()["data"]]
+    for command, path in ((("models",), "/models"), (("datasets", "list"), "/datasets")):
+        listed = json.loads(whole_stack.renalq(*command, "--json").stdout)
+        assert listed == whole_stack.get(path, **key).json()["data"]
     refused = whole_stack.renalq("jobs", "show", "01900000-0000-7000-8000-000000000000")
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: 404 ")
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_whole_stack_with_exit_0(home: Path, start: Any, number: signal.Signals) -> None:
-    stack = start(home).ready()
+def test_two_stacks_run_side_by_side_and_end_apart(tmp_path: Path, start: Any) -> None:
+    one, other = (start(tmp_path / name, *SMALL) for name in ("one", "two"))
+    keys = [stack.ready().key() for stack in (one, other)]
+    answers = [stack.get("/jobs", Authorization=f"Bearer {key}") for stack in (one, other) for key in keys]
+    assert [answer.status_code for answer in answers] == [200, 401, 401, 200]
+
+    assert len(one.everyone()) > 7
+    one.ends_without_a_trace(signal.SIGINT)
+    assert other.get("/health/ready").status_code == 200
+    _a_killed_worker_comes_back(other)
+    _a_killed_redis_ends_the_stack(other)
+
+
+def _a_killed_worker_comes_back(stack: RunningStack) -> None:
+    os.kill(stack.state()["pids"]["worker-train"], signal.SIGKILL)
+    eventually(lambda: "worker-train was killed by SIGKILL" in stack.said(), what="the death is told")
+    eventually(lambda: stack.get("/health/ready").status_code == 200, what="ready again")
+
+
+def _a_killed_redis_ends_the_stack(stack: RunningStack) -> None:
     everyone = stack.everyone()
-    assert len(everyone) > 9
-    assert stack.end(number) == 0, stack.said()
+    os.kill(stack.state()["pids"]["redis"], signal.SIGKILL)
+    assert stack.process.wait(60) == 1
+    assert f"redis was killed by SIGKILL (log: {stack.home / 'logs' / 'redis.log'}" in stack.said()
     assert alive(everyone) == []
-    assert speaking_of(home) == []
-    assert "database system is shut down" in (home / "logs" / "postgres.log").read_text()
-    assert not (home / "stack.json").exists()
 
 
 def test_after_kill_9_nothing_is_left_and_the_next_up_starts_with_the_same_key(home: Path, start: Any) -> None:
-    stack = start(home).ready()
-    everyone, key = stack.everyone(), (home / "admin.key").read_text()
+    stack = start(home, *SMALL).ready()
+    everyone, key = stack.everyone(), stack.key()
     stack.process.kill()
     stack.process.wait()
-    again = start(home, "--no-flower", "--no-mlflow", port=stack.port)  # at once: it waits for the orphan reaper
+    again = start(home, *SMALL, port=stack.port)  # at once: it waits for the orphan reaper
     eventually(lambda: not alive(everyone), 20, "every process of the killed stack is gone")
     again.ready()
-    assert (home / "admin.key").read_text() == key
-    assert again.get("/jobs", Authorization=f"Bearer {key.strip()}").status_code == 200
-    assert again.end() == 0
-    assert speaking_of(home) == []
-
-
-def test_a_killed_worker_comes_back_and_a_killed_redis_ends_the_stack(home: Path, start: Any) -> None:
-    stack = start(home, "--no-flower", "--no-mlflow").ready()
-    pids = stack.state()["pids"]
-    os.kill(pids["worker-train"], signal.SIGKILL)
-    eventually(lambda: "worker-train was killed by SIGKILL" in stack.said(), what="the death is told")
-    eventually(lambda: stack.get("/health/ready").status_code == 200, what="ready again")
-    everyone = stack.everyone()
-    os.kill(pids["redis"], signal.SIGKILL)
-    assert stack.process.wait(60) == 1
-    assert f"redis was killed by SIGKILL (log: {home / 'logs' / 'redis.log'}" in stack.said()
-    assert alive(everyone) == []
-
-
-def test_two_stacks_run_side_by_side(tmp_path: Path, start: Any) -> None:
-    stacks = [start(tmp_path / name, "--no-flower", "--no-mlflow") for name in ("one", "two")]
-    keys = [(stack.ready().home / "admin.key").read_text().strip() for stack in stacks]
-    answers = [stack.get("/jobs", Authorization=f"Bearer {key}") for stack in stacks for key in keys]
-    assert [answer.status_code for answer in answers] == [200, 401, 401, 200]
-    assert stacks[0].end() == 0
-    assert stacks[1].get("/health/ready").status_code == 200
+    assert again.key() == key
+    assert again.get("/jobs", Authorization=f"Bearer {key}").status_code == 200
+    again.ends_without_a_trace(signal.SIGTERM)

@@ -20,7 +20,7 @@ from cli.stack.launch import with_pdeathsig_unprivileged
 from cli.stack.postgres import create_database, postgres_version, prepare_postgres
 from cli.stack.redis_server import ask_redis, redis_answers
 from cli.stack.server_plan import free_port
-from tests.cli.processes import eventually, speaking_of
+from tests.process_tree import eventually, speaking_of
 
 REPOSITORY = Path(__file__).parents[2]
 

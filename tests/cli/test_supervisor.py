@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.stack.supervisor import MAX_RESTARTS
-from tests.cli.processes import alive, eventually, read_json
+from tests.process_tree import alive, eventually, read_json
 
 REPOSITORY = Path(__file__).parents[2]
 

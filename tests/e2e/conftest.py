@@ -1,12 +1,8 @@
-"""One whole stack by `renalq up` for all tests of this folder, spoken to over HTTP alone."""
+"""A whole stack, spoken to over HTTP alone, and a training in it for all tests of this folder."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +13,14 @@ import pytest
 import requests
 
 from cli.commands import demo
-from cli.stack.server_plan import free_port
 from ml.synthetic import phantom_files
+from tests.databases import ROOT
+from tests.depth import ALL, depth
+from tests.whole_stack import RunningStack
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 PARAMS = {"weights": "none", "epochs": 5, "learning_rate": 0.01, "augmentation": False}
+PARAMS |= depth({"image_size": [64, 64, 3]}, {})
 
 
 @dataclass(frozen=True)
@@ -65,42 +63,20 @@ class Client:
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of a stack of this session's own."""
-    home, port = tmp_path_factory.mktemp("stack"), free_port()
-    environ = {**os.environ, "RENALQ_HOME": str(home), "RENALQ_PORT": str(port)}
-    command = [sys.executable, "-m", "cli", "up"]
-    with (home / "up.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(url, process, home)
-        yield Client(url, (home / "admin.key").read_text().strip(), home)
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0, (home / "up.log").read_text()[-2000:]
-
-
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", home: Path) -> None:
-    deadline = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if requests.get(f"{url}/health/ready", timeout=3).ok:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.2)
-    raise AssertionError((home / "up.log").read_text()[-3000:])
+def client(whole_stack: RunningStack) -> Client:
+    """A client of the whole stack."""
+    return Client(whole_stack.url, whole_stack.key(), whole_stack.home)
 
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real scans where they lie beside the project; else the synthetic CT of `renalq demo`."""
+    """Synthetic CT. For all tests: the real scans where they are beside the project, or as many as in `renalq demo`."""
     real = SHARED / "mri-465.zip"
-    if real.exists():
+    if ALL and real.exists():
         return real
     made = tmp_path_factory.mktemp("data") / "phantom.zip"
-    phantom_files.write_zip(made, patients=demo.PATIENTS, slices=demo.SLICES, seed=demo.SEED)
+    patients, slices = depth((60, 2), (demo.PATIENTS, demo.SLICES))
+    phantom_files.write_zip(made, patients=patients, slices=slices, seed=demo.SEED)
     return made
 
 

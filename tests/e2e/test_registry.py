@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.depth import depth
 from tests.e2e.conftest import PARAMS, Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def worse(client: Client, trained: dict[str, Any]) -> dict[str, Any]:
     """A training on the same scans that learns next to nothing."""
-    params = {**PARAMS, "epochs": 1, "learning_rate": 1e-6}
+    params = {**PARAMS, "epochs": 1, "learning_rate": 1e-6} | depth({"network": "resnet18"}, {})
     answer = client.post("/jobs/train", json={"dataset_id": trained["dataset_id"], "params": params})
     assert answer.status_code == 202, answer.text
     return client.ended(answer.json())
