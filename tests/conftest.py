@@ -13,6 +13,7 @@ from jobs.db import Sessions
 from jobs.settings import Settings
 from tests.databases import Database, Databases
 from tests.depth import depth
+from tests.processes import small_settings
 from tests.whole_stack import RunningStack, running_stack
 
 if TYPE_CHECKING:
@@ -92,18 +93,7 @@ def sessions(database: Database) -> Sessions:
 @pytest.fixture
 def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
     """Settings of a small stack: the test's database, short clocks."""
-    return Settings(
-        home=tmp_path,
-        database_url=database_url,
-        redis_url=redis_url,
-        lease_seconds=2,
-        beat_seconds=0.5,
-        give_up_seconds=1.5,
-        sweep_seconds=0.2,
-        ring_again_seconds=1,
-        process_seconds=0.5,
-        retry_base_seconds=0.1,
-    )
+    return small_settings(tmp_path, database_url, redis_url)
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,13 @@ class Database:
             _note_connections(self._engines[key].kw["bind"], self._pids)
         return self._engines[key]
 
-    def empty(self) -> bool:
-        """Make it as it was: no rows, counters at their beginning, connections of others ended. False: a test has
-        changed its tables, so that nobody else can use it."""
+    def clear(self) -> None:
+        """Delete all rows, and restart all counters. Others stay connected."""
+        self._fetch(CLEAR)
+
+    def restore(self) -> bool:
+        """Clear it and end the connections of others. False: a test has changed its tables, so that no other test can
+        use it."""
         for factory in self._engines.values():
             if factory.kw["bind"].pool.checkedout():  # a test has kept a session: it may hold locks
                 factory.kw["bind"].dispose()
@@ -50,7 +54,7 @@ class Database:
             self._fetch(END_OTHERS, [self._admin.get_backend_pid(), *self._pids])
             if self._fetch(SCHEMA) != self._schema:
                 return False
-            self._fetch(EMPTY)
+            self.clear()
         except psycopg2.Error:
             return False
         return True
@@ -89,7 +93,7 @@ END_OTHERS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> ALL (%s)
 """
-EMPTY = """
+CLEAR = """
 DO $$
 DECLARE
     name text;
@@ -128,7 +132,7 @@ class Databases:
         """A database with all tables and no rows, which others have used or will."""
         database = self._free.pop() if self._free else Database(self._made())
         yield database
-        if database.empty():
+        if database.restore():
             self._free.append(database)
         else:
             database.close()

@@ -23,6 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
+def small_settings(home: Path, database_url: str, redis_url: str) -> Settings:
+    """Settings with short clocks."""
+    return Settings(
+        home=home,
+        database_url=database_url,
+        redis_url=redis_url,
+        lease_seconds=2,
+        beat_seconds=0.5,
+        give_up_seconds=1.5,
+        sweep_seconds=0.2,
+        ring_again_seconds=1,
+        process_seconds=0.5,
+        retry_base_seconds=0.1,
+    )
+
+
 @dataclass
 class Stack:
     """The processes of one test. Each may be killed and started again."""

@@ -15,8 +15,10 @@ from jobs.queue import explanations
 from jobs.queue.leases import Claim
 from jobs.queue.outcomes import ScanOutcome
 from jobs.settings import Settings
-from jobs.storage.blobs import Artifacts
-from tests.api.conftest import Server, champion, png, server  # noqa: F401  (fixtures)
+from jobs.storage.blobs import BlobStore
+from tests.api.conftest import Server, champion, png  # noqa: F401  (a fixture)
+from tests.databases import Database, Databases
+from tests.processes import small_settings
 
 SCAN = ("DOE^JANE-19460229.png", "image/png", png(64, 64, 60))
 REFUSED = "Failed to load resource"
@@ -79,6 +81,35 @@ DROP = """(zone, files) => {
 }"""
 
 
+@pytest.fixture(scope="session")
+def kept(databases: Databases) -> Iterator[Database]:
+    """The database of the server."""
+    with databases.borrow() as borrowed:
+        yield borrowed
+
+
+@pytest.fixture(scope="session")
+def settings(kept: Database, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """The server's settings."""
+    return small_settings(tmp_path_factory.mktemp("browser"), kept.url, redis_url)
+
+
+@pytest.fixture(scope="session")
+def server(settings: Settings) -> Iterator[Server]:
+    """The API as it runs in service, for all tests: each begins with an empty database."""
+    server = Server(settings)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def database(kept: Database) -> Database:
+    """The server's database, emptied."""
+    kept.clear()
+    return kept
+
+
 @pytest.fixture
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """How the tab is opened: a test sets it by indirect parameters."""
@@ -104,8 +135,8 @@ def visiting(browser: Browser, url: str, key: str, **options: Any) -> Iterator[V
 
 
 @pytest.fixture
-def visit(browser: Browser, server: Server, sessions: Sessions, options: dict[str, Any]) -> Iterator[Visit]:  # noqa: F811
-    """A tab at a server of the test's own."""
+def visit(browser: Browser, server: Server, sessions: Sessions, options: dict[str, Any]) -> Iterator[Visit]:
+    """A tab at the server."""
     with sessions.begin() as session:
         secret = keys.create(session, "browser", ["jobs:read", "jobs:write"]).secret
     with visiting(browser, server.url, secret, **options) as visit:
@@ -120,9 +151,9 @@ class Overlay:
     settings: Settings
 
     def __call__(self, held: Claim) -> None:
-        blob = Artifacts(self.settings.artifacts).put(io.BytesIO(png(64, 64, 90)))
+        blob = BlobStore(self.settings.artifacts).put(io.BytesIO(png(64, 64, 90)))
         with self.sessions.begin() as session:
-            explanations.keep(session, held, [(explanations.name_of(0), blob)])
+            explanations.save(session, held, [(explanations.artifact_name(0), blob)])
 
 
 @pytest.fixture
