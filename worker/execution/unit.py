@@ -119,7 +119,7 @@ class UnitLease:
             except SQLAlchemyError as error:
                 if not is_away(error) or time.monotonic() > deadline:
                     raise
-                log.warning("database_away", error=type(error).__name__)
+                log.warning("database_unavailable", error=type(error).__name__)
             if not ignore_interrupts:
                 self.check()
             time.sleep(0.2)
