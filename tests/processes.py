@@ -70,6 +70,14 @@ class Stack:
                 start_new_session=True,
             )
 
+    def ensure(self, *names: str) -> None:
+        """Start those that do not run."""
+        for name in names:
+            if name in self.running and self.running[name].poll() is not None:
+                self.kill(name)
+            if name not in self.running:
+                self.start(name)
+
     def kill(self, name: str) -> None:
         """kill -9 of the whole tree, children that moved to other sessions too."""
         started = self.running.pop(name)

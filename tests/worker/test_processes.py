@@ -3,28 +3,36 @@
 import shutil
 import signal
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import text
 
-from jobs.db import Sessions
 from jobs.models import reproduction
 from jobs.queue import lifecycle
 from jobs.queue.submission import NewJob, NewResult, submit
-from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.storage.blobs import BlobStore
 from jobs.tables import Artifact, Dataset, Job, JobEvent, ModelVersion, PredictionCount, Scan, ScanResult
 from ml.synthetic import phantom_files
+from tests import builders
 from tests.builders import TENANT, units_of
+from tests.databases import Database, Databases
 from tests.jobs.checker import faults
-from tests.processes import Stack, count, eventually, stack
+from tests.processes import Stack, count, eventually, small_settings, stack
 
 pytestmark = pytest.mark.slow
 
-PARAMS = {"weights": "none", "epochs": 2, "augmentation": False, "learning_rate": 0.01, "image_size": [64, 64, 3]}
+PARAMS = {
+    "network": "resnet18", "weights": "none", "epochs": 2, "augmentation": False, "learning_rate": 0.01,
+    "image_size": [64, 64, 3],
+}  # fmt: skip
+LONG = 1000
+"""Epochs of a training that does not end by itself while a test looks at it."""
+CLOCKS = {"lease_seconds": 4, "give_up_seconds": 3, "cancel_grace_seconds": 1}
+"""Clocks that a loaded test machine still keeps."""
 
 
 @pytest.fixture(scope="module")
@@ -35,176 +43,181 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def shared(
+    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Database, Stack]]:
+    """The processes of all tests, with their database. None runs yet."""
+    with databases.borrow() as database:
+        settings = small_settings(tmp_path_factory.mktemp("processes"), database.url, redis_url)
+        with stack(settings.model_copy(update=CLOCKS), database.sessions(20)) as empty:
+            yield database, empty
+
+
 @pytest.fixture
-def fast(settings: Settings) -> Settings:
-    """Clocks that a loaded test machine still keeps."""
-    return settings.model_copy(update={"lease_seconds": 4, "give_up_seconds": 3, "cancel_grace_seconds": 1})
+def processes(shared: tuple[Database, Stack]) -> Stack:
+    """A dispatcher and two workers, with an empty database. What a test has killed is started for the next one."""
+    database, started = shared
+    database.clear()
+    started.ensure("dispatcher", "predict", "train")
+    return started
 
 
-def test_a_dataset_is_checked_then_trained_on_then_used(sessions: Sessions, fast: Settings, archive: Path) -> None:
-    with stack(fast, sessions, "dispatcher", "predict", "train") as processes:
-        dataset, ingest = upload(processes, archive)
-        assert processes.wait_for(ingest).state == "succeeded", processes.logs()
-        with sessions() as session:
-            checked = session.get_one(Dataset, dataset)
-            assert (checked.state, checked.classes) == ("ready", {"Normal": 18, "Tumor": 18})
+def test_a_dataset_is_checked_then_trained_on_then_used(processes: Stack, archive: Path) -> None:
+    dataset, ingest = upload(processes, archive)
+    assert processes.wait_for(ingest).state == "succeeded", processes.logs()
+    with processes.sessions() as session:
+        checked = session.get_one(Dataset, dataset)
+        assert (checked.state, checked.classes) == ("ready", {"Normal": 18, "Tumor": 18})
 
-        job = processes.wait_for(train(processes, dataset), 120)
-        assert job.state == "succeeded", (job.error, processes.logs())
-        assert job.metrics is not None
-        assert set(job.metrics) >= {"accuracy", "precision", "recall", "f1", "confusion_matrix"}
-        assert [stage["state"] for stage in job.stages] == ["succeeded"] * 4
-        with sessions() as session:
-            version = session.query(ModelVersion).one()
-            assert (version.job_id, version.version, job.model_version) == (job.id, 1, 1)
-            assert version.params["momentum"] == 0.9, "defaults are recorded too"
-            epochs = session.query(JobEvent).filter_by(job_id=job.id, type="epoch").all()
-            assert [event.data["epoch"] for event in epochs] == [1, 2]
+    job = processes.wait_for(train(processes, dataset), 120)
+    assert job.state == "succeeded", (job.error, processes.logs())
+    assert job.metrics is not None
+    assert set(job.metrics) >= {"accuracy", "precision", "recall", "f1", "confusion_matrix"}
+    assert [stage["state"] for stage in job.stages] == ["succeeded"] * 4
+    with processes.sessions() as session:
+        version = session.query(ModelVersion).one()
+        assert (version.job_id, version.version, job.model_version) == (job.id, 1, 1)
+        assert version.params["momentum"] == 0.9, "defaults are recorded too"
+        epochs = session.query(JobEvent).filter_by(job_id=job.id, type="epoch").all()
+        assert [event.data["epoch"] for event in epochs] == [1, 2]
 
-        batch = processes.wait_for(predict(processes, version, archive.parent), 60)
-        assert (batch.state, batch.succeeded, batch.failed) == ("partially_succeeded", 4, 1), batch.error
-        with sessions() as session:
-            results = session.query(ScanResult).order_by(ScanResult.ordinal).all()
-            assert all(sum(r.probabilities.values()) == pytest.approx(1) for r in results[:4] if r.probabilities)
-            assert results[4].error is not None
-            assert None not in [r.disposition for r in results[:4]]
-            counted = session.query(PredictionCount.what).distinct()
-            assert {what for (what,) in counted} == {*version.reference["statistics"], "class", "disposition"}
-            assert faults(session) == []
+    batch = processes.wait_for(predict(processes, version, archive.parent), 60)
+    assert (batch.state, batch.succeeded, batch.failed) == ("partially_succeeded", 4, 1), batch.error
+    with processes.sessions() as session:
+        results = session.query(ScanResult).order_by(ScanResult.ordinal).all()
+        assert all(sum(r.probabilities.values()) == pytest.approx(1) for r in results[:4] if r.probabilities)
+        assert results[4].error is not None
+        assert None not in [r.disposition for r in results[:4]]
+        counted = session.query(PredictionCount.what).distinct()
+        assert {what for (what,) in counted} == {*version.reference["statistics"], "class", "disposition"}
+        assert faults(session) == []
 
 
 def test_a_training_done_again_has_the_same_figures_and_a_version_can_be_trained_on(
-    sessions: Sessions, fast: Settings, archive: Path
+    processes: Stack, archive: Path
 ) -> None:
-    small = {"network": "resnet18", "image_size": [64, 64, 3], "seed": 7}
-    with stack(fast, sessions, "dispatcher", "predict", "train") as processes:
-        dataset, ingest = upload(processes, archive)
-        assert processes.wait_for(ingest).state == "succeeded", processes.logs()
-        with sessions() as session:
-            report = session.get_one(Dataset, dataset).report
-            assert report is not None
-            assert report["inspection"]["patients"] == 12
+    dataset, ingest = upload(processes, archive)
+    assert processes.wait_for(ingest).state == "succeeded", processes.logs()
+    with processes.sessions() as session:
+        report = session.get_one(Dataset, dataset).report
+        assert report is not None
+        assert report["inspection"]["patients"] == 12
 
-        original = processes.wait_for(train(processes, dataset, **small), 120)
-        assert original.state == "succeeded", (original.error, processes.logs())
-        with sessions.begin() as session:
-            again = reproduction.reproduce(session, TENANT, original.id).id
-        job = processes.wait_for(again, 120)
-        assert job.state == "succeeded", (job.error, processes.logs())
-        assert job.reproduction is not None
-        assert job.reproduction["differences"] == {}
-        assert job.reproduction["environment_differences"] == {}
-        assert (job.reproduction["matches"], job.reproduction["same_dataset"]) == (True, True)
+    original = processes.wait_for(train(processes, dataset, seed=7), 120)
+    assert original.state == "succeeded", (original.error, processes.logs())
+    with processes.sessions.begin() as session:
+        again = reproduction.reproduce(session, TENANT, original.id).id
+    job = processes.wait_for(again, 120)
+    assert job.state == "succeeded", (job.error, processes.logs())
+    assert job.reproduction is not None
+    assert job.reproduction["differences"] == {}
+    assert job.reproduction["environment_differences"] == {}
+    assert (job.reproduction["matches"], job.reproduction["same_dataset"]) == (True, True)
 
-        onward = processes.wait_for(train(processes, dataset, **{**small, "weights": "version:1"}), 120)
-        assert onward.state == "succeeded", (onward.error, processes.logs())
-        with sessions() as session:
-            versions = session.query(ModelVersion).order_by(ModelVersion.version).all()
-            assert versions[2].environment["base_weights_sha256"] == versions[0].weights_sha256
-            assert {"device", "engine"} <= set(versions[0].environment)
-            artifacts = {row.name for row in session.query(Artifact).filter_by(job_id=job.id)}
-            assert {"scores.json", "dataset_report.json", "report.html", "report.pdf", "manifest.json"} <= artifacts
-            assert faults(session) == []
+    onward = processes.wait_for(train(processes, dataset, seed=7, weights="version:1"), 120)
+    assert onward.state == "succeeded", (onward.error, processes.logs())
+    with processes.sessions() as session:
+        versions = session.query(ModelVersion).order_by(ModelVersion.version).all()
+        assert versions[2].environment["base_weights_sha256"] == versions[0].weights_sha256
+        assert {"device", "engine"} <= set(versions[0].environment)
+        artifacts = {row.name for row in session.query(Artifact).filter_by(job_id=job.id)}
+        assert {"scores.json", "dataset_report.json", "report.html", "report.pdf", "manifest.json"} <= artifacts
+        assert faults(session) == []
 
 
-def test_a_training_whose_whole_worker_tree_is_killed_ends_well_at_attempt_2(
-    sessions: Sessions, fast: Settings, archive: Path
-) -> None:
-    with stack(fast, sessions, "dispatcher", "train") as processes:
-        dataset = ready_dataset(processes, archive)
-        job_id = train(processes, dataset, epochs=3)
-        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
-        children = psutil.Process(processes.running["train"].pid).children(recursive=True)
-        processes.kill("train")
-        assert not psutil.wait_procs(children, timeout=5)[1], "nobody trains on for a lease that is lost"
-        processes.start("train")
-        job = processes.wait_for(job_id, 120)
-        assert (job.state, job.attempt) == ("succeeded", 2), (job.error, processes.logs())
-        with sessions() as session:
-            assert faults(session) == []
+def test_a_training_whose_whole_worker_tree_is_killed_ends_well_at_attempt_2(processes: Stack, archive: Path) -> None:
+    dataset = ready_dataset(processes, archive)
+    job_id = train(processes, dataset, epochs=300)
+    has_an_epoch(processes)
+    children = psutil.Process(processes.running["train"].pid).children(recursive=True)
+    processes.kill("train")
+    assert not psutil.wait_procs(children, timeout=5)[1], "nobody trains on for a lease that is lost"
+    processes.start("train")
+    job = processes.wait_for(job_id, 120)
+    assert (job.state, job.attempt) == ("succeeded", 2), (job.error, processes.logs())
+    with processes.sessions() as session:
+        assert faults(session) == []
 
 
-def test_when_only_the_celery_parent_is_killed_its_children_die_with_it(
-    sessions: Sessions, fast: Settings, archive: Path
-) -> None:
-    with stack(fast, sessions, "dispatcher", "train") as processes:
-        train(processes, ready_dataset(processes, archive), epochs=50)
-        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
-        parent = psutil.Process(processes.running["train"].pid)
-        children = parent.children(recursive=True)
-        assert len(children) >= 2, "the pool's child, and the training"
-        parent.kill()
-        assert not psutil.wait_procs(children, timeout=10)[1]
+def test_when_only_the_celery_parent_is_killed_its_children_die_with_it(processes: Stack, archive: Path) -> None:
+    train(processes, ready_dataset(processes, archive), epochs=LONG)
+    has_an_epoch(processes)
+    parent = psutil.Process(processes.running["train"].pid)
+    children = parent.children(recursive=True)
+    assert len(children) >= 2, "the pool's child, and the training"
+    parent.kill()
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-def test_a_cancelled_training_stops_within_its_grace(sessions: Sessions, fast: Settings, archive: Path) -> None:
-    with stack(fast, sessions, "dispatcher", "train") as processes:
-        job_id = train(processes, ready_dataset(processes, archive), epochs=500)
-        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
-        with sessions.begin() as session:
-            lifecycle.cancel(session, TENANT, job_id)
-        asked = time.monotonic()
-        assert processes.wait_for(job_id, 20).state == "cancelled"
-        assert time.monotonic() - asked < fast.beat_seconds + fast.cancel_grace_seconds + 3
-        tree = psutil.Process(processes.running["train"].pid).children(recursive=True)
-        assert not [process for process in tree if "ml" in process.cmdline()], "the device is free"
-        with sessions() as session:
-            assert faults(session) == []
+def test_a_cancelled_training_stops_within_its_grace(processes: Stack, archive: Path) -> None:
+    job_id = train(processes, ready_dataset(processes, archive), epochs=LONG)
+    has_an_epoch(processes)
+    with processes.sessions.begin() as session:
+        lifecycle.cancel(session, TENANT, job_id)
+    asked = time.monotonic()
+    assert processes.wait_for(job_id, 20).state == "cancelled"
+    assert time.monotonic() - asked < processes.settings.beat_seconds + processes.settings.cancel_grace_seconds + 3
+    tree = psutil.Process(processes.running["train"].pid).children(recursive=True)
+    assert not [process for process in tree if "ml" in process.cmdline()], "the device is free"
+    with processes.sessions() as session:
+        assert faults(session) == []
 
 
-def test_a_worker_told_to_stop_hands_its_unit_back_at_once(sessions: Sessions, fast: Settings, archive: Path) -> None:
-    with stack(fast, sessions, "dispatcher", "train") as processes:
-        job_id = train(processes, ready_dataset(processes, archive), epochs=500)
-        eventually(lambda: count(sessions, "SELECT count(*) FROM job_events WHERE type = 'epoch'"), 90, processes.logs)
-        assert processes.stop("train") == 0
-        with sessions() as session:
-            (unit,) = units_of(session, session.get_one(Job, job_id))
-            assert unit.state in ("queued", "dispatched")
-            assert unit.failures == 0, "a drain is not a failure"
+def test_a_worker_told_to_stop_hands_its_unit_back_at_once(processes: Stack, archive: Path) -> None:
+    job_id = train(processes, ready_dataset(processes, archive), epochs=LONG)
+    has_an_epoch(processes)
+    assert processes.stop("train") == 0
+    with processes.sessions() as session:
+        (unit,) = units_of(session, session.get_one(Job, job_id))
+        assert unit.state in ("queued", "dispatched")
+        assert unit.failures == 0, "a drain is not a failure"
 
 
 def test_a_job_submitted_while_redis_is_away_runs_when_it_is_back(
-    sessions: Sessions, fast: Settings, archive: Path, redis_url: str
+    processes: Stack, archive: Path, redis_url: str
 ) -> None:
     redis = next(c for c in psutil.net_connections("tcp") if c.laddr and f":{c.laddr.port}/" in redis_url and c.pid)
     server = psutil.Process(redis.pid)
-    with stack(fast, sessions, "dispatcher", "predict") as processes:
-        eventually(lambda: count(sessions, "SELECT count(*) FROM processes WHERE kind = 'worker'"), 30, processes.logs)
-        server.send_signal(signal.SIGSTOP)
-        try:
-            _, job_id = upload(processes, archive)
-            time.sleep(2)
-            assert processes.job(job_id).state == "queued"
-        finally:
-            server.send_signal(signal.SIGCONT)
-        assert processes.wait_for(job_id, 60).state == "succeeded", processes.logs()
+    processes.alive()
+    server.send_signal(signal.SIGSTOP)
+    try:
+        _, job_id = upload(processes, archive)
+        time.sleep(2)
+        assert processes.job(job_id).state == "queued"
+    finally:
+        server.send_signal(signal.SIGCONT)
+    assert processes.wait_for(job_id, 60).state == "succeeded", processes.logs()
 
 
-def test_bad_params_and_broken_weights_end_the_job_with_a_code(
-    sessions: Sessions, fast: Settings, archive: Path
-) -> None:
-    with stack(fast, sessions, "dispatcher", "train") as processes:
-        dataset = ready_dataset(processes, archive)
-        closed = fast.home / "no-weights"
-        closed.mkdir()
-        wanted = train(processes, dataset, weights="imagenet")
-        job = processes.wait_for(wanted, 90)
-        assert job.error is not None
-        assert job.error["code"] == "WEIGHTS_MISSING", processes.logs()
-        assert job.attempt == 1, "trying again would not help"
-        assert [stage["state"] for stage in job.stages] == ["succeeded", "failed", "queued", "queued"]
+def test_bad_params_and_broken_weights_end_the_job_with_a_code(processes: Stack, archive: Path) -> None:
+    dataset = ready_dataset(processes, archive)
+    closed = processes.settings.home / "no-weights"
+    closed.mkdir()
+    wanted = train(processes, dataset, weights="imagenet")
+    job = processes.wait_for(wanted, 90)
+    assert job.error is not None
+    assert job.error["code"] == "WEIGHTS_MISSING", processes.logs()
+    assert job.attempt == 1, "trying again would not help"
+    assert [stage["state"] for stage in job.stages] == ["succeeded", "failed", "queued", "queued"]
 
 
 # --- what the tests submit ---
 
 
-def ready_dataset(processes: Stack, archive: Path) -> object:
+def ready_dataset(processes: Stack, archive: Path) -> uuid.UUID:
     """A dataset that needs no check."""
-    dataset, job_id = upload(processes, archive)
+    blob = BlobStore(processes.settings.artifacts).put_file(archive)
     with processes.sessions.begin() as session:
-        lifecycle.cancel(session, TENANT, job_id)
-        session.execute(text("UPDATE datasets SET state = 'ready', digest = repeat('0', 64)"))
-    return dataset
+        dataset = builders.make_dataset(session)
+        dataset.archive_sha256 = blob.sha256
+        return dataset.id
+
+
+def has_an_epoch(processes: Stack) -> None:
+    """Wait until the training has told of an epoch."""
+    told = "SELECT count(*) FROM job_events WHERE type = 'epoch'"
+    eventually(lambda: count(processes.sessions, told), 90, processes.logs)
 
 
 def upload(processes: Stack, archive: Path) -> tuple:  # type: ignore[type-arg]

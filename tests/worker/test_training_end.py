@@ -3,37 +3,48 @@
 import uuid
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
-from jobs.db import Sessions
 from jobs.models import promotion, reproduction
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.results import queries
-from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
 from ml.spec.registry import spec_of
 from tests import builders
 from tests.builders import TENANT
+from tests.databases import Database, Databases
 from tests.faults.sabotage import Sabotage
 from tests.faults.work import training
-from tests.processes import Stack, eventually, stack
+from tests.processes import Stack, eventually, small_settings, stack
 from worker.tracking.provenance import environment
 
 
-@pytest.fixture
-def processes(settings: Settings, sessions: Sessions, tmp_path: Path) -> Iterator[Stack]:
-    """A dispatcher, and a worker whose trainings learn nothing and soon end."""
-    plan = Sabotage(tmp_path)
+@pytest.fixture(scope="module")
+def shared(
+    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Database, Stack]]:
+    """A dispatcher, and a worker whose trainings learn nothing and soon end; with their database."""
+    folder = tmp_path_factory.mktemp("training-end")
+    plan = Sabotage(folder)
     plan.training(seconds=0.3)
-    with stack(settings, sessions, "dispatcher") as started:
-        started.start("train", environ=plan.environ())
-        yield started
+    with databases.borrow() as database:
+        settings = small_settings(folder, database.url, redis_url)
+        with stack(settings, database.sessions(20), "dispatcher") as started:
+            started.start("train", environ=plan.environ())
+            yield database, started
+
+
+@pytest.fixture
+def processes(shared: tuple[Database, Stack]) -> Stack:
+    """The dispatcher and the worker, with an empty database."""
+    database, started = shared
+    database.clear()
+    return started
 
 
 def test_a_training_is_reproduced_and_compared_with_what_it_was(processes: Stack) -> None:
