@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What pip or a user has put into these would reach into the virtual environment.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test faults long picture storm up lint doctor clean
+.PHONY: help setup demo test test-all faults long picture storm up lint doctor clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,23 +45,13 @@ lint: setup ## Style, types, and the arrows between packages.
 	mypy
 	lint-imports
 
-# All steps run, whatever fails: one run shows everything. pytest's own closing lines stand last. Tests wait more than
-# they reckon, so two run beside each other; the fault cases, which have clocks, alone. The few of those with a real
-# network or a real MLflow take minutes: `make faults`.
-test: setup ## Lint, then all tests: the fast ones first.
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; broken=(); \
-	step() { printf '\n── %s\n' "$$*"; "$$@" || broken+=("$$*"); }; \
-	tests() { printf '\n── pytest -m "%s"\n' "$$1"; pytest -m "$$@" 2>&1 | tee "$$log" || broken+=("pytest -m \"$$1\""); \
-	  closing+=("$$(tail -n 1 "$$log")"); }; \
-	closing=(); \
-	step ruff check .; step ruff format --check .; step mypy; step lint-imports; \
-	beside=(-n 2 --dist loadfile); \
-	tests "not slow and not faults" "$${beside[@]}"; tests "faults and not slow"; \
-	tests "slow and not faults and not long" "$${beside[@]}"; \
-	printf '\n'; \
-	for each in $${broken[@]+"$${broken[@]}"}; do printf 'FAILED: %s\n' "$$each"; done; \
-	printf '%s\n' "$${closing[@]}"; \
-	exit $$(( $${#broken[@]} > 0 ))
+TESTS := "not (faults or full or long)" "faults and not full"
+
+test: setup ## Lint, and the tests for each change: at most twelve minutes on two cores.
+	@.ci/check $(TESTS)
+
+test-all: setup ## What CI runs: `make test`, then all networks, real scans, long trainings and many examples.
+	@.ci/check $(TESTS) "all:full or long or scaled or hypothesis"
 
 faults: setup ## Every case of the fault list: real processes, killed in every way.
 	@pytest -m faults

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from cli.stack.embedded import embedded_postgres, embedded_redis
@@ -20,11 +21,22 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+# For tests that give no number of examples. In CI they are the same ones each time, by a profile of hypothesis.
+hypothesis.settings.register_profile("renalq", hypothesis.settings(), max_examples=depth(30, 500), deadline=None)
+hypothesis.settings.load_profile("renalq")
+
 SHARED = {
     "whole stack": ("tests/e2e/", "tests/cli/test_devstack.py"),
     "MLflow": ("tests/worker/test_live_runs.py", "tests/worker/test_registry_sync.py"),
+    "first page": ("tests/browser/",),
 }
 """Files that share something that takes long to start: one process runs them all."""
+LONGEST = (
+    "tests/e2e/", "tests/cli/test_devstack.py", "tests/worker/test_processes.py", "tests/ml/test_ddp.py",
+    "tests/faults/test_dependencies.py", "tests/faults/test_crashes.py", "tests/ml/test_stages.py",
+    "tests/worker/test_live_runs.py", "tests/ml/test_checkpoints.py", "tests/ml/test_gradcam.py",
+)  # fmt: skip
+"""Files that take longest, longest first: where tests run beside each other, the end waits for the last file."""
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
@@ -39,6 +51,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next((shared for shared, files in SHARED.items() if any(name in file for name in files)), file)
 
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run beside each other: the longest files first, then as they were collected."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.api.conftest import Door
+from tests.depth import depth
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.scaled]
 schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")
 CHECKS = [
     allow_header_conformance,
@@ -38,7 +39,7 @@ def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
         found = operation.ok()
 
         @settings(
-            max_examples=10,
+            max_examples=depth(8, 100),
             deadline=None,
             derandomize=True,
             database=None,

@@ -17,6 +17,7 @@ from ml.runtime.config import parse_params
 from ml.runtime.errors import BadParams
 from ml.spec.image import NETWORKS, Params
 from tests.api.test_errors import assert_problem
+from tests.depth import depth
 
 SOURCE = {"source_url": "https://example.org/ct.zip"}
 ACCEPTED: list[dict[str, Any]] = [
@@ -198,7 +199,7 @@ RIGHT = {
 NAMES = st.sampled_from([*Params.model_fields, "held_out", "colour"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=depth(40, 1000), deadline=None)
 @given(st.dictionaries(NAMES, ANYTHING, max_size=2) | st.fixed_dictionaries({}, optional=RIGHT))
 def test_the_api_and_the_worker_accept_the_same(params: dict[str, Any]) -> None:
     params = json.loads(json.dumps(params))

@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 
 from tests.e2e.conftest import Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
 NDJSON = {"Accept": "application/x-ndjson"}
 

@@ -10,7 +10,7 @@ from ml.synthetic.phantom_files import dicom_bytes, png_bytes
 from tests.browser.conftest import visiting
 from tests.e2e.conftest import Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
 
 def test_a_scan_gets_class_confidence_and_heatmap(client: Client, trained: dict[str, Any], browser: Browser) -> None:

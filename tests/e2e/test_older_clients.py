@@ -12,7 +12,7 @@ from ml.synthetic.phantom import generate
 from ml.synthetic.phantom_files import png_bytes
 from tests.e2e.conftest import Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
 
 class OlderClient:

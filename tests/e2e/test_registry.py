@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.depth import depth
 from tests.e2e.conftest import PARAMS, Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

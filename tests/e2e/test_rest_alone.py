@@ -11,7 +11,7 @@ from pydicom.data import get_testdata_file
 
 from tests.e2e.conftest import PARAMS, SHARED, Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
 CANARY = "DOE^JANE-19460229"
 

@@ -18,7 +18,9 @@ def test_a_worker_killed_twice_in_the_middle_of_chunks(processes: Stack, plan: S
     Guard: a chunk's results are one fenced transaction with its end; what a dead worker had looked at is not written.
     """
     plan.network()
-    deaths = [plan.at("worker.handlers.outcomes:DispositionPolicy.from_prediction", "kill_tree", nth=nth) for nth in (25, 33)]
+    deaths = [
+        plan.at("worker.handlers.outcomes:DispositionPolicy.from_prediction", "kill_tree", nth=nth) for nth in (25, 33)
+    ]
     processes.start("dispatcher")
     scans = words(100)
     job_id = batch(processes, scans)

@@ -386,7 +386,6 @@ def _hours_ahead(log: str) -> int:
     return round((said - dt.datetime.now(dt.UTC)).total_seconds() / 3600)
 
 
-@pytest.mark.slow
 def test_27_mlflow_down(fast: Settings, sessions: Sessions, plan: Sabotage) -> None:
     """MLflow down → training succeeds; the run is recorded when it is back.
 

@@ -44,7 +44,7 @@ def patient(fast: Settings, sessions: Sessions) -> Iterator[Stack]:
         yield empty
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_13_a_training_killed_while_it_writes_a_checkpoint(patient: Stack, plan: Sabotage, scans: Path) -> None:
     """kill -9 while a checkpoint is written → the one before loads, hash verified.
 
@@ -67,7 +67,7 @@ def test_13_a_training_killed_while_it_writes_a_checkpoint(patient: Stack, plan:
     assert wrong(patient) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_14_a_training_resumes_after_the_epoch_that_it_had(patient: Stack, plan: Sabotage, scans: Path) -> None:
     """Training killed after epoch k resumes at k+1 and ends with the metrics of an undisturbed run (CPU, seeded).
 
@@ -93,7 +93,7 @@ def test_14_a_training_resumes_after_the_epoch_that_it_had(patient: Stack, plan:
     assert wrong(patient) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_01_again_with_the_real_network(patient: Stack, plan: Sabotage, scans: Path) -> None:
     """kill -9 the worker's tree in the middle of a batch → every scan has its result, the same as undisturbed."""
     patient.start("train")

@@ -25,6 +25,7 @@ from jobs.queue.outcomes import ScanOutcome
 from jobs.states import TERMINAL, UNIT_TERMINAL, JobKind, Lane
 from jobs.tables import Job, ScanResult, Unit
 from tests.builders import BROKEN, TENANT, make_job
+from tests.depth import depth
 from tests.jobs.checker import faults
 
 RETRY = RetryPolicy(max_failures=3)
@@ -348,7 +349,7 @@ def test_transitions_match_the_model(sessions: Sessions) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=depth(12, 300), stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -356,7 +357,7 @@ def test_transitions_match_the_model(sessions: Sessions) -> None:
 # --- many at once ---
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=depth(4, 60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_concurrent_transitions_keep_the_database_consistent(sessions: Sessions, seed: int) -> None:
     """Six workers, two dispatchers, a reaper and a canceller do random things to the same jobs at the same time."""
