@@ -250,16 +250,16 @@ def reliability_diagram(outputs: ModelOutputs, scores: Scores) -> Plot:
             sizes = 20 + 180 * bins.scans / bins.scans.max()  # bins with few scans are less reliable
             above.scatter(bins.confidence, bins.accuracy, sizes, look["color"], marker=look["marker"], alpha=0.3, lw=0)
             below.hist(confidence, np.linspace(0, 1, BINS + 1), histtype="step", color=look["color"], ls=look["ls"])
-        above.set(title="Calibration", ylabel="Share right", xlim=(0, 1.02), ylim=(-0.02, 1.05))
+        above.set(title="Calibration", ylabel="Accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.05))
         above.legend(loc="upper left", fontsize=8)
         below.set(xlabel="Confidence", ylabel="Scans")
         for panel in (above, below):
             panel.grid(alpha=0.3)
 
     caption = (
-        "How often the network was right, by how sure it was, before and after temperature scaling "
+        "Accuracy by confidence, before and after temperature scaling "
         f"(T = {scores.temperature:.2f}); larger marks are more scans. "
-        f"A perfectly calibrated one would show ECE {scores.ece_chance:.3f} by chance."
+        f"A perfectly calibrated network would have ECE {scores.ece_chance:.3f} by chance."
     )
     return Plot("reliability.png", "Reliability diagram", caption, 4.8, 4.8, draw)
 
@@ -277,10 +277,10 @@ def mistakes(found: Sequence[Mistake], pixels: np.ndarray, tested: int) -> Plot:
             panel.set_axis_off()
         for panel, one, scan in zip(panels, found, pixels, strict=False):
             panel.imshow(_thumbnail(scan))
-            words = f"no. {one.index}: {_shown(one.true, 18)}\ncalled {_shown(one.predicted, 18)}\n"
+            words = f"no. {one.index}: {_shown(one.true, 18)}\npredicted {_shown(one.predicted, 18)}\n"
             panel.set_title(f"{words}confidence {one.confidence:.2f}", fontsize=7.5)
 
-    caption = "Test scans that were wrongly called, most confident first, by their place in the test set."
+    caption = "Misclassified test scans, most confident first, with their index in the test set."
     height = 2.6 * rows if found else 1.2
     return Plot("mistakes.png", "Worst mistakes", caption, 8.0, height, draw)
 

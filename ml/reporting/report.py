@@ -18,7 +18,9 @@ from ml.reporting.pdf import write_pdf
 from ml.reporting.plots import Plot
 from ml.reporting.sections import Section, Table
 
-NOT_A_DEVICE = "RenalQ is not a medical device: no figure here says what the network does on patients of another site."
+NOT_A_DEVICE = (
+    "RenalQ is not a medical device: no figure here says how the network performs on patients of another site."
+)
 NAMES = {
     "accuracy": "Accuracy",
     "precision": "Precision (positive predictive value)",
@@ -85,7 +87,7 @@ def sections(inputs: ReportInputs) -> list[Section]:
         Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
         Section("Figures on the test scans", _reading(scores), (_figures(scores), _classes(scores), _more(scores))),
         Section("Plots", plots=tuple(inputs.plots)),
-        Section("Who was tested", tuple(_split(inputs)), tuple(_counts(scores))),
+        Section("Split and test scans", tuple(_split(inputs)), tuple(_counts(scores))),
         Section("Dataset", tuple(_warnings(inputs.dataset)), (_dataset(inputs),)),
         Section("Training", tables=(_training(inputs), _mapping("Parameter", inputs.parameters))),
         Section("Provenance", tables=(_provenance(inputs),)),
@@ -102,7 +104,7 @@ def verdict(scores: Scores, leak_reasons: Sequence[str] = ()) -> Iterator[str]:
         yield f"of the {scores.held_out - found - missed} others it raised {alarms} false alarms."
     known = scores.intervals.get("f1")
     if known:
-        yield f"These scans cannot tell it from a network whose true F1 is {known[0]:.2f}, or {known[1]:.2f}."
+        yield f"These scans cannot distinguish it from a network whose true F1 is {known[0]:.2f}, or {known[1]:.2f}."
     yield from (f"The test is not clean: {reason}" for reason in leak_reasons)
     yield from _patients(scores)
     if scores.cross_validation:
@@ -126,11 +128,12 @@ def _hits(scores: Scores) -> tuple[int, int, int]:
 
 
 def _reading(scores: Scores) -> tuple[str, ...]:
-    chance = f"{scores.ece_before:.3f} before temperature scaling and {scores.ece:.3f} after; {scores.ece_chance:.3f}"
+    errors = f"{scores.ece_before:.3f} before temperature scaling and {scores.ece:.3f} after"
     return (
-        "Of 100 intervals made this way about 95 hold the true figure: by bootstrap over groups of scans that belong "
-        "together, or Wilson's where nothing varies since all is right. They know nothing of other sites or scanners.",
-        f"{scores.calibration} The calibration error is {chance} would be chance.",
+        "About 95 of 100 such intervals contain the true figure. They are computed by bootstrap over groups of scans "
+        "that belong together, or by Wilson's method if all scans are correct. They do not cover other sites or "
+        "scanners.",
+        f"{scores.calibration} The calibration error is {errors}; {scores.ece_chance:.3f} is expected by chance.",
     )
 
 
@@ -160,7 +163,7 @@ def _more(scores: Scores) -> Table:
     at = {f"Sensitivity at specificity {at}": value for at, value in scores.sensitivity_at_specificity.items()}
     rows = {
         **at,
-        "Cross-entropy (nats), as the network says it": scores.loss,
+        "Cross-entropy (nats), before temperature scaling": scores.loss,
         "Cross-entropy (nats), after temperature scaling": scores.loss_calibrated,
         "Temperature": scores.temperature,
         "Threshold": scores.threshold,
@@ -180,7 +183,7 @@ def _counts(scores: Scores) -> Iterator[Table]:
         yield Table(("Part", "Scans"), tuple((part, str(count)) for part, count in scores.counts.items()))
     if scores.leaks:
         rows = tuple((name.replace("_", "-"), str(count)) for name, count in scores.leaks.items())
-        yield Table(("Shared with what was learned from", "Test scans"), rows)
+        yield Table(("Shared with training scans", "Test scans"), rows)
 
 
 def _dataset(inputs: ReportInputs) -> Table:
@@ -215,7 +218,7 @@ def _provenance(inputs: ReportInputs) -> Table:
         "Model file, sha256": inputs.model_sha256,
         **{f"Version of {name}": version for name, version in sorted(inputs.versions.items())},
     }
-    return _mapping("What", rows, missing="not known")
+    return _mapping("Item", rows, missing="not known")
 
 
 def _mapping(header: str, values: Mapping[str, Any], missing: str = "–") -> Table:

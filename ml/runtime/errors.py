@@ -1,19 +1,20 @@
-"""What can go wrong in the pipeline, one exception for each fact.
+"""Errors of a run, one exception per fact.
 
 PipelineError
-├── BadDataset          BAD_DATASET       the scans cannot be trained on
-├── BadParams           BAD_PARAMS        a field of params or config is wrong
-├── DownloadFailed      DOWNLOAD_FAILED   the source did not hand out the file
-├── WeightsMissing      WEIGHTS_MISSING   ImageNet weights are nowhere to be had
-├── BadCheckpoint       BAD_CHECKPOINT    a checkpoint is torn, foreign, or of another training
-├── EngineNotAdmitted   ENGINE_NOT_ADMITTED  the precision asked for is not here, or changes what the network says
-├── DeviceOutOfMemory   DEVICE_OOM        the device or the machine has too little memory
-└── StorageFull         STORAGE_FULL      the disk is full
+├── BadDataset          BAD_DATASET          the dataset cannot be trained on
+├── BadParams           BAD_PARAMS           a field of params or config is wrong
+├── DownloadFailed      DOWNLOAD_FAILED      the source did not deliver the file
+├── WeightsMissing      WEIGHTS_MISSING      initial weights cannot be found or downloaded
+├── BadCheckpoint       BAD_CHECKPOINT       a checkpoint is damaged, or of another training
+├── EngineNotAdmitted   ENGINE_NOT_ADMITTED  the requested precision is not supported, or not admitted for the network
+├── DeviceOutOfMemory   DEVICE_OOM           the device or the machine has too little memory
+└── StorageFull         STORAGE_FULL         the disk is full
 
 ValueError
-├── ImageError          one scan cannot be read
-├── ArchiveError        a zip is broken or unsafe
-└── ModelFileError      a model file is not one of ours
+├── ItemError           one item cannot be read
+│   └── ImageError      one scan cannot be read as a picture
+├── ArchiveError        a zip is damaged or unsafe
+└── ModelFileError      a file is not a RenalQ model file
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from contextlib import contextmanager
 
 
 class PipelineError(Exception):
-    """A failure with a stable code, a sentence that says what to do, and whether trying again can help."""
+    """A failure with a stable `code`, a message that says what to do, and `retryable`: trying again can help."""
 
     code = "INTERNAL"
     retryable = False
 
 
 class BadDataset(PipelineError):
-    """The scans cannot be trained on; the message names the reasons and the files."""
+    """The dataset cannot be trained on; the message has the reasons, with file names."""
 
     code = "BAD_DATASET"
 
@@ -43,35 +44,35 @@ class BadParams(PipelineError):
 
 
 class DownloadFailed(PipelineError):
-    """The source did not hand out the file. Networks recover, so trying again can help."""
+    """The source did not deliver the file. Networks recover, so trying again can help."""
 
     code = "DOWNLOAD_FAILED"
     retryable = True
 
 
 class WeightsMissing(PipelineError):
-    """ImageNet weights are in no cache and could not be downloaded; the message says what to put where."""
+    """Initial weights were not found and could not be downloaded; the message says which file to put where."""
 
     code = "WEIGHTS_MISSING"
 
 
 class BadCheckpoint(PipelineError):
-    """A checkpoint is torn, is no checkpoint of ours, or belongs to another training; the message says which.
+    """A checkpoint is damaged, no RenalQ checkpoint, or of another training; the message says which.
 
-    Not retryable with the same file: whoever has an older checkpoint resumes from that one, else from the beginning.
+    Not retryable with the same file: resume from an older checkpoint, or start from the beginning.
     """
 
     code = "BAD_CHECKPOINT"
 
 
 class EngineNotAdmitted(PipelineError):
-    """The precision asked for is not in the machine's hardware, or changes too much of what this network says."""
+    """The requested precision is not supported by the hardware, or changes this network's predictions too much."""
 
     code = "ENGINE_NOT_ADMITTED"
 
 
 class DeviceOutOfMemory(PipelineError):
-    """The device or the machine has too little memory, also for half a batch. The same again would end the same."""
+    """The device or the machine has too little memory even for half a batch. Trying again would not help."""
 
     code = "DEVICE_OOM"
 
@@ -82,14 +83,14 @@ class DeviceOutOfMemory(PipelineError):
 
 
 class StorageFull(PipelineError):
-    """The disk has no room left; files written before are whole."""
+    """The disk is full; files written before are complete."""
 
     code = "STORAGE_FULL"
     retryable = True
 
 
 class ItemError(ValueError):
-    """One item cannot be read. The sentence carries neither patient data nor content of the file."""
+    """One item cannot be read. The message contains neither patient data nor content of the file."""
 
     code = "BAD_ITEM"
     retryable = False
@@ -102,7 +103,7 @@ class ImageError(ItemError):
 
 
 class ArchiveError(ValueError):
-    """A zip is broken or unsafe; nothing of it was kept."""
+    """A zip is damaged or unsafe; nothing of it was extracted."""
 
 
 class ModelFileError(ValueError):
@@ -110,7 +111,7 @@ class ModelFileError(ValueError):
 
 
 def as_pipeline_error(error: BaseException) -> PipelineError:
-    """The pipeline error that says the same as `error`; what nobody foresaw becomes INTERNAL, without its text."""
+    """The pipeline error for any error; unexpected ones become INTERNAL, without their text."""
     if isinstance(error, PipelineError):
         return error
     if is_storage_full(error):
@@ -126,7 +127,7 @@ def as_pipeline_error(error: BaseException) -> PipelineError:
 
 @contextmanager
 def naming_out_of_memory() -> Iterator[None]:
-    """DeviceOutOfMemory in place of whatever torch, OpenVINO or numpy raise for want of memory."""
+    """Convert the out-of-memory errors of torch, OpenVINO and numpy to DeviceOutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -136,15 +137,15 @@ def naming_out_of_memory() -> Iterator[None]:
 
 
 def is_storage_full(error: BaseException) -> bool:
-    """Whether the disk, or the owner's quota on it, is full."""
+    """Whether the disk, or a quota, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine.
+    """Whether the device or the machine is out of memory.
 
-    torch raises OutOfMemoryError (a RuntimeError) on CUDA, but a plain RuntimeError from its CPU allocator and from
-    cuBLAS and cuDNN; OpenVINO says it in a RuntimeError's text, or passes C++'s bad_alloc on.
+    On CUDA torch raises OutOfMemoryError (a RuntimeError), but its CPU allocator, cuBLAS and cuDNN raise a plain
+    RuntimeError; OpenVINO raises a RuntimeError with a text, or passes on C++'s bad_alloc.
     """
     text = str(error).lower()
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))

@@ -29,7 +29,7 @@ from ml.spec.image import Params
 TRAINED, VALIDATED, TESTED = 32, 8, 4  # scans of make_data
 SCANS = TRAINED + VALIDATED + TESTED
 CLASSES = ("Normal", "Tumor")
-FEATURES = 2048  # of a scan, where a `CountingBackbone` computes them
+FEATURES = 2048  # per scan, if a `CountingBackbone` computes them
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -83,7 +83,7 @@ def make_dicom(values: np.ndarray, **attributes: object) -> bytes:
 
 
 def make_files(per_class: int = 6, classes: tuple[str, ...] = ("Normal", "Tumor"), side: int = 48) -> dict[str, bytes]:
-    """Name → bytes of a dataset that can be learned: each class its own kind of picture."""
+    """Name → bytes of a dataset that can be learned: each class has its own kind of picture."""
     files = {}
     for number, name in enumerate(classes):
         for index in range(per_class):
@@ -112,7 +112,7 @@ def write_zip(files: dict[str, bytes], path: Path) -> Path:
 
 
 def make_scans(count: int = SCANS, side: int = 32) -> np.ndarray:
-    """Pictures of two classes in turns: uint8 [count, side, side, 3]."""
+    """Pictures of two alternating classes: uint8 [count, side, side, 3]."""
     return np.stack([make_pixels(seed, side, side, bright=seed % 2 == 1) for seed in range(count)])
 
 
@@ -122,7 +122,7 @@ def make_split() -> Split:
 
 
 class NarrowModel(Model):
-    """Of whose network only the classifier is there: its features come from a `CountingBackbone`."""
+    """A model with a classifier only; its features come from a `CountingBackbone`."""
 
     def cut(self, top: int = 0) -> tuple[nn.Sequential, nn.Sequential]:
         assert top == 0, "there is no block to unfreeze"
@@ -130,8 +130,7 @@ class NarrowModel(Model):
 
 
 def make_narrow_model(seed: int = 0, head: str = "vgg", dropout: float = 0.5, width: int = 48) -> NarrowModel:
-    """VGG16's classifier with 48 instead of 4096 hidden units, or a gap head: all that training touches, at a fraction
-    of its time."""
+    """VGG16's classifier with 48 instead of 4096 hidden units, or a gap head: everything that is trained, but fast."""
     network = nn.Module()
     if head == "gap":
         network.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(FEATURES, 2))
@@ -159,7 +158,7 @@ class CountingBackbone:
 
 
 def make_data(backbone: CountingBackbone | None = None, group: ProcessGroup = SINGLE_PROCESS) -> TrainData:
-    """44 scans in two classes that can be told apart, for a `NarrowModel`."""
+    """44 scans in two separable classes, for a `NarrowModel`."""
     features = Features(backbone or CountingBackbone(), make_scans(), group)
     return TrainData(lambda top: features, np.arange(SCANS) % 2, make_split(), positive=1)
 
@@ -175,7 +174,7 @@ class TinyModel(Model):
 
 
 def make_tiny_model(seed: int = 0, dropout: float = 0.5) -> TinyModel:
-    """Untrained, frozen but for its head."""
+    """An untrained model, frozen except for its head."""
     network = nn.Module()
     network.blocks = nn.Sequential(_tiny_block(3, 8), _tiny_block(8, 16))
     network.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
@@ -201,7 +200,7 @@ def _draw_weights(network: nn.Module, seed: int) -> None:
 
 
 def make_tuned_data(model: Model, group: ProcessGroup = SINGLE_PROCESS) -> TrainData:
-    """The scans of `make_data` below the blocks of a `TinyModel`, by torch itself."""
+    """The scans of `make_data`, with features of a `TinyModel` computed by torch."""
     pixels = make_scans()
 
     @cache

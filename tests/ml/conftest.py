@@ -1,4 +1,4 @@
-"""A VGG16 and a whole small run, made once for all tests that only look at them."""
+"""A VGG16 and a complete small run, created once for all tests that only read them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_config(folder: Path, archive: Path | None = None, source_url: str | No
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Small products on two threads, beside other work, take up to seven times as long as on one."""
+    """Beside other processes, small products take up to seven times as long on two threads as on one."""
     torch.set_num_threads(1)
 
 
@@ -72,7 +72,7 @@ class SmallRun:
 
 @pytest.fixture(scope="session")
 def vgg() -> nn.Module:
-    """An untrained VGG16 for two classes. Not to be changed."""
+    """An untrained VGG16 for two classes. Do not change it."""
     return network.build(2, seed=0).eval()
 
 

@@ -1,4 +1,4 @@
-"""An engine may predict with a network once it has shown that it says the same; and the fastest of them does."""
+"""Admission: dtypes with nearly the same outputs as fp32 are admitted, and the fastest one is chosen."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def metadata(**admitted: bool) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
-def test_the_same_answers_are_admitted(form):
+def test_equal_logits_are_admitted(form):
     found = trial(form, REFERENCE)
     assert found.admitted
     assert (found.labels_changed, found.largest_difference, found.scans) == (0, 0.0, 4)
@@ -77,19 +77,19 @@ def test_int8_may_change_a_label_for_the_better():
     assert found.labels_changed == 1
 
 
-def test_answers_that_are_no_numbers_are_refused():
+def test_logits_that_are_not_finite_are_refused():
     assert trial("int8", np.full_like(REFERENCE, np.nan)).reason == "its answers are not finite"
 
 
 # --- which one is taken ----------------------------------------------------------------------------------------------
 
 
-def test_the_fastest_that_is_admitted_is_taken():
+def test_the_fastest_admitted_dtype_is_chosen():
     assert choose_dtype(metadata(int8=True, bf16=True, fp32=True)) == supported_dtypes()[0]
     assert choose_dtype(metadata(int8=False, bf16=False, fp32=True)) == "fp32"
 
 
-def test_what_was_never_tried_is_not_taken():
+def test_an_untried_dtype_is_not_chosen():
     assert choose_dtype({"engines": {}}) == "fp32"
 
 
@@ -98,21 +98,21 @@ def test_a_file_without_trials_predicts_as_it_was_trained_and_never_in_int8():
     assert choose_dtype({}) == next(form for form in supported_dtypes() if form != "int8")
 
 
-def test_who_asks_for_what_is_not_admitted_hears_why():
+def test_requesting_a_refused_dtype_raises_with_the_reason():
     for form in supported_dtypes()[:-1]:
         with pytest.raises(EngineNotAdmitted, match=r"F1 fell by 0\.2"):
             choose_dtype(metadata(**{form: False}), form)
         assert choose_dtype(metadata(**{form: True}), form) == form
 
 
-def test_who_asks_for_what_is_not_in_the_hardware_hears_so(monkeypatch):
+def test_requesting_an_unsupported_dtype_raises(monkeypatch):
     monkeypatch.setattr(admission, "supported_dtypes", lambda: ("fp32",))
     with pytest.raises(EngineNotAdmitted, match="does not compute int8 in hardware; use auto or fp32"):
         choose_dtype(metadata(int8=True), "int8")
     assert choose_dtype(metadata(), "fp32") == "fp32"
 
 
-def test_what_is_no_whole_network_is_never_computed_in_int8(monkeypatch):
+def test_parts_of_a_network_never_run_in_int8(monkeypatch):
     monkeypatch.setattr(admission, "supported_dtypes", lambda: ("int8", "bf16", "fp32"))
     told = [choose_float_dtype(metadata(int8=True, bf16=bf16)) for bf16 in (True, False)]
     assert told == ["bf16", "fp32"]
@@ -127,7 +127,7 @@ def test_what_is_no_whole_network_is_never_computed_in_int8(monkeypatch):
 # --- with a network --------------------------------------------------------------------------------------------------
 
 
-def test_a_trained_network_carries_what_it_was_admitted_for(small_run):
+def test_a_model_file_contains_its_trials(small_run):
     told = network.read_metadata(small_run.model_path)
     assert set(told["engines"]) == {engine_name(form) for form in supported_dtypes()}
     assert told["engines"][engine_name("fp32")]["admitted"]
@@ -136,7 +136,7 @@ def test_a_trained_network_carries_what_it_was_admitted_for(small_run):
     assert Predictor.load(small_run.model_path).engine.name == engine_name(choose_dtype(told))
 
 
-def test_each_engine_says_what_fp32_says(small_run):
+def test_each_supported_dtype_is_admitted_for_a_real_network(small_run):
     model = network.load(small_run.model_path)
     pictures = np.stack([make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(10)])
     found = admit(model, Calibration(threshold=0.5), pictures, np.arange(10) % 2, make_scans(8, 64))

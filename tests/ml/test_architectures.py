@@ -1,4 +1,4 @@
-"""The six networks: where each one's blocks, head and Grad-CAM layer are."""
+"""The six networks: blocks, head and Grad-CAM layer of each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SLOW = {"vgg16", "vit_b_16"}
 
 
 def side_of(name: str) -> int:
-    """The smallest that a network takes."""
+    """The smallest images that a network accepts."""
     return FIXED_SIDE.get(name, LEAST_SIDE.get(name, 64))
 
 
 @cache
 def made(name: str, head: str = "gap") -> nn.Module:
-    """Untrained, for three classes. Not to be changed."""
+    """An untrained network for three classes. Do not change it."""
     return network.build(3, 0, name, head).eval()
 
 

@@ -1,4 +1,4 @@
-"""Zips that are unpacked, and zips that must leave nothing behind."""
+"""Extraction of zips: valid ones, and refused ones, which leave nothing behind."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_half_a_zip_and_a_damaged_member_are_refused(tmp_path):
 
 
 def refused_whole(tmp_path, archive, limits=None):
-    """Refused, and nothing of it stays: neither the folder, nor a temporary one, nor anything outside."""
+    """The zip is refused, and nothing remains: neither the folder, nor a temporary one, nor a file outside."""
     target = tmp_path / "two" / "below" / "out"  # so that `../..` still ends where we look
     target.parent.mkdir(parents=True, exist_ok=True)
     before = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""The augmentation in one pass against document 000's four passes; and RandAugment."""
+"""Augmentation in one pass compared with document 000's four passes; and RandAugment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STILL = Draw(0.0, False, 0, 0, 1.0)
 
 
 def smooth(side: int = 224) -> np.ndarray:
-    """A smooth picture without symmetry, so that interpolation hardly matters and a wrong map shows."""
+    """A smooth picture without symmetry: interpolation hardly matters, and a wrong map is noticed."""
     y, x = np.mgrid[:side, :side] / side
     return np.stack([255 * x, 255 * y, 127 + 120 * np.sin(5 * x + 3 * y)], axis=2).astype(np.uint8)
 
 
 def in_four_passes(image: np.ndarray, one: Draw) -> np.ndarray:
-    """What torchvision's four transforms do once their random numbers are drawn."""
+    """The result of torchvision's four transforms with given random numbers."""
     functional = torchvision().transforms.functional
     picture = functional.rotate(Image.fromarray(image), math.degrees(one.angle))
     picture = functional.hflip(picture) if one.flip else picture
@@ -93,7 +93,7 @@ def test_a_batch_is_changed_as_its_pictures_are_alone():
 
 
 def changed(kind: str, count: int = 200, epoch: int = 1, flip: bool = True, side: int = 24) -> np.ndarray:
-    """One picture, changed as if it were that many scans."""
+    """One picture, augmented as `count` different scans."""
     same = np.repeat(make_pixels(3, side, side, bright=True)[None], count, axis=0)
     return Augment(kind, 0, epoch, flip)(same, np.arange(count), np.zeros(count, np.int64))
 
@@ -124,7 +124,7 @@ def test_what_is_drawn_before_does_not_matter():
 
 
 def mirrored(kind: str, flip: bool) -> float:
-    """How many pictures show the left half's square on the right."""
+    """The number of pictures in which the square of the left half is on the right."""
     side = 48
     marked = np.zeros((side, side, 3), np.uint8)
     marked[14:34, 6:18] = 255

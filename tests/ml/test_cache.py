@@ -1,4 +1,4 @@
-"""The cache on disk: what is in it is not computed again, and it never grows, tears or ends a training."""
+"""The disk cache: its entries are not computed again, its size is bounded, and its errors never fail a training."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def test_a_full_disk_is_only_logged(tmp_path, caplog):
         cache.store("one", content(3))
         assert cache.find("one") is None
         assert entries(cache) == set()
-    assert "Nothing was left in the cache" in caplog.text
+    assert "cache entry could not be stored" in caplog.text
     assert "None" not in caplog.text
 
 
-def test_a_folder_that_nobody_may_write_is_only_logged(tmp_path, caplog):
+def test_a_read_only_folder_is_only_logged(tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     make_cache(tmp_path).store("one", content())
-    assert "Nothing was left in the cache" in caplog.text
+    assert "cache entry could not be stored" in caplog.text
 
 
 def _store_and_find(folder: Path, own: int) -> None:

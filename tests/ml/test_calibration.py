@@ -1,4 +1,4 @@
-"""Temperature, threshold and calibration error: what they do, and that scarce data cannot lead them astray."""
+"""Temperature, threshold and calibration error, also with few scans."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOGITS = arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(2, 5)), el
 def make_answers(
     scans: int, seed: int = 0, scale: float = 1.0, lean: float = 0.0, prevalence: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [scans] and logits [scans, 2] of a calibrated network, then made `scale` times as sure, then leaning."""
+    """Labels [scans] and logits [scans, 2] of a calibrated network, scaled by `scale`, then biased."""
     random = np.random.default_rng(seed)
     labels = (random.random(scans) < prevalence).astype(np.int64)
     labels[:2] = (0, 1)
@@ -202,8 +202,10 @@ def test_the_order_of_the_scans_does_not_matter(order):
 
 
 def test_an_overfitted_network_is_less_sure_after_calibration_and_rightly_so():
-    """A head that has learnt 80 scans by heart, a fifth of them with the wrong label: what it says of others is far too
-    sure. Temperature scaling on one half of these mends it on the other half."""
+    """A head that has memorized 80 scans, a fifth of them with the wrong label, is overconfident on others.
+
+    Temperature scaling on one half of these corrects it on the other half.
+    """
     scans, model = 400, make_narrow_model(dropout=0.0)
     random = np.random.default_rng(0)
     labels = (np.arange(scans) + (random.random(scans) < 0.2)) % 2

@@ -1,4 +1,4 @@
-"""The champion beside the new network: on which scans, as whose predictions, and what speaks against comparing them."""
+"""The comparison with the champion: on which scans, by which predictions, and when it is impossible."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from tests.ml.conftest import SIDE, SMALL, SmallRun
 
 CLASSES = ("Normal", "Tumor")
 MANY = {"test_size": 0.5}
-"""Twenty test scans, of the small run's forty."""
+"""A split with twenty test scans of the small run's forty."""
 
 
 @pytest.fixture(scope="session")
 def candidate(small_run: SmallRun) -> Model:
-    """The network that the small run has trained."""
+    """The network of the small run."""
     return network.load(small_run.model_path)
 
 
 @pytest.fixture
 def run(small_run: SmallRun) -> Run:
-    """The small run, with its scans where it left them."""
+    """A run in the folder of the small run, with its scans."""
     return Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL | MANY), lambda event: None)
 
 
 def rival(side: int = SIDE, classes: tuple[str, ...] = CLASSES, **metadata: Any) -> Model:
-    """Another network, of random weights; it has learnt from nothing."""
+    """Another network with random weights and an empty lineage."""
     made = network.build(len(classes), 0, "efficientnet_b0", "gap").eval()
     told = {"lineage": [], "calibration": {"temperature": 1.5, "threshold": 0.4}, **metadata}
     return Model(made, classes, Transform(side, side), told, "efficientnet_b0", "gap")
 
 
 def beside(run: Run, candidate: Model, path: Path | None, told: list[float] | None = None) -> Comparison | None:
-    """The candidate of the run beside the champion in a file."""
+    """Compare the run's candidate with the champion in a file."""
     run.environment = RunEnvironment(champion=path)
     outputs = _model_outputs(run, candidate)
     tell = (lambda fraction: None) if told is None else told.append
@@ -56,7 +56,7 @@ def beside(run: Run, candidate: Model, path: Path | None, told: list[float] | No
 
 
 def saved(model: Model, folder: Path) -> Path:
-    """The model's file."""
+    """Save a model file."""
     network.save(model, folder / "champion.safetensors")
     return folder / "champion.safetensors"
 
@@ -90,7 +90,7 @@ def test_a_network_is_as_good_as_itself(small_run: SmallRun, run: Run, candidate
 
 
 @pytest.mark.parametrize("side", [SIDE, 96])
-def test_the_champion_says_of_each_scan_what_it_predicts(run: Run, candidate: Model, tmp_path: Path, side: int) -> None:
+def test_the_champion_is_scored_by_its_predictions(run: Run, candidate: Model, tmp_path: Path, side: int) -> None:
     path = saved(rival(side), tmp_path)
     found = beside(run, candidate, path)
     assert found is not None
@@ -115,7 +115,7 @@ def test_scans_are_unpacked_for_another_transform_where_their_pixels_came_out_of
     assert (tmp_path / "images").is_dir()
 
 
-def test_the_command_tells_both_figures(
+def test_the_command_prints_both_scores(
     small_run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = yaml.safe_load((small_run.folder / "config.yaml").read_text())
@@ -131,16 +131,16 @@ def test_the_command_tells_both_figures(
 
 
 def learnt(run: Run, scans: int) -> tuple[str, ...]:
-    """The lineage of a network that has learnt from so many of the test scans, of both classes."""
+    """The lineage of a network that has learned from this many test scans of both classes."""
     return lineage(run.report, in_turns(run)[:scans])
 
 
 def in_turns(run: Run) -> np.ndarray:
-    """The test scans, every other one first."""
+    """The test scans, those at even positions first."""
     return np.concatenate([run.split.test[::2], run.split.test[1::2]])
 
 
-def test_scans_that_the_champion_has_learnt_from_count_for_neither(run: Run, candidate: Model, tmp_path: Path) -> None:
+def test_scans_the_champion_learned_from_are_left_out(run: Run, candidate: Model, tmp_path: Path) -> None:
     found = beside(run, candidate, saved(rival(lineage=learnt(run, 8)), tmp_path))
     assert found is not None
     assert (found.comparable, found.scans) == (True, 12)
@@ -150,7 +150,7 @@ def test_scans_that_the_champion_has_learnt_from_count_for_neither(run: Run, can
     assert found.candidate["held_out"] == found.champion["held_out"] == 12
 
 
-def test_scans_that_the_candidate_began_from_count_for_neither(run: Run, candidate: Model, tmp_path: Path) -> None:
+def test_scans_the_initial_weights_learned_from_are_left_out(run: Run, candidate: Model, tmp_path: Path) -> None:
     begun = replace(candidate, metadata={**candidate.metadata, "begun_lineage": learnt(run, 5)})
     found = beside(run, begun, saved(rival(lineage=learnt(run, 8)), tmp_path))
     assert found is not None
@@ -176,9 +176,7 @@ def test_scans_of_one_class_are_no_comparison(run: Run, candidate: Model, tmp_pa
     assert "10 Normal, 2 Tumor" in found.why
 
 
-def test_a_champion_that_does_not_tell_what_it_has_learnt_from_is_not_compared(
-    run: Run, candidate: Model, tmp_path: Path
-) -> None:
+def test_a_champion_without_a_lineage_is_not_compared(run: Run, candidate: Model, tmp_path: Path) -> None:
     found = beside(run, candidate, saved(rival(lineage=None), tmp_path))
     assert found is not None
     assert (found.comparable, found.why) == (False, "its file does not tell what it has learnt from")
@@ -205,7 +203,7 @@ def test_a_file_that_cannot_be_read_does_not_fail_the_training(
     assert (found.comparable, found.why) == (False, "its file cannot be read")
 
 
-def test_what_nobody_foresaw_does_not_fail_it_either(run: Run, candidate: Model, tmp_path: Path) -> None:
+def test_an_unexpected_error_does_not_fail_the_training(run: Run, candidate: Model, tmp_path: Path) -> None:
     found = beside(run, candidate, saved(rival(lineage=["no token"]), tmp_path))
     assert found is not None
     assert not found.comparable

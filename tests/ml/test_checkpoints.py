@@ -1,4 +1,4 @@
-"""A training that is killed after an epoch and resumed ends with the very numbers of an undisturbed one."""
+"""A training that is killed after an epoch and resumed gives exactly the numbers of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def make_checkpoint(epoch: int = 2, **fields: object) -> Checkpoint:
 
 
 def numbers_of(epochs: list[Epoch]) -> list[Epoch]:
-    """Epochs without the time that they took."""
+    """Epochs without their durations."""
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training whose end has to be the same, killed or not. `window`: scans in memory at once."""
+    """A training whose result must not depend on an interruption. `window`: scans in memory at once."""
 
     fields: dict[str, object]
     kind: str = "vgg"
@@ -103,7 +103,7 @@ def train_whole(case: Case) -> tuple[Model, list[Epoch]]:
 
 
 def train_until(epoch: int, case: Case, folder: Path) -> Checkpoint:
-    """The checkpoint after `epoch`, of a training that is then dropped."""
+    """The checkpoint after `epoch` of a training that is then abandoned."""
     (model, data), done = case.made(), []
     keeper = CheckpointWriter(CheckpointPlan(folder, 0.0), make_origin(), done, lambda event: None)
     for one in train(TrainConfig(model, case.params, on_checkpoint=keeper), data):
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_the_same_training_is_taken():
     make_checkpoint().raise_unless_from(make_origin())
 
 
-def test_another_engine_is_taken_too_but_said(caplog):
+def test_another_engine_is_accepted_and_logged(caplog):
     make_checkpoint(engine="openvino").raise_unless_from(make_origin())
     assert "openvino" in caplog.text
 
@@ -413,7 +413,7 @@ def events_of(child: subprocess.Popen[str]) -> list[Event]:
 
 
 def kill_after(epoch: int, child: subprocess.Popen[str], take: Path) -> Path:
-    """kill -9 once the checkpoint of `epoch` is told; each is moved into the folder `take` at once."""
+    """kill -9 once the checkpoint of `epoch` is reported; each one is moved into the folder `take` at once."""
     assert child.stdout is not None
     take.mkdir()
     for line in child.stdout:

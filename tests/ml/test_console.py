@@ -1,4 +1,4 @@
-"""Events as a person sees them."""
+"""Terminal output of events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONG = "runs/" + "a-long-name/" * 12
 
 @pytest.fixture
 def shown(capsys, monkeypatch):
-    """A function from events to the lines that stand in the terminal after them."""
+    """A function from events to the resulting lines in the terminal."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def show(*events: Event) -> list[str]:
@@ -26,7 +26,7 @@ def shown(capsys, monkeypatch):
     return show
 
 
-def test_the_end_tells_figures_model_report_and_how_to_predict(shown):
+def test_the_end_shows_scores_model_report_and_how_to_predict(shown):
     artifacts = {"report.html": LONG + "report.html", "scores.json": LONG + "scores.json", "roc.png": "roc.png"}
     evaluated = Evaluated(METRICS | {"intervals": {"accuracy": [0.81, 0.96], "f1": None}})
     lines = shown(
@@ -67,7 +67,7 @@ def test_a_failure_is_named_in_full_and_brackets_are_text(shown):
     assert shown(Failed("BAD_PARAMS", "epochs: [red] is no number."))[-1] == "BAD_PARAMS epochs: [red] is no number."
 
 
-def test_a_prediction_shows_its_score_and_what_is_odd_about_the_scan(capsys, monkeypatch):
+def test_a_prediction_shows_its_ood_score_and_reason(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     odd = Prediction("b.png", "Tumor", 0.9876, ood_score=2.346, ood_reason="it is darker than they are")
     alone = Prediction("c.png", "Tumor", 0.9, ood_score=1.5)

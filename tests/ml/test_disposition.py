@@ -1,4 +1,4 @@
-"""Dispositions: who is sure is taken at its word, who is not says so, and what is unlike everything is thrown out."""
+"""Dispositions: confident predictions are accepted, unsure ones are indeterminate, OOD scans are rejected."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def two(tumor: float) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("tumor", "word"), [(0.0, "normal"), (0.3, "normal"), (0.31, "indeterminate"), (0.7, "tumor"), (1.0, "tumor")]
 )
-def test_two_classes_are_told_apart_outside_of_the_two_limits(tumor, word):
+def test_two_classes_are_decided_outside_of_the_two_limits(tumor, word):
     assert disposition_of(two(tumor), 0.4, 0.3, 0.7).word == word
 
 
-def test_who_is_sure_needs_no_reason():
+def test_a_confident_prediction_has_no_reason():
     assert disposition_of(two(0.9), None, 0.3, 0.7) == Disposition("tumor")
 
 
@@ -59,15 +59,15 @@ def test_a_scan_beyond_the_limit_is_rejected_however_sure_the_network_is():
     )
 
 
-def test_without_a_single_oddity_the_distance_alone_is_told():
+def test_without_an_ood_reason_the_text_has_only_the_distance():
     assert "(1.5 times the limit). Check" in disposition_of(two(0.5), 1.5, 0.3, 0.7).reason
 
 
-def test_a_hair_beyond_the_limit_is_not_called_the_limit_itself():
+def test_a_score_just_above_the_limit_is_described_so():
     assert "(just above the limit)" in disposition_of(two(0.5), 1.001, 0.3, 0.7).reason
 
 
-def test_immense_distances_are_not_spelt_out():
+def test_very_large_distances_are_capped_in_the_text():
     assert "more than 99 times the limit" in disposition_of(two(0.5), 3.2e6, 0.3, 0.7).reason
 
 

@@ -25,7 +25,7 @@ class Source(http.server.BaseHTTPRequestHandler):
         self.wfile.write(CONTENT[: len(CONTENT) // 2] if self.path == "/torn" else CONTENT)
 
     def log_message(self, *arguments: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def server():
         running.shutdown()
 
 
-def test_a_file_comes_whole_and_tells_its_progress(server, tmp_path):
+def test_a_file_is_downloaded_with_progress(server, tmp_path):
     heard: list[float] = []
     fetch(f"{server}/data.zip", tmp_path / "sub" / "data.zip", on_progress=heard.append)
     assert (tmp_path / "sub" / "data.zip").read_bytes() == CONTENT

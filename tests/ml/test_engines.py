@@ -1,4 +1,4 @@
-"""Every engine gives the reference's outputs, in order, whatever the batches."""
+"""Every engine gives the outputs of the reference, in order, for any batches."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_every_kind_of_event_is_looked_at_here():
     assert {type(event) for event in EACH} == set(events._KINDS.values())
 
 
-def test_progress_is_told_at_most_so_often(monkeypatch):
+def test_progress_events_are_rate_limited(monkeypatch):
     now, told = [100.0], []
     monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
     tell = events.reporter(told.append, "training", every=0.5)

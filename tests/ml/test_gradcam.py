@@ -1,4 +1,4 @@
-"""Grad-CAM: the heat lies where the network looks, on the scan as it is, for each of the six networks."""
+"""Grad-CAM: the heat is where the network looks, in the scan's own coordinates, for each of the six networks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEIGHT, WIDTH, SPOT = 150, 260, 50
 
 
 def make_model(name: str = "resnet18", side: int | None = None, **metadata: object) -> Model:
-    """Untrained, but with normalizations that fit its pictures."""
+    """An untrained model whose batch normalizations are calibrated."""
     side = side or FIXED_SIDE.get(name, LEAST_SIDE.get(name, 64))
     of, built = ARCHITECTURES[name], network.build(len(CLASSES), 0, name, "gap").eval()
     transform = Transform(side, side, of.mean, of.std)
@@ -45,7 +45,7 @@ def make_model(name: str = "resnet18", side: int | None = None, **metadata: obje
 
 @torch.no_grad()
 def make_spotter(name: str) -> Model:
-    """A network that lets the brightness through, and calls a bright scan a tumour."""
+    """A network that passes brightness on, and classifies bright scans as tumours."""
     model = make_model(name, side=224)
     built = network.build(len(CLASSES), 0, name, "gap").eval()
     for path, layer in built.named_modules():
@@ -68,7 +68,7 @@ def with_spot(top: int, left: int, height: int = HEIGHT, width: int = WIDTH) -> 
 
 @cache
 def explainer() -> Explainer:
-    """Of a ResNet18 for small pictures. Not to be changed."""
+    """An explainer of a ResNet18 for small pictures. Do not change it."""
     return Explainer(make_model())
 
 
@@ -111,7 +111,7 @@ def test_what_speaks_for_one_class_says_nothing_for_the_other():
 
 @torch.no_grad()
 def evenly(name: str) -> nn.Module:
-    """A network whose every convolution is a mean, so that a cell's gradient spreads evenly over what it looks at."""
+    """A network with averaging convolutions only, so that a cell's gradient is even over its receptive field."""
     built = network.build(2, 0, name, "gap").eval()
     for path, layer in built.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -140,22 +140,22 @@ def test_cells_are_where_their_receptive_fields_have_their_centre(name, monkeypa
 def test_what_two_cells_see_alike_lies_between_them():
     by, cells = explainer(), np.zeros((2, 2), np.float32)  # of 64 pixels: at 0 and 32
     cells[1] = 1
-    assert by._over(cells, 64, 64)[:, 5].argmax() == pytest.approx(32, abs=1)
+    assert by._upscale(cells, 64, 64)[:, 5].argmax() == pytest.approx(32, abs=1)
     cells[0] = 1
-    heat = by._over(cells, 64, 64)
+    heat = by._upscale(cells, 64, 64)
     assert heat.min() > 0.95, "where all cells see the same, it is everywhere"
     by = Explainer(make_model(side=224))
     cells = np.zeros((7, 7), np.float32)
     cells[3, 2:4] = 1, 0.9
-    row, column = np.unravel_index(by._over(cells, 224, 224).argmax(), (224, 224))
+    row, column = np.unravel_index(by._upscale(cells, 224, 224).argmax(), (224, 224))
     assert (row, column) == (3 * 32, pytest.approx(2.5 * 32 - 2, abs=2)), "a little nearer to the stronger one"
 
 
 def test_a_scan_of_few_pixels_may_miss_the_strongest_cell():
     by, cells = Explainer(make_model(side=224)), np.zeros((7, 7), np.float32)
     cells[0, 0] = 1
-    assert by._over(cells, 1, 1).tolist() == [[0]]
-    assert by._over(cells, 100, 100).max() == 1
+    assert by._upscale(cells, 1, 1).tolist() == [[0]]
+    assert by._upscale(cells, 100, 100).max() == 1
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
 )
 def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
-    """Against a plain forward and backward of the whole network by torch, with the layer's maps and their gradient."""
+    """Compared with a plain forward and backward pass of the whole network in torch."""
     model, scan = make_model(name), encode(make_pixels(1, 224, 224, bright=True))
     seen, whole = list[torch.Tensor](), copy.deepcopy(model.network).requires_grad_(True)
     whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))

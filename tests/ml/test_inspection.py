@@ -1,4 +1,4 @@
-"""What is said about a folder of scans before anything is trained on it."""
+"""The inspection of a dataset: counts, problems and warnings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING_TELLS = "Nothing tells the patients"
 
 
 def make_anatomy(seed: int, height: int = 200, width: int = 240) -> np.ndarray:
-    """Organs with edges on black, uint8 [height, width, 3]: the same at any size, and others for each seed."""
+    """Organs with edges on black, uint8 [height, width, 3]: the same at any size, and different for each seed."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     grey = np.zeros((height, width))
@@ -39,7 +39,7 @@ def inspected(tmp_path, files: dict[str, bytes]) -> DatasetReport:
 
 
 def anatomies(count: int = 6, labels: tuple[str, ...] = ("Normal", "Tumor")) -> dict[str, bytes]:
-    """A dataset with nothing to say about it but that its patients are unknown."""
+    """A dataset whose only warning is that its patients are unknown."""
     return {
         f"{label}/{index}.png": encode(make_anatomy(100 * number + index))
         for number, label in enumerate(labels)

@@ -1,4 +1,4 @@
-"""The span's head, torch's tail and a loop by hand learn the same: in float64, without dropout."""
+"""VggHeadLearner, TorchLearner and a plain loop give the same result, in float64 without dropout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def features_of(window: int) -> torch.Tensor:
 
 
 def batches_of(params: Params, epoch: int) -> list[Batch]:
-    """An epoch's batches in another order each time, with the rates that its schedule has."""
+    """An epoch's batches, in another order each time, with the learning rates of the schedule."""
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch)).split(SIZE)
     (phase,) = phases(params)
     found = []
@@ -72,7 +72,7 @@ def learned(
 
 
 def by_hand(params: Params, criterion: Criterion, windows: int) -> tuple[nn.Sequential, list[float]]:
-    """The same as nanoGPT or a tutorial would write it: one plain torch loop."""
+    """The same as one plain torch loop."""
     classifier, losses = make_classifier(), []
     standardization = Standardization(params.standardizes)
     standardization.fit(features_of(0))

@@ -1,4 +1,4 @@
-"""Grad-CAM shows where the tumour is: a network that learned from phantoms, on phantoms that it has never seen."""
+"""Grad-CAM finds the tumour: a network trained on phantoms, tested on phantoms of other patients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ml.synthetic.phantom import Slice, generate
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 SIDE, NEAR = 224, 16
-"""Pixels: of a scan's side; and how far beside the tumour the peak may lie, which is half a cell of the maps."""
+"""Pixels: a scan's side; and the distance allowed between peak and tumour, half a cell of the maps."""
 PARAMS = {
     "weights": "none", "network": "resnet18", "image_size": [SIDE, SIDE, 3], "augmentation": False, "dropout": 0.0,
     # The head is hardly touched before the blocks below it learn: a head that knows random maps well holds them back.
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found_tumours(trained: Path) -> Iterator[tuple[Slice, np.ndarray]]:
-    """Slices of other patients in which the network finds the tumour that is there, with their heatmaps."""
+    """Correctly classified tumour slices of other patients, with their heatmaps."""
     by = Explainer.load(trained / "training" / "model.safetensors")
     for image in generate(patients=100, slices=1, seed=1000, size=SIDE):
         (one,) = by.explain([ScanInput(image.name, phantom_files.png_bytes(image))])

@@ -20,14 +20,14 @@ INTERVALS = {"accuracy", "precision", "recall", "f1", "roc_auc", "pr_auc"}
 
 
 def logits_for(predicted: list[int], classes: int = 2) -> np.ndarray:
-    """Sure of each prediction."""
+    """Logits of confident predictions."""
     return np.eye(classes, dtype=np.float32)[predicted] * 4
 
 
 def make_outputs(
     scans: int = 93, validation: int = 0, classes: int = 2, seed: int = 0, signal: float = 1.5, per_group: int = 0
 ) -> ModelOutputs:
-    """Answers that are right more often than not; in groups of `per_group` scans where that is given."""
+    """Outputs that are mostly correct, optionally in groups of `per_group` scans."""
     random = np.random.default_rng(seed)
 
     def side(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ def make_outputs(
 
 
 def make_decisions(right: int, wrong: int, per_group: int = 1) -> Decisions:
-    """As many scans of each of two classes rightly and wrongly called."""
+    """Decisions with this many correct and wrong scans of each of two classes."""
     labels = np.arange(2 * (right + wrong)) % 2
     predicted = np.where(np.arange(len(labels)) < 2 * right, labels, 1 - labels)
     margins = np.stack([1 - 2.0 * predicted, 2.0 * predicted - 1], axis=1)

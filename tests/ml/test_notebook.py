@@ -1,4 +1,4 @@
-"""docs/pipeline.ipynb: a notebook by the book, that runs from top to bottom."""
+"""docs/pipeline.ipynb: a valid notebook that runs from top to bottom."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_its_cells_run_in_order_and_end_with_predictions(notebook, tmp_path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names: dict[str, object] = {"__name__": "__main__"}
     for cell in code_of(notebook):
-        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)  # noqa: S102 - that is what it is for
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)  # noqa: S102 - the purpose of the test
     assert "epoch 5/5" in capsys.readouterr().out
     assert [one.error_code for one in names["predictions"]] == [None] * 6
     assert names["folder"].is_relative_to(tmp_path)

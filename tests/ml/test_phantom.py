@@ -1,4 +1,4 @@
-"""Synthetic CT: what a phantom promises to the demo, the tests and the benchmarks that are built on it."""
+"""Synthetic CT: the properties that the demo, tests and benchmarks rely on."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from ml.synthetic.phantom import Slice, generate, make_phantom
 from ml.synthetic.phantom_files import Format, main, windowed, write_dataset, write_zip
 
 SIZE = 192
-"""Pixels a side: anatomy is in millimetres, so a small image shows the same, sooner."""
+"""Pixels per side: anatomy is in millimetres, so a small image shows the same."""
 
 
 def make_slices(patients: int = 4, slices: int = 2, seed: int = 7, size: int = SIZE) -> list[Slice]:

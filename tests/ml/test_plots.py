@@ -1,4 +1,4 @@
-"""Plots: each shows what it is told to, whatever the classes are called and however few scans there are."""
+"""Plots: their content, for any class names and for few scans."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def drawn(plot: Plot) -> Figure:
 
 
 def words(plot: Plot) -> str:
-    """All text that a plot draws, each once."""
+    """All distinct texts of a plot."""
     return "\n".join(dict.fromkeys(text.get_text() for text in drawn(plot).findobj(Text)))
 
 

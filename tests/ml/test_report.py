@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, a PDF of the same content, and no word too much."""
+"""The report: a self-contained page, and a PDF with the same content."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make_inputs(classes: tuple[str, ...] = ("Normal", "Tumor"), **fields: object
 
 
 class Page(HTMLParser):
-    """What a page is made of; an end tag that closes nothing is an error."""
+    """The elements of a page; an unmatched end tag is an error."""
 
     VOID = frozenset({"meta", "img", "br", "link"})
 
@@ -97,7 +97,7 @@ def written(inputs: ReportInputs, folder: Path) -> tuple[str, bytes]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple[str, bytes]:
-    """A report of both kinds."""
+    """A report in both formats."""
     return written(make_inputs(), tmp_path_factory.mktemp("report"))
 
 
@@ -127,7 +127,7 @@ def test_the_page_can_be_read_aloud(report):
     ["0.01", "[64, 64, 3]", "vgg16", "openvino-bf16", "a CPU", "36.2 s", "f7eb31f", "2.13.0", "d" * 64, "e" * 64,
      "36 scans are copies.", "2026-11-20 10:30", "240", "326", "95 % interval", NOT_A_DEVICE],
 )  # fmt: skip
-def test_the_page_tells(report, told):
+def test_the_page_contains(report, told):
     assert told in Page(report[0]).words
 
 
@@ -205,7 +205,7 @@ def test_the_verdict_of_several_classes_speaks_of_none():
     assert "false alarms" not in text
 
 
-def test_the_verdict_tells_of_cross_validation():
+def test_the_verdict_mentions_cross_validation():
     told = " ".join(verdict(make_scores(cross_validation=FOLDS)))
     assert "Over 2 folds of cross-validation F1 was 0.850, standard deviation 0.050." in told
 

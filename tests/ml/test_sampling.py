@@ -1,4 +1,4 @@
-"""In which order an epoch sees its scans: by seed and epoch alone, in whole steps, balanced where it is asked for."""
+"""The order of an epoch's scans: by seed and epoch, in whole steps, optionally balanced."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_class_without_a_training_scan_does_not_disturb_the_sampler():
 
 
 class Looking(CountingBackbone):
-    """Features are the pixels themselves."""
+    """An engine whose features are the pixels."""
 
     def stream(self, batches):
         for batch in batches:

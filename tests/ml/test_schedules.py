@@ -1,4 +1,4 @@
-"""The learning rate of each step, the best epoch, and the end: functions of the parameters and the epochs so far."""
+"""Learning rate schedules, best epoch and early stopping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_phase(epochs: int = 10) -> Phase:
 
 
 def make_history(*losses: float, phase: str = "head") -> list[Epoch]:
-    """Epochs with these validation losses; accuracy and F1 say the opposite of each other."""
+    """Epochs with these validation losses; accuracy and F1 contradict each other."""
     return [
         Epoch(number, len(losses), 1.0, 0.5, loss, 1 - loss / 10, RATE, 1.0, loss / 10, phase)
         for number, loss in enumerate(losses, start=1)
@@ -29,7 +29,7 @@ def make_history(*losses: float, phase: str = "head") -> list[Epoch]:
 
 
 def rates(params: Params, epochs: int = 10, steps: int = 4) -> list[float]:
-    """Of every step of a phase; no epoch is better than the one before."""
+    """The learning rates of all steps of a phase in which no epoch improves."""
     history = make_history(*[1.0] * epochs)
     progress = [step / steps for step in range(epochs * steps)]
     return [learning_rate(params, make_phase(epochs), done, history[: int(done)]) for done in progress]

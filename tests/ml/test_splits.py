@@ -1,4 +1,4 @@
-"""Who is trained on, who chooses the epoch and who is tested on; and whether the test is honest."""
+"""Splits and cross-validation folds; lineage and leaks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sha(text: str) -> str:
 
 
 def hash_of(text: str, bits: int = 0) -> str:
-    """A descriptor; another text is far away, and `bits` of its bits are turned."""
+    """A perceptual hash; those of other texts are far away; `bits` of its bits are flipped."""
     number = int(sha(text), 16) ^ ((1 << bits) - 1) << 100
     return f"{number:064x}"
 
@@ -59,7 +59,7 @@ def make_report(patients: int, slices: int = 5, classes: tuple[str, ...] = ("Nor
 
 
 def make_scans(counts: dict[str, int]) -> DatasetReport:
-    """Scans of nobody known, all different."""
+    """Different scans of unknown patients."""
     return report_of(*(make_scan(label, f"{label} {i}") for label, count in counts.items() for i in range(count)))
 
 
@@ -68,7 +68,7 @@ def sides(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def shared(report: DatasetReport, split: Split) -> set[int]:
-    """Groups that are on two sides."""
+    """Groups with scans on two sides."""
     groups = group_scans(report.scans)
     train, validation, test = (set(groups[side].tolist()) for side in sides(split))
     return train & validation | train & test | validation & test
@@ -87,7 +87,7 @@ def paths_tested(report: DatasetReport, split: Split) -> set[str]:
 
 @st.composite
 def datasets(draw: st.DrawFn) -> DatasetReport:
-    """2 to 4 classes; patients of 1 to 6 scans, some of two classes; copies and near-duplicates; nobody's scans."""
+    """2 to 4 classes; patients of 1 to 6 scans, some of two classes; copies and near-duplicates; unknown patients."""
     classes = KIDNEY[: draw(st.integers(2, 4))]
     scans = []
     for number in range(draw(st.integers(12, 40))):
@@ -256,7 +256,7 @@ def test_blank_scans_do_not_make_two_patients_one():
     assert len(set(group_scans(scans).tolist())) == 10
 
 
-def test_scans_without_a_descriptor_are_grouped_by_patient_and_content():
+def test_scans_without_a_hash_are_grouped_by_patient_and_content():
     scans = [
         ScanFile("a", "Normal", "1", None),
         ScanFile("b", "Normal", "1", "x"),
@@ -341,7 +341,7 @@ def leaks_of(test: ScanFile, learned: ScanFile = TRAINED) -> Leaks:
         (make_scan("Tumor", "validation", "Berta"), Leaks(duplicates=1)),
     ],
 )
-def test_a_leak_is_told_for_each_thing_that_is_shared(test, expected):
+def test_each_kind_of_leak_is_counted(test, expected):
     assert leaks_of(test) == expected
     assert leaks_of(test).any == (expected != Leaks())
 
@@ -374,7 +374,7 @@ def test_a_lineage_is_sorted_compact_and_holds_no_name():
     assert not any(scan.path in token or scan.label in token for scan in report.scans for token in tokens)
 
 
-def test_scans_that_nothing_describes_have_a_lineage_too():
+def test_scans_without_hash_and_patient_have_a_lineage():
     report = report_of(ScanFile("a", "Normal", sha("a"), None), make_scan("Normal", "b", None, perceptual_hash=""))
     split = Split(np.array([], np.int64), np.array([], np.int64), np.arange(2))
     assert leaks(report, split, lineage(report, range(2))) == Leaks(duplicates=1)

@@ -25,7 +25,6 @@ from ml.runtime.cache import Cache
 from ml.runtime.config import load_config, parse_params
 from ml.runtime.errors import BadDataset, BadParams, DownloadFailed, WeightsMissing
 from ml.runtime.events import (
-    STAGES,
     Epoch,
     Evaluated,
     Event,
@@ -37,6 +36,7 @@ from ml.runtime.events import (
     from_json,
 )
 from ml.spec.image import NETWORKS
+from ml.spec.image_pipeline import STAGES
 from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
@@ -56,7 +56,7 @@ def start(folder: Path, stage: str = "train", **fields: object) -> subprocess.Po
     )  # fmt: skip
 
 
-def test_a_run_tells_stages_epochs_scores_and_its_end_in_order(small_run):
+def test_a_run_emits_stages_epochs_scores_and_its_end_in_order(small_run):
     kinds = [event for event in small_run.events if isinstance(event, (StageStarted, StageFinished))]
     assert [event.stage for event in kinds] == [stage for stage in STAGES for _ in range(2)]
     assert [event.epoch for event in small_run.events if isinstance(event, Epoch)] == [1, 2, 3]
@@ -87,7 +87,7 @@ def test_the_scores_are_those_of_scans_that_training_never_saw(small_run):
     assert scores["accuracy"] >= 0.85, "the pictures can be told apart"
 
 
-def test_steps_are_told_with_their_losses_and_none_twice(small_run):
+def test_steps_are_reported_once_with_their_losses(small_run):
     steps = [event for event in small_run.events if isinstance(event, Steps)]
     assert steps[0].first_step == 1
     assert sum(len(event.losses) for event in steps) == 3 * 4, "three epochs of four batches"
@@ -95,7 +95,7 @@ def test_steps_are_told_with_their_losses_and_none_twice(small_run):
         assert following.first_step == one.first_step + len(one.losses)
 
 
-def test_the_report_tells_what_was_found_and_names_no_file(small_run):
+def test_the_dataset_report_has_findings_and_no_file_names(small_run):
     artifacts = small_run.events[-1].artifacts
     page = Path(artifacts["report.html"]).read_text()
     scores = json.loads(Path(artifacts["scores.json"]).read_text())
@@ -203,7 +203,7 @@ def test_another_image_size_than_the_ingested_is_named(small_run):
 
 
 def run_of(folder: Path, archive: Path, environment: RunEnvironment | None = None, **fields: object) -> list[Event]:
-    """The events of a whole run in this process."""
+    """The events of a complete run in this process."""
     events: list[Event] = []
     params = parse_params({**SMALL, "augmentation": False, "epochs": 2, **fields})
     runner.run_all(load_config(write_config(folder, archive)), params, events.append, environment)
@@ -253,7 +253,7 @@ def refused(*_: object, **__: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_can_go_on_from_a_former_one_and_its_lineage_spoils_the_test(small_run, tmp_path):
+def test_initial_weights_carry_their_lineage_and_leaks_are_counted(small_run, tmp_path):
     environment = RunEnvironment(base_weights=small_run.model_path)
     events = run_of(tmp_path, small_run.archive, environment, weights="version:1", seed=1)
     scores = scores_of(events)

@@ -1,4 +1,4 @@
-"""Training: what it learns, what it computes twice (nothing), and which network it leaves."""
+"""The training loop: results, no repeated computation, and the network that is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(model: Model, params: Params, data: TrainData, **config: object) -> list
 
 
 def validation_loss(model: Model, data: TrainData) -> float:
-    """Of the network as it stands."""
+    """The validation loss of the network in its current state."""
     _, above = model.cut()
     with torch.no_grad():
         logits = above(torch.from_numpy(data.features(0).plain(data.split.validation)))
@@ -66,7 +66,7 @@ def test_with_augmentation_each_epochs_pictures_are_new():
 
 @pytest.mark.parametrize("head", ["vgg", "gap"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_it_learns_and_tells_every_epoch(head, optimizer):
+def test_training_learns_and_yields_every_epoch(head, optimizer):
     heard: list[float] = []
     params = make_params(augmentation=False, epochs=6, optimizer=optimizer, learning_rate=0.003)
     epochs = run(make_narrow_model(head=head), params, make_data(), on_progress=heard.append)
@@ -90,7 +90,7 @@ def test_the_progress_ends_at_one(fields):
     assert max(np.diff([0.0, *heard])) < 0.5
 
 
-def test_every_step_is_told_with_its_mean_loss_and_rate():
+def test_every_step_is_reported_with_its_mean_loss_and_rate():
     told: list[tuple[int, float, float]] = []
     params = make_params(augmentation=False, epochs=2, accumulate=3, learning_rate=0.001)
     data = make_data()

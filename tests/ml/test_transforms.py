@@ -1,4 +1,4 @@
-"""How pixels become a network's input."""
+"""The transform from pixels to network input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a network's first weights are found. Files are made here, in torchvision's format; nothing is downloaded."""
+"""Initial weights. Files are created here in torchvision's format; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLISHED = "resnet18-f37072fd.pth"
 
 @pytest.fixture(autouse=True)
 def downloads(monkeypatch, tmp_path) -> list[str]:
-    """No network: what would have been downloaded; and a torch cache of the test's own."""
+    """Records downloads instead of doing them, with a torch cache of its own."""
     asked: list[str] = []
 
     def refuse(url: str, target: Path, max_bytes: int = 0, report: object = None) -> None:
@@ -36,13 +36,13 @@ def downloads(monkeypatch, tmp_path) -> list[str]:
 
 
 def make_published(name: str = "resnet18", seed: int = 1) -> nn.Module:
-    """A network as torchvision has it, with 1000 outputs."""
+    """A torchvision network with 1000 outputs."""
     torch.manual_seed(seed)
     return ARCHITECTURES[name].build()
 
 
 def put(state: object, folder: Path, stem: str = "resnet18") -> Path:
-    """A state dict under torchvision's kind of name, with its own hash."""
+    """A state dict with a file name like torchvision's, with its own hash."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "partial"
     torch.save(state, partial)
@@ -143,7 +143,7 @@ def test_weights_of_other_shapes_or_with_some_missing_are_refused(tmp_path, name
 
 
 class Spy:
-    """Code in a pickle: it would leave a file."""
+    """Code in a pickle that would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -159,62 +159,63 @@ def label_conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
         yield f"{len(found) - NAMED_CONFLICTS} more pictures lie under two labels."
 
 
-def dataset_warnings(found: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
+def dataset_warnings(inspection: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
     """Findings that do not prevent training but degrade it or its scores, each with a remedy. No names in them."""
     scans = sum(counts.values())
-    return (*_picture_warnings(found), *_label_warnings(found, counts), *_patient_warnings(found, scans))
+    return (*_picture_warnings(inspection), *_label_warnings(inspection, counts), *_patient_warnings(inspection, scans))
 
 
-def _picture_warnings(found: Inspection) -> Iterator[str]:
-    if found.tiny:
-        yield f"{_scans(found.tiny)} a side below {TINY} pixels: take the originals, enlarging adds nothing."
-    if found.blank:
-        yield f"{_scans(found.blank)} nothing but one grey level: remove what shows no anatomy."
-    if found.duplicates:
+def _picture_warnings(inspection: Inspection) -> Iterator[str]:
+    if inspection.tiny:
+        yield f"{_scans(inspection.tiny)} a side below {TINY} pixels: take the originals, enlarging adds nothing."
+    if inspection.blank:
+        yield f"{_scans(inspection.blank)} nothing but one grey level: remove what shows no anatomy."
+    if inspection.duplicates:
         yield (
-            f"{_scans(found.duplicates)} the same content as another one. Copies stay on one side of the split, but "
-            "count more than once: remove them."
+            f"{_scans(inspection.duplicates)} the same content as another one. Copies stay on one side of the split, "
+            "but count more than once: remove them."
         )
-    if found.near_duplicates:
+    if inspection.near_duplicates:
         yield (
-            f"{_scans(found.near_duplicates)} near-duplicates (the same picture resized, compressed or brightened), "
-            f"in {found.near_duplicate_groups} groups. They stay on one side of the split: keep one of each."
+            f"{_scans(inspection.near_duplicates)} near-duplicates (the same picture resized, compressed or "
+            f"brightened), in {inspection.near_duplicate_groups} groups. They stay on one side of the split: "
+            "keep one of each."
         )
-    if len(found.modes) > 1:
-        yield f"Colour modes are mixed ({_listed(found.modes)}): if they go with a label, it is learned from them."
-    if len(found.modalities) > 1:
-        yield f"DICOM modalities are mixed ({_listed(found.modalities)}): train on one of them."
+    if len(inspection.modes) > 1:
+        yield f"Colour modes are mixed ({_listed(inspection.modes)}): if they go with a label, it is learned from them."
+    if len(inspection.modalities) > 1:
+        yield f"DICOM modalities are mixed ({_listed(inspection.modalities)}): train on one of them."
 
 
-def _label_warnings(found: Inspection, counts: dict[str, int]) -> Iterator[str]:
-    if found.near_conflicts:
-        groups = "group of near-duplicates lies" if found.near_conflicts == 1 else "groups of near-duplicates lie"
-        yield f"{found.near_conflicts} {groups} under several labels: look whether the labels are right."
-    if found.imbalance is not None and found.imbalance >= UNBALANCED:
+def _label_warnings(inspection: Inspection, counts: dict[str, int]) -> Iterator[str]:
+    if inspection.near_conflicts:
+        groups = "group of near-duplicates lies" if inspection.near_conflicts == 1 else "groups of near-duplicates lie"
+        yield f"{inspection.near_conflicts} {groups} under several labels: look whether the labels are right."
+    if inspection.imbalance is not None and inspection.imbalance >= UNBALANCED:
         least, most = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
         yield (
-            f"Class {most} has {found.imbalance:.1f} times as many scans as {least}: set balance to weights or "
+            f"Class {most} has {inspection.imbalance:.1f} times as many scans as {least}: set balance to weights or "
             "sampler, and look at F1, not at accuracy."
         )
-    if found.stray_images:
-        yield f"Images outside of the class folders are ignored: {found.stray_images}. Move them into a class."
+    if inspection.stray_images:
+        yield f"Images outside of the class folders are ignored: {inspection.stray_images}. Move them into a class."
 
 
-def _patient_warnings(found: Inspection, scans: int) -> Iterator[str]:
-    if scans and found.with_patient < scans:
+def _patient_warnings(inspection: Inspection, scans: int) -> Iterator[str]:
+    if scans and inspection.with_patient < scans:
         known = (
-            f"The patient is known for {found.with_patient} of {scans} scans"
-            if found.patients
+            f"The patient is known for {inspection.with_patient} of {scans} scans"
+            if inspection.patients
             else ("Nothing tells the patients")
         )
         yield (
             f"{known}: slices of one patient may lie on both sides of the split, and the scores be too good. "
             "Name files like patient-0012_slice-3.png, or send DICOM with PatientID."
         )
-    if found.patients_with_several_labels:
+    if inspection.patients_with_several_labels:
         yield (
-            f"Patients with scans under several labels: {found.patients_with_several_labels}. Right if a label is the "
-            "slice's, wrong if it is the patient's."
+            f"Patients with scans under several labels: {inspection.patients_with_several_labels}. Right if a label is "
+            "the slice's, wrong if it is the patient's."
         )
 
 

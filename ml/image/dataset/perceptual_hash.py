@@ -2,8 +2,8 @@
 
 A scan is averaged to 32 × 32 cells and transformed by a DCT-II; of the 16 × 16 lowest frequencies without the mean, the
 signs are kept. This is the hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010),
-with four times as many bits: with 64, slices of the same organ are not told apart. Two scans are near-duplicates if at
-most `MAX_DISTANCE` bits differ.
+with four times as many bits: with 64, slices of the same organ cannot be distinguished. Two scans are near-duplicates
+if at most `MAX_DISTANCE` bits differ.
 
 `MAX_DISTANCE` was chosen on the 429 distinct pictures of shared/data/mri-465.zip and on 300 slices of 60 phantom
 patients. Number of bits that each change flips (worst picture, worst 1 %, median):

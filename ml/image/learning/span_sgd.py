@@ -10,7 +10,7 @@ where V₀ is the momentum at the start of the window, and c and s are scalars; 
 W₀x, V₀x and the Gram matrix XXᵀ are computed once per window by three large products; a step then only touches
 [n, 4096] numbers. The norm of the gradient, for clipping, follows from the Gram matrix too:
 |Gᵀ X|² = Σ (G Gᵀ) ∘ (X Xᵀ). SGD with momentum and weight decay on (c, s, A) is equal to SGD on W up to rounding
-(tests/ml/test_span.py compares the two). `close_window` writes W and the momentum back.
+(tests/ml/test_span_sgd.py compares the two). `close_window` writes W and the momentum back.
 """
 
 from __future__ import annotations

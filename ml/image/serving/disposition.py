@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ml.evaluation.metrics import positive_class
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
 
-_MAX_SHOWN = 99.0  # times the limit; larger scores are not told apart
+_MAX_SHOWN = 99.0  # times the limit; larger scores are not distinguished
 _ADVICE = "Check that it is an axial CT slice in the usual window."
 
 
@@ -32,9 +32,9 @@ def disposition_of(
     found = _of_many(probabilities, high) if positive is None else _of_two(probabilities, positive, low, high)
     if label is None or found.word in (INDETERMINATE, label.lower()):
         return found
-    said = probabilities[label]
+    shown = probabilities[label]
     return Disposition(
-        INDETERMINATE, f"The network is unsure: it calls this {label} by its own threshold, but with {said:.2f} only."
+        INDETERMINATE, f"The network is unsure: it calls this {label} by its own threshold, but with {shown:.2f} only."
     )
 
 
@@ -55,9 +55,9 @@ def _of_two(probabilities: Mapping[str, float], positive: str, low: float, high:
         return Disposition(next(name for name in probabilities if name != positive).lower())
     if value >= high:
         return Disposition(positive.lower())
-    said = _rounded(value, low, high)
+    shown = _rounded(value, low, high)
     return Disposition(
-        INDETERMINATE, f"The network is unsure: {positive} {said} lies between {low:.2f} and {high:.2f}."
+        INDETERMINATE, f"The network is unsure: {positive} {shown} lies between {low:.2f} and {high:.2f}."
     )
 
 
@@ -66,16 +66,16 @@ def _of_many(probabilities: Mapping[str, float], high: float) -> Disposition:
     value = probabilities[name]
     if value >= high:
         return Disposition(name.lower())
-    said = _rounded(value, high)
+    shown = _rounded(value, high)
     return Disposition(
-        INDETERMINATE, f"The network is unsure: {name}, the likeliest, has {said}, less than {high:.2f}."
+        INDETERMINATE, f"The network is unsure: {name}, the likeliest, has {shown}, less than {high:.2f}."
     )
 
 
 def _rounded(value: float, *limits: float) -> str:
     """With two digits, or more if it would round to one of the limits."""
     for digits in (2, 3, 4):
-        said = f"{value:.{digits}f}"
-        if float(said) not in limits:
-            return said
+        shown = f"{value:.{digits}f}"
+        if float(shown) not in limits:
+            return shown
     return repr(value)

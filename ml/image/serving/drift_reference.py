@@ -52,7 +52,7 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, list[float]]:
 def _edges(values: Sequence[float], tolerance: float) -> list[float]:
     """Strictly increasing inner edges at the quantiles.
 
-    No value lies below an edge at the minimum, so later values could not be told apart where all values are equal (the
+    No value lies below an edge at the minimum, so later values could not be distinguished if all values are equal (the
     colour of grey scans). Such an edge is moved up by the tolerance of the statistic.
     """
     bins = min(BINS, max(2, len(values) // 10))

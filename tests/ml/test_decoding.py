@@ -1,4 +1,4 @@
-"""Images in every form that scans come in, and what is refused."""
+"""Decoding of all image formats, and refused files."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_declared_giant_is_refused_before_it_is_decoded(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(MAX_PIXELS, 1), (1, MAX_PIXELS), (MAX_SIDE + 1, 2)])
 def test_a_side_longer_than_any_scanner_makes_is_refused(width, height):
-    """An explanation takes memory for each row and column, whatever their product is."""
+    """An explanation needs memory per row and per column, whatever their product is."""
     with pytest.raises(ImageError, match="side of more than 65,535 pixels"):
         decode(declared_png(width, height))
 

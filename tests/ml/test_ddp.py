@@ -1,4 +1,4 @@
-"""Two processes learn what one learns, and none of them outlives the others. On the CPU, by gloo."""
+"""DDP: two processes train like one, and no worker outlives the others. On the CPU, by gloo."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _a_machine_without_gpus(monkeypatch):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_each_row_is_one_members(count, size):
+def test_each_row_belongs_to_one_process(count, size):
     rows = np.arange(count)
     shares = [ProcessGroup(rank, size).own_rows(rows) for rank in range(size)]
     assert sorted(np.concatenate(shares)) == list(rows)
 
 
-def test_a_member_without_a_row_computes_one_that_nobody_needs():
+def test_a_process_without_rows_computes_one_to_discard():
     assert list(ProcessGroup(1, 2).rows_to_compute(np.array([5]))) == [5]
     assert list(ProcessGroup(1, 2).rows_to_compute(np.array([5, 6, 7]))) == [6]
 
@@ -76,13 +76,13 @@ def _quietly(work: Callable[[ProcessGroup], object], group: ProcessGroup) -> Non
 
 @dataclass(frozen=True)
 class Exchange:
-    """A member that takes part in what `exchanged` does."""
+    """A worker that takes part in `exchange_all`."""
 
     def load(self) -> Callable[[ProcessGroup], None]:
-        return lambda group: _quietly(exchanged, group)
+        return lambda group: _quietly(exchange_all, group)
 
 
-def exchanged(group: ProcessGroup) -> list[object]:
+def exchange_all(group: ProcessGroup) -> list[object]:
     one, five = np.array([[1.5, 2.5]]), np.arange(10.0).reshape(5, 2)
     return [
         group.gather_rows(group.rows_to_compute(one), 1).tolist(),
@@ -93,10 +93,10 @@ def exchanged(group: ProcessGroup) -> list[object]:
     ]
 
 
-def test_members_exchange_arrays_numbers_and_words():
+def test_collectives_exchange_arrays_numbers_and_objects():
     with launch_workers(2, Exchange()) as group:
         assert (group.rank, group.size, group.is_leader) == (0, 2, True)
-        assert exchanged(group) == [
+        assert exchange_all(group) == [
             [[1.5, 2.5]],
             [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]],
             [2.0, 1.0],
@@ -104,12 +104,12 @@ def test_members_exchange_arrays_numbers_and_words():
             "rank 0",
         ]
     assert (group.rank, group.size) == (0, 1)
-    assert exchanged(group)[2] == [1.0, 0.0]
+    assert exchange_all(group)[2] == [1.0, 0.0]
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A member that trains a narrow or tiny model of the tests."""
+    """A worker that trains a narrow or tiny model of the tests."""
 
     params: Params
     kind: str
@@ -145,7 +145,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_learns(case):
+def test_two_processes_train_like_one(case):
     kind, fields = CASES[case]
     params = make_params(**{**EXACT, **fields})
     told: list[list[float]] = [[], []]
@@ -171,7 +171,7 @@ def test_the_cores_are_shared_and_given_back():
     try:
         with launch_workers(2, Exchange()) as group:
             assert torch.get_num_threads() == 2
-            exchanged(group)
+            exchange_all(group)
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -198,7 +198,7 @@ def pixels(tmp_path_factory) -> Path:
 
 
 def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) -> list[Epoch]:
-    """As the training stage does it, cache and checkpoints included."""
+    """Train as the training stage does, with cache and checkpoints."""
     model, split, labels = make_resnet(), make_split(), np.arange(44) % 2
     cached = Cached(Cache(folder / "cache", 2**30), "key")
     resume, start = where.get("resume"), where.get("start", ResumePoint())
@@ -227,7 +227,7 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
 
 
 @pytest.mark.slow
-def test_a_real_network_is_trained_and_tuned_by_two(pixels, tmp_path):
+def test_two_processes_train_and_fine_tune_a_real_network_like_one(pixels, tmp_path):
     params = make_params(**SMALL, fine_tune_epochs=2, fine_tune_learning_rate=0.001)
     alone = train_resnet(params, pixels, tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -239,7 +239,7 @@ def test_a_real_network_is_trained_and_tuned_by_two(pixels, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_go_on_from_a_checkpoint_to_the_same_end(pixels, tmp_path):
+def test_two_processes_resume_from_a_checkpoint_to_the_same_result(pixels, tmp_path):
     fields = {**SMALL, "fine_tune_epochs": 2, "fine_tune_learning_rate": 0.001, "devices": 2}
     params = make_params(**fields, monitor="val_f1", patience=1)
     whole = train_resnet(params, pixels, tmp_path)
@@ -257,14 +257,14 @@ def test_two_go_on_from_a_checkpoint_to_the_same_end(pixels, tmp_path):
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_too_few_devices_are_a_wrong_parameter():
+def test_too_few_devices_raise_bad_params():
     with pytest.raises(BadParams, match=r"^devices: .*no GPU"), launch_workers(64, Exchange()):
         raise AssertionError("nobody may come this far")
 
 
 @dataclass(frozen=True)
 class Failing:
-    """A member that fails: while it loads, or when it works."""
+    """A worker that fails while it loads, or while it works."""
 
     error: Exception
     loading: bool = False
@@ -287,24 +287,24 @@ class Failing:
         (ValueError("a secret"), "INTERNAL", "unforeseen ValueError"),
     ],
 )
-def test_a_members_failure_is_the_trainings(error, code, words, loading):
+def test_an_error_of_a_worker_is_raised_by_the_leader(error, code, words, loading):
     started = time.monotonic()
     with pytest.raises(PipelineError, match=words) as raised, launch_workers(2, Failing(error, loading)) as group:
-        exchanged(group)
+        exchange_all(group)
     assert raised.value.code == code
     assert time.monotonic() - started < 60
-    assert members() == []
+    assert worker_pids() == []
 
 
-def test_the_leaders_own_error_stays_what_it_is():
+def test_an_error_of_the_leader_is_raised_unchanged():
     with pytest.raises(ZeroDivisionError), launch_workers(2, Exchange()):
         raise ZeroDivisionError
-    assert members() == []
+    assert worker_pids() == []
 
 
 @dataclass(frozen=True)
 class Endless:
-    """Members that exchange numbers for ever; the one of `rank` ends in its own way after the third time."""
+    """Workers that exchange numbers forever; the one with `rank` ends by `signal` after the third time."""
 
     ending: int
     rank: int = 1
@@ -320,15 +320,15 @@ class Endless:
             time.sleep(0.05)
 
 
-def exchange_for_ever(group: ProcessGroup, started: list[float]) -> None:
-    """As `Endless` does; notes when it began."""
+def exchange_forever(group: ProcessGroup, started: list[float]) -> None:
+    """The leader's part of `Endless`; notes when it started."""
     started.append(time.monotonic())
     while True:
         group.sum([1.0])
 
 
-def members() -> list[int]:
-    """Processes of teams that this one started."""
+def worker_pids() -> list[int]:
+    """The worker processes of this process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -342,24 +342,24 @@ def members() -> list[int]:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_a_member_that_is_killed_ends_the_training_at_once(ending):
+def test_a_killed_worker_ends_the_training_at_once(ending):
     started: list[float] = []
     with pytest.raises(WorkerLost, match=f"signal {ending}") as raised, launch_workers(2, Endless(ending)) as group:
-        exchange_for_ever(group, started)
+        exchange_forever(group, started)
     assert time.monotonic() - started[0] < 10
     assert raised.value.retryable
-    assert members() == []
+    assert worker_pids() == []
 
 
-def test_of_three_the_killed_one_is_named(monkeypatch):
+def test_the_killed_one_of_three_processes_is_named(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     with pytest.raises(WorkerLost, match=r"Process 3 of the 3 .* signal 9"), launch_workers(3, Endless(9, 2)) as group:
-        exchange_for_ever(group, [])
+        exchange_forever(group, [])
 
 
 LEADER = """
 import sys, time
-from tests.ml.test_team import Endless
+from tests.ml.test_ddp import Endless
 from ml.image.learning.ddp_launch import launch_workers
 import signal
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -382,19 +382,19 @@ def is_there(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_no_member_outlives_its_leader(ending, tmp_path):
+def test_no_worker_outlives_its_leader(ending, tmp_path):
     leader = subprocess.Popen(
         [sys.executable, "-c", LEADER], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
     )  # fmt: skip
     try:
         assert leader.stdout is not None
         assert leader.stdout.readline() == b"launched\n"
-        (member,) = children_of(leader.pid)
+        (worker,) = children_of(leader.pid)
         leader.send_signal(ending)
         leader.wait(20)
         deadline = time.monotonic() + 10
-        while is_there(member):
-            assert time.monotonic() < deadline, "the member is still there"
+        while is_there(worker):
+            assert time.monotonic() < deadline, "the worker is still there"
             time.sleep(0.05)
         if ending == signal.SIGTERM:
             assert leader.returncode == 143

@@ -1,4 +1,4 @@
-"""A device that runs out of memory gets half batches, once, and nobody sees a difference in the answers."""
+"""OOM fallback: if the device runs out of memory, batches are halved once; outputs stay the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_error() -> Exception:
 
 
 class SmallDevice:
-    """A device with room for `room` images at once. Like the real ones it keeps two batches in flight."""
+    """A device with memory for `room` images. Like real engines, it keeps two batches in flight."""
 
     name, batch, streams = "small", BATCH, 1
 
@@ -171,7 +171,7 @@ def test_a_training_without_room_for_half_a_batch_fails_with_device_oom(augmenta
 
 
 class FullAtLearning(torch.nn.ReLU):
-    """A layer that finds no memory in the head's own step."""
+    """A layer that runs out of memory in the head's step."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         raise make_error()
@@ -185,7 +185,7 @@ def test_a_step_of_the_head_without_memory_fails_with_device_oom():
 
 
 class WholeDevice(SmallDevice):
-    """With the head behind the features: logits come out."""
+    """A device that outputs logits, as with a head behind the features."""
 
     @torch.inference_mode()
     def _features(self, batch: np.ndarray) -> np.ndarray:

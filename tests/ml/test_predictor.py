@@ -1,4 +1,4 @@
-"""Predictions: in order, the same as in training, and a broken scan is only its own loss."""
+"""Predictions: in order, consistent with training, and one error per broken scan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_broken_scans_anywhere_are_errors_of_their_own(predictor, tmp_path):
 
 
 def test_logits_of_batches_are_those_that_predictions_are_made_of(predictor):
-    """Whoever takes the engine's outputs for them takes the descriptor along."""
+    """The engine's outputs contain the descriptor as well."""
     pictures = [make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(3)]
     logits = np.concatenate(list(predictor.logits([np.stack(pictures[:2]), np.stack(pictures[2:])])))
     assert logits.shape == (3, 2)
@@ -67,7 +67,7 @@ def test_logits_of_batches_are_those_that_predictions_are_made_of(predictor):
     assert predictor.calibration.probabilities(logits) == pytest.approx(np.array(expected), abs=0.02)
 
 
-def test_a_kept_scan_is_read_and_decoded_once():
+def test_a_cached_scan_is_read_and_decoded_once():
     read = list[int]()
     scan = CachedScan("a", lambda: read.append(1) or encode(make_pixels()))
     assert read == [], "not before somebody looks at it"
@@ -76,7 +76,7 @@ def test_a_kept_scan_is_read_and_decoded_once():
     assert read == [1]
 
 
-def test_a_kept_scan_that_cannot_be_read_is_not_tried_again():
+def test_an_unreadable_cached_scan_is_not_read_again():
     read = list[int]()
 
     def gone() -> bytes:
@@ -136,7 +136,7 @@ def test_a_loaded_model_can_be_used_without_a_predictor(small_run):
 
 
 def test_serving_and_training_agree_on_the_held_out_scans(small_run):
-    """The evaluation scored features that the training had kept; who serves goes from the files to the answer."""
+    """The evaluation uses kept features, while serving goes from files to predictions."""
     scores = json.loads((small_run.folder / "evaluation" / "scores.json").read_text())
     report = load_manifest(small_run.folder / "data" / "manifest.json")
     scans = [report.scans[index] for index in split_scans(report, seed=0).test]

@@ -27,7 +27,7 @@ def inputs_of(window: int) -> torch.Tensor:
 
 
 def gradient_of(outputs: torch.Tensor) -> torch.Tensor:
-    """Of the loss mean(tanh(z)²): it depends on the outputs, so that a drift would feed on itself."""
+    """The gradient of the loss mean(tanh(z)²): it depends on the outputs, so errors would accumulate."""
     z = outputs.detach().requires_grad_()
     z.tanh().square().mean().backward()
     assert z.grad is not None
@@ -44,7 +44,7 @@ def rate_of(number: int) -> float:
 
 
 def train_plainly(linear: nn.Linear, windows: list[int], **options: float) -> list[float]:
-    """SGD of torch's, a rate for each batch of a window; the norms of its gradients."""
+    """torch's SGD with a learning rate for each batch; returns the norms of its gradients."""
     optimizer, norms = torch.optim.SGD(linear.parameters(), RATE, **options), []
     for window in windows:
         for number, rows in enumerate(batches(window)):
@@ -122,7 +122,7 @@ def test_a_scan_that_a_batch_has_twice_counts_twice():
 
 
 @pytest.mark.parametrize("options", [PLAIN, DECAYING])
-def test_outputs_of_other_inputs_need_no_settling(options):
+def test_outputs_of_other_inputs_do_not_need_a_closed_window(options):
     linear, other = make_linear(), torch.randn(7, 300).double()
     span, _ = train_in_span(linear, [0, 1], **options)
     before = span.outputs(other)
@@ -130,7 +130,7 @@ def test_outputs_of_other_inputs_need_no_settling(options):
     assert torch.allclose(before, linear(other), atol=1e-10)
 
 
-def test_settling_twice_changes_nothing():
+def test_closing_a_window_twice_changes_nothing():
     linear = make_linear()
     span, _ = train_in_span(linear, [0], **PLAIN)
     span.close_window()
@@ -148,7 +148,7 @@ def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("windows", [[0], [0, 1]])
 @pytest.mark.parametrize("options", [PLAIN, DECAYING])
-def test_a_place_is_gone_back_to(windows, options):
+def test_earlier_weights_can_be_restored(windows, options):
     linear, other = make_linear(), torch.randn(7, 300).double()
     span, _ = train_in_span(linear, windows, **options)
     if len(windows) > 1:
@@ -165,7 +165,7 @@ def test_a_place_is_gone_back_to(windows, options):
 
 
 def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: int, **options: float) -> torch.Tensor:
-    """The weight after `last`, gone on from a state that was taken in `window` or between windows."""
+    """The weight after `last`, continued from a state that was read in `window` or between windows."""
     linear = make_linear()
     span = SpanSgdLinear(linear, **options)
     span.restore(state, None if window is None else inputs_of(window))
@@ -177,7 +177,7 @@ def trained_on_from(state: dict[str, torch.Tensor], window: int | None, last: in
 
 
 @pytest.mark.parametrize("options", [PLAIN, DECAYING, {"momentum": 0.0, "weight_decay": 0.1}])
-def test_a_state_between_windows_is_gone_on_from_exactly(options):
+def test_training_continues_exactly_from_a_state_between_windows(options):
     linear = make_linear()
     span, _ = train_in_span(linear, [0, 1], **options)
     span.close_window(keep_momentum=True)
@@ -189,7 +189,7 @@ def test_a_state_between_windows_is_gone_on_from_exactly(options):
 
 
 @pytest.mark.parametrize("options", [PLAIN, DECAYING])
-def test_a_state_in_the_first_window_needs_no_weight(options):
+def test_a_state_in_the_first_window_has_no_weight(options):
     linear = make_linear()
     span, _ = train_in_span(linear, [0], **options)
     state = copies(span.state())

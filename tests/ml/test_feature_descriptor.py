@@ -1,4 +1,4 @@
-"""Logits and descriptor come out of one forward, and are those of the network by itself."""
+"""One forward pass outputs logits and descriptor, which agree with the plain network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = [(name, "gap") for name in sorted(ARCHITECTURES)] + [("vgg16", "vgg")]
 
 
 def make_model(architecture: str, head: str = "gap") -> Model:
-    """Untrained, for the smallest pictures that it takes."""
+    """An untrained model for the smallest pictures that it accepts."""
     of, side = ARCHITECTURES[architecture], 224 if architecture == "vit_b_16" else LEAST_SIDE.get(architecture, 64)
     transform = Transform(side, side, of.mean, of.std)
     made = network.build(2, 0, architecture, head)
@@ -32,7 +32,7 @@ def make_model(architecture: str, head: str = "gap") -> Model:
 
 
 @pytest.mark.parametrize(("architecture", "head"), KINDS)
-def test_the_served_network_gives_the_logits_and_the_descriptor_of_its_features(architecture, head):
+def test_the_network_with_descriptor_outputs_logits_and_descriptor(architecture, head):
     model = make_model(architecture, head)
     pictures = make_scans(3, model.transform.height)
     below, above = model.cut()

@@ -1,4 +1,4 @@
-"""Pictures that a network of abdominal CT must not be asked about, each uint8 [side, side, 3] and drawn by a seed."""
+"""Pictures that are out of distribution for a network of abdominal CT: uint8 [side, side, 3], drawn by a seed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SIDE = 192
 WINDOWS = {"bone": (400, 1800), "lung": (-600, 1500)}
 _HU = (-1000, -150, -90, -20, 0, 15, 40, 60, 110, 160, 200, 250, 400, 900)
 _T2 = (0, 10, 190, 120, 235, 220, 90, 110, 85, 40, 130, 60, 30, 5)
-"""What T2-weighted MR shows of tissue of these Hounsfield units: water and fat bright, muscle and bone dark."""
+"""Intensity in T2-weighted MR by Hounsfield units: water and fat bright, muscle and bone dark."""
 
 
 def phantoms(patients: int, slices: int, seed: int) -> list[np.ndarray]:
-    """Proper scans: abdominal CT in the soft-tissue window."""
+    """In-distribution scans: abdominal CT in the soft-tissue window."""
     return [_grey(windowed(one.hu)) for one in generate(patients, slices, seed, SIDE)]
 
 
-def strangers(count: int = 20) -> dict[str, list[np.ndarray]]:
-    """`count` of each kind."""
+def ood_pictures(count: int = 20) -> dict[str, list[np.ndarray]]:
+    """`count` pictures of each kind."""
     hounsfield = [one.hu.astype(np.float32) for one in generate(count, 1, 99, SIDE)]
     windows = list(WINDOWS.values())
     return {
@@ -33,7 +33,7 @@ def strangers(count: int = 20) -> dict[str, list[np.ndarray]]:
 
 
 def photograph(seed: int) -> np.ndarray:
-    """A scene: a sky over a ground, shaded objects before them, and texture as natural pictures have it (1/f); every
+    """A scene: a sky over a ground, shaded objects before them, and texture as in natural pictures (1/f); every
     second one nearly without colour."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : SIDE * 1j, 0 : 1 : SIDE * 1j]
@@ -57,7 +57,7 @@ def photograph(seed: int) -> np.ndarray:
 
 
 def noise(seed: int) -> np.ndarray:
-    """Grey or coloured, even or normal, fine or in blocks."""
+    """Noise: grey or coloured, uniform or normal, fine or in blocks."""
     random = np.random.default_rng(seed)
     kinds = (
         lambda: random.integers(0, 256, (SIDE, SIDE, 3)),
@@ -88,7 +88,7 @@ def _grey(values: np.ndarray) -> np.ndarray:
 
 
 def resaved(pixels: np.ndarray, quality: int, side: int) -> np.ndarray:
-    """The same scan after a resizing and JPEG, as another system may hand it on: uint8 [side, side, 3]."""
+    """The same scan after a resizing and JPEG, as another system may export it: uint8 [side, side, 3]."""
     import io
 
     sink = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Input statistics: each says the one thing that its name promises."""
+"""Input statistics: each measures what its name says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ml.image.pixels.statistics import MEANINGS, input_statistics
 from tests.ml.builders import make_pixels
-from tests.ml.strangers import phantoms, resaved
+from tests.ml.ood_pictures import phantoms, resaved
 
 
 def flat(*colour: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a dataset holds, what forbids training on it, whose scans it has, and the manifest that keeps all that."""
+"""The check of a dataset: contents, problems and patients, and its manifest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_scans_may_lie_in_a_folder_for_each_patient(tmp_path):
     assert len({scan.patient for scan in report.scans}) == 12
 
 
-def test_a_readme_is_nobodys_scan(tmp_path):
+def test_a_readme_is_no_scan(tmp_path):
     files = {**make_files(6), "README.txt": b"x", "Normal/labels.csv": b"x"}
     assert check_dataset(write_folder(files, tmp_path)).images == 12
 
@@ -91,7 +91,7 @@ def test_the_digest_is_of_contents_and_labels_not_of_names(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_sink_gets_every_scan_at_its_place(tmp_path):
+def test_on_pixels_gets_every_scan_with_its_index(tmp_path):
     seen = {}
     report = check_dataset(
         write_folder(make_files(6), tmp_path), on_pixels=lambda index, pixels: seen.update({index: pixels})
@@ -108,7 +108,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
 
 
 def patient_in(tmp_path, name: str) -> str | None:
-    """Whose scan the file of this name is said to be."""
+    """The patient of a file with this name."""
     report = check_dataset(write_folder({**make_files(6), name: encode(make_pixels(5))}, tmp_path))
     return next(scan.patient for scan in report.scans if scan.path == name)
 
@@ -132,7 +132,7 @@ def patient_in(tmp_path, name: str) -> str | None:
         "C3L-00004_4.png",
     ],
 )
-def test_names_tell_the_patient(tmp_path, name):
+def test_patient_ids_are_read_from_names(tmp_path, name):
     assert patient_in(tmp_path, f"Tumor/{name}")
 
 
@@ -153,7 +153,7 @@ def test_names_tell_the_patient(tmp_path, name):
         "TCGA-export.png",
     ],
 )
-def test_numbering_and_words_tell_no_patient(tmp_path, name):
+def test_numbers_and_words_are_no_patient_ids(tmp_path, name):
     assert patient_in(tmp_path, f"Tumor/{name}") is None
 
 
@@ -168,18 +168,18 @@ def test_a_case_and_a_patient_of_one_number_are_two():
     assert patient_of("case-12.png", None) != patient_of("patient-12.png", None)
 
 
-def test_folders_above_the_class_are_nobody(tmp_path):
+def test_folders_above_the_class_are_no_patient_ids(tmp_path):
     files = {f"patient-1 export/{name}": content for name, content in make_files(6).items()}
     report = check_dataset(write_folder({**files, "patient-1 export/p2/3.png": encode(make_pixels(9))}, tmp_path))
     assert {scan.patient for scan in report.scans} == {None}
 
 
 @pytest.mark.parametrize("identity", ["", " ", "0", "000", "ANONYMOUS", "Anonymized", "unknown", "n/a", "XXX", "-"])
-def test_what_stands_for_removed_is_no_patient(identity):
+def test_placeholders_are_no_patient_ids(identity):
     assert patient_of("scan.dcm", identity) is None
 
 
-def test_a_dicom_header_tells_the_patient_and_the_manifest_does_not(tmp_path):
+def test_the_patient_is_read_from_dicom_and_hashed_in_the_manifest(tmp_path):
     files = {**make_files(6), "Normal/scan.dcm": make_dicom(np.zeros((8, 8), np.int16))}
     report = check_dataset(write_folder(files, tmp_path / "data"))
     scan = next(scan for scan in report.scans if scan.path.endswith(".dcm"))
@@ -226,7 +226,7 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [None, "", '{"scans": ['])
-def test_no_manifest_is_said_to_be_none(tmp_path, content):
+def test_a_missing_or_damaged_manifest_is_an_error(tmp_path, content):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(BadDataset, match="no dataset yet"):

@@ -1,4 +1,4 @@
-"""What is unlike the training scans is found, and what is like them is left alone; on synthetic CT, and in theory."""
+"""OOD detection: pictures unlike the training scans are rejected, others are not; on synthetic CT and vectors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ml.runtime.config import load_config, parse_params
 from ml.synthetic.phantom_files import write_dataset
 from tests.ml.builders import encode, make_pixels, make_scans, write_zip
 from tests.ml.conftest import SMALL, write_config
-from tests.ml.strangers import phantoms, resaved, strangers
+from tests.ml.ood_pictures import ood_pictures, phantoms, resaved
 
 WIDTH = 64
 SPREAD = np.array([10, 8, 0.05, 0.02, 2, 0])  # of the input statistics of grey scans
@@ -66,7 +66,7 @@ def test_what_lies_elsewhere_is_rejected():
 
 
 def test_scans_of_one_patient_do_not_vouch_for_each_other():
-    """A limit by scans whose siblings are learnt from would take every other patient for a stranger."""
+    """A limit from scans whose groups were fitted too would reject every other patient."""
     random, patients = np.random.default_rng(0), np.repeat(np.arange(30), 10)
     centres = random.normal(size=(60, WIDTH))
     own = centres[patients] + random.normal(size=(300, WIDTH)) * 0.1
@@ -84,7 +84,7 @@ def test_too_few_scans_or_patients_teach_nothing(scans, groups):
 
 @pytest.mark.parametrize(("of_one", "others", "teaches"), [(91, 9, False), (970, 30, True), (400, 2000, True)])
 def test_a_patient_of_most_scans_leaves_too_few_for_a_fit_without_them_or_less_axes(of_one, others, teaches):
-    """What the smallest fit is made of decides how many axes it can have."""
+    """The smallest fit limits the number of axes."""
     scans = of_one + others
     found = fit_detector(*make_vectors(scans), np.maximum(np.arange(scans) - of_one + 1, 0))
     assert (found is not None) == teaches
@@ -94,7 +94,7 @@ def test_a_patient_of_most_scans_leaves_too_few_for_a_fit_without_them_or_less_a
 
 
 def test_the_limit_is_no_nearer_than_scans_that_no_weight_was_fitted_to():
-    """A network draws what it was fitted to together: then all of these are near, left out of a fit or not."""
+    """A network clusters what it was fitted to, so these scans are close even if a fit leaves them out."""
     descriptors, statistics = make_vectors(300)
     centre, groups = descriptors.mean(axis=0), np.arange(300)
     drawn = centre + (descriptors - centre) * 0.2
@@ -115,8 +115,8 @@ def test_a_few_patients_that_were_not_learnt_from_say_nothing_of_the_limit(scans
     assert found.descriptors.limit == learned().descriptors.limit
 
 
-def test_scans_that_others_join_stay_together_although_only_some_are_compared(small_run, monkeypatch):
-    """Two of the sample may belong together through a third that is not in it."""
+def test_scans_linked_by_one_outside_of_the_sample_stay_grouped(small_run, monkeypatch):
+    """Two scans of the sample may be linked by a third that is not in it."""
     params = parse_params(SMALL | {"augmentation": False})
     run = Run(load_config(small_run.folder / "config.yaml"), params, lambda event: None)
     seen, patients = list[np.ndarray](), np.arange(len(run.report.scans)) // 2
@@ -185,7 +185,7 @@ def test_an_engine_that_moves_the_score_is_not_admitted(small_run):
 
 @pytest.mark.parametrize("fitted_in", [form for form in supported_dtypes() if form != "int8"])
 def test_shifts_are_against_the_form_that_was_fitted_in(small_run, fitted_in):
-    """Else what was learnt in bf16 would be moved by bf16's rounding once more."""
+    """Otherwise descriptors fitted in bf16 would be shifted by bf16's rounding twice."""
     model, seen = network.load(small_run.model_path), make_scans(8, 64)
     outliers = replace(OodDetector.from_metadata(model.metadata), shifts={})
     found = admit(model, Calibration(threshold=0.5), seen[:4], np.arange(4) % 2, seen, outliers, fitted_in).ood
@@ -200,7 +200,7 @@ def test_shifts_are_against_the_form_that_was_fitted_in(small_run, fitted_in):
 
 
 def test_a_training_tells_in_which_form_it_has_learnt(small_run):
-    """With random weights VGG16 learns in the fastest form that floats (see ml.image.stages.run.training_precision)."""
+    """With random weights VGG16 is trained in the fastest float dtype (see `training_precision` of the engines)."""
     model = network.load(small_run.model_path)
     fitted_in = model.metadata["engine"].rpartition("-")[2]
     assert set(OodDetector.from_metadata(model.metadata).shifts) == {*supported_dtypes()} - {fitted_in}
@@ -209,7 +209,7 @@ def test_a_training_tells_in_which_form_it_has_learnt(small_run):
 def test_every_admitted_engine_gives_nearly_the_same_score(small_run):
     model = network.load(small_run.model_path)
     some = [make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(8)]
-    some += [one for pictures in strangers(2).values() for one in pictures]
+    some += [one for pictures in ood_pictures(2).values() for one in pictures]
     reference = scored(Predictor.from_model(model, "fp32"), some)
     for form in supported_dtypes()[:-1]:
         assert model.metadata["engines"][engine_name(form)]["admitted"], form
@@ -240,18 +240,18 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_strangers_are_rejected_and_unseen_patients_are_not(trained):
+def test_ood_pictures_are_rejected_and_unseen_patients_are_not(trained):
     predictor = Predictor.load(trained)
     unseen = phantoms(20, 5, seed=77)
     assert (scored(predictor, unseen) > 1).mean() <= 0.05
     assert (scored(predictor, [resaved(one, 90, 256) for one in unseen]) > 1).mean() <= 0.05
-    for kind, pictures in strangers(20).items():
+    for kind, pictures in ood_pictures(20).items():
         assert (scored(predictor, pictures) > 1).mean() >= 0.9, kind
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A model file of a training whose backbone has learnt 70 phantoms by heart."""
+    """A model file of a training whose backbone has memorized 70 phantoms."""
     folder = tmp_path_factory.mktemp("tuned")
     write_dataset(folder / "scans", 100, 1, seed=1, size=192)
     files = {str(path.relative_to(folder / "scans")): path.read_bytes() for path in (folder / "scans").glob("*/*.png")}
@@ -265,9 +265,9 @@ def tuned(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_what_a_backbone_has_learnt_by_heart_does_not_make_other_patients_strangers(tuned):
-    """By training scans alone, left out of a fit or not, 39 of these 200 were rejected."""
+def test_a_fine_tuned_backbone_does_not_reject_other_patients(tuned):
+    """With limits from training scans alone, 39 of these 200 were rejected."""
     predictor = Predictor.load(tuned)
     assert (scored(predictor, phantoms(200, 1, seed=77)) > 1).mean() <= 0.05
-    for kind, pictures in strangers(20).items():
+    for kind, pictures in ood_pictures(20).items():
         assert (scored(predictor, pictures) > 1).mean() >= 0.9, kind

@@ -1,4 +1,4 @@
-"""Nothing of ours talks to the outside: OpenVINO's telemetry is never loaded."""
+"""OpenVINO's telemetry is never loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference: bins that the test scans fill evenly, and in which other scans show."""
+"""The drift reference: bins that test scans fill evenly, and in which deviations are visible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_reference(count: int = 100, **fixed: list[float]) -> dict:
     return drift_reference(statistics, np.linspace(0.5, 1, count).tolist(), labels, ("Cyst", "Normal", "Tumor"), 3)
 
 
-def test_it_says_how_many_scans_were_called_what_and_how_many_were_rejected():
+def test_the_reference_counts_predicted_classes_and_rejected_scans():
     found = make_reference(100)
     assert found["scans"] == 100
     assert found["classes"] == {"Cyst": 0, "Normal": 75, "Tumor": 25}
@@ -40,13 +40,13 @@ def test_it_says_how_many_scans_were_called_what_and_how_many_were_rejected():
     assert set(found["statistics"]) == {*MEANINGS, "confidence"}
 
 
-def test_a_network_that_cannot_tell_who_is_rejected_says_nothing_of_it():
+def test_without_an_ood_detector_the_reference_has_no_rejected():
     found = drift_reference(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None)
     assert "rejected" not in found
 
 
-def test_a_training_on_too_few_scans_to_tell_strangers_has_no_figure_of_them(tmp_path):
-    """Else drift would be measured against no rejection at all."""
+def test_a_training_on_too_few_scans_has_no_ood_detector(tmp_path):
+    """Otherwise drift would be measured against a rejection rate of 0."""
     archive = write_zip(make_files(8, side=SIDE), tmp_path / "data.zip")
     events = list[Event]()
     runner.run_all(load_config(write_config(tmp_path, archive)), parse_params(SMALL | {"epochs": 1}), events.append)
