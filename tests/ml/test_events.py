@@ -14,6 +14,7 @@ EACH = [
     events.Progress("training", 0.25),
     events.Epoch(1, 2, 0.5, 0.75, 0.6, 0.7, 0.001, 3.25),
     events.Epoch(2, 4, 0.5, 0.75, 0.6, 0.7, 0.001, 3.25, 0.65, "fine_tune"),
+    events.Round(1, 5, {"f1": 0.9}),
     events.Steps(1, 11, [0.5, 0.4], 0.001),
     events.Resumed(3),
     events.Checkpointed(3, "kept/epoch-0003.safetensors", 0.4),
