@@ -53,9 +53,14 @@ class ScanSchema(ma.Schema):
     sha256 = fields.String()
     size = fields.Integer()
     media_type = fields.String()
-    width = fields.Integer(allow_none=True)
-    height = fields.Integer(allow_none=True)
+    width = fields.Integer()
+    height = fields.Integer()
     created_at = Time()
+
+    @ma.post_dump
+    def _leave_out_unknown_sizes(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Items of other pipelines have no width and height."""
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class KnownScansSchema(ma.Schema):
