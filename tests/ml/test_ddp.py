@@ -70,16 +70,12 @@ def test_a_process_without_rows_computes_one_to_discard():
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 
-def _quietly(work: Callable[[ProcessGroup], object], group: ProcessGroup) -> None:
-    work(group)
-
-
 @dataclass(frozen=True)
 class Exchange:
     """A worker that takes part in `exchange_all`."""
 
-    def load(self) -> Callable[[ProcessGroup], None]:
-        return lambda group: _quietly(exchange_all, group)
+    def load(self) -> Callable[[ProcessGroup], object]:
+        return exchange_all
 
 
 def exchange_all(group: ProcessGroup) -> list[object]:
@@ -93,20 +89,6 @@ def exchange_all(group: ProcessGroup) -> list[object]:
     ]
 
 
-def test_collectives_exchange_arrays_numbers_and_objects():
-    with launch_workers(2, Exchange()) as group:
-        assert (group.rank, group.size, group.is_leader) == (0, 2, True)
-        assert exchange_all(group) == [
-            [[1.5, 2.5]],
-            [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]],
-            [2.0, 1.0],
-            [True, False, False],
-            "rank 0",
-        ]
-    assert (group.rank, group.size) == (0, 1)
-    assert exchange_all(group)[2] == [1.0, 0.0]
-
-
 @dataclass(frozen=True)
 class Narrow:
     """A worker that trains a narrow or tiny model of the tests."""
@@ -114,13 +96,35 @@ class Narrow:
     params: Params
     kind: str
 
-    def load(self) -> Callable[[ProcessGroup], None]:
-        return lambda group: _quietly(self.epochs, group)
+    def load(self) -> Callable[[ProcessGroup], object]:
+        return self.epochs
 
     def epochs(self, group: ProcessGroup, **config: object) -> list[Epoch]:
         model = make_tiny_model(dropout=0.0) if self.kind == "tiny" else make_narrow_model(head=self.kind, dropout=0.0)
         data = make_tuned_data(model, group) if self.kind == "tiny" else make_data(group=group)
         return list(train(TrainConfig(model, self.params, group=group, **config), data))
+
+    def trained(self, group: ProcessGroup) -> Trained:
+        """The epochs, and the losses of all steps."""
+        losses: list[float] = []
+        return Trained(self.epochs(group, on_step=lambda epoch, loss, rate: losses.append(loss)), losses)
+
+
+@dataclass(frozen=True)
+class Trained:
+    epochs: list[Epoch]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Several:
+    """A worker that does several jobs, one after another: starting it takes much longer than any of them."""
+
+    jobs: tuple[Exchange | Narrow, ...]
+
+    def load(self) -> Callable[[ProcessGroup], object]:
+        works = [job.load() for job in self.jobs]
+        return lambda group: [work(group) for work in works]
 
 
 def numbers_of(epochs: list[Epoch]) -> list[float]:
@@ -128,53 +132,71 @@ def numbers_of(epochs: list[Epoch]) -> list[float]:
     return [value for one in kept for value in (one.train_loss, one.val_loss, one.train_accuracy, one.val_accuracy)]
 
 
+def narrow(kind: str, **fields: object) -> Narrow:
+    return Narrow(make_params(**{**EXACT, **fields}), kind)
+
+
 CASES = {
-    "gap": ("gap", {"augmentation": False}),
-    "gap, augmented": ("gap", {"augmentation": True}),
-    "vgg": ("vgg", {"augmentation": False}),
-    "vgg, everything": (
-        "vgg",
-        {
-            "accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.01, "label_smoothing": 0.1, "balance": "weights",
-            "batch_size": 7, "schedule": "cosine", "warmup_epochs": 1,
-        },
+    "gap": narrow("gap", augmentation=False),
+    "gap, augmented": narrow("gap", augmentation=True),
+    "vgg": narrow("vgg", augmentation=False),
+    "vgg, everything": narrow(
+        "vgg", accumulate=3, clip_norm=0.5, weight_decay=0.01, label_smoothing=0.1, balance="weights", batch_size=7,
+        schedule="cosine", warmup_epochs=1,
     ),
-    "tuned": ("tiny", {"augmentation": False, "fine_tune_epochs": 2, "fine_tune_learning_rate": 0.001}),
-    "tuned, adamw": ("tiny", {"fine_tune_epochs": 2, "optimizer": "adamw", "batch_size": 11}),
+    "tuned": narrow("tiny", augmentation=False, fine_tune_epochs=2, fine_tune_learning_rate=0.001),
+    "tuned, adamw": narrow("tiny", fine_tune_epochs=2, optimizer="adamw", batch_size=11),
 }  # fmt: skip
+STOPS_EARLY = narrow("vgg", augmentation=False, epochs=50, patience=2)
+
+
+@dataclass(frozen=True)
+class Together:
+    """What two processes have done, as their leader saw it."""
+
+    group: ProcessGroup
+    place: tuple[int, int, bool]
+    exchanged: list[object]
+    trained: dict[str, Trained]
+    stopped: list[Epoch]
+
+
+@pytest.fixture(scope="module")
+def together() -> Together:
+    """All that two processes do without a failure. The worker does the same in the same order."""
+    with launch_workers(2, Several((Exchange(), *CASES.values(), STOPS_EARLY))) as group:
+        place = (group.rank, group.size, group.is_leader)
+        exchanged = exchange_all(group)
+        trained = {name: case.trained(group) for name, case in CASES.items()}
+        return Together(group, place, exchanged, trained, STOPS_EARLY.epochs(group))
+
+
+def test_collectives_exchange_arrays_numbers_and_objects(together):
+    assert together.place == (0, 2, True)
+    assert together.exchanged == [
+        [[1.5, 2.5]],
+        [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]],
+        [2.0, 1.0],
+        [True, False, False],
+        "rank 0",
+    ]
+
+
+def test_after_a_training_the_leader_is_alone(together):
+    assert (together.group.rank, together.group.size) == (0, 1)
+    assert exchange_all(together.group)[2] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_like_one(case):
-    kind, fields = CASES[case]
-    params = make_params(**{**EXACT, **fields})
-    told: list[list[float]] = [[], []]
-    alone = Narrow(params, kind).epochs(SINGLE_PROCESS, on_step=lambda epoch, loss, rate: told[0].append(loss))
-    with launch_workers(2, Narrow(params, kind)) as group:
-        both = Narrow(params, kind).epochs(group, on_step=lambda epoch, loss, rate: told[1].append(loss))
-    assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-5, abs=1e-6)
-    assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-6)
-    assert alone[-1].train_loss != pytest.approx(alone[0].train_loss, rel=1e-2)
+def test_two_processes_train_like_one(together, case):
+    alone, both = CASES[case].trained(SINGLE_PROCESS), together.trained[case]
+    assert numbers_of(both.epochs) == pytest.approx(numbers_of(alone.epochs), rel=1e-5, abs=1e-6)
+    assert both.losses == pytest.approx(alone.losses, rel=1e-5, abs=1e-6)
+    assert alone.epochs[-1].train_loss != pytest.approx(alone.epochs[0].train_loss, rel=1e-2)
 
 
-def test_early_stopping_stays_in_step():
-    job = Narrow(make_params(**EXACT, augmentation=False, epochs=50, patience=2), "vgg")
-    alone = job.epochs(SINGLE_PROCESS)
-    with launch_workers(2, job) as group:
-        both = job.epochs(group)
-    assert len(both) == len(alone) < 50
-
-
-def test_the_cores_are_shared_and_given_back():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        with launch_workers(2, Exchange()) as group:
-            assert torch.get_num_threads() == 2
-            exchange_all(group)
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
+def test_early_stopping_stays_in_step(together):
+    assert len(together.stopped) == len(STOPS_EARLY.epochs(SINGLE_PROCESS)) < 50
 
 
 # --- a real network --------------------------------------------------------------------------------------------------
@@ -227,31 +249,25 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_fine_tune_a_real_network_like_one(pixels, tmp_path):
-    params = make_params(**SMALL, fine_tune_epochs=2, fine_tune_learning_rate=0.001)
+def test_two_processes_train_fine_tune_and_resume_a_real_network_like_one(pixels, tmp_path):
+    params = make_params(
+        **SMALL, fine_tune_epochs=2, fine_tune_learning_rate=0.001, monitor="val_f1", patience=1
+    )  # fmt: skip
     alone = train_resnet(params, pixels, tmp_path / "a")
     (tmp_path / "b").mkdir()
-    both = train_resnet(params.model_copy(update={"devices": 2}), pixels, tmp_path / "b")
-    assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-3, abs=1e-4)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["cache"]
-    again = train_resnet(params.model_copy(update={"devices": 2}), pixels, tmp_path / "b")
-    assert numbers_of(again) == pytest.approx(numbers_of(both), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_resume_from_a_checkpoint_to_the_same_result(pixels, tmp_path):
-    fields = {**SMALL, "fine_tune_epochs": 2, "fine_tune_learning_rate": 0.001, "devices": 2}
-    params = make_params(**fields, monitor="val_f1", patience=1)
-    whole = train_resnet(params, pixels, tmp_path)
+    params = params.model_copy(update={"devices": 2})
     origin, done = Origin(params.model_dump(mode="json"), "digest", "scans", 7, "engine"), []
     keep = CheckpointWriter(CheckpointPlan(tmp_path / "kept", 0.0), origin, done, lambda event: None)
-    train_resnet(params, pixels, tmp_path, keep=keep, on_epoch=done.append)
+    both = train_resnet(params, pixels, tmp_path / "b", keep=keep, on_epoch=done.append)
+    assert numbers_of(both) == pytest.approx(numbers_of(alone), rel=1e-3, abs=1e-4)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["cache"]
+
     kept = sorted((tmp_path / "kept").iterdir())[-1]
     checkpoint = load(kept)
     start = ResumePoint(checkpoint.history, checkpoint.state)
-    resumed = train_resnet(params, pixels, tmp_path, resume=kept, start=start)
-    assert 0 < checkpoint.epoch < len(whole)
-    assert numbers_of(resumed) == numbers_of(whole)
+    resumed = train_resnet(params, pixels, tmp_path / "b", resume=kept, start=start)
+    assert 0 < checkpoint.epoch < len(both)
+    assert numbers_of(resumed) == numbers_of(both)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -278,13 +294,21 @@ class Failing:
         raise self.error
 
 
-@pytest.mark.parametrize("loading", [True, False])
+WRONG = (BadParams("learning_rate: too large."), "BAD_PARAMS", "learning_rate: too large")
+OOM = (torch.OutOfMemoryError("CUDA out of memory"), "DEVICE_OOM", "smaller batch_size")
+UNFORESEEN = (ValueError("a secret"), "INTERNAL", "unforeseen ValueError")
+
+
 @pytest.mark.parametrize(
-    ("error", "code", "words"),
+    ("error", "code", "words", "loading"),
     [
-        (BadParams("learning_rate: too large."), "BAD_PARAMS", "learning_rate: too large"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "DEVICE_OOM", "smaller batch_size"),
-        (ValueError("a secret"), "INTERNAL", "unforeseen ValueError"),
+        (*WRONG, True),
+        (*OOM, False),
+        (*UNFORESEEN, False),
+        *(
+            pytest.param(*other, marks=pytest.mark.full)
+            for other in ((*WRONG, False), (*OOM, True), (*UNFORESEEN, True))
+        ),
     ],
 )
 def test_an_error_of_a_worker_is_raised_by_the_leader(error, code, words, loading):
@@ -296,10 +320,21 @@ def test_an_error_of_a_worker_is_raised_by_the_leader(error, code, words, loadin
     assert worker_pids() == []
 
 
-def test_an_error_of_the_leader_is_raised_unchanged():
-    with pytest.raises(ZeroDivisionError), launch_workers(2, Exchange()):
-        raise ZeroDivisionError
-    assert worker_pids() == []
+def _fail_with_threads(number: int) -> None:
+    assert torch.get_num_threads() == number
+    raise ZeroDivisionError
+
+
+def test_the_cores_are_shared_and_an_error_of_the_leader_is_raised_unchanged():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises(ZeroDivisionError), launch_workers(2, Exchange()):
+            _fail_with_threads(2)
+        assert worker_pids() == []
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -341,20 +376,16 @@ def worker_pids() -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_worker_ends_the_training_at_once(ending):
+@pytest.mark.parametrize(("size", "ending"), [(2, signal.SIGTERM), (3, signal.SIGKILL)])
+def test_a_killed_worker_ends_the_training_at_once_and_is_named(size, ending, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: size)
     started: list[float] = []
-    with pytest.raises(WorkerLost, match=f"signal {ending}") as raised, launch_workers(2, Endless(ending)) as group:
+    named = f"Process {size} of the {size} .* signal {ending}"
+    with pytest.raises(WorkerLost, match=named) as raised, launch_workers(size, Endless(ending, size - 1)) as group:
         exchange_forever(group, started)
     assert time.monotonic() - started[0] < 10
     assert raised.value.retryable
     assert worker_pids() == []
-
-
-def test_the_killed_one_of_three_processes_is_named(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    with pytest.raises(WorkerLost, match=r"Process 3 of the 3 .* signal 9"), launch_workers(3, Endless(9, 2)) as group:
-        exchange_forever(group, [])
 
 
 LEADER = """
@@ -366,7 +397,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 with launch_workers(2, Endless(0, 99)) as team:
     print("launched", flush=True)
     while True:
-        team.total([1.0])
+        team.sum([1.0])
 """
 
 
