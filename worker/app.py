@@ -45,6 +45,8 @@ app.conf.update(
     # CUDA cannot be forked, and a spawned child imports only what it needs.
     worker_pool_start_method="spawn",
     worker_concurrency=1,
+    # A spawned child imports for seconds on a busy machine; after the default of 4 s it is killed, again and again.
+    worker_proc_alive_timeout=60.0,
     # A new child now and then frees leaked memory of native libraries; it loads the network again.
     worker_max_tasks_per_child=10_000,
     # Work continues while Redis is away: it only needs Postgres.
