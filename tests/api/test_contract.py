@@ -15,6 +15,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from api.http import waiting
 from tests.api.conftest import Door
 from tests.depth import depth
 
@@ -30,8 +31,9 @@ CHECKS = [
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
-    app: Flask, door: Door, champion: object, mode: GenerationMode
+    app: Flask, door: Door, champion: object, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waiting, "MAX_WAIT", 0.1)  # the words of the code hold a valid picture, and no worker runs here
     schema = schemathesis.openapi.from_wsgi("/openapi.json", app)
     key = {"Authorization": door.client().environ_base["HTTP_AUTHORIZATION"]}
     tried: set[int] = set()
@@ -50,7 +52,8 @@ def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
         def ask(case: Case) -> None:
             answer = case.call(headers=key)
             tried.add(answer.status_code)
-            assert answer.status_code < 500 or case.path == "/health/ready", (case.as_curl_command(), answer.text)
+            waits = answer.status_code == 503 and answer.json()["code"] in ("NOT_READY", "NOT_DONE_YET")
+            assert answer.status_code < 500 or waits, (case.as_curl_command(), answer.text)
             case.validate_response(answer, checks=CHECKS)
             if answer.status_code >= 400 and case.method != "HEAD":  # what answers HEAD has no body
                 assert answer.json()["code"], case.as_curl_command()
