@@ -67,15 +67,6 @@ class DatasetState(StrEnum):
     INVALID = "invalid"
 
 
-class Stage(StrEnum):
-    """The four stages of a training, in order (document 000)."""
-
-    DATA_INGESTION = "data_ingestion"
-    PREPARE_BASE_MODEL = "prepare_base_model"
-    TRAINING = "training"
-    EVALUATION = "evaluation"
-
-
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.PARTIALLY_SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 UNIT_TERMINAL = frozenset({UnitState.SUCCEEDED, UnitState.FAILED, UnitState.CANCELLED})
 CLAIMABLE = (UnitState.QUEUED, UnitState.DISPATCHED)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,7 +29,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the toy's distribution, as pip installs it."""
     folder = tmp_path_factory.mktemp("site")
     options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet", "--target", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(HERE)], check=True)
+    copy = shutil.copytree(HERE, tmp_path_factory.mktemp("toy") / "source")  # building leaves files beside the source
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(copy)], check=True)
     return folder
 
 
