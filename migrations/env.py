@@ -9,8 +9,13 @@ from jobs.settings import Settings
 
 
 def run(connection: Connection) -> None:
-    """Run the asked migrations in one transaction."""
-    context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=True)
+    """Run the asked migrations, each in a transaction of its own: an index that is built CONCURRENTLY needs none."""
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        compare_server_default=True,
+        transaction_per_migration=True,
+    )
     with context.begin_transaction():
         context.run_migrations()
 
