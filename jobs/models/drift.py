@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from jobs.events import webhooks
 from jobs.models import feedback
 from jobs.models.feedback import ConfusionCounts
-from jobs.queue.prediction_counts import CLASS, DISPOSITION, REJECTED
+from jobs.queue.outcomes import CLASS, DISPOSITION, REJECTED
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, PredictionCount
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
 from jobs.queue import retention
-from jobs.queue.prediction_counts import REJECTED
+from jobs.queue.outcomes import REJECTED
 from jobs.results.cache import COMPUTED
 from jobs.results.queries import JobView, classes, require_prediction
 from jobs.states import ResultState

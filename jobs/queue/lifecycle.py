@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, case, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
@@ -140,10 +140,10 @@ def fail(
         LeaseLost: another worker holds the unit, or it has ended.
     """
     lock_job(session, claim.job_id)
-    return _fail(session, claim, error, retry, is_held(claim), outcomes)
+    return fail_guarded(session, claim, error, retry, is_held(claim), outcomes)
 
 
-def _fail(
+def fail_guarded(
     session: Session,
     claim: Claim,
     error: Json,
@@ -151,6 +151,7 @@ def _fail(
     guard: ColumnElement[bool],
     outcomes: Sequence[ScanOutcome] = (),
 ) -> UnitState:
+    """As `fail`, of a unit for which `guard` holds. The job's row must be locked."""
     again = and_(literal(bool(error.get("retryable"))), Unit.failures + 1 < retry.max_failures)
     row = session.execute(
         update(Unit)
@@ -222,7 +223,7 @@ def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcom
     finish_job_if_done(session, claim.job_id)
 
 
-# --- by the API and the dispatcher ---
+# --- by the API ---
 
 
 def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
@@ -258,57 +259,3 @@ def _cancel_unclaimed(session: Session, job: Job) -> None:
     for unit_id in cancelled:
         claim = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0, worker="")
         finish_items(session, claim, ResultState.CANCELLED, None)
-
-
-def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
-    """Take back one unit whose lease has expired, or that made no progress for `stall` seconds.
-
-    State, fence AND expiry are checked again in the UPDATE, since the worker may beat or finish in between. Returns the
-    number of units taken back, 0 or 1: one job per transaction.
-
-    Raises:
-        OperationalError: the job or the unit stayed locked for 500 ms.
-    """
-    session.execute(text("SET LOCAL lock_timeout TO '500ms'"))
-    lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
-    row = session.execute(
-        select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)
-        .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("expired"))
-        .join(Job, Job.id == Unit.job_id)
-        .where(Unit.state == UnitState.RUNNING, lost)
-        .order_by(func.random())  # one that is refused each time must not hide the others
-        .limit(1)
-    ).first()
-    return 0 if row is None else int(_reap_one(session, row, lost, retry))
-
-
-def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
-    claim = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
-    lock_job(session, claim.job_id)
-    try:
-        if row.cancel_requested_at is not None:
-            _cancel_reaped(session, claim, lost)
-        else:
-            _fail(session, claim, WORKER_LOST if row.expired else STALLED, retry, and_(is_held(claim), lost))
-    except LeaseLost:
-        return False
-    return True
-
-
-def _cancel_reaped(session: Session, claim: Claim, lost: ColumnElement[bool]) -> None:
-    """A cancelled job need not wait for another worker only to stop it."""
-    update_held(session, claim, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
-    finish_items(session, claim, ResultState.CANCELLED, None)
-    finish_job_if_done(session, claim.job_id)
-
-
-WORKER_LOST: Json = {
-    "code": "WORKER_LOST",
-    "detail": "The worker stopped without a word. See its log; if this repeats, it may lack memory.",
-    "retryable": True,
-}
-STALLED: Json = {
-    "code": "STALLED",
-    "detail": "The work made no progress in the stall limit. See the worker's log, or raise RENALQ_STALL_SECONDS.",
-    "retryable": True,
-}

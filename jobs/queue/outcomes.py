@@ -1,4 +1,5 @@
-"""Writes of a unit's results, with the counters of its job."""
+"""Writes of a unit's results, with the counters of its job and the counts of its model's predictions (by model, day,
+figure and bin), which `jobs.models.drift` reads."""
 
 import json
 import uuid
@@ -9,11 +10,14 @@ from sqlalchemy import all_, func, literal, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement
-from jobs.queue import prediction_counts
 from jobs.queue.leases import Claim
-from jobs.queue.prediction_counts import CLASS, DISPOSITION
 from jobs.states import PREDICTIONS, ResultState
 from jobs.tables import Job, Json, ScanResult
+
+CLASS, DISPOSITION = "class", "disposition"
+"""Figures that are counted by word; all others are numeric and counted by bin."""
+REJECTED = "rejected"
+"""The disposition of a scan whose class must not be used (ml/image/serving/disposition.py)."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,36 @@ def _as_row(outcome: ScanOutcome) -> Json:
     return {name: value for name, value in vars(outcome).items() if value is not None and name != "statistics"}
 
 
+# Rows are written in the order of their key, so that two workers that finish chunks at once cannot deadlock.
+COUNT_PREDICTIONS = PreparedStatement(
+    "count_predictions",
+    "uuid, jsonb",
+    """
+WITH model AS MATERIALIZED (
+    SELECT model_versions.id, model_versions.tenant_id, coalesce(reference -> 'statistics', '{}') AS statistics
+    FROM jobs JOIN model_versions ON model_versions.id = jobs.model_id WHERE jobs.id = $1
+), binned AS MATERIALIZED (
+    SELECT key AS what, translate(value ->> 'edges', '[]', '{}')::float8[] AS edges
+    FROM model, jsonb_each(model.statistics)
+), found AS (
+    SELECT figure.key AS what, width_bucket(item.value::float8, edges)::text AS bin
+    FROM jsonb_each($2) AS figure JOIN binned ON binned.what = figure.key,
+        jsonb_array_elements_text(figure.value) AS item
+    UNION ALL
+    SELECT word, item.value
+    FROM unnest(ARRAY['class', 'disposition']) AS word, jsonb_array_elements_text($2 -> word) AS item
+)
+INSERT INTO prediction_counts (model_id, day, what, bin, tenant_id, scans)
+SELECT model.id, (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date), what, bin, model.tenant_id, count(*)
+FROM model, found GROUP BY model.id, model.tenant_id, what, bin ORDER BY what, bin
+ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.scans + excluded.scans
+""",
+)
+
+
 def _count_predictions(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome]) -> None:
-    """Count predictions for jobs/models/drift.py: no failures, and no cached results, which were counted before."""
+    """Count predictions for the job's model and today (UTC): no failures, no cached results (counted before), and no
+    numeric figures without bins in the model's reference."""
     found: dict[str, list[str | float]] = {}
     for outcome in outcomes:
         if outcome.error is None and not outcome.cached:
@@ -92,7 +124,7 @@ def _count_predictions(session: Session, claim: Claim, outcomes: Sequence[ScanOu
                 if value is not None:
                     found.setdefault(what, []).append(value)
     if found:
-        prediction_counts.add(session, claim.job_id, found)
+        COUNT_PREDICTIONS(session, str(claim.job_id), json.dumps(found))
 
 
 def engines_of(outcomes: Sequence[ScanOutcome]) -> list[str]:

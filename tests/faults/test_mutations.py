@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
 from jobs.errors import LeaseLost
-from jobs.queue import leases, lifecycle
+from jobs.queue import leases, lifecycle, reaping
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.states import JobKind, JobState
@@ -79,7 +79,7 @@ def _three_attempts(sessions: Sessions) -> list[str]:
         with sessions.begin() as session:
             held.append(claim(session, unit, worker))
             _let_the_lease_run_out(session)
-            assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
+            assert reaping.reap(session, retry=RetryPolicy(), stall=900) == 1
     with sessions.begin() as session:
         claim(session, unit, "third")
         outcomes = outcomes_of(session, held[0])
@@ -135,7 +135,7 @@ SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wai
 
 def _reap(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        lifecycle.reap(session, retry=RetryPolicy(max_failures=1), stall=900)
+        reaping.reap(session, retry=RetryPolicy(max_failures=1), stall=900)
 
 
 def _end(sessions: Sessions, held: Claim) -> list[str]:

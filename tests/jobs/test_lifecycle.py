@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from jobs.db import PreparedStatement, Sessions, listening
 from jobs.errors import JobNotFound, LeaseLost, WrongState
 from jobs.events import job_events
-from jobs.queue import leases, lifecycle
+from jobs.queue import leases, lifecycle, reaping
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import TERMINAL, TRANSITIONS, JobKind, JobState, Lane, UnitState
@@ -110,7 +110,7 @@ def test_worker_with_a_stale_fence_writes_nothing(sessions: Sessions) -> None:
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
-        assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
+        assert reaping.reap(session, retry=RetryPolicy(), stall=900) == 1
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence > stale.fence
         assert not leases.beat(session, stale, 45)
@@ -156,7 +156,7 @@ def test_without_the_fence_the_stale_worker_would_write(sessions: Sessions, monk
         job = make_job(session)
         stale = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
-        lifecycle.reap(session, retry=RetryPolicy(), stall=900)
+        reaping.reap(session, retry=RetryPolicy(), stall=900)
         claim(session, units_of(session, job)[0], "worker-b")
         lifecycle.succeed(session, stale)
         session.refresh(job)
@@ -169,7 +169,7 @@ def test_reaper_leaves_a_unit_that_beats_in_between(sessions: Sessions) -> None:
         held = claim(session, units_of(session, job)[0])
         _let_the_lease_run_out(session)
     candidate, beaten, done = threading.Event(), threading.Event(), []
-    real_lock = lifecycle.lock_job
+    real_lock = reaping.lock_job
 
     def pausing_lock(session: Session, job_id: object) -> None:
         candidate.set()
@@ -178,8 +178,8 @@ def test_reaper_leaves_a_unit_that_beats_in_between(sessions: Sessions) -> None:
 
     def reap() -> None:
         with pytest.MonkeyPatch.context() as patch, sessions.begin() as session:
-            patch.setattr(lifecycle, "lock_job", pausing_lock)
-            done.append(lifecycle.reap(session, retry=RetryPolicy(), stall=900))
+            patch.setattr(reaping, "lock_job", pausing_lock)
+            done.append(reaping.reap(session, retry=RetryPolicy(), stall=900))
 
     thread = threading.Thread(target=reap)
     thread.start()
@@ -199,10 +199,10 @@ def test_reaper_does_not_wait_for_a_frozen_transaction(sessions: Sessions) -> No
         frozen.execute(update(Unit).where(Unit.id == held.unit_id).values(worker=held.worker))
         started = time.monotonic()
         with pytest.raises(OperationalError, match="lock timeout"), sessions.begin() as session:
-            lifecycle.reap(session, retry=RetryPolicy(), stall=900)
+            reaping.reap(session, retry=RetryPolicy(), stall=900)
         assert time.monotonic() - started < 5
     with sessions.begin() as session:
-        assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
+        assert reaping.reap(session, retry=RetryPolicy(), stall=900) == 1
 
 
 def test_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> None:
@@ -211,7 +211,7 @@ def test_unit_fails_for_good_at_the_third_loss(sessions: Sessions) -> None:
         for _ in range(3):
             claim(session, units_of(session, job)[0])
             _let_the_lease_run_out(session)
-            lifecycle.reap(session, retry=RetryPolicy(), stall=900)
+            reaping.reap(session, retry=RetryPolicy(), stall=900)
         session.refresh(job)
         assert job.state == "failed"
         assert job.error is not None
@@ -225,7 +225,7 @@ def test_beating_unit_without_progress_is_stalled(sessions: Sessions) -> None:
         job = make_job(session)
         claim(session, units_of(session, job)[0])
         session.execute(text("UPDATE units SET progress_at = progress_at - interval '1000 seconds'"))
-        assert lifecycle.reap(session, retry=RetryPolicy(1), stall=900) == 1
+        assert reaping.reap(session, retry=RetryPolicy(1), stall=900) == 1
         session.refresh(job)
         assert job.error is not None
         assert job.error["code"] == "STALLED"
@@ -290,7 +290,7 @@ def test_chunk_that_lost_two_workers_is_split_until_the_poison_scan_is_alone(ses
             outcomes = outcomes_of(session, held)
             if 70 in [outcome.ordinal for outcome in outcomes]:
                 _let_the_lease_run_out(session)
-                assert lifecycle.reap(session, retry=RetryPolicy(), stall=900) == 1
+                assert reaping.reap(session, retry=RetryPolicy(), stall=900) == 1
                 deaths += 1
             else:
                 lifecycle.succeed(session, held, outcomes=outcomes)
@@ -388,7 +388,7 @@ def test_cancelled_unit_is_not_claimed_and_a_dead_worker_does_not_delay_the_canc
         claim(session, units_of(session, job)[0])
         lifecycle.cancel(session, TENANT, job.id)
         _let_the_lease_run_out(session)
-        lifecycle.reap(session, retry=RetryPolicy(), stall=900)
+        reaping.reap(session, retry=RetryPolicy(), stall=900)
         session.refresh(job)
         assert job.state == "cancelled"
         assert leases.claim(session, units_of(session, job)[0].id, "w", 45) is None

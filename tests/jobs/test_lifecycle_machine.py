@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW, Sessions
 from jobs.errors import LeaseLost, WrongState
-from jobs.queue import dispatch, leases, lifecycle, submission
+from jobs.queue import dispatch, leases, lifecycle, reaping, submission
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.outcomes import ScanOutcome
@@ -200,8 +200,8 @@ class Lifecycle(RuleBasedStateMachine):
             over = update(Unit).where(Unit.id == unit_id).values(lease_expires_at=NOW - text("interval '1 s'"))
             session.execute(over)
         with self.sessions.begin() as session:
-            assert lifecycle.reap(session, retry=RETRY, stall=900) == 1
-            assert lifecycle.reap(session, retry=RETRY, stall=900) == 0
+            assert reaping.reap(session, retry=RETRY, stall=900) == 1
+            assert reaping.reap(session, retry=RETRY, stall=900) == 0
         unit = self.units[unit_id]
         held = Claim(unit_id, unit.job_id, TENANT, self.jobs[unit.job_id].kind, 0, unit.fence or 0, "worker")
         if self.jobs[unit.job_id].cancel_requested:
@@ -434,7 +434,7 @@ def _reap(sessions: Sessions, pick: random.Random) -> None:
         over = update(Unit).where(Unit.id.in_(lost)).values(lease_expires_at=NOW - text("interval '1 s'"))
         session.execute(over.execution_options(synchronize_session=False))
     with sessions.begin() as session:
-        lifecycle.reap(session, retry=RETRY, stall=900)
+        reaping.reap(session, retry=RETRY, stall=900)
 
 
 def _cancel(sessions: Sessions, pick: random.Random) -> None:
@@ -456,7 +456,7 @@ def _finish(sessions: Sessions) -> None:
                 text("UPDATE units SET lease_expires_at = clock_timestamp() - interval '1 s' WHERE state = 'running'")
             )
         with sessions.begin() as session:
-            while lifecycle.reap(session, retry=RETRY, stall=900):
+            while reaping.reap(session, retry=RETRY, stall=900):
                 pass
         with sessions() as session:
             left = list(session.scalars(select(Unit.id).where(Unit.finished_at.is_(None))))

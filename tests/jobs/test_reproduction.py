@@ -12,7 +12,7 @@ from jobs.models import promotion, reproduction
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.models.reproduction import compare_versions, numeric_leaves
-from jobs.queue import lifecycle
+from jobs.queue import lifecycle, reaping
 from jobs.queue.leases import Claim
 from jobs.queue.submission import retry
 from jobs.states import JobState
@@ -128,7 +128,7 @@ def test_lost_lease_writes_no_comparison(sessions: Sessions) -> None:
     with sessions.begin() as session:
         job = builders.make_job(session, reproduction_of=original)
         held = builders.claim(session, builders.units_of(session, job)[0], lease=-1)
-        assert lifecycle.reap(session, retry=lifecycle.RetryPolicy(), stall=900) == 1
+        assert reaping.reap(session, retry=lifecycle.RetryPolicy(), stall=900) == 1
     with pytest.raises(LeaseLost):
         end(sessions, held, METRICS)
     with sessions() as session:

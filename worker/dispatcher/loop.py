@@ -27,7 +27,7 @@ from jobs.db import Sessions, async_commit_sessions, listening, session_factory
 from jobs.events import deliveries, job_events
 from jobs.models import drift
 from jobs.models.cards import REGISTRY_SYNC
-from jobs.queue import checkpoints, dispatch, lifecycle, pace, processes, retention
+from jobs.queue import checkpoints, dispatch, lifecycle, pace, processes, reaping, retention
 from jobs.settings import Settings
 from jobs.states import Lane
 from jobs.storage.blobs import BlobStore
@@ -170,7 +170,7 @@ class Dispatcher:
     def _reap_one(self, retry: lifecycle.RetryPolicy) -> bool:
         try:
             with self._sessions.begin() as session:
-                return bool(lifecycle.reap(session, retry=retry, stall=self._settings.stall_seconds))
+                return bool(reaping.reap(session, retry=retry, stall=self._settings.stall_seconds))
         except OperationalError as error:
             if not isinstance(error.orig, LockNotAvailable):
                 raise

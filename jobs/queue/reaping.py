@@ -1,0 +1,69 @@
+"""Take back units whose worker has died or makes no progress."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, or_, select, text
+from sqlalchemy.orm import Session
+
+from jobs.db import NOW, seconds
+from jobs.errors import LeaseLost
+from jobs.queue.completion import finish_job_if_done
+from jobs.queue.leases import Claim, is_held, lock_job, update_held
+from jobs.queue.lifecycle import RetryPolicy, fail_guarded
+from jobs.queue.outcomes import finish_items
+from jobs.states import JobKind, ResultState, UnitState
+from jobs.tables import Job, Json, Unit
+
+WORKER_LOST: Json = {
+    "code": "WORKER_LOST",
+    "detail": "The worker stopped without a word. See its log; if this repeats, it may lack memory.",
+    "retryable": True,
+}
+STALLED: Json = {
+    "code": "STALLED",
+    "detail": "The work made no progress in the stall limit. See the worker's log, or raise RENALQ_STALL_SECONDS.",
+    "retryable": True,
+}
+
+
+def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
+    """Take back one unit whose lease has expired, or that made no progress for `stall` seconds.
+
+    State, fence AND expiry are checked again in the UPDATE, since the worker may beat or finish in between. Returns the
+    number of units taken back, 0 or 1: one job per transaction.
+
+    Raises:
+        OperationalError: the job or the unit stayed locked for 500 ms.
+    """
+    session.execute(text("SET LOCAL lock_timeout TO '500ms'"))
+    lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
+    row = session.execute(
+        select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)
+        .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("expired"))
+        .join(Job, Job.id == Unit.job_id)
+        .where(Unit.state == UnitState.RUNNING, lost)
+        .order_by(func.random())  # one that is refused each time must not hide the others
+        .limit(1)
+    ).first()
+    return 0 if row is None else int(_reap_one(session, row, lost, retry))
+
+
+def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
+    claim = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
+    lock_job(session, claim.job_id)
+    try:
+        if row.cancel_requested_at is not None:
+            _cancel_reaped(session, claim, lost)
+        else:
+            error = WORKER_LOST if row.expired else STALLED
+            fail_guarded(session, claim, error, retry, and_(is_held(claim), lost))
+    except LeaseLost:
+        return False
+    return True
+
+
+def _cancel_reaped(session: Session, claim: Claim, lost: ColumnElement[bool]) -> None:
+    """A cancelled job need not wait for another worker only to stop it."""
+    update_held(session, claim, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
+    finish_items(session, claim, ResultState.CANCELLED, None)
+    finish_job_if_done(session, claim.job_id)
