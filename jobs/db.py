@@ -1,7 +1,7 @@
 """Engines, sessions, prepared statements, LISTEN, and the declarative base."""
 
 import datetime as dt
-import select
+import selectors
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,11 +32,19 @@ TIMEOUT_OPTIONS = "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60
 
 
 def make_engine(
-    url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = "", **more: Any
+    url: str,
+    pool_size: int = 5,
+    application: str = "renalq",
+    pre_ping: bool = True,
+    options: str = "",
+    overflow: int = 0,
+    **more: Any,
 ) -> Engine:
     """An engine for Postgres with psycopg2.
 
     Args:
+        pool_size: connections that stay open once they were needed.
+        overflow: further ones for as long as they are needed at the same time.
         pre_ping: test connections before use, since Postgres may restart. False for callers that retry by themselves.
         options: further options of Postgres, such as `-c name=x`.
 
@@ -50,7 +58,7 @@ def make_engine(
     return create_engine(
         url,
         pool_size=pool_size,
-        max_overflow=0,
+        max_overflow=overflow,
         pool_pre_ping=pre_ping,
         pool_timeout=10,
         **more,
@@ -71,10 +79,21 @@ def make_engine(
 
 
 def session_factory(
-    url: str, pool_size: int = 5, application: str = "renalq", pre_ping: bool = True, options: str = ""
+    url: str,
+    pool_size: int = 5,
+    application: str = "renalq",
+    pre_ping: bool = True,
+    options: str = "",
+    overflow: int = 0,
 ) -> Sessions:
     """A session factory. The caller owns each transaction: `with sessions.begin() as session`."""
-    return sessionmaker(make_engine(url, pool_size, application, pre_ping, options), expire_on_commit=False)
+    return sessionmaker(make_engine(url, pool_size, application, pre_ping, options, overflow), expire_on_commit=False)
+
+
+def autocommit_sessions(sessions: Sessions) -> Sessions:
+    """Sessions on the same connections, in which each statement commits by itself, without a BEGIN and a COMMIT."""
+    engine: Engine = sessions.kw["bind"]
+    return sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)
 
 
 def async_commit_sessions(url: str, application: str) -> Sessions:
@@ -93,12 +112,15 @@ class PreparedStatement:
 
     Args:
         types: Postgres types of the parameters $1, $2, …, separated by commas.
+        async_commit: its transaction commits without waiting for the disk, so a crash of Postgres may lose it.
     """
 
-    def __init__(self, name: str, types: str, sql: str) -> None:
+    def __init__(self, name: str, types: str, sql: str, async_commit: bool = False) -> None:
         self._name, self.sql = name, sql
         self._prepare = f"PREPARE {name} ({types}) AS {sql}".replace("%", "%%")
-        self._execute = f"EXECUTE {name} ({', '.join(['%s'] * len(types.split(',')))})"
+        # Sent as one string, both are one round trip and one transaction, also in autocommit.
+        prefix = "SET LOCAL synchronous_commit TO off; " if async_commit else ""
+        self._execute = f"{prefix}EXECUTE {name} ({', '.join(['%s'] * len(types.split(',')))})"
 
     def __call__(self, session: Session, *values: object) -> CursorResult[Any]:
         """Execute it in the session's transaction. Pass ids as text."""
@@ -139,7 +161,10 @@ class Notifications:
             psycopg2.OperationalError: the connection is lost; open a new one.
         """
         if not self._connection.notifies:
-            select.select([self._connection], [], [], seconds)
+            # Not select.select, which fails for descriptors above 1023.
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._connection, selectors.EVENT_READ)
+                selector.select(seconds)
         self._connection.poll()
         payloads = [notice.payload for notice in self._connection.notifies]
         self._connection.notifies.clear()

@@ -108,6 +108,7 @@ CLAIM_UNIT = PreparedStatement(
     "claim_unit",
     "uuid, text, float8",
     CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
+    async_commit=True,  # losing a claim in a crash is harmless, since its holder can write nothing
 )
 NEXT_RESERVED = """
 SELECT id, job_id FROM units WHERE state = 'dispatched' AND lane = $1 AND rings = 0 ORDER BY dispatched_at, id LIMIT 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from jobs.db import Sessions, async_commit_sessions, session_factory
+from jobs.db import Sessions, async_commit_sessions, autocommit_sessions, session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
@@ -13,30 +13,33 @@ WORKER_TIMEOUT_OPTIONS = "-c idle_in_transaction_session_timeout=10s"
 
 @dataclass(frozen=True)
 class Resources:
-    """Opened once per process."""
+    """Opened once per process. A process keeps two connections: one for its work, one for its heartbeats."""
 
     settings: Settings
     sessions: Sessions
+    """Simultaneous transactions, such as those of a training's MLflow thread, take further connections for a moment."""
     claims: Sessions
-    """Commits asynchronously: losing a claim in a crash is harmless, since its holder can write nothing."""
+    """The connection of `sessions`, in autocommit: a claim is one statement, and one round trip."""
     beats: Sessions
-    """The heartbeat's own connection: a busy pool must not cost the lease. Every statement commits by itself: a worker
-    that freezes between two must not hold the unit's lock."""
+    """The heartbeat's own connection: a busy body must not cost the lease. Every statement commits by itself: a worker
+    that freezes between two must not hold the unit's lock. A worker's parent process uses no other."""
     artifacts: BlobStore
 
 
 def open_resources(settings: Settings) -> Resources:
     """Open them from the settings. Without a pre-ping: calls that fail on a lost connection are repeated."""
+    sessions = session_factory(
+        settings.database_url,
+        pool_size=1,
+        overflow=3,
+        application="renalq-worker",
+        pre_ping=False,
+        options=WORKER_TIMEOUT_OPTIONS,
+    )
     return Resources(
         settings=settings,
-        sessions=session_factory(
-            settings.database_url,
-            pool_size=3,
-            application="renalq-worker",
-            pre_ping=False,
-            options=WORKER_TIMEOUT_OPTIONS,
-        ),
-        claims=async_commit_sessions(settings.database_url, "renalq-claim"),
+        sessions=sessions,
+        claims=autocommit_sessions(sessions),
         beats=async_commit_sessions(settings.database_url, "renalq-beat"),
         artifacts=BlobStore(settings.artifacts),
     )

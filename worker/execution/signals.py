@@ -77,7 +77,7 @@ def _keep_alive(sign: processes.Heartbeat) -> None:
 def _remove_old_workspaces(opened: "Resources") -> None:
     """Remove what dead attempts have left on this machine."""
     try:
-        removed = workspaces.sweep(opened.settings.work, opened.sessions)
+        removed = workspaces.sweep(opened.settings.work, opened.beats)
     except SQLAlchemyError:
         return  # the next start does it
     if removed:
