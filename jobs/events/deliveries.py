@@ -13,7 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CTE, ColumnElement, and_, delete, func, select, update
+from sqlalchemy import ColumnElement, String, Uuid, and_, bindparam, delete, func, select, text, update
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
@@ -21,9 +22,11 @@ from jobs.errors import DeliveryNotFound, WebhookNotFound
 from jobs.events.webhooks import notify_sender
 from jobs.paging import Page, page
 from jobs.tables import Delivery, DeliveryState, Json, Webhook
+from jobs.tables.columns import first_id
 
 JITTER = 0.2
 """Random extension of a wait, as a share of it, so that failed deliveries do not retry together."""
+PRUNED_AT_ONCE = 10_000
 GONE = 410
 """HTTP status by which a receiver unsubscribes."""
 
@@ -56,6 +59,38 @@ class Attempt:
     error: str | None = None
 
 
+# The webhooks with deliveries, one step of the index each, and the first due delivery of the one that was tried longest
+# ago: however many are due to one receiver, only its first is read. SKIP LOCKED leaves out a webhook that another
+# dispatcher is claiming from, and does not wait for a transaction that deletes one.
+CLAIM = text("""
+WITH RECURSIVE waiting AS (
+    (SELECT webhook_id, next_at FROM deliveries WHERE state = 'pending' ORDER BY webhook_id, next_at LIMIT 1)
+    UNION ALL
+    SELECT following.webhook_id, following.next_at FROM waiting CROSS JOIN LATERAL (
+        SELECT webhook_id, next_at FROM deliveries
+        WHERE state = 'pending' AND webhook_id > waiting.webhook_id ORDER BY webhook_id, next_at LIMIT 1
+    ) AS following
+), turn AS MATERIALIZED (
+    SELECT webhooks.id FROM waiting JOIN webhooks ON webhooks.id = waiting.webhook_id
+    WHERE waiting.next_at <= now() AND webhooks.id <> ALL (:busy) AND webhooks.tenant_id <> ALL (:full)
+    ORDER BY webhooks.tried_at NULLS FIRST, waiting.next_at LIMIT 1
+    FOR NO KEY UPDATE OF webhooks SKIP LOCKED
+), tried AS (
+    UPDATE webhooks SET tried_at = clock_timestamp() FROM turn WHERE webhooks.id = turn.id
+    RETURNING webhooks.id, url, secret
+), first AS MATERIALIZED (
+    SELECT due.id, url, secret FROM tried CROSS JOIN LATERAL (
+        SELECT id FROM deliveries WHERE webhook_id = tried.id AND state = 'pending' AND next_at <= now()
+        ORDER BY next_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+    ) AS due
+)
+UPDATE deliveries SET attempts = attempts + 1, next_at = clock_timestamp() + make_interval(secs => :hold)
+FROM first WHERE deliveries.id = first.id
+RETURNING deliveries.id, webhook_id, tenant_id, attempts, next_at, event_id, type, data, created_at, url, secret,
+    clock_timestamp() AS now
+""").bindparams(bindparam("busy", type_=ARRAY(Uuid)), bindparam("full", type_=ARRAY(String)))
+
+
 def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Collection[str]) -> DueDelivery | None:
     """Claim the longest due delivery of the webhook that was tried longest ago; None if nothing is due. Commit at once.
 
@@ -63,37 +98,8 @@ def claim(session: Session, hold: float, busy: Collection[uuid.UUID], full: Coll
         hold: seconds until another sender may claim it.
         busy, full: webhooks and tenants to leave out.
     """
-    tried = _mark_tried(_next_due(busy, full))
-    row = session.execute(
-        update(Delivery)
-        .where(Delivery.id == tried.c.delivery_id)
-        .values(attempts=Delivery.attempts + 1, next_at=NOW + seconds(hold))
-        .returning(*_of_due(), tried.c.url, tried.c.secret, NOW.label("now"))
-        .execution_options(synchronize_session=False)
-    ).first()
+    row = session.execute(CLAIM, {"hold": hold, "busy": list(busy), "full": list(full)}).first()
     return None if row is None else DueDelivery(**row._mapping)
-
-
-def _next_due(busy: Collection[uuid.UUID], full: Collection[str]) -> CTE:
-    """The next delivery, locked with its webhook. SKIP LOCKED leaves out all deliveries of a webhook that another
-    dispatcher is claiming from, and does not wait for a transaction that deletes a webhook."""
-    waiting = and_(Delivery.state == DeliveryState.PENDING, Delivery.next_at <= func.now())
-    others = and_(Delivery.webhook_id.not_in(busy), Delivery.tenant_id.not_in(full))
-    due = (
-        select(Delivery.id, Delivery.webhook_id).join(Webhook, Webhook.id == Delivery.webhook_id).where(waiting, others)
-    )
-    first = due.order_by(Webhook.tried_at.nulls_first(), Delivery.next_at).limit(1)
-    return first.with_for_update(of=[Webhook, Delivery], key_share=True, skip_locked=True).cte("turn")
-
-
-def _mark_tried(turn: CTE) -> CTE:
-    marked = update(Webhook).where(Webhook.id == turn.c.webhook_id).values(tried_at=NOW)
-    return marked.returning(turn.c.id.label("delivery_id"), Webhook.url, Webhook.secret).cte("tried")
-
-
-def _of_due() -> list[Any]:
-    own = ("id", "webhook_id", "tenant_id", "attempts", "next_at", "event_id", "type", "data", "created_at")
-    return [getattr(Delivery, name) for name in own]
 
 
 def record_attempt(session: Session, due: DueDelivery, attempt: Attempt, retries: Sequence[float]) -> None:
@@ -165,16 +171,11 @@ def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_
     return found
 
 
-def prune(session: Session, days: float, limit: int = 10_000) -> int:
+def prune(session: Session, days: float, limit: int = PRUNED_AT_ONCE) -> int:
     """Delete up to `limit` ended deliveries older than this, and return how many were deleted."""
     now: dt.datetime = session.execute(select(func.now())).scalar_one()
     # Ids are ordered by time, so the primary key finds the oldest.
-    old = select(Delivery.id).where(Delivery.id < _first_id(now - dt.timedelta(days=days)))
+    old = select(Delivery.id).where(Delivery.id < first_id(now.timestamp() - days * 24 * 3600))
     some = old.where(Delivery.state != DeliveryState.PENDING).order_by(Delivery.id).limit(limit)
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]
-
-
-def _first_id(time: dt.datetime) -> uuid.UUID:
-    """A lower bound of all UUIDv7 of that millisecond or later."""
-    return uuid.UUID(int=int(time.timestamp() * 1000) << 80)

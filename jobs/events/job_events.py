@@ -9,8 +9,10 @@ from jobs.tables import JobEvent, Json
 
 UNITS_CHANNEL = "renalq_units"
 """NOTIFY channel of the dispatcher: a unit was queued or ended."""
+CANCELLATION = "cancellation"
+"""Payload on this channel: units of a cancelled job are left for the leader to end."""
 JOBS_CHANNEL = "renalq_jobs"
-"""NOTIFY channel: a job changed; the payload is its id. Sent by a trigger."""
+"""NOTIFY channel: a job changed in what clients see, or has a new event; the payload is its id. Sent by triggers."""
 
 
 def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data: Json) -> None:
@@ -18,6 +20,6 @@ def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data
     session.execute(insert(JobEvent).values(job_id=job_id, tenant_id=tenant_id, type=type_, data=data))
 
 
-def wake_dispatcher(session: Session) -> None:
+def wake_dispatcher(session: Session, payload: str = "") -> None:
     """Notify the dispatcher at commit."""
-    session.execute(select(func.pg_notify(UNITS_CHANNEL, "")))
+    session.execute(select(func.pg_notify(UNITS_CHANNEL, payload)))

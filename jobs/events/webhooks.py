@@ -95,6 +95,18 @@ def list_webhooks(session: Session, tenant_id: str) -> Sequence[Webhook]:
     return session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id).order_by(Webhook.id)).all()
 
 
+def get(session: Session, tenant_id: str, webhook_id: uuid.UUID) -> Webhook:
+    """A webhook of the tenant.
+
+    Raises:
+        WebhookNotFound
+    """
+    found = session.scalar(select(Webhook).where(Webhook.id == webhook_id, Webhook.tenant_id == tenant_id))
+    if found is None:
+        raise WebhookNotFound
+    return found
+
+
 def remove(session: Session, tenant_id: str, webhook_id: uuid.UUID) -> None:
     """Delete a webhook with its deliveries. Only a request that is in flight still reaches it.
 

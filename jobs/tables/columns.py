@@ -19,10 +19,28 @@ from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 
 Json = dict[str, Any]
 
+HOT_TABLE = {
+    "fillfactor": 70,
+    "autovacuum_vacuum_scale_factor": 0.01,
+    "autovacuum_vacuum_threshold": 1000,
+    "autovacuum_analyze_scale_factor": 0.02,
+}
+"""Storage of a table that grows for years while few of its rows change often: room on each page for the next versions
+of its rows, and a vacuum long before a fifth of the table (the default) is dead."""
+LARGE_TABLE = {"autovacuum_vacuum_scale_factor": 0.02, "autovacuum_vacuum_threshold": 10_000}
+"""Storage of a table of which each row changes once."""
+COUNTERS = {"fillfactor": 50}
+"""Storage of a small table whose rows change all the time, but for their keys."""
+
 
 def new_id() -> uuid.UUID:
     """A UUIDv7 (RFC 9562): ordered by time, for paging by key and for compact indexes."""
     return uuid.UUID(bytes=uuid_utils.uuid7().bytes)
+
+
+def first_id(timestamp: float) -> uuid.UUID:
+    """A lower bound of all `new_id` since this time (s since 1970)."""
+    return uuid.UUID(int=int(max(timestamp, 0.0) * 1000) << 80)
 
 
 def one_of(column: str, words: type[StrEnum] | frozenset[Any]) -> str:

@@ -27,6 +27,8 @@ from jobs.states import (
     Lane,
 )
 from jobs.tables.columns import (
+    COUNTERS,
+    HOT_TABLE,
     Json,
     counter,
     id_column,
@@ -37,9 +39,18 @@ from jobs.tables.columns import (
     time_of_insert,
 )
 
+NOT_SHOWN = frozenset(
+    {
+        "tenant_id", "lane", "revision", "source_url", "model_id", "base_model_id", "promote", "tracked_at",
+        "tracking_attempts", "track_after", "idempotency_key", "created_by",
+    }
+)  # fmt: skip
+"""Columns of a job that no response of the API depends on."""
+
 
 class Job(Base):
-    """One request for work. A trigger increments `revision` on every change; it is the ETag."""
+    """One request for work. A trigger increments `revision`, the ETag, and notifies, whenever a column changes that is
+    not `NOT_SHOWN`."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -68,13 +79,24 @@ class Job(Base):
             "finished_at",
             postgresql_where=text("kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL"),
         ),
+        # For lists by state or kind: few of many jobs failed, and few are trainings.
+        Index("ix_jobs_not_succeeded", "tenant_id", "state", "id", postgresql_where=text("state <> 'succeeded'")),
+        Index("ix_jobs_not_predict", "tenant_id", "kind", "id", postgresql_where=text("kind <> 'predict'")),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",
             "metadata",
             postgresql_using="gin",
             postgresql_ops={"metadata": "jsonb_path_ops"},
+            postgresql_with={"fastupdate": "off"},
         ),
+        # For the leader, which ends the units of large cancelled jobs.
+        Index(
+            "ix_jobs_cancelling",
+            "id",
+            postgresql_where=text("cancel_requested_at IS NOT NULL AND finished_at IS NULL"),
+        ),
+        {"postgresql_with": HOT_TABLE},
     )
 
     id: Mapped[uuid.UUID] = id_column()
@@ -106,13 +128,16 @@ class Job(Base):
     failed: Mapped[int] = counter()
     cancelled: Mapped[int] = counter()
     metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
-    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # only of a job that failed
+    warnings: Mapped[list[Json]] = mapped_column(JSONB, default=list, server_default="[]")  # errors that failed no scan
     device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
     engines: Mapped[list[str]] = mapped_column(
         ARRAY(String(40)), default=list, server_default="{}"
     )  # that computed its results
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
     tracked_at: Mapped[dt.datetime | None] = optional_time()  # when MLflow had received all of an ended training
+    tracking_attempts: Mapped[int] = counter()  # to record it there, if it missed the training; see worker/tracking
+    track_after: Mapped[dt.datetime | None] = optional_time()  # earliest time of the next attempt
     idempotency_key: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the client's header, for a day
     retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
     reproduction_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
@@ -185,7 +210,10 @@ class TenantLoad(Base):
     """A tenant's share of the queue. Submitting and finishing jobs update it, so that a quota check reads one row."""
 
     __tablename__ = "tenant_loads"
-    __table_args__ = (CheckConstraint("scans >= 0 AND batches >= 0", name="counts"),)
+    __table_args__ = (
+        CheckConstraint("scans >= 0 AND batches >= 0", name="counts"),
+        {"postgresql_with": COUNTERS},
+    )
 
     tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
     scans: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")  # of jobs that have not ended

@@ -49,7 +49,9 @@ class Delivery(Base):
     __table_args__ = (
         CheckConstraint(one_of("state", DeliveryState), name="state"),
         Index("uq_deliveries_webhook_id_event_id", "webhook_id", "event_id", unique=True),
-        Index("ix_deliveries_pending", "next_at", postgresql_where=text("state = 'pending'")),
+        # For the sender: each webhook's first due delivery, however many wait behind it.
+        Index("ix_deliveries_due", "webhook_id", "next_at", postgresql_where=text("state = 'pending'")),
+        Index("ix_deliveries_webhook_id_id", "webhook_id", "id"),
     )
 
     id: Mapped[uuid.UUID] = id_column()

@@ -8,24 +8,129 @@ Revision: 0008, after 0007
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision = "0008"
 down_revision = "0007"
 branch_labels = None
 depends_on = None
 
+NOT_SHOWN = (
+    "tenant_id", "lane", "revision", "source_url", "model_id", "base_model_id", "promote", "tracked_at",
+    "tracking_attempts", "track_after", "idempotency_key", "created_by",
+)  # fmt: skip
+HOT_TABLE = (
+    "fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, "
+    "autovacuum_analyze_scale_factor = 0.02"
+)
+STORAGE = {
+    "jobs": HOT_TABLE,
+    "units": HOT_TABLE,
+    "scan_results": "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 10000",
+    "tenant_loads": "fillfactor = 50",
+    "prediction_counts": "fillfactor = 50",
+    "processes": "fillfactor = 50",
+}
+
+UNIT_STATES = ["cancelled", "dispatched", "failed", "queued", "running", "succeeded"]
+UNIT_MOVES = [
+    "queued>dispatched", "queued>running", "queued>cancelled",
+    "dispatched>queued", "dispatched>running", "dispatched>cancelled",
+    "running>queued", "running>succeeded", "running>failed", "running>cancelled",
+]  # fmt: skip
+SCHEDULED_MOVES = ["dispatched>scheduled", "running>scheduled", "scheduled>queued", "scheduled>cancelled"]
+MOVE_LEGALLY = """
+CREATE OR REPLACE FUNCTION units_move_legally() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF OLD.state IN ('succeeded', 'failed', 'cancelled') THEN
+        RAISE EXCEPTION 'unit % has ended as %', OLD.id, OLD.state USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.state <> OLD.state AND NOT (OLD.state || '>' || NEW.state = ANY (ARRAY[{moves}])) THEN
+        RAISE EXCEPTION 'unit % may not go from % to %', OLD.id, OLD.state, NEW.state
+            USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NEW;
+END $$
+"""
+COUNT_CHANGES = """
+CREATE OR REPLACE FUNCTION jobs_move_legally() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    shown jobs := NEW;
+BEGIN
+    IF OLD.finished_at IS NOT NULL AND (NEW.state <> OLD.state OR NEW.finished_at IS DISTINCT FROM OLD.finished_at) THEN
+        RAISE EXCEPTION 'job % has ended as %', OLD.id, OLD.state USING ERRCODE = 'check_violation';
+    END IF;
+    {hide}
+    NEW.revision := OLD.revision + (shown IS DISTINCT FROM OLD)::int;
+    RETURN NEW;
+END $$
+"""
+COUNT_UPDATES = """
+CREATE OR REPLACE FUNCTION jobs_move_legally() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF OLD.finished_at IS NOT NULL AND (NEW.state <> OLD.state OR NEW.finished_at IS DISTINCT FROM OLD.finished_at) THEN
+        RAISE EXCEPTION 'job % has ended as %', OLD.id, OLD.state USING ERRCODE = 'check_violation';
+    END IF;
+    NEW.revision := OLD.revision + 1;
+    RETURN NEW;
+END $$
+"""
+NOTIFY_CHANGES = """
+DROP TRIGGER jobs_tell ON jobs;
+CREATE TRIGGER jobs_tell AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION jobs_tell();
+CREATE TRIGGER jobs_tell_change AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (NEW.revision <> OLD.revision) EXECUTE FUNCTION jobs_tell()
+"""
+NOTIFY_UPDATES = """
+DROP TRIGGER jobs_tell_change ON jobs;
+DROP TRIGGER jobs_tell ON jobs;
+CREATE TRIGGER jobs_tell AFTER INSERT OR UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION jobs_tell()
+"""
+
 
 def upgrade() -> None:
     # -- life of a unit --
+    # In the order in which workers lock rows of theirs: otherwise they and this transaction may wait for each other.
+    op.execute("LOCK TABLE jobs, units, scan_results IN ACCESS EXCLUSIVE MODE")
+    _allow_units([*UNIT_STATES, "scheduled"], [*UNIT_MOVES, *SCHEDULED_MOVES])
+    op.add_column("jobs", sa.Column("warnings", postgresql.JSONB(), server_default="[]", nullable=False))
+    op.execute(COUNT_CHANGES.format(hide=" ".join(f"shown.{name} := OLD.{name};" for name in NOT_SHOWN)))
+    op.execute(NOTIFY_CHANGES)
+    for table, options in STORAGE.items():
+        op.execute(f"ALTER TABLE {table} SET ({options})")
+    # Entries go into the index at once. Most updates do not touch it, and a search need not read a list beside it.
+    op.execute("ALTER INDEX ix_jobs_metadata SET (fastupdate = off)")
     # -- retention --
     # -- dispatcher and workers --
     # -- webhooks, MLflow --
-    pass
+    op.add_column("jobs", sa.Column("tracking_attempts", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("jobs", sa.Column("track_after", sa.DateTime(timezone=True), nullable=True))
 
 
 def downgrade() -> None:
     # -- webhooks, MLflow --
+    op.drop_column("jobs", "track_after")
+    op.drop_column("jobs", "tracking_attempts")
     # -- dispatcher and workers --
     # -- retention --
     # -- life of a unit --
-    pass
+    op.execute("ALTER INDEX ix_jobs_metadata RESET (fastupdate)")
+    for table, options in STORAGE.items():
+        op.execute(f"ALTER TABLE {table} RESET ({', '.join(part.split(' =')[0] for part in options.split(', '))})")
+    op.execute(NOTIFY_UPDATES)
+    op.execute(COUNT_UPDATES)
+    op.drop_column("jobs", "warnings")
+    op.execute("UPDATE units SET state = 'queued' WHERE state = 'scheduled'")
+    _allow_units(UNIT_STATES, UNIT_MOVES)
+
+
+def _allow_units(states: list[str], moves: list[str]) -> None:
+    """Allow these states and transitions of a unit."""
+    op.execute("ALTER TABLE units DROP CONSTRAINT ck_units_state")
+    # Not validated: every row has been checked by the constraint that it replaces, and the table may be large.
+    op.execute(f"ALTER TABLE units ADD CONSTRAINT ck_units_state CHECK (state IN ({_quoted(states)})) NOT VALID")
+    op.execute(MOVE_LEGALLY.format(moves=_quoted(moves)))
+
+
+def _quoted(words: list[str]) -> str:
+    return ", ".join(f"'{word}'" for word in sorted(words))

@@ -3,10 +3,10 @@
 import datetime as dt
 import threading
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
@@ -277,6 +277,33 @@ def test_concurrent_claims_get_different_deliveries(sessions: Sessions) -> None:
     for thread in threads:
         thread.join(20)
     assert len(found) == len(set(found)) == 40
+
+
+def test_a_claim_reads_one_delivery_of_a_receiver_however_many_wait(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        silent, other = make_webhook(session), make_webhook(session, tenant_id="elsewhere")
+        emit(session, "urgent", tenant_id="elsewhere")
+        backlog = text(
+            "INSERT INTO deliveries (id, webhook_id, tenant_id, event_id, type, data, next_at)"
+            " SELECT gen_random_uuid(), :silent, :tenant, number::text, 'job.failed', '{}', now() - interval '1 hour'"
+            " FROM generate_series(1, 5000) AS number"
+        )
+        session.execute(backlog, {"silent": silent.id, "tenant": TENANT})
+    with sessions() as session:
+        session.execute(text("ANALYZE deliveries"))
+        values = {"hold": 60.0, "busy": [], "full": []}
+        explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {deliveries.CLAIM.text}").bindparams(**values)
+        (plan,) = session.execute(explained).scalar_one()
+    assert max(_rows_read(plan["Plan"])) <= 2
+    assert {next_of(sessions).webhook_id, next_of(sessions).webhook_id} == {silent.id, other.id}
+
+
+def _rows_read(node: dict) -> Iterator[float]:
+    """Rows that each node of a plan has read, with those that it dropped."""
+    dropped = sum(value for key, value in node.items() if key.startswith("Rows Removed by"))
+    yield (node["Actual Rows"] + dropped) * node["Actual Loops"]
+    for child in node.get("Plans", []):
+        yield from _rows_read(child)
 
 
 @pytest.mark.usefixtures("due")

@@ -37,15 +37,18 @@ DATABASE_ERRORS = (SQLAlchemyError, psycopg2.Error)
 
 @contextmanager
 def sending_webhooks(settings: Settings) -> Iterator[None]:
-    """Send due deliveries for the duration of the block."""
+    """Send due deliveries for the duration of the block. An exception, such as a lost connection, is not delayed by
+    deliveries in flight; the normal end waits for them shortly."""
     sender = WebhookSender(settings)
     thread = threading.Thread(target=sender.run, name="webhooks", daemon=True)
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:
         sender.stop()
-        thread.join()
+        raise
+    sender.stop()
+    thread.join()
 
 
 class WebhookSender:
@@ -53,7 +56,8 @@ class WebhookSender:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._sessions = session_factory(settings.database_url, pool_size=3, application="renalq-deliveries")
+        # With 16 receivers at once, two further connections come and go.
+        self._sessions = session_factory(settings.database_url, 1, "renalq-deliveries", overflow=2)
         # A claim expires so late that its receiver has timed out long before.
         self._hold = settings.webhook_seconds + settings.lease_seconds
         self._busy: dict[uuid.UUID, str] = {}  # webhooks with a delivery in flight, and their tenants
