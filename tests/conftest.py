@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("renalq")
 
 SHARED = {
     "whole stack": ("tests/e2e/", "tests/cli/test_devstack.py"),
-    "MLflow": ("tests/worker/test_live_runs.py", "tests/worker/test_registry_sync.py"),
+    "MLflow": ("tests/worker/test_live_runs.py", "tests/worker/test_registry_sync.py", "tests/worker/test_backfill.py"),
     "first page": ("tests/browser/",),
 }
 """Files that share something that takes long to start: one process runs them all."""

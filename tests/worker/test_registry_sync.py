@@ -185,6 +185,26 @@ def test_a_deleted_run_does_not_block_the_sync(mlflow_url: str, sessions: Sessio
 
 
 @pytest.mark.slow
+def test_a_version_that_mlflow_refuses_delays_no_other(
+    mlflow_url: str, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, tenant = runs.connect(mlflow_url), _tenant()
+    ill, _ = (_make(sessions, client, tenant, f1) for f1 in (0.97, 0.98))
+    create = client.create_model_version
+
+    def refuse(name: str, source: str, run_id: str, **more: Any) -> Any:
+        return create(name, "" if run_id == ill.mlflow_run_id else source, run_id, **more)
+
+    monkeypatch.setattr(client, "create_model_version", refuse)
+    sync_registry(client, sessions)
+    assert _aliases(client, tenant) == {"champion": "1"}
+    with sessions.begin() as session:
+        assert is_behind(session)
+        synced = session.scalars(select(ModelVersion.mlflow_version).order_by(ModelVersion.version)).all()
+    assert synced == [None, "1"]
+
+
+@pytest.mark.slow
 def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
     mlflow_url: str, sessions: Sessions, resources: Resources
 ) -> None:

@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import structlog
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW
+from jobs.db import NOW, seconds
 from jobs.results import queries
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion
@@ -30,32 +30,42 @@ log = structlog.get_logger()
 
 BATCH_SIZE = 10
 """Trainings that one `backfill_runs` records at most."""
+MAX_ATTEMPTS = 8
+"""After so many failures, which take about two days, a training is given up until `ask_again`."""
+HOLD_SECONDS = 3600.0
+"""For so long no other process records the same training; so late it is tried again if this process dies."""
+LONGEST_WAIT_SECONDS = 24 * 3600.0
 STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.CANCELLED: "KILLED"}
 
 
 def is_behind(session: Session) -> bool:
-    """Whether an ended training is missing or incomplete in MLflow, or its registry is behind."""
-    return session.scalar(_untracked_jobs().limit(1)) is not None or registry_sync.is_behind(session)
+    """Whether an ended training is to be recorded in MLflow now, or its registry is behind."""
+    return session.scalar(_due_jobs().limit(1)) is not None or registry_sync.is_behind(session)
 
 
 def mark_tracked(session: Session, job_id: uuid.UUID, run_id: str | None) -> None:
     """Record that MLflow has the whole training, and in which run: a slow MLflow may have opened it late."""
-    session.execute(update(Job).where(Job.id == job_id).values(tracked_at=NOW, mlflow_run_id=run_id))
-    session.execute(update(ModelVersion).where(ModelVersion.job_id == job_id).values(mlflow_run_id=run_id))
+    _set_run(session, job_id, run_id)
+    session.execute(update(Job).where(Job.id == job_id).values(tracked_at=NOW))
+
+
+def ask_again(session: Session) -> int:
+    """Try again to record the trainings that were given up. Returns their number."""
+    given_up = update(Job).where(*_untracked(), Job.tracking_attempts >= MAX_ATTEMPTS)
+    found = session.execute(given_up.values(tracking_attempts=0, track_after=None).returning(Job.id))
+    return len(found.all())
 
 
 def backfill_runs(resources: Resources) -> int:
     """Record ended trainings from their rows, then synchronize the registry. Returns the number of trainings; 0 also
     if MLflow is still away."""
-    done = 0
-    client = runs.connect(resources.settings.mlflow_url)
+    client, done = runs.connect(resources.settings.mlflow_url), 0
+    if not runs.answers(client):
+        log.warning("mlflow_away")
+        return 0
     with _log_and_continue():
-        with resources.sessions.begin() as session:
-            job_ids = session.scalars(_untracked_jobs().limit(BATCH_SIZE)).all()
-        for job_id in job_ids:
-            _record(client, resources, job_id)
-            done += 1
-    with _log_and_continue():  # also if a training failed: its run may have been deleted
+        done = _record_due(client, resources)
+    with _log_and_continue():
         registry_sync.sync_registry(client, resources.sessions)
     return done
 
@@ -69,10 +79,73 @@ def _log_and_continue() -> Iterator[None]:
         log.warning("mlflow_backfill_failed", error=type(error).__name__)
 
 
-def _untracked_jobs() -> Any:
-    return select(Job.id).where(
-        Job.kind == JobKind.TRAIN.value, Job.tracked_at.is_(None), Job.finished_at.is_not(None), Job.attempt > 0
-    )
+# --- which trainings ---
+
+
+def _untracked() -> list[ColumnElement[bool]]:
+    ended = and_(Job.finished_at.is_not(None), Job.attempt > 0)
+    return [Job.kind == JobKind.TRAIN.value, Job.tracked_at.is_(None), ended]
+
+
+def _due_jobs() -> Select[Any]:
+    """Trainings to record now; those that failed least come first, then the oldest."""
+    due = or_(Job.track_after.is_(None), Job.track_after <= NOW)
+    waiting = select(Job.id).where(*_untracked(), Job.tracking_attempts < MAX_ATTEMPTS, due)
+    return waiting.order_by(Job.tracking_attempts, Job.id)
+
+
+def _claim(session: Session) -> Any | None:
+    """The next training with the number of this attempt; None if nothing is due."""
+    first = _due_jobs().limit(1).with_for_update(skip_locked=True, key_share=True).scalar_subquery()
+    attempt = {"tracking_attempts": Job.tracking_attempts + 1, "track_after": NOW + seconds(HOLD_SECONDS)}
+    claimed = update(Job).where(Job.id == first).values(**attempt).returning(Job.id, Job.tracking_attempts)
+    return session.execute(claimed.execution_options(synchronize_session=False)).first()
+
+
+def _postpone(session: Session, job_id: uuid.UUID, attempts: int, wait: float) -> None:
+    values = {"tracking_attempts": attempts, "track_after": NOW + seconds(wait)}
+    session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+def _set_run(session: Session, job_id: uuid.UUID, run_id: str | None) -> None:
+    session.execute(update(Job).where(Job.id == job_id).values(mlflow_run_id=run_id))
+    session.execute(update(ModelVersion).where(ModelVersion.job_id == job_id).values(mlflow_run_id=run_id))
+
+
+def _record_due(client: Any, resources: Resources) -> int:
+    """Record trainings one after the other, until none is due, or MLflow does not answer any more."""
+    for done in range(BATCH_SIZE):
+        with resources.sessions.begin() as session:
+            claimed = _claim(session)
+        if claimed is None or not _try(client, resources, claimed.id, claimed.tracking_attempts):
+            return done
+    return BATCH_SIZE
+
+
+def _try(client: Any, resources: Resources, job_id: uuid.UUID, attempt: int) -> bool:
+    """Record a training, or note its failure, which delays no other training. False: MLflow is away, which is no
+    failure of the training."""
+    try:
+        _record(client, resources, job_id)
+    except Exception as error:
+        is_away = not runs.answers(client)
+        wait = min(resources.settings.track_again_seconds * 4 ** (attempt - 1), LONGEST_WAIT_SECONDS)
+        with resources.sessions.begin() as session:
+            _postpone(session, job_id, attempt - is_away, 0 if is_away else wait)
+        _log_failure(job_id, attempt - is_away, error)
+        return not is_away
+    return True
+
+
+def _log_failure(job_id: uuid.UUID, failures: int, error: Exception) -> None:
+    found = {"job_id": str(job_id), "failures": failures, "error": type(error).__name__}
+    if failures >= MAX_ATTEMPTS:
+        log.error("mlflow_backfill_given_up", **found)
+    else:
+        log.warning("mlflow_backfill_failed", **found)
+
+
+# --- what is recorded ---
 
 
 @dataclass(frozen=True)
@@ -114,7 +187,7 @@ def _described(job: Job, dataset: Dataset | None, model: ModelVersion | None) ->
 def _record(client: Any, resources: Resources, job_id: uuid.UUID) -> None:
     with resources.sessions.begin() as session:
         rows = _read(session, job_id)
-    run = runs.open_run(client, rows.what, rows.run_id)
+    run = runs.open_run(client, rows.what, rows.run_id, lambda run_id: _save_run(resources, job_id, run_id))
     known = {point.step for point in client.get_metric_history(run, "train_loss")}
     missed = [epoch for epoch in rows.epochs if epoch["epoch"] not in known]
     points = [point for epoch in missed for point in runs.points_of_epoch(epoch, rows.what.spec.phases)]
@@ -126,6 +199,11 @@ def _record(client: Any, resources: Resources, job_id: uuid.UUID) -> None:
     with resources.sessions.begin() as session:
         mark_tracked(session, job_id, run)
     log.info("mlflow_backfilled", job_id=str(job_id))
+
+
+def _save_run(resources: Resources, job_id: uuid.UUID, run_id: str) -> None:
+    with resources.sessions.begin() as session:
+        _set_run(session, job_id, run_id)
 
 
 def _log_files(client: Any, run: str, resources: Resources, rows: _TrainingRows) -> None:

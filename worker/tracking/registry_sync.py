@@ -21,12 +21,12 @@ from jobs.models.cards import mlflow_model_name
 from jobs.tables import ModelVersion, Promotion, RegistryMirror
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
+from worker.tracking.runs import MISSING, answers
 
 log = structlog.get_logger()
 
 VERSION_TAG = "renalq.version"
 CHAMPION, CHALLENGER = "champion", "challenger"
-MISSING = "RESOURCE_DOES_NOT_EXIST"
 LARGE_COLUMNS = ModelVersion.metrics, ModelVersion.params, ModelVersion.reference, ModelVersion.environment
 """Columns that are not needed here: MLflow has them with the run."""
 
@@ -60,24 +60,32 @@ def is_behind(session: Session) -> bool:
 def sync_registry(client: Any, sessions: Sessions) -> None:
     """Bring MLflow's registry up to date.
 
-    Tenants locked by another process are skipped, and a refusal for one tenant does not affect others.
+    Tenants locked by another process are skipped. What MLflow refuses for one tenant or version, or cannot do, stays
+    behind, and all others are synchronized.
 
     Raises:
         Exception: of MLflow's client, if it is away: nothing else would succeed either.
     """
-    from mlflow import MlflowException
-
     with sessions.begin() as session:
         tenants = session.scalars(_tenants_behind()).all()
     for tenant_id in tenants:
         with _tenant_lock(sessions, tenant_id) as locked:
             if locked:
-                try:
+                with _unless_away(client, tenant=tenant_id):
                     _sync_tenant(client, sessions, tenant_id)
-                except MlflowException as error:
-                    if error.get_http_status_code() >= 500:
-                        raise
-                    log.warning("mlflow_registry_refused", tenant=tenant_id, error=error.error_code)
+
+
+@contextmanager
+def _unless_away(client: Any, **what: Any) -> Iterator[None]:
+    """Log an error of MLflow and continue, unless it is away."""
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.get_http_status_code() >= 500 and not answers(client):
+            raise
+        log.warning("mlflow_registry_refused", **what, error=error.error_code)
 
 
 def _tenants_behind() -> Any:
@@ -163,11 +171,14 @@ def _aliases(client: Any, name: str) -> dict[str, str]:
 
 
 def _numbers(client: Any, name: str, versions: Sequence[ModelVersion]) -> dict[uuid.UUID, str]:
-    """MLflow's number of each version whose run it has; missing ones are created."""
+    """MLflow's number of each version whose run it has; missing ones are created. One that fails is left out."""
     found = client.search_model_versions(f"name='{name}'")
     known = {each.tags.get(VERSION_TAG): str(each.version) for each in found}
-    with_run = [version for version in versions if version.mlflow_run_id]
-    return {each.id: known.get(str(each.version)) or _create(client, name, each) for each in with_run}
+    numbers: dict[uuid.UUID, str] = {}
+    for each in (version for version in versions if version.mlflow_run_id):
+        with _unless_away(client, tenant=each.tenant_id, version=each.version):
+            numbers[each.id] = known.get(str(each.version)) or _create(client, name, each)
+    return numbers
 
 
 def _create(client: Any, name: str, version: ModelVersion) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,6 +16,8 @@ from ml.spec.pipeline import PipelineSpec
 from worker.tracking.provenance import code_revision, environment
 
 EXPERIMENT = "renalq"
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+"""MLflow's code for what it does not have (any more)."""
 METRICS_AT_ONCE = 1000
 """MLflow's limit per call."""
 DIGEST_LENGTH = 36
@@ -68,20 +70,60 @@ def connect(url: str) -> Any:
     return MlflowClient(tracking_uri=url)
 
 
-def open_run(client: Any, what: Description, run_id: str | None) -> str:
-    """Create a run, or continue `run_id`. Returns its id."""
-    if run_id is not None:
-        client.update_run(run_id, status="RUNNING")
-        return run_id
-    from mlflow.entities import Param
+def answers(client: Any) -> bool:
+    """Whether MLflow answers: what failed then failed for a reason of its own."""
+    try:
+        client.get_experiment_by_name(EXPERIMENT)
+    except Exception:
+        return False
+    return True
 
+
+def open_run(
+    client: Any, what: Description, run_id: str | None, created: Callable[[str], None] = lambda run_id: None
+) -> str:
+    """Continue `run_id`, or create a run if there is none or it was deleted in MLflow. Returns its id.
+
+    Args:
+        created: called with the id of a new run before anything else that may fail.
+    """
+    run = _active_run(client, run_id) if run_id else None
+    if run is None:
+        run_id = _create_run(client, what)
+        created(run_id)
+    else:
+        client.update_run(run_id, status="RUNNING")
+    assert run_id is not None
+    if run is None or not run.data.params:
+        _log_inputs(client, run_id, what)
+    return run_id
+
+
+def _active_run(client: Any, run_id: str) -> Any | None:
+    """The run; None if it was deleted: MLflow shows deleted runs for a while, and takes nothing more for them."""
+    from mlflow import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _create_run(client: Any, what: Description) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
-    run: str = client.create_run(experiment, run_name=str(what.job_id), tags=what.tags).info.run_id
+    return str(client.create_run(experiment, run_name=str(what.job_id), tags=what.tags).info.run_id)
+
+
+def _log_inputs(client: Any, run: str, what: Description) -> None:
+    from mlflow.entities import Param
+
     client.log_batch(run, params=[Param(name, value) for name, value in texts(what.params)])
     if what.dataset_digest:
         log_dataset(client, run, what.dataset_digest)
-    return run
 
 
 def log_dataset(client: Any, run: str, digest: str) -> None:
