@@ -1,7 +1,8 @@
 """Waiting for jobs to change without holding a database connection: one listener thread wakes all waiters.
 
 The thread receives Postgres' NOTIFY on one connection of its own. While it has none, each waiter polls every
-`POLL_SECONDS`: without a listener waiters are slower, but miss nothing.
+`POLL_SECONDS`: without a listener waiters are slower, but miss nothing. A job that changes often wakes each of its
+waiters once every `READ_SECONDS`, since each reads the job then.
 """
 
 import threading
@@ -20,6 +21,10 @@ from jobs.events.job_events import JOBS_CHANNEL
 
 POLL_SECONDS = 2.0
 """How often a waiter polls while no listener is connected."""
+READ_SECONDS = 0.25
+"""Mean time between two changes that one waiter is told of."""
+READ_AT_ONCE = 3
+"""Changes that a waiter is told of without a pause, after a rest: of a single scan submission, claim and end."""
 LISTEN_SECONDS = 5.0
 """How long the listener waits for a notification before it checks whether it was closed."""
 
@@ -31,12 +36,14 @@ class Subscription:
 
     def __init__(self, listener: "ChangeListener") -> None:
         self._listener = listener
+        self._told_until = 0.0  # READ_SECONDS for each change that was told, from the time it was told
         self.event = threading.Event()
 
     def wait(self, seconds: float) -> bool:
         """Wait for a change, `seconds` at most. False: there was none. Returns at once when the listener closes.
 
-        Without a connected listener it returns True every `POLL_SECONDS`, so that the caller reads the job itself.
+        Changes in fast succession are told together, the last one among them. Without a connected listener it returns
+        True every `POLL_SECONDS`, so that the caller reads the job itself.
         """
         deadline = time.monotonic() + seconds
         while not self._listener.closed:
@@ -44,11 +51,19 @@ class Subscription:
             if left <= 0:
                 return False
             if self.event.wait(min(left, POLL_SECONDS)):
-                self.event.clear()
+                self._pause(left)
+                self.event.clear()  # before the caller reads: what changes then wakes it again
                 return True
             if not self._listener.listening:
                 return True
         return True
+
+    def _pause(self, longest: float) -> None:
+        """Wait until this waiter may be told of a change again: a leaky bucket of `READ_AT_ONCE`."""
+        now = time.monotonic()
+        pause = self._told_until - (READ_AT_ONCE - 1) * READ_SECONDS - now
+        self._told_until = max(self._told_until, now) + READ_SECONDS
+        time.sleep(min(max(pause, 0.0), longest))
 
 
 class ChangeListener:
