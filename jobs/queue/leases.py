@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, PreparedStatement, seconds
+from jobs.db import PreparedStatement
 from jobs.errors import LeaseLost
 from jobs.states import JobKind, Lane, UnitState
 from jobs.tables import Job, Unit, new_id
@@ -31,9 +31,9 @@ class Claim:
     explains: bool = False
 
 
-def with_job_lock(statement: Any) -> Any:
+def with_job_lock(statement: Any, skip_locked: bool = False) -> Any:
     """Lock the job's row. NO KEY UPDATE: rows that refer to the job can still be inserted meanwhile."""
-    return statement.with_for_update(of=Job, key_share=True)
+    return statement.with_for_update(of=Job, key_share=True, skip_locked=skip_locked)
 
 
 def lock_job(session: Session, job_id: uuid.UUID) -> None:
@@ -79,10 +79,12 @@ class UnitStatus:
     yield_requested: bool = False
 
 
-# Locks the job, then the unit, like every verb. After waiting for a lock, UPDATE checks the latest row again.
+# Locks the job, then the unit, like every verb. After waiting for a lock, UPDATE checks the latest row again. The job's
+# row is written by its first claim and by the first of each further attempt; of all others neither a new version of the
+# row nor an event says anything that the unit's row does not.
 CLAIM = """
 WITH wanted AS ({wanted}), job AS MATERIALIZED (
-    SELECT jobs.id, jobs.kind, jobs.tenant_id, wanted.id AS unit_id
+    SELECT jobs.id, jobs.kind, jobs.tenant_id, jobs.state = 'queued' AS starts, wanted.id AS unit_id
     FROM wanted JOIN jobs ON jobs.id = wanted.job_id
     WHERE jobs.finished_at IS NULL AND jobs.cancel_requested_at IS NULL
     FOR NO KEY UPDATE OF jobs{skip}
@@ -93,14 +95,15 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
     FROM job
     WHERE units.id = job.unit_id AND state IN ('queued', 'dispatched') AND not_before <= clock_timestamp()
     RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker,
-        explains IS NOT NULL AS explains
+        explains IS NOT NULL AS explains, starts
 ), started AS (
     UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
         attempt = greatest(jobs.attempt, claimed.attempt)
-    FROM claimed WHERE jobs.id = claimed.job_id
+    FROM claimed WHERE jobs.id = claimed.job_id AND (starts OR jobs.attempt < claimed.attempt)
 ), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
+    WHERE starts OR attempt > 1
 )
 SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker, explains FROM claimed
 """
@@ -137,20 +140,35 @@ def _claimed(row: Any) -> Claim | None:
     return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker, row.explains)
 
 
-def beat(session: Session, claim: Claim, lease: float) -> bool:
-    """Renew the lease; False: it is lost. Only the unit's row is locked, so that a busy job never delays it."""
-    try:
-        update_held(session, claim, lease_expires_at=NOW + seconds(lease))
-    except LeaseLost:
-        return False
-    return True
+# One round trip, since each worker polls several times a second. Only the unit's row is locked, and only to renew the
+# lease, so that a busy job never delays it.
+POLL = PreparedStatement(
+    "poll_unit",
+    "uuid, int8, text, float8",
+    """
+WITH renewed AS (
+    UPDATE units SET lease_expires_at = clock_timestamp() + make_interval(secs => $4)
+    WHERE id = $1 AND fence = $2 AND worker = $3 AND state = 'running' AND $4 > 0
+    RETURNING id
+)
+SELECT jobs.cancel_requested_at IS NOT NULL, units.yield_requested_at IS NOT NULL
+FROM units JOIN jobs ON jobs.id = units.job_id
+WHERE units.id = $1 AND units.fence = $2 AND units.worker = $3 AND units.state = 'running'
+    AND ($4 = 0 OR EXISTS (SELECT FROM renewed))
+""",
+)
+
+
+def beat(session: Session, claim: Claim, lease: float) -> UnitStatus:
+    """Renew the lease for so many seconds, and return the unit's status for its holder."""
+    return _poll(session, claim, lease)
 
 
 def poll_status(session: Session, claim: Claim) -> UnitStatus:
     """The unit's status for its holder: a read by two primary keys."""
-    row = session.execute(
-        select(Job.cancel_requested_at.is_not(None), Unit.yield_requested_at.is_not(None))
-        .join(Job, Job.id == Unit.job_id)
-        .where(is_held(claim))
-    ).first()
+    return _poll(session, claim, 0)
+
+
+def _poll(session: Session, claim: Claim, lease: float) -> UnitStatus:
+    row = POLL(session, str(claim.unit_id), claim.fence, claim.worker, lease).first()
     return UnitStatus(False) if row is None else UnitStatus(True, *row)

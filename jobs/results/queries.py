@@ -21,9 +21,12 @@ from jobs.queue import retention
 from jobs.queue.position import QueuePosition, queue_positions
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState
 from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
+from jobs.tables.columns import first_id
 
 MAX_ORDINAL = 2**31 - 1
 """Greater than any ordinal of a scan in a job."""
+START = -1
+"""Less than any: `after` of the first page."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class JobFilter:
             found.append(Job.pipeline == self.pipeline)
         if self.created_after:
             found.append(Job.created_at > self.created_after)
+            # Ids follow the clocks of the API's processes: the list needs no job that is a day older.
+            found.append(Job.id > first_id(self.created_after.timestamp() - 24 * 3600))
         return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
 
 
@@ -159,14 +164,14 @@ def results(
     """A prediction's finished results in the order of its scans; `state` selects others.
 
     While the job runs, the pages stop before the first pending scan and `has_more` stays true: a client that follows
-    `next` to the end sees each result once, however many workers share the scans.
+    `next` to the end sees each result once, however many workers share the scans. `next` of an empty page is `after`.
 
     Raises:
         NoResults: the job is not a prediction.
         ResultsExpired: results were deleted, or are being deleted.
     """
     require_prediction(view)
-    first = -1 if after is None else after
+    first = START if after is None else after
     query = select(ScanResult).where(ScanResult.job_id == view.job.id, ScanResult.ordinal > first)
     growing = not view.terminal and state != ResultState.PENDING
     if growing:
@@ -180,8 +185,7 @@ def results(
         retention.require_kept(session, view.job.id)
     if found.has_more or not growing:
         return found
-    last = found.data[-1].ordinal if found.data else after
-    return Page(found.data, True, None if last is None else str(last))
+    return Page(found.data, True, str(found.data[-1].ordinal if found.data else first))
 
 
 def require_prediction(view: JobView) -> None:

@@ -119,7 +119,7 @@ def _beaten_in_between(sessions: Sessions) -> list[str]:
         session.execute(text("SELECT id FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
         reaper.start()
         eventually(lambda: count(sessions, WAITING_FOR_A_LOCK), 10)  # it has read, and waits for the job's row
-        assert leases.beat(session, held, 45)
+        assert leases.beat(session, held, 45).held
     reaper.join(10)
     lost = _end(sessions, held)
     with sessions() as session:

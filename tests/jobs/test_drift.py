@@ -13,7 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
@@ -343,8 +343,8 @@ def listener(session: Session, tenant_id: str = TENANT) -> uuid.UUID:
     return webhook.id
 
 
-def looked(session: Session, version: ModelVersion) -> None:
-    drift.check_drift(session, version.id, POLICY)
+def looked(session: Session) -> None:
+    assert drift.check_drift(session, POLICY, after=None) is None
 
 
 def drift_events(session: Session) -> list[Delivery]:
@@ -361,14 +361,14 @@ def test_drift_event_is_emitted_once_per_day(
         listener(session, "elsewhere")
         version = referred(session, champion)
         day_of(session, version, 0, 100)
-        looked(session, version)
+        looked(session)
         assert drift_events(session) == [], "nothing has drifted"
     with sessions.begin() as session:
         day_of(session, version, 0, 200, shift=0.6)
     dispatcher = Dispatcher(settings, sessions, publish=lambda *_: None)
     dispatcher.step()
     with sessions.begin() as session:
-        looked(session, version)
+        looked(session)
         (event,) = drift_events(session)
         today = dt.datetime.now(dt.UTC).date()
         assert event.tenant_id == TENANT
@@ -412,6 +412,23 @@ def test_unreadable_reference_does_not_block_other_champions(
     assert complaint | {"log_level": "error"} in logged
 
 
+def test_queries_of_a_check_do_not_grow_with_the_champions(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sessions.begin() as session:
+        for number in range(3):
+            version = builders.make_model(session, tenant_id=f"tenant-{number}")
+            day_of(session, referred(session, version), 0, 200, shift=0.6)
+            listener(session, version.tenant_id)
+    reads: list[str] = []
+    event.listen(sessions.kw["bind"], "before_cursor_execute", lambda *call: reads.append(call[2]))
+    monkeypatch.setattr(drift, "CHECKED_AT_ONCE", 2)
+    with sessions.begin() as session:
+        last = drift.check_drift(session, POLICY)
+        assert len([read for read in reads if read.lstrip().startswith("SELECT")]) == 3, "clock, versions, counts"
+        assert (last is not None, len(drift_events(session))) == (True, 2)
+        assert drift.check_drift(session, POLICY, last) is None
+        assert len(drift_events(session)) == 3
+
+
 def test_drift_check_reads_no_feedback(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         listener(session)
@@ -419,7 +436,7 @@ def test_drift_check_reads_no_feedback(sessions: Sessions, champion: ModelVersio
     with sessions.begin() as holding, sessions.begin() as session:
         holding.execute(text("LOCK TABLE truths IN ACCESS EXCLUSIVE MODE"))
         session.execute(text("SET LOCAL lock_timeout = '200ms'"))
-        looked(session, champion)
+        looked(session)
         assert len(drift_events(session)) == 1
 
 

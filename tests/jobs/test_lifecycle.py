@@ -98,10 +98,10 @@ def test_beat_renews_the_lease_and_poll_status_reports_a_cancel(sessions: Sessio
     with sessions.begin() as session:
         job = make_job(session)
         held = claim(session, units_of(session, job)[0])
-        assert leases.beat(session, held, 45)
+        assert leases.beat(session, held, 45).held
         assert leases.poll_status(session, held) == leases.UnitStatus(held=True)
         lifecycle.cancel(session, TENANT, job.id)
-        assert leases.beat(session, held, 45)
+        assert leases.beat(session, held, 45).held
         assert leases.poll_status(session, held) == leases.UnitStatus(held=True, cancel_requested=True)
 
 
@@ -113,7 +113,7 @@ def test_worker_with_a_stale_fence_writes_nothing(sessions: Sessions) -> None:
         assert reaping.reap(session, retry=RetryPolicy(), stall=900) == 1
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence > stale.fence
-        assert not leases.beat(session, stale, 45)
+        assert not leases.beat(session, stale, 45).held
         assert not leases.poll_status(session, stale).held
         for write in (
             lambda: lifecycle.report(session, stale, progress=0.5),
@@ -140,7 +140,7 @@ def test_fence_given_out_twice_after_a_crash_serves_one_worker(sessions: Session
         session.execute(fence, {"fence": forgotten.fence})
         fresh = claim(session, units_of(session, job)[0], "worker-b")
         assert fresh.fence == forgotten.fence
-        assert not leases.beat(session, forgotten, 45)
+        assert not leases.beat(session, forgotten, 45).held
         with pytest.raises(LeaseLost):
             lifecycle.succeed(session, forgotten)
         lifecycle.succeed(session, fresh)
@@ -185,7 +185,7 @@ def test_reaper_leaves_a_unit_that_beats_in_between(sessions: Sessions) -> None:
     thread.start()
     candidate.wait(10)
     with sessions.begin() as session:
-        assert leases.beat(session, held, 45)
+        assert leases.beat(session, held, 45).held
     beaten.set()
     thread.join(10)
     assert done == [0], "the expiry is checked again in the UPDATE"

@@ -127,7 +127,7 @@ class Lifecycle(RuleBasedStateMachine):
     def beat(self, pick: random.Random) -> None:
         held = pick.choice(self.claims)
         with self.sessions.begin() as session:
-            assert leases.beat(session, held, 45) == self._is_current(held)
+            assert leases.beat(session, held, 45).held == self._is_current(held)
             standing = leases.poll_status(session, held)
         wanted = self._is_current(held) and self.jobs[held.job_id].cancel_requested
         assert (standing.held, standing.cancel_requested) == (self._is_current(held), wanted)

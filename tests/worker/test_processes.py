@@ -2,9 +2,11 @@
 
 import shutil
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -63,7 +65,37 @@ def processes(shared: tuple[Database, Stack]) -> Stack:
     return started
 
 
+CONNECTIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name IN ('renalq-worker', 'renalq-beat', 'renalq-claim')
+"""
+
+
+@contextmanager
+def most_connections(processes: Stack) -> Iterator[list[int]]:
+    """How many connections the workers have, again and again while the block runs."""
+    found, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            found.append(count(processes.sessions, CONNECTIONS))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_a_dataset_is_checked_then_trained_on_then_used(processes: Stack, archive: Path) -> None:
+    with most_connections(processes) as connections:
+        _check_train_and_use(processes, archive)
+    assert max(connections) <= 2 * 3, "of two workers: one of the parent, two of the child"
+
+
+def _check_train_and_use(processes: Stack, archive: Path) -> None:
     dataset, ingest = upload(processes, archive)
     assert processes.wait_for(ingest).state == "succeeded", processes.logs()
     with processes.sessions() as session:

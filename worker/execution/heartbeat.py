@@ -86,10 +86,8 @@ def _poll(unit: UnitLease, beat: bool) -> bool:
     """Renew the lease with `beat`, and interrupt the unit if asked to. False: Postgres did not answer."""
     try:
         with unit.resources.beats.begin() as session:
-            if beat and not leases.beat(session, unit.claim, unit.resources.settings.lease_seconds):
-                status = leases.UnitStatus(held=False)
-            else:
-                status = leases.poll_status(session, unit.claim)
+            lease = unit.resources.settings.lease_seconds
+            status = leases.beat(session, unit.claim, lease) if beat else leases.poll_status(session, unit.claim)
     except SQLAlchemyError as error:
         log.warning("lease_renewal_failed", error=type(error).__name__)
         return False

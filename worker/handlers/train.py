@@ -1,6 +1,5 @@
 """A training job: fetch the dataset, run its pipeline in a child process, write the events as rows."""
 
-import datetime as dt
 import mimetypes
 import shutil
 from collections.abc import Iterator
@@ -9,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from jobs.db import NOW
 from jobs.errors import LeaseLost
 from jobs.models import promotion, registry, reproduction
 from jobs.models.comparison import PairedScores
@@ -187,12 +188,15 @@ def _handle_epoch_event(unit: UnitLease, run: live.Run, event: events.Event) -> 
 def _set_stage(
     unit: UnitLease, state: RunState, name: str, new_state: str, moment: str, progress: float | None = None
 ) -> None:
-    for stage in state.stages:
-        if stage["name"] == name:
-            stage |= {"state": new_state, moment: dt.datetime.now(dt.UTC).isoformat().replace("+00:00", "Z")}
-    unit.report(
-        stage=name, stages=state.stages, progress=progress, event=("stage", {"stage": name, "state": new_state})
-    )
+    def write(session: Session) -> None:
+        at = session.execute(select(NOW)).scalar_one().isoformat().replace("+00:00", "Z")
+        for stage in state.stages:
+            if stage["name"] == name:
+                stage |= {"state": new_state, moment: at}
+        event = "stage", {"stage": name, "state": new_state}
+        lifecycle.report(session, unit.claim, stage=name, stages=state.stages, progress=progress, event=event)
+
+    unit.in_transaction(write)
 
 
 # --- the end ---

@@ -1,0 +1,55 @@
+"""What the queue takes from `jobs.db`: LISTEN in a busy process, and commits that do not wait for the disk."""
+
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import text
+
+from jobs.db import PreparedStatement, Sessions, autocommit_sessions, listening
+from jobs.events.job_events import UNITS_CHANNEL, wake_dispatcher
+
+NEEDED = 1100
+"""Open files of a process with many clients; `select.select` fails for descriptors above 1023."""
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """All descriptors below `NEEDED` are taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2 * NEEDED:
+        pytest.skip(f"the system allows {hard} open files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * NEEDED), hard))
+    opened = []
+    while not opened or opened[-1] < NEEDED:
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+    yield
+    for descriptor in opened:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_process_with_many_open_files_is_notified(sessions: Sessions) -> None:
+    with listening(sessions.kw["bind"], UNITS_CHANNEL) as notifications:
+        assert notifications.wait(0.01) == []
+        with sessions.begin() as session:
+            wake_dispatcher(session)
+        assert notifications.wait(10) == [""]
+
+
+SHOW = PreparedStatement("show_commit", "text", "SELECT current_setting($1)", async_commit=True)
+
+
+def test_an_asynchronous_commit_ends_with_its_statement(sessions: Sessions) -> None:
+    setting = "synchronous_commit"
+    with sessions.begin() as session:
+        usual = session.scalar(text("SELECT current_setting('synchronous_commit')"))
+    with autocommit_sessions(sessions).begin() as session:
+        assert SHOW(session, setting).scalar() == "off"
+        assert session.scalar(text("SELECT current_setting('synchronous_commit')")) == usual
+    with sessions.begin() as session:
+        assert SHOW(session, setting).scalar() == "off", "it is the transaction that commits"
+    with sessions.begin() as session:
+        assert session.scalar(text("SELECT current_setting('synchronous_commit')")) == usual
