@@ -4,10 +4,9 @@ A message carries only a unit's id. A lost, duplicate or late message does no ha
 Postgres, and does nothing if that is refused.
 """
 
-import os
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
@@ -97,11 +96,6 @@ def publish_tracking() -> None:
         kombu.exceptions.OperationalError: Redis cannot be reached.
     """
     app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True)
-
-
-def worker_name(task: Task[Any, Any]) -> str:
-    """The worker's name in claims: Celery's name and the process id."""
-    return f"{task.request.hostname or 'worker'}/{os.getpid()}"
 
 
 class DelayedEventsConsumer(Consumer):

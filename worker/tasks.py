@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from jobs.queue.leases import Claim, claim_next
 from jobs.states import JobKind, Lane
-from worker.app import TASK_OF, TRACK, app, worker_name
+from worker.app import TASK_OF, TRACK, app
+from worker.execution.instance import process_name
 from worker.execution.resources import resources
 from worker.execution.running import holding, running
 from worker.execution.signals import draining
@@ -51,7 +52,7 @@ def _run(task: "Task[Any, Any]", unit_id: str) -> None:
     if draining():
         return
     claim_next = _claim_reserved(task)
-    with running(uuid.UUID(unit_id), worker_name(task), resources(), claim_next) as unit:
+    with running(uuid.UUID(unit_id), process_name(), resources(), claim_next) as unit:
         if unit is not None:
             _handle(unit)
     while unit is not None and unit.next_claim is not None:
@@ -63,7 +64,7 @@ def _claim_reserved(task: "Task[Any, Any]") -> Claiming:
     """Claims units reserved in the task's lane, until the task should end."""
     deadline = time.monotonic() + RESERVED_SECONDS
     delivered: Any = task.request.delivery_info
-    lane, worker, lease = Lane(delivered["routing_key"]), worker_name(task), resources().settings.lease_seconds
+    lane, worker, lease = Lane(delivered["routing_key"]), process_name(), resources().settings.lease_seconds
 
     def claim(session: Session) -> Claim | None:
         if time.monotonic() > deadline or draining():

@@ -10,7 +10,7 @@ The cost does not grow with the queue: partial indexes over unfinished rows answ
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
@@ -37,7 +37,7 @@ class WaitingUnit:
 
 @dataclass(frozen=True)
 class RunningUnit:
-    """A unit under lease. `worker`: the Celery worker's name. `can_yield`: it could hand back its remaining scans.
+    """A unit under lease. `worker`: NODE/INSTANCE. `can_yield`: it could hand back its remaining scans.
     `yield_requested`: it was asked to, and has not done so yet."""
 
     unit_id: uuid.UUID
@@ -50,7 +50,7 @@ class RunningUnit:
 
 @dataclass(frozen=True)
 class Worker:
-    """A live Celery worker, which runs one unit at a time."""
+    """A live Celery worker, which runs one unit at a time. `name`: NODE/INSTANCE (`jobs.queue.processes`)."""
 
     name: str
     lanes: frozenset[Lane]
@@ -58,80 +58,89 @@ class Worker:
 
 @dataclass(frozen=True)
 class QueueSnapshot:
-    """What the scheduler decides from. `dispatched`: messages in Redis per lane."""
+    """What the scheduler decides from. `dispatched`: messages in Redis per lane; `late`: those among them that no
+    worker has claimed for `LATE_SECONDS`."""
 
     waiting: Sequence[WaitingUnit]
     dispatched: Mapping[Lane, int]
     running: Sequence[RunningUnit]
     workers: Sequence[Worker]
+    late: Mapping[Lane, int] = field(default_factory=dict)
 
 
-# A "loose index scan" jumps from one tenant with unfinished jobs to the next; then come each tenant's first jobs, and
-# each job's first unclaimed units. Whole rows are compared: with `lane = …` the planner may walk the primary key for
-# the order of ids, past all finished jobs.
+LATE_SECONDS = 1.0
+"""An idle worker claims a dispatched unit in milliseconds. After this time (s) it has probably died."""
+
+# A "loose index scan" jumps from one tenant with claimable units to the next; then come each tenant's first units:
+# predictions before explanations, older jobs before younger ones. Units that wait for a time are not in this index, and
+# finished jobs are never read. Whole rows are compared: with `lane = …` the planner may walk the primary key instead.
+# The job is read by a scalar subquery, which the planner cannot turn into a join over all jobs.
 SNAPSHOT = PreparedStatement(
     "snapshot",
-    "int, float8, int, float8",
+    "float8, int, float8, float8",
     """
 WITH RECURSIVE tenants AS (
-    (SELECT lane, tenant_id FROM jobs WHERE finished_at IS NULL ORDER BY lane, tenant_id LIMIT 1)
+    (SELECT lane, tenant_id FROM units WHERE state IN ('queued', 'dispatched') ORDER BY lane, tenant_id LIMIT 1)
     UNION ALL
     SELECT next_tenant.* FROM tenants CROSS JOIN LATERAL (
-        SELECT lane, tenant_id FROM jobs
-        WHERE finished_at IS NULL AND (lane, tenant_id) > (tenants.lane, tenants.tenant_id)
+        SELECT lane, tenant_id FROM units
+        WHERE state IN ('queued', 'dispatched') AND (lane, tenant_id) > (tenants.lane, tenants.tenant_id)
         ORDER BY lane, tenant_id LIMIT 1) AS next_tenant
 ), waiting AS (
     SELECT jsonb_agg(jsonb_build_array(due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
         due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0,
         due.explains IS NOT NULL)) AS units
     FROM tenants CROSS JOIN LATERAL (
-        SELECT unit.id, unit.scans, unit.state, unit.rings, unit.explains, jobs.kind
-        FROM jobs CROSS JOIN LATERAL (
-            SELECT id, scans, state, ordinal, not_before, dispatched_at, rings, explains FROM units
-            WHERE units.job_id = jobs.id AND finished_at IS NULL AND state IN ('queued', 'dispatched')
-            ORDER BY ordinal LIMIT $1) AS unit
-        WHERE (jobs.lane, jobs.tenant_id) >= (tenants.lane, tenants.tenant_id)
-            AND (jobs.lane, jobs.tenant_id) <= (tenants.lane, tenants.tenant_id) AND jobs.finished_at IS NULL
-            AND CASE WHEN unit.state = 'queued' THEN unit.not_before <= clock_timestamp()
-                ELSE unit.rings = 0 OR unit.dispatched_at < clock_timestamp()
-                    - make_interval(secs => $2 * least(power(2, unit.rings - 1), 8)) END
-        ORDER BY jobs.lane, jobs.tenant_id, jobs.id, unit.ordinal LIMIT $3) AS due
+        SELECT * FROM (
+            SELECT id, job_id, ordinal, lane, tenant_id, scans, state, rings, explains,
+                (SELECT kind FROM jobs WHERE jobs.id = units.job_id AND cancel_requested_at IS NULL) AS kind
+            FROM units
+            WHERE state IN ('queued', 'dispatched')
+                AND (lane, tenant_id) >= (tenants.lane, tenants.tenant_id)
+                AND (lane, tenant_id) <= (tenants.lane, tenants.tenant_id)
+                AND CASE WHEN state = 'queued' THEN not_before <= clock_timestamp()
+                    ELSE rings = 0 OR dispatched_at < clock_timestamp()
+                        - make_interval(secs => $1 * least(power(2, rings - 1), 8)) END
+        ) AS unit
+        WHERE kind IS NOT NULL
+        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT $2) AS due
 )
 SELECT waiting.units AS waiting,
-    (SELECT jsonb_object_agg(lane, number) FROM (
-        SELECT lane, count(*) AS number FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted
-    ) AS dispatched,
-    (SELECT jsonb_agg(jsonb_build_array(units.id, units.lane, units.tenant_id, split_part(units.worker, '/', 1),
+    (SELECT jsonb_agg(jsonb_build_array(lane, number, late)) FROM (
+        SELECT lane, count(*) AS number,
+            count(*) FILTER (WHERE dispatched_at < clock_timestamp() - make_interval(secs => $4)) AS late
+        FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted) AS dispatched,
+    (SELECT jsonb_agg(jsonb_build_array(units.id, units.lane, units.tenant_id,
+            split_part(units.worker, '/', 1) || '/' || split_part(units.worker, '/', 2),
             kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
             yield_requested_at IS NOT NULL))
         FROM units JOIN jobs ON jobs.id = units.job_id WHERE units.state = 'running') AS running,
-    (SELECT jsonb_agg(jsonb_build_array(split_part(name, '/', 1), lanes))
-        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $4)) AS workers
+    (SELECT jsonb_agg(jsonb_build_array(name, lanes))
+        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)) AS workers
 FROM waiting
 """,
 )
 
 
-def snapshot(
-    session: Session, redispatch_seconds: float, per_job: int, alive_seconds: float, per_tenant: int = 64
-) -> QueueSnapshot:
+def snapshot(session: Session, redispatch_seconds: float, alive_seconds: float, per_tenant: int = 64) -> QueueSnapshot:
     """What waits, and which workers have room for it.
 
-    Worker names are cut to Celery's part: claims append the number of the child process, heartbeats do not.
+    Claims are held by a child process of a worker (NODE/INSTANCE/PID); what counts here is its worker (NODE/INSTANCE).
+    A claim of an instance that has died makes no other instance of that node busy.
 
     Args:
         redispatch_seconds: see `dispatch`.
-        per_job: units of one job that may be dispatched at the same time.
         alive_seconds: a worker without a heartbeat for so long is left out.
         per_tenant: waiting units to return for each tenant in each lane.
     """
-    row = SNAPSHOT(session, per_job, redispatch_seconds, per_tenant, alive_seconds).one()
-    units = row.waiting or ()
+    row = SNAPSHOT(session, redispatch_seconds, per_tenant, alive_seconds, LATE_SECONDS).one()
+    units, dispatched = row.waiting or (), row.dispatched or ()
     return QueueSnapshot(
         waiting=[WaitingUnit(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in units],
-        dispatched={Lane(lane): number for lane, number in (row.dispatched or {}).items()},
+        dispatched={Lane(lane): number for lane, number, _ in dispatched},
         running=[RunningUnit(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in row.running or ()],
         workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in row.workers or ()],
+        late={Lane(lane): late for lane, _, late in dispatched},
     )
 
 
@@ -170,11 +179,11 @@ def _array(unit_ids: Iterable[uuid.UUID]) -> str:
 
 
 def release(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
-    """Return units to the queue whose messages could not be published; they wait `delay` seconds."""
+    """Take back units whose messages could not be published: they are queued again in `delay` seconds."""
     session.execute(
         update(Unit)
         .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.DISPATCHED)
-        .values(state=UnitState.QUEUED, rings=0, dispatched_at=None, not_before=NOW + seconds(delay))
+        .values(state=UnitState.SCHEDULED, rings=0, dispatched_at=None, not_before=NOW + seconds(delay))
         .execution_options(synchronize_session=False)
     )
 

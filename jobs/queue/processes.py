@@ -1,4 +1,9 @@
-"""Heartbeats of dispatchers and workers as rows, so that a readiness check asks Postgres only."""
+"""Heartbeats of dispatchers and workers as rows, so that a readiness check asks Postgres only.
+
+A worker is named NODE/INSTANCE: Celery's node name, such as `predict@gpu-1`, and an id that each start of the node gets
+anew. The child process that runs its units claims them as NODE/INSTANCE/PID. So a worker that was killed and started
+again under the same name is another one: what its predecessor held does not make it busy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +35,13 @@ def upsert(session: Session, beat: Heartbeat) -> None:
     session.execute(
         insert(Process).values(name=beat.name, **values).on_conflict_do_update(index_elements=["name"], set_=values)
     )
+
+
+def register(session: Session, beat: Heartbeat) -> None:
+    """Record the first heartbeat of a worker's instance. Earlier instances of its node have ended: their rows go."""
+    node = beat.name.split("/")[0]
+    session.execute(delete(Process).where(Process.name.startswith(f"{node}/", autoescape=True)))
+    upsert(session, beat)
 
 
 def deregister(session: Session, name: str) -> None:

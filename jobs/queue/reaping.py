@@ -1,8 +1,9 @@
 """Take back units whose worker has died or makes no progress."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, text
+from sqlalchemy import ColumnElement, Select, and_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
@@ -19,11 +20,25 @@ WORKER_LOST: Json = {
     "detail": "The worker stopped without a word. See its log; if this repeats, it may lack memory.",
     "retryable": True,
 }
+LOCK_TIMEOUT = text("SET LOCAL lock_timeout TO '500ms'")
 STALLED: Json = {
     "code": "STALLED",
     "detail": "The work made no progress in the stall limit. See the worker's log, or raise RENALQ_STALL_SECONDS.",
     "retryable": True,
 }
+
+
+def held_by(session: Session, holders: str) -> Sequence[Unit]:
+    """The running units of a node or of one of its instances (`jobs.queue.processes`)."""
+    theirs = Unit.worker.startswith(f"{holders}/", autoescape=True)
+    return session.scalars(select(Unit).where(Unit.state == UnitState.RUNNING, theirs)).all()
+
+
+def take_back(session: Session, unit: Unit, retry: RetryPolicy) -> bool:
+    """Take back a unit whose holder is known to have died, before its lease expires. False: it is not held any more."""
+    session.execute(LOCK_TIMEOUT)
+    row = session.execute(_running().where(Unit.id == unit.id, Unit.fence == unit.fence)).first()
+    return row is not None and _reap_one(session, row, literal(True), WORKER_LOST, retry)
 
 
 def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
@@ -35,27 +50,31 @@ def reap(session: Session, *, retry: RetryPolicy, stall: float) -> int:
     Raises:
         OperationalError: the job or the unit stayed locked for 500 ms.
     """
-    session.execute(text("SET LOCAL lock_timeout TO '500ms'"))
+    session.execute(LOCK_TIMEOUT)
     lost = or_(Unit.lease_expires_at < NOW, Unit.progress_at < NOW - seconds(stall))
-    row = session.execute(
+    # In random order: one that is refused each time must not hide the others.
+    row = session.execute(_running().where(lost).order_by(func.random()).limit(1)).first()
+    if row is None:
+        return 0
+    return int(_reap_one(session, row, lost, WORKER_LOST if row.expired else STALLED, retry))
+
+
+def _running() -> Select[Any]:
+    return (
         select(Unit.id, Unit.job_id, Unit.tenant_id, Unit.attempt, Unit.fence, Unit.worker)
         .add_columns(Job.kind, Job.cancel_requested_at, (Unit.lease_expires_at < NOW).label("expired"))
         .join(Job, Job.id == Unit.job_id)
-        .where(Unit.state == UnitState.RUNNING, lost)
-        .order_by(func.random())  # one that is refused each time must not hide the others
-        .limit(1)
-    ).first()
-    return 0 if row is None else int(_reap_one(session, row, lost, retry))
+        .where(Unit.state == UnitState.RUNNING)
+    )
 
 
-def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], retry: RetryPolicy) -> bool:
+def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], error: Json, retry: RetryPolicy) -> bool:
     claim = Claim(row.id, row.job_id, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker)
     lock_job(session, claim.job_id)
     try:
         if row.cancel_requested_at is not None:
             _cancel_reaped(session, claim, lost)
         else:
-            error = WORKER_LOST if row.expired else STALLED
             fail_guarded(session, claim, error, retry, and_(is_held(claim), lost))
     except LeaseLost:
         return False

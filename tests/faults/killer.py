@@ -19,7 +19,14 @@ from tests.faults.servers import Server
 from tests.processes import Stack
 
 WORKERS = ("predict", "train")
-PROCESSES = ("dispatcher", *WORKERS)
+DISPATCHERS = ("dispatcher", "dispatcher2", "dispatcher3")
+"""One leads, two stand by."""
+PROCESSES = (*DISPATCHERS, *WORKERS)
+
+
+def start(processes: Stack, name: str) -> None:
+    """Start one of `PROCESSES`."""
+    processes.start("dispatcher" if name in DISPATCHERS else name, name)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Killer:
         """Start again what ended by itself, as any supervisor does: Celery gives up when its helper processes die."""
         for name in PROCESSES:
             if self.processes.running[name].poll() is not None:
-                self.processes.start(name)
+                start(self.processes, name)
                 self.done["ended_by_itself"] += 1
 
     # --- workers and dispatcher ---
@@ -110,20 +117,21 @@ class Killer:
         return self._back(name, f"{name}, exit code {code}")
 
     def _kill_dispatcher(self) -> str:
-        self.processes.kill("dispatcher")
-        return self._back("dispatcher", "")
+        name = self._pick.choice(DISPATCHERS)
+        self.processes.kill(name)
+        return self._back(name, name)
 
     def _pause_dispatcher(self) -> str:
-        seconds = self._pick.uniform(1, 8)
-        self.processes.pause("dispatcher")
+        name, seconds = self._pick.choice(DISPATCHERS), self._pick.uniform(1, 8)
+        self.processes.pause(name)
         time.sleep(seconds)
-        self.processes.resume("dispatcher")
-        return f"for {seconds:.1f} s"
+        self.processes.resume(name)
+        return f"{name} for {seconds:.1f} s"
 
     def _back(self, name: str, said: str) -> str:
         seconds = self._pick.uniform(0, 2)
         time.sleep(seconds)
-        self.processes.start(name)
+        start(self.processes, name)
         return f"{said}; back after {seconds:.1f} s".lstrip("; ")
 
     # --- servers ---

@@ -32,7 +32,7 @@ from jobs.settings import Settings
 from jobs.tables import Job, ScanResult, Unit
 from ml.synthetic import phantom_files
 from tests.databases import ROOT, alembic_config
-from tests.faults.killer import Killer, recoveries
+from tests.faults.killer import PROCESSES, Killer, recoveries, start
 from tests.faults.rest import Rest, rest
 from tests.faults.servers import own_postgres, own_redis
 from tests.jobs.checker import faults
@@ -99,7 +99,9 @@ def _prepare(folder: Path, parsed: argparse.Namespace, everything: ExitStack) ->
     _migrate(postgres.url)
     settings = Settings(home=folder, database_url=postgres.url, redis_url=redis.url, **CLOCKS)
     sessions = session_factory(postgres.url, pool_size=4, application="storm")
-    processes = everything.enter_context(stack(settings, sessions, "dispatcher", "predict", "train"))
+    processes = everything.enter_context(stack(settings, sessions))
+    for name in PROCESSES:
+        start(processes, name)
     api = everything.enter_context(rest(processes))
     return Killer(processes, redis, postgres, parsed.seed, parsed.mean_pause), processes, api
 
@@ -147,11 +149,20 @@ class Client:
         while not over.wait(self._pick.expovariate(0.7)):
             if training is None or (self._pick.random() < 0.1 and _has_ended(processes, training)):
                 training = self.train(self._pick.randint(20, 60), augmentation=True)
+            elif self._pick.random() < 0.1 and self._accepted.jobs:
+                self._disturb(self._pick.choice(self._accepted.jobs))
             elif self._pick.random() < 0.3:
                 scans = self._pick.choices(self.scan_ids, k=self._pick.randint(20, 150))
                 self._submit("/jobs/predict/batch", {"scan_ids": scans, "model": "1"})
             else:
                 self._submit("/jobs/predict", {"scan_id": self._pick.choice(self.scan_ids), "model": "1"})
+
+    def _disturb(self, job_id: uuid.UUID) -> None:
+        """Cancel a job, or retry what is left of it. Either may be refused, since it has ended or has not."""
+        verb = self._pick.choice(["cancel", "retry"])
+        answer = self._client.post(f"/jobs/{job_id}/{verb}")
+        if verb == "retry" and answer.status_code == 202:
+            self._accepted.jobs.append(uuid.UUID(answer.json["id"]))  # type: ignore[index]
 
     def _submit(self, path: str, body: dict[str, Any]) -> uuid.UUID:
         key = {"Idempotency-Key": str(uuid.UUID(int=self._pick.getrandbits(128)))}

@@ -104,7 +104,7 @@ def test_a_promotion_does_not_wait_for_the_next_interval(
     settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rung: list[bool] = []
-    monkeypatch.setattr("worker.dispatcher.loop.publish_tracking", lambda: rung.append(True))
+    monkeypatch.setattr("worker.dispatcher.maintenance.publish_tracking", lambda: rung.append(True))
     rare = settings.model_copy(update={"mlflow_url": "http://mlflow", "track_again_seconds": 3600})
     dispatcher = Dispatcher(rare, sessions, lambda *_: None)
     with sessions.begin() as session:
@@ -218,8 +218,10 @@ def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
     assert _aliases(runs.connect(mlflow_url), tenant) == {"champion": "1"}
 
 
-@pytest.mark.slow
-def test_an_mlflow_that_is_away_is_tried_again_later(sessions: Sessions, resources: Resources) -> None:
+def test_an_mlflow_that_is_away_is_tried_again_later(
+    sessions: Sessions, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # else it waits between them
     with sessions.begin() as session:
         builders.make_model(session, mlflow_run_id="r1")
     assert backfill.backfill_runs(_at(f"http://127.0.0.1:{free_port()}", resources)) == 0

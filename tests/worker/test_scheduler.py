@@ -61,17 +61,6 @@ def test_short_units_are_reserved_together_with_the_dispatch_to_an_idle_worker()
     assert (len(plan.dispatch), len(plan.reserve)) == (0, 25)
 
 
-def test_explanations_wait_for_all_predictions_of_their_tenant() -> None:
-    explanation, prediction = replace(waiting("a", 1)[0], explains=True), waiting("a", 1)[0]
-    of_another = replace(waiting("b", 1)[0], explains=True)
-    policy = scheduler()
-    assert policy.plan(view([explanation, prediction]), unit_seconds={}).dispatch == [prediction]
-    assert policy.plan(view([explanation]), unit_seconds={}).dispatch == [explanation]
-    two = (PREDICTOR, Worker("predict@b", PREDICTOR.lanes))
-    dispatched = scheduler().plan(view([explanation, prediction, of_another], workers=two), unit_seconds={}).dispatch
-    assert {unit.unit_id for unit in dispatched} == {prediction.unit_id, of_another.unit_id}, "only of their tenant"
-
-
 def test_nothing_is_reserved_for_a_worker_that_is_busy_in_another_lane() -> None:
     urgent = waiting("a", 3, scans=1, lane=Lane.URGENT)
     plan = scheduler().plan(view(urgent, (running("a"),)), unit_seconds={Lane.URGENT: 0.01})
@@ -170,6 +159,33 @@ def test_a_dispatched_urgent_scan_asks_to_yield_when_its_worker_took_a_batch_fir
     assert scheduler().plan(view([], (), {Lane.URGENT: 1}), unit_seconds={}).request_yield == [], (
         "an idle worker is on its way"
     )
+
+
+def test_a_late_urgent_scan_asks_to_yield_though_a_worker_seems_idle() -> None:
+    """The worker that seems idle has died a moment ago."""
+    running_unit, workers = running("a"), (PREDICTOR, Worker("predict@b", PREDICTOR.lanes))
+    queue = view([], (running_unit,), {Lane.URGENT: 1}, workers)
+    assert scheduler().plan(queue, unit_seconds={}).request_yield == []
+    assert scheduler().plan(replace(queue, late={Lane.URGENT: 1}), unit_seconds={}).request_yield == [running_unit]
+
+
+def test_all_idle_workers_are_given_a_unit_of_one_batch_in_one_look() -> None:
+    workers = tuple(Worker(f"predict@{number}", frozenset({Lane.BATCH})) for number in range(100))
+    policy = scheduler()
+    policy.plan(view([], workers=workers), unit_seconds={})
+    assert policy.units_to_read({}) >= 100
+    assert len(policy.plan(view(waiting("a", 250), workers=workers), unit_seconds={}).dispatch) == 100
+
+
+def test_a_worker_of_two_lanes_is_given_one_message() -> None:
+    urgent = waiting("a", 1, scans=1, lane=Lane.URGENT)
+    policy = scheduler()
+    assert policy.plan(view(waiting("a", 2) + urgent), unit_seconds={}).dispatch == urgent
+    assert policy.plan(view(waiting("a", 2), dispatched={Lane.URGENT: 1}), unit_seconds={}).dispatch == []
+    two = (PREDICTOR, Worker("batch@b", frozenset({Lane.BATCH})))
+    both = policy.plan(view(waiting("a", 2) + urgent, workers=two), unit_seconds={}).dispatch
+    assert [unit.lane for unit in both] == [Lane.URGENT, Lane.BATCH]
+    assert policy.plan(view(urgent, dispatched={Lane.BATCH: 1}, workers=two), unit_seconds={}).dispatch == urgent
 
 
 def test_a_training_and_an_ingest_are_never_asked_to_yield() -> None:

@@ -7,10 +7,10 @@ thousandth chunk.
 
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.queue.dispatch import QueueSnapshot, RunningUnit, WaitingUnit
+from jobs.queue.dispatch import QueueSnapshot, RunningUnit, WaitingUnit, Worker
 from jobs.states import Lane
 
 MAX_RESERVED = 64
@@ -62,6 +62,32 @@ class DeficitRoundRobin:
             self._deficits.move_to_end(new, last=False)
 
 
+class IdleWorkers:
+    """The workers of a snapshot that run no unit. One that serves several lanes takes one message of one of them."""
+
+    def __init__(self, queue: QueueSnapshot) -> None:
+        busy = {unit.worker for unit in queue.running}
+        idle = [worker for worker in queue.workers if worker.name not in busy]
+        self._workers = sorted(idle, key=lambda worker: len(worker.lanes))
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers)
+
+    @property
+    def none(self) -> bool:
+        """Whether there is none."""
+        return not self._workers
+
+    def number(self, lane: Lane) -> int:
+        """How many of them serve the lane."""
+        return sum(lane in worker.lanes for worker in self._workers)
+
+    def give(self, lane: Lane, messages: int) -> None:
+        """Take out one worker for each message of the lane; those that serve few lanes first."""
+        takers = [worker for worker in self._workers if lane in worker.lanes][:messages]
+        self._workers = [worker for worker in self._workers if worker not in takers]
+
+
 class FairScheduler:
     """The policy of one dispatcher.
 
@@ -86,20 +112,22 @@ class FairScheduler:
         """Whether all workers were busy in the latest snapshot: a new unit finds none to be dispatched to."""
 
     def units_to_read(self, unit_seconds: Mapping[Lane, float]) -> int:
-        """How many waiting units of each tenant the next snapshot should hold."""
+        """How many waiting units of each tenant the next snapshot should hold: one for each worker, and the reserve."""
         room = max((self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane), default=0)
         return SPARE_UNITS + self._workers + room
 
     def plan(self, queue: QueueSnapshot, unit_seconds: Mapping[Lane, float]) -> Plan:
         """What to do now. `unit_seconds`: how long a unit of a lane takes."""
         self._workers = max(1, len(queue.workers))
-        busy = {unit.worker for unit in queue.running}
-        self.is_busy = bool(queue.workers) and {worker.name for worker in queue.workers} <= busy
-        dispatch = [unit for unit in queue.waiting if unit.overdue]  # they have their place already
+        idle = IdleWorkers(queue)
+        self.is_busy = bool(queue.workers) and idle.none
+        for lane, messages in queue.dispatched.items():
+            idle.give(lane, messages)
+        dispatch = [unit for unit in queue.waiting if unit.overdue]  # their messages are counted already
         reserve: list[WaitingUnit] = []
         yields: list[RunningUnit] = []
         for lane in Lane:
-            ready, later, left = self._plan_lane(queue, lane, unit_seconds.get(lane))
+            ready, later, left = self._plan_lane(queue, lane, idle, unit_seconds.get(lane))
             dispatch += ready
             reserve += later
             waiting = self._waiting_urgent(queue, left) if lane == Lane.URGENT else self._starving(queue, lane, left)
@@ -108,31 +136,32 @@ class FairScheduler:
         return Plan(dispatch, reserve, yields)
 
     def _plan_lane(
-        self, queue: QueueSnapshot, lane: Lane, unit_seconds: float | None
+        self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None
     ) -> tuple[list[WaitingUnit], list[WaitingUnit], list[WaitingUnit]]:
         """The lane's units to dispatch, to reserve, and to leave waiting."""
         waiting = [unit for unit in queue.waiting if unit.lane == lane and not unit.overdue]
-        waiting.sort(key=lambda unit: unit.explains)  # each tenant's explanations come after its predictions
         reserved, new = [unit for unit in waiting if unit.reserved], [unit for unit in waiting if not unit.reserved]
-        idle, reservable = self._room(queue, lane, unit_seconds)
-        woken = reserved[:idle]  # the worker that they were reserved for is idle now, and would not take them
-        idle -= len(woken)
+        room, reservable = self._room(queue, lane, idle, unit_seconds)
+        woken = reserved[:room]  # the worker that they were reserved for is idle now, and would not take them
+        room -= len(woken)
         free = max(0, reservable - len(reserved) + len(woken))
-        chosen = self._lanes[lane].choose(new, idle + free)
-        return woken + chosen[:idle], chosen[idle:], [unit for unit in new if unit not in chosen]
+        chosen = self._lanes[lane].choose(new, room + free)
+        ready = woken + chosen[:room]
+        idle.give(lane, len(ready))
+        return ready, chosen[room:], [unit for unit in new if unit not in chosen]
 
-    def _room(self, queue: QueueSnapshot, lane: Lane, unit_seconds: float | None) -> tuple[int, int]:
+    def _room(
+        self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None
+    ) -> tuple[int, int]:
         """How many units of the lane may be dispatched, to idle workers, and reserved, for those that work in it."""
         workers = [worker for worker in queue.workers if lane in worker.lanes]
-        dispatched = queue.dispatched.get(lane, 0)
         if not workers:  # one unit is dispatched anyway: a heartbeat may only be late
-            return max(0, 1 - dispatched), 0
+            return max(0, 1 - queue.dispatched.get(lane, 0)), 0
         busy = {unit.worker: unit.lane for unit in queue.running}
-        idle = sum(worker.name not in busy for worker in workers) - dispatched
         # A worker stays in its lane, so units are reserved for an idle worker too: it has a message, or gets one by
         # this plan. Otherwise a snapshot between two short units would always dispatch the next one by a message.
         in_lane = sum(busy.get(worker.name, lane) == lane for worker in workers)
-        return max(0, idle), self._reservable(in_lane, unit_seconds)
+        return idle.number(lane), self._reservable(in_lane, unit_seconds)
 
     def _reservable(self, workers: int, unit_seconds: float | None) -> int:
         if unit_seconds is None:
@@ -156,12 +185,10 @@ class FairScheduler:
         return candidates[: max(0, len(tenants) - sum(unit.yield_requested for unit in batches))]
 
     def _waiting_urgent(self, queue: QueueSnapshot, left: Sequence[WaitingUnit]) -> list[str]:
-        """The tenants of urgent units for which no worker is free: those without room, and those dispatched to a worker
-        that took a batch's message first (tenant unknown, so empty)."""
-        busy = {unit.worker for unit in queue.running}
-        idle = any(worker.name not in busy for worker in queue.workers if Lane.URGENT in worker.lanes)
-        unclaimed = 0 if idle else queue.dispatched.get(Lane.URGENT, 0)
-        return [unit.tenant_id for unit in left] + [""] * unclaimed
+        """The tenants of urgent units for which no worker is free: those without room, and those dispatched that no
+        worker can have taken (tenant unknown, so empty): a batch's message was first, or the worker has died."""
+        counted = queue.late if any(Lane.URGENT in worker.lanes for worker in IdleWorkers(queue)) else queue.dispatched
+        return [unit.tenant_id for unit in left] + [""] * counted.get(Lane.URGENT, 0)
 
     def _starving(self, queue: QueueSnapshot, lane: Lane, left: Sequence[WaitingUnit]) -> list[str]:
         """Tenants that were given nothing for `starvation_seconds` and have no worker. Each asks only once in that

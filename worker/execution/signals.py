@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs import logs
 from jobs.queue import processes
 from jobs.settings import Settings
-from worker.execution import workspaces
+from worker.execution import instance, workspaces
 
 if TYPE_CHECKING:
     from worker.execution.resources import Resources
@@ -45,7 +45,8 @@ def _set_up_logging(**_: Any) -> None:
 
 
 @signals.worker_init.connect
-def _prepare(**_: Any) -> None:
+def _prepare(sender: Any, **_: Any) -> None:
+    instance.begin_instance(sender.hostname)
     work = Settings().work
     work.mkdir(parents=True, exist_ok=True)
     os.environ[DRAIN_FILE] = str(work / f"drain-{os.getpid()}")
@@ -55,32 +56,32 @@ def _prepare(**_: Any) -> None:
 @signals.worker_ready.connect
 def _report_alive(sender: Any, **_: Any) -> None:
     lanes = [queue.name for queue in sender.task_consumer.queues]
-    sign = processes.Heartbeat(f"{sender.hostname}/{os.getpid()}", processes.WORKER, lanes)
+    sign = processes.Heartbeat(instance.worker_name(), processes.WORKER, lanes)
     threading.Thread(target=_keep_alive, args=(sign,), name="alive", daemon=True).start()
 
 
 def _keep_alive(sign: processes.Heartbeat) -> None:
     from worker.execution.resources import resources
 
-    opened = resources()
-    _remove_old_workspaces(opened)
+    opened, registered = resources(), False
     while True:
         try:
             with opened.beats.begin() as session:
-                processes.upsert(session, sign)
+                (processes.upsert if registered else processes.register)(session, sign)
+            if not registered:
+                _clean_up_after_predecessors(opened, sign.name.split("/")[0])
+            registered = True
         except SQLAlchemyError as error:
             structlog.get_logger().warning("process_heartbeat_failed", error=type(error).__name__)
         if _stopping.wait(opened.settings.process_seconds):
             return
 
 
-def _remove_old_workspaces(opened: "Resources") -> None:
-    """Remove what dead attempts have left on this machine."""
-    try:
-        removed = workspaces.sweep(opened.settings.work, opened.beats)
-    except SQLAlchemyError:
-        return  # the next start does it
-    if removed:
+def _clean_up_after_predecessors(opened: "Resources", node: str) -> None:
+    """Take back what earlier instances of this node held, and remove what dead attempts have left on this machine."""
+    instance.take_back_lost_units(opened, node)
+    opened.sessions.kw["bind"].dispose()  # a parent process needs no other connection than its heartbeat's
+    if removed := workspaces.sweep(opened.settings.work, opened.beats):
         structlog.get_logger().info("workspaces_removed", count=removed)
 
 
@@ -90,19 +91,23 @@ def _drain(**_: Any) -> None:
 
 
 @signals.worker_shutdown.connect
-def _end(sender: Any, **_: Any) -> None:
+def _end(**_: Any) -> None:
     from worker.execution.resources import resources
 
     _stopping.set()
     Path(os.environ[DRAIN_FILE]).unlink(missing_ok=True)
     try:
         with resources().beats.begin() as session:
-            processes.deregister(session, f"{sender.hostname}/{os.getpid()}")
+            processes.deregister(session, instance.worker_name())
     except SQLAlchemyError:
         pass  # the row grows old by itself
 
 
 @signals.worker_process_init.connect
 def _start_child(**_: Any) -> None:
+    """If another child was here before, it has died: take back what it held."""
+    from worker.execution.resources import resources
+
     die_with_parent()
     logs.configure("worker", Settings().log_level)
+    instance.take_back_lost_units(resources(), instance.worker_name())
