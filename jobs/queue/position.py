@@ -105,8 +105,9 @@ def unfinished_units(session: Session, tenant_id: str) -> dict[str, int]:
     mine = _unfinished(tenant_id).subquery()
     of_job = select(Unit.state).where(Unit.job_id == mine.c.id, Unit.finished_at.is_(None))
     # OFFSET 0 keeps the planner from reading everybody's unfinished units for a join.
-    units = select(mine.join(of_job.offset(0).lateral("units"), true()).c.units_state.label("state"))
-    return _by_state(session, units, [state for state in UnitState if state not in UNIT_TERMINAL])
+    units = of_job.offset(0).lateral("units")
+    found = select(units.c.state).select_from(mine.join(units, true()))
+    return _by_state(session, found, [state for state in UnitState if state not in UNIT_TERMINAL])
 
 
 def _unfinished(tenant_id: str) -> Select[uuid.UUID, str]:
