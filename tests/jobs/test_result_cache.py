@@ -98,7 +98,7 @@ def test_cached_results_are_found_by_the_index(session: Session) -> None:
     query = cache._select_results(MODEL, "torch-fp32", [uuid.uuid4()])
     literal = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     session.execute(text("SET LOCAL enable_seqscan = off"))
-    assert "ix_scan_results_computed" in "\n".join(session.scalars(text(f"EXPLAIN {literal}")))
+    assert "ix_scan_results_scan_id_cached" in "\n".join(session.scalars(text(f"EXPLAIN {literal}")))
 
 
 def test_equal_scans_of_a_batch_are_in_one_unit(session: Session) -> None:
