@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
@@ -180,19 +180,20 @@ def _array(unit_ids: Iterable[uuid.UUID]) -> str:
 
 def release(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
     """Take back units whose messages could not be published: they are queued again in `delay` seconds."""
-    session.execute(
-        update(Unit)
-        .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.DISPATCHED)
-        .values(state=UnitState.SCHEDULED, rings=0, dispatched_at=None, not_before=NOW + seconds(delay))
-        .execution_options(synchronize_session=False)
-    )
+    waiting = {"rings": 0, "dispatched_at": None, "not_before": NOW + seconds(delay)}
+    _update_unlocked(session, unit_ids, Unit.state == UnitState.DISPATCHED, state=UnitState.SCHEDULED, **waiting)
 
 
 def request_yield(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
     """Ask the workers that hold these units to hand back the remaining scans."""
-    session.execute(
-        update(Unit)
-        .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.RUNNING, Unit.yield_requested_at.is_(None))
-        .values(yield_requested_at=NOW)
-        .execution_options(synchronize_session=False)
-    )
+    asked_now = and_(Unit.state == UnitState.RUNNING, Unit.yield_requested_at.is_(None))
+    _update_unlocked(session, unit_ids, asked_now, yield_requested_at=NOW)
+
+
+def _update_unlocked(
+    session: Session, unit_ids: Iterable[uuid.UUID], which: ColumnElement[bool], **values: object
+) -> None:
+    """Update units, but for those that others are moving on: waiting for several could end in a deadlock."""
+    free = select(Unit.id).where(Unit.id.in_(list(unit_ids)), which).with_for_update(skip_locked=True, key_share=True)
+    chosen = update(Unit).where(Unit.id.in_(free), which).values(**values)
+    session.execute(chosen.execution_options(synchronize_session=False))
