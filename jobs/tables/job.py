@@ -84,7 +84,14 @@ class Job(Base):
         Index("ix_jobs_not_succeeded", "tenant_id", "state", "id", postgresql_where=text("state <> 'succeeded'")),
         Index("ix_jobs_not_predict", "tenant_id", "kind", "id", postgresql_where=text("kind <> 'predict'")),
         Index("ix_jobs_not_image", "tenant_id", "pipeline", "id", postgresql_where=text("pipeline <> 'image'")),
-        Index("ix_jobs_finished_at", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        # For retention. Predictions enter it when their results have expired.
+        Index(
+            "ix_jobs_deletable",
+            "finished_at",
+            postgresql_where=text(
+                "finished_at IS NOT NULL AND (kind NOT IN ('predict', 'predict_batch') OR results_expired_at IS NOT NULL)"
+            ),
+        ),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",

@@ -25,7 +25,10 @@ NEW: dict[str, str] = {
     "uq_scans_sha256_tenant_id": "ON scans (sha256, tenant_id)",
     "ix_scan_results_scan_id_cached": "ON scan_results (scan_id, cached)",
     "ix_artifacts_sha256": "ON artifacts USING hash (sha256)",
-    "ix_jobs_finished_at": "ON jobs (finished_at) WHERE finished_at IS NOT NULL",
+    "ix_jobs_deletable": (
+        "ON jobs (finished_at) WHERE finished_at IS NOT NULL "
+        "AND (kind NOT IN ('predict', 'predict_batch') OR results_expired_at IS NOT NULL)"
+    ),
     "ix_truths_scan_id": "ON truths (scan_id)",
     "ix_truths_job_id": "ON truths (job_id)",
     "ix_model_evaluations_job_id": "ON model_evaluations (job_id)",
