@@ -148,7 +148,8 @@ class FairScheduler:
         chosen = self._lanes[lane].choose(new, room + free)
         ready = woken + chosen[:room]
         idle.give(lane, len(ready))
-        return ready, chosen[room:], [unit for unit in new if unit not in chosen]
+        taken = set(chosen)  # a list would be searched for each of ten thousand units
+        return ready, chosen[room:], [unit for unit in new if unit not in taken]
 
     def _room(
         self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None
