@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from jobs.queue import dispatch
+from jobs.queue import completion, dispatch
 from jobs.settings import Settings
 from jobs.states import UnitState
 from worker.dispatcher.scheduler import FairScheduler, Plan
@@ -43,3 +43,5 @@ def waiting_state(in_future: bool) -> str:
 
 def end_cancelled(session: Session) -> None:
     """What the dispatcher does in the background for cancelled jobs, once."""
+    if hasattr(completion, "cancel_batch"):
+        completion.cancel_batch(session)
