@@ -56,6 +56,16 @@ class Batch:
         return client.get(f"/jobs/{self.job.id}/results").get_json()["data"]
 
 
+def test_what_failed_without_failing_a_scan_is_a_warning_and_no_error(
+    client: FlaskClient, sessions: Sessions, settings: Settings, champion: ModelVersion
+) -> None:
+    batch = Batch(sessions, settings, champion, True)
+    with sessions.begin() as session:
+        lifecycle.fail(session, batch.held, builders.BROKEN)
+    told = client.get(f"/jobs/{batch.job.id}").get_json()
+    assert (told["state"], told["error"], told["warnings"]) == ("succeeded", None, [builders.BROKEN])
+
+
 def shown(result: dict) -> dict:
     """What a result says of explanations."""
     return {name: value for name, value in result.items() if name.startswith(("explanation", "heatmap"))}

@@ -302,6 +302,7 @@ def refusal(client: FlaskClient, params: dict[str, Any]) -> dict[str, str]:
     """The one complaint about a training with these parameters."""
     problem = assert_problem(client.post("/jobs/train", json={**SOURCE, "params": params}), 422, "INVALID")
     (only,) = problem["errors"]
+    assert only.pop("in") == "body"
     return dict(only)
 
 

@@ -91,7 +91,7 @@ def test_a_truth_that_cannot_be_is_refused_with_the_reason(
     job_id, scans = batch
     wrong = assert_problem(client.post(path(job_id, scans[0]), json={"label": "Stone"}), 422)
     assert wrong["errors"] == [
-        {"pointer": "/label", "detail": "The model's classes are Normal, Tumor: send one of them."}
+        {"pointer": "/label", "detail": "The model's classes are Normal, Tumor: send one of them.", "in": "body"}
     ]
     assert_problem(client.post(path(job_id, scans[0]), json={}), 422)
     assert_problem(client.post(path(job_id, scans[4]), json={"label": "Tumor"}), 409, "WRONG_STATE")

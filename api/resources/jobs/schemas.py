@@ -4,11 +4,13 @@ import marshmallow as ma
 from marshmallow import fields
 
 from api.http.context import services
-from api.http.fields import Time, one_of
+from api.http.fields import Metadata, Part, Time, links_schema, one_of
 from api.http.paging import PageQuery, PageSchema
 from api.http.pipeline_fields import PipelineName
+from api.http.versioning import address
+from jobs.results.queries import JobView
 from jobs.states import JobKind, JobState
-from jobs.tables import Job
+from jobs.tables import Job, Json
 
 
 class JobsQuery(PageQuery):
@@ -47,11 +49,11 @@ class ErrorSchema(ma.Schema):
 class CountsSchema(ma.Schema):
     """Scans (or, of a training, the job itself) by outcome."""
 
-    total = fields.Integer(attribute="job.total")
-    succeeded = fields.Integer(attribute="job.succeeded")
-    failed = fields.Integer(attribute="job.failed")
-    cancelled = fields.Integer(attribute="job.cancelled")
-    pending = fields.Integer(attribute="pending")
+    total = fields.Integer(required=True)
+    succeeded = fields.Integer(required=True)
+    failed = fields.Integer(required=True)
+    cancelled = fields.Integer(required=True)
+    pending = fields.Integer(required=True)
 
 
 class RevisionSchema(ma.Schema):
@@ -73,6 +75,13 @@ class ReproductionSchema(ma.Schema):
     matches = fields.Boolean(metadata={"description": "No metric differs by more than the tolerance."})
     tolerance = fields.Float()
     differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Float(allow_none=True)))
+
+
+LINKED = ("events", "artifacts", "cancel", "retry")
+RESULTS = ("results", "summary")
+LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
+JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "reproduce", "mlflow"))
+ArtifactLinks = links_schema("ArtifactLinks", ("self",))
 
 
 class JobSchema(ma.Schema):
@@ -99,7 +108,7 @@ class JobSchema(ma.Schema):
         metadata={"description": "Waiting jobs that are served before this one; 1000 means 1000 or more."},
     )
     attempt = fields.Integer(attribute="job.attempt")
-    counts = fields.Function(lambda view: CountsSchema().dump(view), metadata={"type": "object"})
+    counts = Part(CountsSchema, lambda view: counts(view))
     params = fields.Dict(attribute="job.params")
     dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
     retry_of = fields.UUID(attribute="job.retry_of", allow_none=True)
@@ -107,8 +116,21 @@ class JobSchema(ma.Schema):
     reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
-    error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
-    metadata = fields.Dict(attribute="job.labels")
+    error = Part(
+        ErrorSchema,
+        lambda view: error(view.job),
+        allow_none=True,
+        metadata={
+            "description": "Why it failed, or why a cancelled job had failed in part. Else null: see `warnings`."
+        },
+    )
+    warnings = Part(
+        ErrorSchema,
+        lambda view: warnings(view.job),
+        many=True,
+        metadata={"description": "What went wrong without failing a scan."},
+    )
+    metadata = Metadata(attribute="job.labels")
     created_at = Time(attribute="job.created_at")
     started_at = Time(attribute="job.started_at", allow_none=True)
     finished_at = Time(attribute="job.finished_at", allow_none=True)
@@ -122,17 +144,33 @@ class JobSchema(ma.Schema):
         attribute="job.engines",
         metadata={"description": "Engines that computed a prediction's results."},
     )
-    links = fields.Function(lambda view: links(view.job), metadata={"type": "object"})
+    links = Part(JobLinks, lambda view: links(view.job))
 
 
-LINKED = ("events", "artifacts", "cancel", "retry")
-RESULTS = ("results", "summary")
-LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
+FAILED = (JobState.FAILED, JobState.CANCELLED)
+
+
+def error(job: Job) -> Json | None:
+    """The error of a job that failed, or was cancelled after a failure."""
+    return job.error if job.state in FAILED else None
+
+
+def warnings(job: Job) -> list[Json]:
+    """What went wrong without failing a scan, so far. Jobs of earlier releases have it as their error."""
+    found = job.warnings or []
+    return found if job.state in FAILED or job.error is None or job.error in found else [job.error, *found]
+
+
+def counts(view: JobView) -> dict[str, int]:
+    """The fields of CountsSchema."""
+    job = view.job
+    ended = {"succeeded": job.succeeded, "failed": job.failed, "cancelled": job.cancelled}
+    return {"total": job.total, **ended, "pending": view.pending}
 
 
 def links(job: Job) -> dict[str, str]:
     """URLs of a job."""
-    own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind), ())
+    own, special = address(f"/jobs/{job.id}"), LINKED_BY_KIND.get(JobKind(job.kind), ())
     again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
     found = {"self": own, **{name: f"{own}/{name}" for name in (*special, *LINKED, again) if name}}
     mlflow = services().settings.mlflow_public_url.rstrip("/")
@@ -160,9 +198,7 @@ class ArtifactSchema(ma.Schema):
     sha256 = fields.String()
     media_type = fields.String()
     created_at = Time()
-    links = fields.Function(
-        lambda row: {"self": f"/jobs/{row.job_id}/artifacts/{row.name}"}, metadata={"type": "object"}
-    )
+    links = Part(ArtifactLinks, lambda row: {"self": address(f"/jobs/{row.job_id}/artifacts/{row.name}")})
 
 
 class ArtifactsPage(PageSchema):
