@@ -7,7 +7,7 @@ a reader who finds the first one has read all of them (`jobs.queue.kept`).
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from jobs.db import Sessions
@@ -53,11 +53,15 @@ def delete_jobs(session: Session, days: float, rows: int = ROWS) -> bool:
     return gone < len(job_ids) or len(job_ids) == JOBS
 
 
-def _lock_old_jobs(session: Session, days: float) -> Sequence[uuid.UUID]:
+def oldest(days: float) -> Select[uuid.UUID]:
+    """The next jobs to delete. The index ix_jobs_deletable has this condition."""
     emptied = or_(Job.kind.not_in(PREDICTIONS), Job.results_expired_at.is_not(None))
     old = and_(older_than(Job.finished_at, days), emptied, _is_unneeded())
-    oldest = select(Job.id).where(old).order_by(Job.finished_at, Job.id).limit(JOBS)
-    locked = session.scalars(oldest.with_for_update(of=Job, skip_locked=True)).all()
+    return select(Job.id).where(old).order_by(Job.finished_at, Job.id).limit(JOBS)
+
+
+def _lock_old_jobs(session: Session, days: float) -> Sequence[uuid.UUID]:
+    locked = session.scalars(oldest(days).with_for_update(of=Job, skip_locked=True)).all()
     # A retry may have committed after that statement began. While the lock is held, no other can.
     return session.scalars(select(Job.id).where(Job.id.in_(locked), _is_unneeded())).all()
 

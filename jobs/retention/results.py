@@ -7,7 +7,7 @@ that whether a reader has read all of them.
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import and_, func, insert, literal, select, update
+from sqlalchemy import Select, and_, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, Sessions
@@ -47,10 +47,14 @@ def expire(session: Session, days: float, rows: int = ROWS) -> bool:
     return len(emptied) < len(job_ids) or len(job_ids) == JOBS
 
 
-def _lock_expired_jobs(session: Session, days: float) -> Sequence[uuid.UUID]:
+def oldest(days: float) -> Select[uuid.UUID]:
+    """The next jobs whose results expire. The index ix_jobs_unexpired has this condition."""
     old = Job.kind.in_(PREDICTIONS), Job.results_expired_at.is_(None), older_than(Job.finished_at, days)
-    oldest = select(Job.id).where(*old).order_by(Job.finished_at, Job.id).limit(JOBS)
-    return session.scalars(oldest.with_for_update(of=Job, key_share=True, skip_locked=True)).all()
+    return select(Job.id).where(*old).order_by(Job.finished_at, Job.id).limit(JOBS)
+
+
+def _lock_expired_jobs(session: Session, days: float) -> Sequence[uuid.UUID]:
+    return session.scalars(oldest(days).with_for_update(of=Job, key_share=True, skip_locked=True)).all()
 
 
 def _emptied(session: Session, job_ids: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:

@@ -89,7 +89,8 @@ class Job(Base):
             "ix_jobs_deletable",
             "finished_at",
             postgresql_where=text(
-                "finished_at IS NOT NULL AND (kind NOT IN ('predict', 'predict_batch') OR results_expired_at IS NOT NULL)"
+                "finished_at IS NOT NULL "
+                "AND (kind NOT IN ('predict', 'predict_batch') OR results_expired_at IS NOT NULL)"
             ),
         ),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),

@@ -4,9 +4,11 @@ import datetime as dt
 import threading
 import uuid
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import InstrumentedAttribute
 
 from jobs.db import Base, Sessions
@@ -154,6 +156,15 @@ def _leads_an_index(column) -> bool:  # type: ignore[no-untyped-def]
     ]
     firsts = [next(iter(index.columns), None) for index in (*whole, table.primary_key)]
     return column.unique or any(first is column for first in firsts)
+
+
+@pytest.mark.parametrize(("room", "index"), [(results, "ix_jobs_unexpired"), (jobs, "ix_jobs_deletable")])
+def test_old_jobs_are_found_by_an_index(sessions: Sessions, room: ModuleType, index: str) -> None:
+    query = room.oldest(30).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
+    with sessions() as session:
+        for other in ("seqscan", "bitmapscan", "sort"):
+            session.execute(text(f"SET LOCAL enable_{other} = off"))
+        assert f"Scan using {index} on jobs" in "\n".join(session.scalars(text(f"EXPLAIN {query}")))
 
 
 def test_events_read_during_a_deletion_are_not_half_an_answer(sessions: Sessions) -> None:
