@@ -79,7 +79,16 @@ SNAPSHOT = PreparedStatement(
     "snapshot",
     "float8, int, float8, float8",
     """
-WITH RECURSIVE tenants AS (
+WITH RECURSIVE alive AS MATERIALIZED (
+    SELECT name, lanes FROM processes
+    WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)
+), held AS MATERIALIZED (
+    SELECT id, job_id, lane, tenant_id, yield_requested_at,
+        split_part(worker, '/', 1) || '/' || split_part(worker, '/', 2) AS worker
+    FROM units WHERE state = 'running'
+), idle AS MATERIALIZED (
+    SELECT count(*) AS workers FROM alive WHERE name NOT IN (SELECT worker FROM held WHERE worker IS NOT NULL)
+), tenants AS (
     (SELECT lane, tenant_id FROM units WHERE state IN ('queued', 'dispatched') ORDER BY lane, tenant_id LIMIT 1)
     UNION ALL
     SELECT next_tenant.* FROM tenants CROSS JOIN LATERAL (
@@ -103,20 +112,19 @@ WITH RECURSIVE tenants AS (
                         - make_interval(secs => $1 * least(power(2, rings - 1), 8)) END
         ) AS unit
         WHERE kind IS NOT NULL
-        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT $2) AS due
+        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal
+        LIMIT $2 + (SELECT workers FROM idle)) AS due
 )
 SELECT waiting.units AS waiting,
     (SELECT jsonb_agg(jsonb_build_array(lane, number, late)) FROM (
         SELECT lane, count(*) AS number,
             count(*) FILTER (WHERE dispatched_at < clock_timestamp() - make_interval(secs => $4)) AS late
         FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted) AS dispatched,
-    (SELECT jsonb_agg(jsonb_build_array(units.id, units.lane, units.tenant_id,
-            split_part(units.worker, '/', 1) || '/' || split_part(units.worker, '/', 2),
+    (SELECT jsonb_agg(jsonb_build_array(held.id, held.lane, held.tenant_id, held.worker,
             kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
             yield_requested_at IS NOT NULL))
-        FROM units JOIN jobs ON jobs.id = units.job_id WHERE units.state = 'running') AS running,
-    (SELECT jsonb_agg(jsonb_build_array(name, lanes))
-        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)) AS workers
+        FROM held JOIN jobs ON jobs.id = held.job_id) AS running,
+    (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers
 FROM waiting
 """,
 )
@@ -131,7 +139,7 @@ def snapshot(session: Session, redispatch_seconds: float, alive_seconds: float, 
     Args:
         redispatch_seconds: see `dispatch`.
         alive_seconds: a worker without a heartbeat for so long is left out.
-        per_tenant: waiting units to return for each tenant in each lane.
+        per_tenant: waiting units to return for each tenant in each lane, beside one for each idle worker.
     """
     row = SNAPSHOT(session, redispatch_seconds, per_tenant, alive_seconds, LATE_SECONDS).one()
     units, dispatched = row.waiting or (), row.dispatched or ()

@@ -55,8 +55,12 @@ def test_unclaimed_unit_is_dispatched_again_with_doubling_waits(sessions: Sessio
 
 def test_one_batch_may_fill_all_workers_in_one_look(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        make_job(session, JobKind.PREDICT_BATCH, scans=1000, chunk=10)
-        assert len(snapshot(session, per_tenant=100).waiting) == 100
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=1000, chunk=10)
+        for number in range(50):
+            processes.upsert(session, Heartbeat(f"w{number}@here/a1", processes.WORKER, ["batch"]))
+        assert len(snapshot(session, per_tenant=8).waiting) == 58
+        claim(session, units_of(session, job)[0], "w7@here/a1/41")
+        assert len(snapshot(session, per_tenant=8).waiting) == 57, "with all workers busy a few of each tenant suffice"
 
 
 def test_units_that_wait_for_a_retry_stall_no_other_unit_of_their_job(sessions: Sessions) -> None:
