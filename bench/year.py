@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.year")
-    parser.add_argument("--nights", type=int, default=30)
-    parser.add_argument("--scans", type=int, default=5_000, help="scans a night")
+    parser.add_argument("--nights", type=int, default=24)
+    parser.add_argument("--scans", type=int, default=4_000, help="scans a night")
     parser.add_argument("--keep", type=int, default=3, help="nights that retention keeps")
     return parser
 
@@ -226,7 +226,7 @@ def _report(sides: dict[str, Side], parsed: argparse.Namespace) -> int:
     nights = {name: [vars(night) for night in side.nights] for name, side in sides.items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps({"machine": machine(), **vars(parsed), **figures, **nights}, indent=1) + "\n")
-    console = Console(width=140)
+    console = Console(width=170)
     console.print(_table(kept, whole, parsed))
     for name, value in figures.items():
         console.print(f"{name.replace('_', ' ')}: {value}")
