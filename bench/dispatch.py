@@ -13,10 +13,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from bench.queues.checkouts import ROOT, Figures, add_before, measured, write
+from bench.queues.checkouts import ROOT, Figures, add_before, measured, show, write
 from bench.train import machine
 
 OUT = ROOT / "bench" / "out" / "dispatch.json"
@@ -76,7 +75,7 @@ def _judge(found: Figures, waits: Figures) -> int:
         said.append("an urgent scan waited long for a worker that had been started again")
     if waits["child_from_kill"] - waits["idle_child_from_kill"] > MOST_WAIT_SECONDS:
         said.append("an urgent scan waited long for a worker whose child had been killed")
-    Console().print(*(f"NOT MET: {line}" for line in said), sep="\n")
+    show(*(f"NOT MET: {line}" for line in said))
     return 1 if said else 0
 
 
@@ -85,11 +84,11 @@ def _show(dispatching: dict[str, Figures], waits: dict[str, Figures], numbers: S
     table = Table("simulated workers; dispatchers:", *heads, title="Dispatching to a hundred workers")
     for key, label in LABELS.items():
         table.add_row(label, *(_cell(side[number].get(key)) for number in numbers for side in dispatching.values()))
-    Console().print(table)
+    show(table)
     table = Table("real worker, default clocks", *waits, title="Seconds that an urgent scan waited, medians")
     for key, label in WAITS.items():
         table.add_row(label, *(_cell(side[key]) for side in waits.values()))
-    Console().print(table)
+    show(table)
 
 
 def _cell(value: Any) -> str:

@@ -1,10 +1,10 @@
 """What the queue's length costs: `python -m bench.scale [--before PATH]`. 1,000 to 100,000 units, in one run.
 
 Databases with so many waiting units, of one tenant, of a hundred, and all due in an hour, asked in turn: what workers,
-dispatcher, clients and webhook sender ask all the time. A question is flat if its worst median is at most 1.2 times
-that at 1,000 (a plan may change in between). Then: which updates are HOT; ten minutes of a hundred workers' load while
-somebody holds a snapshot open; cancels of batches of 1,000 and 100,000 scans. No plan may scan a table. Prints tables,
-writes bench/out/scale.json with the plans.
+dispatcher, clients and webhook sender ask all the time. A question is flat if the processor time that it takes (client and
+server, median) is at most 1.2 times that at 1,000; a plan may change in between. Then: which updates are HOT; ten
+minutes of a hundred workers' load while somebody holds a snapshot open; cancels of batches of 1,000 and 100,000 scans.
+No plan may scan a table. Prints tables, writes bench/out/scale.json with the plans.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
-from bench.queues.checkouts import ROOT, Figures, add_before, measured, write
+from bench.queues.checkouts import ROOT, Figures, add_before, measured, show, write
 from bench.train import machine
 
 OUT = ROOT / "bench" / "out" / "scale.json"
 FLAT = 1.2
+HOT_TITLE = "Updates by verb, units of one running batch"
 CANCEL_MS = 100.0
 """A request to cancel may take so long."""
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show_load(sides)
     _show_cancel(sides)
     said = list(_not_met(sides["now"]))
-    Console().print(*(f"NOT MET: {line}" for line in said), sep="\n")
+    show(*(f"NOT MET: {line}" for line in said))
     write(OUT, {"machine": machine(), "arguments": arguments, "not_met": said, "sides": sides})
     return 1 if said else 0
 
@@ -69,27 +69,33 @@ def _not_met(side: Figures) -> Iterator[str]:
 
 
 def _show_questions(variant: str, sides: dict[str, Figures], sizes: Sequence[int]) -> None:
-    whats = [*(f"{size:,}" for size in sizes), "p95", "ratio", "pages"]
-    heads = [f"{name}: {what}" for name in sides for what in whats]
-    table = Table("question", *heads, title=f"{variant}, medians in ms")
+    whats = ["ms", "p95", "CPU ms", "ratio", "pages"]
+    table = Table(
+        "question",
+        *_heads(sides, whats),
+        title=f"{variant}: medians at {' '.join(f'{size:,}' for size in sizes)} units",
+    )
     found = {name: side["variants"][variant]["questions"] for name, side in sides.items()}
     for question in found["now"]:
         table.add_row(question, *(cell for side in found.values() for cell in _cells(side[question])))
-    Console().print(table)
+    show(table)
+
+
+def _heads(sides: dict[str, Figures], whats: Sequence[str]) -> list[str]:
+    return [f"{name}: {what}" for name in sides for what in whats]
 
 
 def _cells(row: Figures) -> list[str]:
+    times = [" ".join(f"{value:.1f}" for value in row[name]) for name in ("median_ms", "p95_ms", "cpu_ms")]
     ratio = f"{row['ratio']:.2f}" if row["ratio"] <= FLAT else f"[bold]{row['ratio']:.2f}"
-    pages = "/".join(f"{count:.0f}" for count in row.get("pages", ()))
-    return [*(f"{value:.2f}" for value in (*row["median_ms"], row["p95_ms"][-1])), ratio, pages]
+    return [*times, ratio, " ".join(f"{count:.0f}" for count in row["pages"])]
 
 
 def _show_hot(sides: dict[str, Figures]) -> None:
-    heads = [f"{name}: {what}" for name in sides for what in ("units", "jobs", "revisions")]
-    table = Table("HOT share of updated rows", *heads, title="Updates by verb, units of one running batch")
+    table = Table("HOT updates of", *_heads(sides, ["units", "jobs", "revisions of the job"]), title=HOT_TITLE)
     for verb in sides["now"]["hot"]:
         table.add_row(verb, *(cell for side in sides.values() for cell in _hot_cells(side["hot"][verb])))
-    Console().print(table)
+    show(table)
 
 
 def _hot_cells(found: Figures) -> list[str]:
@@ -99,20 +105,21 @@ def _hot_cells(found: Figures) -> list[str]:
 
 def _show_load(sides: dict[str, Figures]) -> None:
     minutes = sides["now"]["load"]["simulated_minutes"]
-    heads = [f"{name}: {what}" for name in sides for what in ("first", "last", "ratio", "after VACUUM")]
-    table = Table("question", *heads, title=f"A snapshot held open for {minutes:g} minutes of load, medians in ms")
+    title = f"A snapshot held open for {minutes:g} minutes of load: CPU ms in its first and its last tenth, medians"
+    table = Table("question", *_heads(sides, ["first", "last", "ratio", "vacuumed", "pages"]), title=title)
     for question in sides["now"]["load"]["last_to_first"]:
         table.add_row(question, *(cell for side in sides.values() for cell in _load_cells(side["load"], question)))
     for name in ("units", "jobs", "job_events"):
         sizes = (side["load"]["tables"][name] for side in sides.values())
-        cells = ([f"{size['dead']:,} dead", f"{size['bytes'] / 2**20:.0f} MB", "", ""] for size in sizes)
+        cells = ([f"{size['dead']:,} dead", f"{size['bytes'] / 2**20:.0f} MB", "", "", ""] for size in sizes)
         table.add_row(name, *(cell for each in cells for cell in each))
-    Console().print(table)
+    show(table)
 
 
 def _load_cells(found: Figures, question: str) -> list[str]:
-    tenths, ratio = found["medians_by_tenth"][question], found["last_to_first"][question]
-    return [f"{tenths[0]:.2f}", f"{tenths[-1]:.2f}", f"{ratio:.2f}", f"{found['after_vacuum'][question]:.2f}"]
+    tenths, ratio = found["cpu_ms_by_tenth"][question], found["last_to_first"][question]
+    pages = " ".join(f"{each[question]:.0f}" for each in found["pages"].values())
+    return [f"{tenths[0]:.1f}", f"{tenths[-1]:.1f}", f"{ratio:.2f}", f"{found['vacuumed'][question]:.1f}", pages]
 
 
 def _show_cancel(sides: dict[str, Figures]) -> None:
@@ -120,7 +127,7 @@ def _show_cancel(sides: dict[str, Figures]) -> None:
     table = Table("cancel", *heads, title="Batches of so many scans, ms")
     for key, label in (("request_ms", "request"), ("until_ended_ms", "until the job has ended")):
         table.add_row(label, *(f"{size[key]:.0f}" for side in sides.values() for size in side["cancel"].values()))
-    Console().print(table)
+    show(table)
 
 
 if __name__ == "__main__":

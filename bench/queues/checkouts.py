@@ -28,6 +28,7 @@ import bench
 del sys.path[0]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
+FILE_WIDTH = 150
 Figures = dict[str, Any]
 
 
@@ -67,8 +68,14 @@ def say(text: str) -> None:
     Console(stderr=True).print(text)
 
 
+def show(*what: object) -> None:
+    """Print for people; wide tables keep their rows in a file too."""
+    console = Console()
+    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(*what, sep="\n")
+
+
 def write(out: Path, figures: Figures) -> None:
     """Write the figures of all sides to a file of bench/out."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    Console().print(f"written: {out.relative_to(ROOT)}")
+    show(f"written: {out.relative_to(ROOT)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,10 +14,11 @@ from typing import Any
 
 from flask.testing import FlaskClient
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from api import create_app
 from api.http.context import EXTENSION
-from bench.queues.databases import Statements, migrated, pages
+from bench.queues.databases import Backend, Statements, migrated
 from bench.queues.product import WORKERS, Planner, waiting_state
 from jobs import keys
 from jobs.db import Sessions, async_commit_sessions, session_factory
@@ -55,39 +58,50 @@ FILL = (
 
 
 @dataclass
+class Costs:
+    """What one question took, each time: milliseconds on the clock and of the processors, and pages (where counted)."""
+
+    ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+
+
 class Queue:
-    """A database with so many waiting units, and how long each question took there (ms).
+    """A database with so many waiting units, and what each question cost there.
 
     `single` commits without waiting for the disk, as workers' claims and beats and the dispatcher's looks do.
     """
 
-    url: str
-    length: int
-    sessions: Sessions
-    single: Sessions
-    client: FlaskClient
-    planner: Planner = field(default_factory=Planner)
-    deep: list[uuid.UUID] = field(default_factory=list)
-    taken: dict[str, list[float]] = field(default_factory=dict)
-    touched: dict[str, list[int]] | None = None
-    """Pages that each question touched, where they are counted; times mean nothing meanwhile."""
+    def __init__(self, url: str, length: int, client: FlaskClient) -> None:
+        self.url, self.length, self._client = url, length, client
+        # One connection each: its process is measured, and EXPLAIN finds there what was prepared.
+        self.sessions, self.single = session_factory(url, 1, "bench"), async_commit_sessions(url, "bench")
+        self._api: Sessions = client.application.extensions[EXTENSION].sessions
+        self._backends = {id(each): Backend(each.kw["bind"]) for each in (self.sessions, self.single, self._api)}
+        self.planner = Planner()
+        self.deep: list[uuid.UUID] = []
+        self.costs: defaultdict[str, Costs] = defaultdict(Costs)
+        self._counts_pages = False
 
-    def timed(self, name: str, question: Callable[[Any], Any], sessions: Sessions | None = None) -> Any:
-        """The answer, in a transaction of its own if there are sessions."""
-        before = self._pages(sessions)
-        started = time.perf_counter()
-        if sessions is None:
-            answer = question(None)
-        else:
-            with sessions.begin() as session:
-                answer = question(session)
-        self.taken.setdefault(name, []).append((time.perf_counter() - started) * 1e3)
-        if self.touched is not None and sessions is not None:
-            self.touched.setdefault(name, []).append(self._pages(sessions) - before)
-        return answer
+    def timed(self, name: str, question: Callable[[Session], Any], sessions: Sessions) -> Any:
+        """The answer, in a transaction of its own."""
+        with self._measured(name, sessions), sessions.begin() as session:
+            return question(session)
 
-    def _pages(self, sessions: Sessions | None) -> int:
-        return 0 if self.touched is None or sessions is None else pages(sessions.kw["bind"])
+    @contextmanager
+    def _measured(self, name: str, sessions: Sessions) -> Iterator[None]:
+        backend, costs = self._backends[id(sessions)], self.costs[name]
+        pages = backend.pages() if self._counts_pages else 0
+        cpu, started = backend.cpu_ms(), time.perf_counter()
+        yield
+        costs.ms.append((time.perf_counter() - started) * 1e3)
+        costs.cpu_ms.append(backend.cpu_ms() - cpu)
+        if self._counts_pages:
+            costs.pages.append(backend.pages() - pages)
+
+    def _get(self, name: str, path: str, **headers: str) -> Any:
+        with self._measured(name, self._api):
+            return self._client.get(path, headers=headers)
 
     def ask(self, number: int) -> None:
         """Every question once, each on its own."""
@@ -100,9 +114,8 @@ class Queue:
         self.timed("claim next", lambda s: leases.claim_next(s, Lane.BATCH, WORKER, LEASE_SECONDS), self.single)
         polled = self.deep[number % len(self.deep)]
         self.timed("poll", lambda session: queries.job(session, TENANT, polled), self.sessions)
-        answer = self.timed("GET", lambda _: self.client.get(f"/jobs/{polled}"))
-        known = {"If-None-Match": answer.headers["ETag"]}
-        again = self.timed("GET, not modified", lambda _: self.client.get(f"/jobs/{polled}", headers=known))
+        answer = self._get("GET", f"/jobs/{polled}")
+        again = self._get("GET, not modified", f"/jobs/{polled}", **{"If-None-Match": answer.headers["ETag"]})
         assert (answer.status_code, again.status_code) == (200, 304), (answer.text, again.text)
         self.timed("deliver", lambda session: deliveries.claim(session, 30, [], []), self.single)
 
@@ -115,16 +128,23 @@ class Queue:
             self.timed("report", lambda session: lifecycle.report(session, claimed), self.sessions)
         self.timed("end", lambda session: lifecycle.succeed(session, claimed), self.sessions)
 
-    def pages_touched(self, rounds: int) -> dict[str, float]:
-        """How many pages each question touches: medians."""
-        self.touched = {}
-        for number in range(rounds):
-            self.timed("nothing", lambda session: session.execute(text("SELECT 1")), self.single)
-            self.ask(number)
-        own = median(self.touched.pop("nothing"))
-        found = {name: median(each) - own for name, each in self.touched.items()}
-        self.touched = None
-        return found
+    def measure(self, work: Callable[[], object], rounds: int) -> dict[str, Costs]:
+        """What each question of the work costs."""
+        self.costs = defaultdict(Costs)
+        for _ in range(rounds):
+            work()
+        return dict(self.costs)
+
+    def pages_touched(self, work: Callable[[], object], rounds: int) -> dict[str, float]:
+        """How many pages each question of the work touches: medians."""
+        self._counts_pages = True
+        nothing = self.measure(
+            lambda: self.timed("nothing", lambda s: s.execute(text("SELECT 1")), self.single), rounds
+        )
+        found = self.measure(work, rounds)
+        self._counts_pages = False
+        own = median(nothing["nothing"].pages)
+        return {name: median(costs.pages) - own for name, costs in found.items()}
 
     def explained(self) -> dict[str, list[str]]:
         """The plans of looks, polls and deliveries, with their costs and pages."""
@@ -160,9 +180,8 @@ class Queue:
 
     def close(self) -> None:
         """Close its connections."""
-        services = self.client.application.extensions[EXTENSION]
-        services.listener.close()
-        for sessions in (services.sessions, self.sessions, self.single):
+        self._client.application.extensions[EXTENSION].listener.close()
+        for sessions in (self._api, self.sessions, self.single):
             sessions.kw["bind"].dispose()
 
 
@@ -173,16 +192,15 @@ def filled(server: str, home: Path, name: str, length: int, tenants: int = 1, ah
         ahead: seconds until its units are due.
     """
     url = migrated(server, name)
-    app = create_app(Settings(home=home / name, database_url=url, db_pool=2))
-    # One connection each: EXPLAIN must find there what was prepared.
-    queue = Queue(url, length, session_factory(url, 1, "bench"), async_commit_sessions(url, "bench"), app.test_client())
+    client = create_app(Settings(home=home / name, database_url=url, db_pool=1)).test_client()
+    queue = Queue(url, length, client)
     numbers = {"length": length, "tenants": tenants, "ahead": ahead, "state": waiting_state(ahead > 0)}
     numbers |= {"workers": WORKERS, "receivers": RECEIVERS, "theirs": THEIRS}
     with queue.sessions.begin() as session:
         for statement in FILL:
             session.execute(text(statement), {k: v for k, v in numbers.items() if f":{k}" in statement})
         secret = keys.create(session, "bench", [keys.Scope.ADMIN], TENANT).secret
-    queue.client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {secret}"
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {secret}"
     queue.vacuum()
     with queue.sessions() as session:
         deep = text("SELECT id FROM jobs WHERE tenant_id = :tenant ORDER BY id DESC LIMIT 10")

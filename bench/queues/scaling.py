@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.queues.cancelling import cancel
 from bench.queues.checkouts import Figures, hand_in, say
-from bench.queues.filled import Queue, filled
+from bench.queues.filled import Costs, Queue, filled
 from bench.queues.sustained import hot_shares, load
 from cli.stack.embedded import embedded_postgres
 from jobs import logs
@@ -59,21 +59,26 @@ def _asked(queues: list[Queue], rounds: int) -> Figures:
     for number in range(WARM + rounds):
         for queue in queues if number % 2 else reversed(queues):
             queue.ask(number)
-    questions = {name: _compared([queue.taken[name][WARM:] for queue in queues]) for name in queues[0].taken}
-    for touched in [queue.pages_touched(WARM) for queue in queues]:
+    questions = {name: _compared([queue.costs[name] for queue in queues]) for name in queues[0].costs}
+    for touched in [queue.pages_touched(lambda queue=queue: queue.ask(0), WARM) for queue in queues]:
         for name, count in touched.items():
-            questions[name].setdefault("pages", []).append(count)
+            questions[name]["pages"].append(count)
     explained = [queue.explained() for queue in queues]
     plans = queues[-1].plans()
     scans = [line.strip() for line in plans if any(scan in line for scan in SCANNED)]
     return {"questions": questions, "explained": explained, "table_scans": scans, "plans": plans}
 
 
-def _compared(taken: list[list[float]]) -> Figures:
-    """One question in queues of all lengths (ms). `ratio`: the worst median to that of the shortest queue."""
-    medians = [round(median(each), 3) for each in taken]
-    p95 = [round(quantiles(each, n=20)[-1], 3) for each in taken]
-    return {"median_ms": medians, "p95_ms": p95, "ratio": round(max(medians[1:]) / medians[0], 2)}
+def _compared(costs: list[Costs]) -> Figures:
+    """One question in queues of all lengths. `ratio`: the worst processor time (median) to that of the shortest."""
+    cpu = [median(each.cpu_ms[WARM:]) for each in costs]
+    return {
+        "median_ms": [round(median(each.ms[WARM:]), 3) for each in costs],
+        "p95_ms": [round(quantiles(each.ms[WARM:], n=20)[-1], 3) for each in costs],
+        "cpu_ms": [round(each, 3) for each in cpu],
+        "ratio": round(max(cpu[1:]) / cpu[0], 2),
+        "pages": [],
+    }
 
 
 if __name__ == "__main__":

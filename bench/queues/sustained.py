@@ -83,14 +83,17 @@ def _state(queue: Queue, job_id: Any) -> tuple[dict[str, dict[str, int]], int]:
 def load(queue: Queue, minutes: float) -> Figures:
     """What a hundred workers and their dispatcher ask in so many minutes, one after the other, as fast as it goes.
 
-    Medians (ms) of each tenth of it, all while a snapshot from its start is open; then without it, after a VACUUM.
+    Processor times of each tenth of it (medians, ms), all while a snapshot from its start is open, and pages touched at
+    its start and its end; then without it, after a VACUUM.
     """
     queue.vacuum()
     tenths: list[dict[str, float]] = []
     with held_snapshot(queue.url):
+        pages = {"first": queue.pages_touched(lambda: _second(queue), 3)}
         for tenth in range(10):
             say(f"load with an open snapshot: {tenth + 1}/10")
-            tenths.append(_medians(queue, max(1, round(minutes * 6))))
+            tenths.append(_cpu(queue, max(1, round(minutes * 6))))
+        pages["last"] = queue.pages_touched(lambda: _second(queue), 3)
         with queue.sessions() as session:
             found = written(session.connection(), *TABLES)
     queue.vacuum()
@@ -98,17 +101,16 @@ def load(queue: Queue, minutes: float) -> Figures:
         "simulated_minutes": minutes,
         "per_second": {"units": UNITS_PER_SECOND, "looks": LOOKS_PER_SECOND, "reports": REPORTS * UNITS_PER_SECOND},
         "tables": found,
-        "medians_by_tenth": {name: [tenth[name] for tenth in tenths] for name in tenths[0]},
+        "cpu_ms_by_tenth": {name: [tenth[name] for tenth in tenths] for name in tenths[0]},
         "last_to_first": {name: round(tenths[-1][name] / tenths[0][name], 2) for name in tenths[0]},
-        "after_vacuum": _medians(queue, 5),
+        "pages": pages,
+        "vacuumed": _cpu(queue, 5),
     }
 
 
-def _medians(queue: Queue, seconds: int) -> dict[str, float]:
-    queue.taken = {}
-    for _ in range(seconds):
-        _second(queue)
-    return {name: round(median(each), 3) for name, each in queue.taken.items()}
+def _cpu(queue: Queue, seconds: int) -> dict[str, float]:
+    found = queue.measure(lambda: _second(queue), seconds)
+    return {name: round(median(costs.cpu_ms), 3) for name, costs in found.items()}
 
 
 def _second(queue: Queue) -> None:
