@@ -63,6 +63,8 @@ def downgrade() -> None:
 
 def _replace(old: dict[str, str], new: dict[str, str]) -> None:
     with op.get_context().autocommit_block():
+        # A build waits for all older transactions, such as a backup's, and blocks no writer meanwhile.
+        op.execute("SET lock_timeout = 0")
         for name, definition in new.items():
             op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
             unique = "UNIQUE " if name.startswith("uq_") else ""
