@@ -13,7 +13,7 @@ from api.http.context import admit, principal, quota, services, tenant, transact
 from api.http.fields import File, ModelChoice, Time, exactly_one, one_of
 from api.http.idempotency import idempotent, key
 from api.http.paging import PageQuery, PageSchema
-from api.http.pipeline_fields import PipelineName
+from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.feedback_zip import feedback_zip

@@ -24,7 +24,7 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, Time
 from api.http.idempotency import idempotent
-from api.http.pipeline_fields import spec_of
+from api.http.pipelines.fields import spec_of
 from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
 from api.http.responses import BINARY, JSON, PNG, download
 from api.http.versioning import only_at_the_root

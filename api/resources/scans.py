@@ -12,7 +12,7 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, File, Time
 from api.http.idempotency import idempotent
-from api.http.pipeline_fields import PipelineName, spec_of
+from api.http.pipelines.fields import PipelineName, spec_of
 from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.scan_store import MAX_SCANS

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from api.http.pydantic_fields import schema_of
+from api.http.pipelines.schemas import schema_of
 from api.resources.jobs.train import TrainRequest
 from jobs.db import Sessions
 from jobs.tables import Job, ModelVersion

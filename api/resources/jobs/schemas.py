@@ -6,7 +6,7 @@ from marshmallow import fields
 from api.http.context import services
 from api.http.fields import Metadata, Part, Time, links_schema, one_of
 from api.http.paging import PageQuery, PageSchema
-from api.http.pipeline_fields import PipelineName
+from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
 from jobs.results.queries import JobView
 from jobs.states import JobKind, JobState

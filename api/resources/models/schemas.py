@@ -8,7 +8,7 @@ from marshmallow import fields, validate
 from api.http.context import services
 from api.http.fields import Boolean, ModelChoice, Part, Time, links_schema, one_of
 from api.http.paging import NumberedQuery, PageSchema
-from api.http.pipeline_fields import PipelineName, TaskName
+from api.http.pipelines.fields import PipelineName, TaskName
 from api.http.versioning import address
 from jobs.models.cards import mlflow_model_name
 from jobs.tables import ModelVersion, PromotionMethod
