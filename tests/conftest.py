@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+# Beside other processes, small products take up to seven times as long on two threads as on one. For torch, here (it is
+# not imported yet) and in all processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # For tests that give no number of examples. In CI they are the same ones each time, by a profile of hypothesis.
 hypothesis.settings.register_profile("renalq", hypothesis.settings(), max_examples=depth(30, 500), deadline=None)
 hypothesis.settings.load_profile("renalq")

@@ -35,6 +35,7 @@ from ml.runtime.config import CheckpointPlan, load_config, parse_params
 from ml.runtime.errors import BadCheckpoint
 from ml.runtime.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
 from ml.spec.image import Params
+from tests.depth import rest_in_full
 from tests.ml.builders import (
     make_data,
     make_narrow_model,
@@ -428,7 +429,8 @@ def kill_after(epoch: int, child: subprocess.Popen[str], take: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augmentation", [False, True])
+@pytest.mark.scaled
+@pytest.mark.parametrize("augmentation", rest_in_full([False, True], lambda augmentation: not augmentation))
 def test_a_killed_child_is_resumed_to_the_same_end(small_run, tmp_path, augmentation):
     whole = small_run.folder, small_run.events  # in this process, without checkpoints
     if augmentation:
@@ -476,7 +478,8 @@ def test_a_child_that_gets_a_foreign_checkpoint_says_so(small_run, tmp_path):
 def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small_run, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
-    child = start_child(tmp_path / "run", small_run.archive, "--checkpoints", str(kept), "--checkpoint-seconds", "0")
+    options = ("--checkpoints", str(kept), "--checkpoint-seconds", "0")
+    child = start_child(tmp_path / "run", small_run.archive, *options, head="vgg")  # its checkpoints are large
     deadline = time.monotonic() + 60
     while not names_in(kept):  # the first thing to appear is a temporary file
         assert time.monotonic() < deadline

@@ -27,7 +27,16 @@ from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
 from ml.runtime.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from tests.ml.builders import CLASSES, encode, last_linear, make_dicom, make_pixels, make_scans
+from tests.depth import rest_in_full
+from tests.ml.builders import (
+    CLASSES,
+    LIGHT_NETWORKS,
+    encode,
+    last_linear,
+    make_dicom,
+    make_pixels,
+    make_scans,
+)
 
 CONVOLUTIONAL = sorted({*NETWORKS} - {"vit_b_16"})
 HEIGHT, WIDTH, SPOT = 150, 260, 50
@@ -176,9 +185,7 @@ def test_a_transformers_tokens_are_the_patches_row_by_row():
 # --- every network ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, LIGHT_NETWORKS.__contains__))
 def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name):
     by, scan = Explainer(make_model(name)), encode(make_pixels(1, 40, 70, bright=True))
     first, second = (explained(scan, label, by) for label in CLASSES)
@@ -191,9 +198,7 @@ def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name
     assert explained(scan, CLASSES[0], by).overlay == first.overlay
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, LIGHT_NETWORKS.__contains__))
 def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
     """Compared with a plain forward and backward pass of the whole network in torch."""
     model, scan = make_model(name), encode(make_pixels(1, 224, 224, bright=True))

@@ -37,6 +37,7 @@ from ml.runtime.events import (
 )
 from ml.spec.image import NETWORKS
 from ml.spec.image_pipeline import STAGES
+from tests.depth import rest_in_full
 from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 
@@ -111,6 +112,7 @@ def test_nothing_temporary_stays_behind(small_run):
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 def test_stages_alone_give_what_a_run_gives(small_run, tmp_path):
     config = load_config(write_config(tmp_path, small_run.archive))
     events = []
@@ -215,10 +217,10 @@ def scores_of(events: list[Event]) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg16"])
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, lambda name: name == "vgg16"))
 def test_every_network_trains_and_predicts(small_run, tmp_path, name):
     size = {"vit_b_16": 224, "inception_v3": 96}.get(name, SIDE)
-    events = run_of(tmp_path, small_run.archive, network=name, image_size=[size, size, 3])
+    events = run_of(tmp_path, small_run.archive, network=name, head="auto", image_size=[size, size, 3])
     model_path = Path(events[-1].model_path)
     assert network.read_metadata(model_path)["architecture"] == name
     assert scores_of(events)["accuracy"] > 0.5
@@ -240,6 +242,7 @@ def test_four_classes_with_a_small_head_folds_and_blocks_that_learn(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 def test_a_second_training_of_the_same_scans_decodes_and_computes_nothing_again(small_run, tmp_path, monkeypatch):
     environment = RunEnvironment(cache=Cache(tmp_path / "cache", 10**9))
     first = scores_of(run_of(tmp_path / "one", small_run.archive, environment))
@@ -253,6 +256,7 @@ def refused(*_: object, **__: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 def test_initial_weights_carry_their_lineage_and_leaks_are_counted(small_run, tmp_path):
     environment = RunEnvironment(base_weights=small_run.model_path)
     events = run_of(tmp_path, small_run.archive, environment, weights="version:1", seed=1)
