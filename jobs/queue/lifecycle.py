@@ -287,8 +287,5 @@ UPDATE units SET state = 'queued' FROM due WHERE units.id = due.id AND state = '
 
 
 def enqueue_due(session: Session, limit: int = 1000) -> int:
-    """Queue up to `limit` units whose time has come, and wake the dispatcher. Returns their number."""
-    moved: int = ENQUEUE_DUE(session, limit).rowcount
-    if moved:
-        wake_dispatcher(session)
-    return moved
+    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their number."""
+    return int(ENQUEUE_DUE(session, limit).rowcount)

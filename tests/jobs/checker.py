@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 QUESTIONS = {
     "a scan has not exactly one result": """
         SELECT j.id FROM jobs j LEFT JOIN scan_results r ON r.job_id = j.id
-        WHERE j.kind LIKE 'predict%' GROUP BY j.id
+        WHERE j.kind LIKE 'predict%' AND j.results_expired_at IS NULL GROUP BY j.id
         HAVING j.total <> count(r.*) OR min(r.ordinal) <> 0 OR max(r.ordinal) <> j.total - 1""",
     "an ended job has a pending scan": """
         SELECT j.id FROM jobs j JOIN scan_results r ON r.job_id = j.id
@@ -33,7 +33,7 @@ QUESTIONS = {
         WHERE e.type IN ('succeeded', 'partially_succeeded', 'failed', 'cancelled') AND e.type <> j.state""",
     "counters differ from the rows": """
         SELECT j.id FROM jobs j LEFT JOIN scan_results r ON r.job_id = j.id
-        WHERE j.kind LIKE 'predict%' GROUP BY j.id
+        WHERE j.kind LIKE 'predict%' AND j.results_expired_at IS NULL GROUP BY j.id
         HAVING j.succeeded <> count(*) FILTER (WHERE r.state = 'succeeded')
             OR j.failed <> count(*) FILTER (WHERE r.state = 'failed')
             OR j.cancelled <> count(*) FILTER (WHERE r.state = 'cancelled')""",

@@ -5,8 +5,7 @@ from datetime import timedelta
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, Sessions, listening
-from jobs.events.job_events import UNITS_CHANNEL
+from jobs.db import NOW, Sessions
 from jobs.queue import leases, lifecycle
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.states import JobKind, UnitState
@@ -39,18 +38,11 @@ def test_failed_unit_waits_outside_the_queue(sessions: Sessions) -> None:
         assert not faults(session)
 
 
-def test_due_units_are_queued_in_batches_and_the_dispatcher_is_woken(sessions: Sessions) -> None:
+def test_due_units_are_queued_in_batches(sessions: Sessions) -> None:
     with sessions.begin() as session:
         unit_ids = [failed(session, make_job(session)).id for _ in range(3)]
         make_due(session)
-    with listening(sessions.kw["bind"], UNITS_CHANNEL) as bell:
-        moved = []
-        for _ in range(3):
-            with sessions.begin() as session:
-                moved.append(lifecycle.enqueue_due(session, limit=2))
-        assert moved == [2, 1, 0]
-        assert bell.wait(5)
-    with sessions.begin() as session:
+        assert [lifecycle.enqueue_due(session, limit=2) for _ in range(3)] == [2, 1, 0]
         for unit_id in unit_ids:
             assert leases.claim(session, unit_id, "w", 45) is not None
 

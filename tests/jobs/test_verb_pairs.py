@@ -30,6 +30,9 @@ from jobs.queue import checkpoints, completion, dispatch, explanations, leases, 
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.submission import NewJob, NewResult
+from jobs.retention import checkpoints as retained_checkpoints
+from jobs.retention import jobs as retention
+from jobs.retention import results
 from jobs.states import JobKind, JobState, Lane
 from jobs.storage.blobs import Blob
 from jobs.tables import Dataset, Delivery, IdempotencyKey, Job, ScanResult, Unit
@@ -159,6 +162,10 @@ def _explain(session: Session, world: World) -> None:
     explanations.insert_artifacts(session, world.explaining, _overlay())
 
 
+def _take_back(session: Session, claim: Claim) -> None:
+    reaping.take_back(session, session.get_one(Unit, claim.unit_id), RETRY)
+
+
 def _overlay() -> list[explanations.NamedBlob]:
     return [(f"explanations/{uuid.uuid4()}.png", Blob(SHA, 1))]
 
@@ -194,6 +201,8 @@ VERBS: dict[str, Verb] = {
     "cancel": lambda session, world: lifecycle.cancel(session, TENANT, world.batch),
     "end cancelled units": lambda session, world: completion.cancel_batch(session),
     "reap": lambda session, world: reaping.reap(session, retry=RETRY, stall=3600),
+    "take back": lambda session, world: _take_back(session, world.held),
+    "take back an explanation": lambda session, world: _take_back(session, world.explaining),
     "store explanations": lambda session, world: explanations.save(session, world.explaining, _overlay()),
     "explain": _explain,
     "store a checkpoint": lambda session, world: checkpoints.save(session, world.training, _checkpoint(3)),
@@ -202,6 +211,11 @@ VERBS: dict[str, Verb] = {
         session, TENANT, "1", GatePolicy(), force=True, reason="to see"
     ),
     "use an expired key": lambda session, world: idempotency.acquire(session, KEY, 24),
+    "expire results": lambda session, world: results.expire(session, -1),
+    "delete jobs": lambda session, world: retention.delete_jobs(session, -1),
+    "release checkpoints": lambda session, world: retained_checkpoints.release(
+        session, [world.training.job_id, world.failed], -1
+    ),
     "prune keys": lambda session, world: idempotency.prune(session, 24),
     "prune loads": lambda session, world: submission.prune_loads(session),
     "remove the webhook": lambda session, world: webhooks.remove(session, TENANT, world.webhook),
