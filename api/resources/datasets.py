@@ -10,7 +10,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import admit, principal, quota, services, tenant, transaction
-from api.http.fields import File, ModelChoice, Time, exactly_one, one_of
+from api.http.fields import Answer, File, ModelChoice, Time, exactly_one, one_of
 from api.http.idempotency import idempotent, key
 from api.http.paging import PageQuery, PageSchema
 from api.http.pipelines.fields import PipelineName
@@ -61,7 +61,7 @@ class DatasetJson(ma.Schema):
         exactly_one(data, "upload_id", "truths")
 
 
-class DatasetSchema(ma.Schema):
+class DatasetSchema(Answer):
     """A dataset: `problems` make it invalid, `warnings` make scores on it doubtful."""
 
     id = fields.UUID(attribute="dataset.id")

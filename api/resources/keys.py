@@ -9,7 +9,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Time, one_of
+from api.http.fields import Answer, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageSchema, one_page
 from api.http.versioning import address
@@ -27,7 +27,7 @@ class KeyRequest(ma.Schema):
     scopes = fields.List(fields.String(validate=one_of(Scope)), required=True, validate=validate.Length(1, 4))
 
 
-class KeySchema(ma.Schema):
+class KeySchema(Answer):
     """A key, without its secret."""
 
     id = fields.UUID()

@@ -1,28 +1,26 @@
 """What an error code means: where the `type` of problem details leads (RFC 9457)."""
 
-import marshmallow as ma
 from flask import Response, abort, make_response, render_template
 from marshmallow import fields
 
 from api.http.auth import public
 from api.http.bodies import Blueprint
+from api.http.fields import Answer
 from api.http.responses import HTML, TEXT, negotiate
 from jobs.error_codes import ERROR_CODES, ErrorCode
 
 blueprint = Blueprint("problems", __name__, url_prefix="/problems", description="What the error codes mean.")
 
 
-class ProblemTypeSchema(ma.Schema):
+class ProblemTypeSchema(Answer):
     """An error code."""
 
-    code = fields.String(required=True)
-    title = fields.String(required=True)
-    remedy = fields.String(required=True, metadata={"description": "What to do."})
-    status = fields.Integer(
-        required=True, allow_none=True, metadata={"description": "HTTP status; null: only of jobs or scans."}
-    )
-    of_job = fields.Boolean(required=True, metadata={"description": "Whether it may be a job's `error`."})
-    of_scan = fields.Boolean(required=True, metadata={"description": "Whether it may be a result's `error`."})
+    code = fields.String()
+    title = fields.String()
+    remedy = fields.String(metadata={"description": "What to do."})
+    status = fields.Integer(allow_none=True, metadata={"description": "HTTP status; null: only of jobs or scans."})
+    of_job = fields.Boolean(metadata={"description": "Whether it may be a job's `error`."})
+    of_scan = fields.Boolean(metadata={"description": "Whether it may be a result's `error`."})
 
 
 @blueprint.route("/<code>")

@@ -12,7 +12,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import services, tenant, transaction
-from api.http.fields import HttpUrl, Time, one_of
+from api.http.fields import Answer, HttpUrl, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageQuery, PageSchema, one_page
 from api.http.versioning import address
@@ -38,7 +38,7 @@ class WebhookRequest(ma.Schema):
     )
 
 
-class WebhookSchema(ma.Schema):
+class WebhookSchema(Answer):
     """A webhook, without its secret. `events` is empty after its receiver has answered 410."""
 
     id = fields.UUID()
@@ -60,7 +60,7 @@ class WebhooksPage(PageSchema):
     data = fields.List(fields.Nested(WebhookSchema), required=True)
 
 
-class DeliverySchema(ma.Schema):
+class DeliverySchema(Answer):
     """An event sent to a webhook."""
 
     id = fields.UUID()

@@ -101,6 +101,7 @@ def test_no_object_in_an_answer_is_without_fields(client: FlaskClient) -> None:
         if "object" in found.get("type", ()) and not found.get("properties") and not found.get("additionalProperties")
     }
     assert bare == OPEN_OBJECTS
+    assert set(schemas["Job"]["required"]) == set(schemas["Job"]["properties"]) > {"counts", "links", "warnings"}
     assert set(schemas["JobLinks"]["properties"]) == {
         "self", "events", "artifacts", "cancel", "retry", "metrics", "results", "summary", "reproduce", "mlflow",
     }  # fmt: skip

@@ -4,7 +4,7 @@ import marshmallow as ma
 from marshmallow import fields
 
 from api.http.context import services
-from api.http.fields import Metadata, Part, Time, links_schema, one_of
+from api.http.fields import Answer, Metadata, Part, Time, links_schema, one_of
 from api.http.paging import PageQuery, PageSchema
 from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
@@ -39,21 +39,21 @@ class StageSchema(ma.Schema):
 class ErrorSchema(ma.Schema):
     """Error of a job or of one scan."""
 
-    code = fields.String()
-    detail = fields.String()
+    code = fields.String(required=True)
+    detail = fields.String(required=True)
     retryable = fields.Boolean(
         metadata={"description": "Whether another attempt may succeed. Attempts up to the limit were made already."}
     )
 
 
-class CountsSchema(ma.Schema):
+class CountsSchema(Answer):
     """Scans (or, of a training, the job itself) by outcome."""
 
-    total = fields.Integer(required=True)
-    succeeded = fields.Integer(required=True)
-    failed = fields.Integer(required=True)
-    cancelled = fields.Integer(required=True)
-    pending = fields.Integer(required=True)
+    total = fields.Integer()
+    succeeded = fields.Integer()
+    failed = fields.Integer()
+    cancelled = fields.Integer()
+    pending = fields.Integer()
 
 
 class RevisionSchema(ma.Schema):
@@ -84,7 +84,7 @@ JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "re
 ArtifactLinks = links_schema("ArtifactLinks", ("self",))
 
 
-class JobSchema(ma.Schema):
+class JobSchema(Answer):
     """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
 
     id = fields.UUID(attribute="job.id")
@@ -190,7 +190,7 @@ class MetricsSchema(ma.Schema):
     final = fields.Dict(required=True, allow_none=True)
 
 
-class ArtifactSchema(ma.Schema):
+class ArtifactSchema(Answer):
     """A file made by a job."""
 
     name = fields.String()

@@ -6,7 +6,7 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.context import services
-from api.http.fields import Boolean, ModelChoice, Part, Time, links_schema, one_of
+from api.http.fields import Answer, Boolean, ModelChoice, Part, Time, links_schema, one_of
 from api.http.paging import NumberedQuery, PageSchema
 from api.http.pipelines.fields import PipelineName, TaskName
 from api.http.versioning import address
@@ -61,7 +61,7 @@ ModelLinks = links_schema("ModelLinks", ("self", "job", "card", "weights", "drif
 PromotionLinks = links_schema("PromotionLinks", ("model",))
 
 
-class ModelSchema(ma.Schema):
+class ModelSchema(Answer):
     """A model version, with its data, parameters, code and environment."""
 
     version = fields.String()
@@ -116,7 +116,7 @@ class ModelsPage(PageSchema):
     data = fields.List(fields.Nested(ModelSchema), required=True)
 
 
-class PromotionSchema(ma.Schema):
+class PromotionSchema(Answer):
     """A change of the champion: new and previous version, how, why, and by which key."""
 
     id = fields.Integer()
