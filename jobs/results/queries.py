@@ -21,9 +21,8 @@ from jobs.queue.position import QueuePosition, queue_positions
 from jobs.results.job_filter import JobFilter
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState
 from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, ScanResult
+from jobs.tables.columns import LAST_ID
 
-LAST_ID = uuid.UUID(int=2**128 - 1)
-"""Greater than any id of a job."""
 MAX_ORDINAL = 2**31 - 1
 """Greater than any ordinal of a scan in a job."""
 START = -1
