@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -166,25 +166,10 @@ def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
 
 
 def _retry_of(old: Job) -> NewJob:
-    return NewJob(
-        tenant_id=old.tenant_id,
-        kind=JobKind(old.kind),
-        pipeline=old.pipeline,
-        task=old.task,
-        lane=Lane(old.lane),
-        name=old.name,
-        params=old.params,
-        metadata=old.labels,
-        dataset_id=old.dataset_id,
-        source_url=old.source_url,
-        model_id=old.model_id,
-        model_version=old.model_version,
-        base_model_id=old.base_model_id,
-        promote=old.promote,
-        created_by=old.created_by,
-        retry_of=old.id,
-        reproduction_of=old.reproduction_of,
-    )
+    own = ("metadata", "idempotency_key", "retry_of")
+    copied: Json = {field.name: getattr(old, field.name) for field in fields(NewJob) if field.name not in own}
+    copied |= {"kind": JobKind(old.kind), "lane": Lane(old.lane)}
+    return NewJob(**copied, metadata=old.labels, retry_of=old.id)
 
 
 def _unsuccessful_scans(session: Session, old: Job) -> list[NewResult]:
@@ -246,28 +231,9 @@ def _require_ceiling(quota: Quota, queued: int | None, more: int) -> None:
 
 
 def _new_job(new: NewJob, total: int) -> Job:
-    return Job(
-        id=new_id(),
-        tenant_id=new.tenant_id,
-        kind=new.kind,
-        pipeline=new.pipeline,
-        task=new.task,
-        lane=new.lane,
-        name=new.name,
-        params=new.params or {},
-        labels=new.metadata or {},
-        dataset_id=new.dataset_id,
-        source_url=new.source_url,
-        model_id=new.model_id,
-        model_version=new.model_version,
-        base_model_id=new.base_model_id,
-        promote=new.promote,
-        created_by=new.created_by,
-        idempotency_key=new.idempotency_key,
-        retry_of=new.retry_of,
-        reproduction_of=new.reproduction_of,
-        total=total,
-    )
+    given = {**vars(new), "params": new.params or {}, "labels": new.metadata or {}}
+    del given["metadata"]  # SQLAlchemy has an attribute of this name
+    return Job(id=new_id(), total=total, **given)
 
 
 def _unit(job: Job, ordinal: int, scans: int) -> Json:
