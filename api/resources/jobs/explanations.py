@@ -8,7 +8,7 @@ import marshmallow as ma
 from marshmallow import fields
 from sqlalchemy.orm import Session
 
-from jobs.queue import explanations
+from jobs.queue import explanations, kept
 from jobs.queue.explanations import ALL_CLASSES, ExplanationFiles
 from jobs.results import queries
 from jobs.results.queries import JobView
@@ -63,12 +63,18 @@ class ExplainedSchema(ma.Schema):
 
 
 def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult], job_url: str) -> dict[int, Json]:
-    """The fields of ExplainedSchema of these results, by ordinal. The files' addresses begin with the job's."""
+    """The fields of ExplainedSchema of these results, by ordinal. The files' addresses begin with the job's.
+
+    Raises:
+        ResultsExpired
+    """
     requested = view.job.params.get("explain")
     if not requested:
         return {}
     words = explanations.class_slugs(queries.classes(session, view)) if requested == ALL_CLASSES else {}
     files = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
+    if view.terminal:
+        kept.require_kept(session, view.job.id)  # some files may have been deleted since the results were read
     links = partial(_links, job_url)
     return {row.ordinal: _of_result(view, row, files.get(row.ordinal, {}), list(words), links) for row in rows}
 
