@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = list(map(str, parsed.dispatchers))
     load = ["--workers", parsed.workers, "--units", parsed.units, "--load", parsed.load, "--dispatchers", *numbers]
     dispatching = measured("bench.queues.dispatching", parsed.before, load)
+    _show_dispatching(dispatching, numbers)
     waits = measured("bench.queues.lost_worker", parsed.before, ["--rounds", parsed.rounds])
+    _show_waits(waits)
     write(OUT, {"machine": machine(), "arguments": load, "dispatching": dispatching, "urgent_waits": waits})
-    _show(dispatching, waits, numbers)
     return _judge(dispatching["now"], waits["now"])
 
 
@@ -79,12 +80,15 @@ def _judge(found: Figures, waits: Figures) -> int:
     return 1 if said else 0
 
 
-def _show(dispatching: dict[str, Figures], waits: dict[str, Figures], numbers: Sequence[str]) -> None:
+def _show_dispatching(dispatching: dict[str, Figures], numbers: Sequence[str]) -> None:
     heads = [f"{name}: {number}" for number in numbers for name in dispatching]
     table = Table("simulated workers; dispatchers:", *heads, title="Dispatching to a hundred workers")
     for key, label in LABELS.items():
         table.add_row(label, *(_cell(side[number].get(key)) for number in numbers for side in dispatching.values()))
     show(table)
+
+
+def _show_waits(waits: dict[str, Figures]) -> None:
     table = Table("real worker, default clocks", *waits, title="Seconds that an urgent scan waited, medians")
     for key, label in WAITS.items():
         table.add_row(label, *(_cell(side[key]) for side in waits.values()))

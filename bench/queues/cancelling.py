@@ -8,7 +8,7 @@ from statistics import median
 from sqlalchemy import text
 
 from bench.queues.checkouts import Figures, say
-from bench.queues.databases import migrated
+from bench.queues.databases import Backend, migrated
 from bench.queues.product import end_cancelled
 from jobs.db import Sessions, session_factory
 from jobs.queue import lifecycle
@@ -33,22 +33,20 @@ FILL = (
 
 
 def cancel(server: str, sizes: tuple[int, int], batches: int) -> Figures:
-    """For each size: medians of the request (ms), and until the job has ended (ms)."""
+    """For each size: medians (ms) of the request, and until the job has ended; on the clock and of the processors."""
     sessions = session_factory(migrated(server, "cancel"), 1, "bench")
+    backend = Backend(sessions.kw["bind"])
     jobs = {size: _filled(sessions, size, batches) for size in sizes}
     with sessions.kw["bind"].connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
-    found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for number in range(batches):
         for size in sizes:
             say(f"cancel a batch of {size:,} scans")
-            found[size].append(_cancelled(sessions, jobs[size][number]))
+            found[size].append(_cancelled(sessions, backend, jobs[size][number]))
     sessions.kw["bind"].dispose()
     return {
-        str(size): {
-            "request_ms": round(median(request for request, _ in each), 1),
-            "until_ended_ms": round(median(ended for _, ended in each), 1),
-        }
+        str(size): {name: round(median(taken[name] for taken in each), 1) for name in each[0]}
         for size, each in found.items()
     }
 
@@ -61,15 +59,16 @@ def _filled(sessions: Sessions, scans: int, batches: int) -> list[str]:
         return list(session.scalars(text("SELECT id FROM jobs WHERE total = :scans"), {"scans": scans}))
 
 
-def _cancelled(sessions: Sessions, job_id: str) -> tuple[float, float]:
-    started = time.perf_counter()
+def _cancelled(sessions: Sessions, backend: Backend, job_id: str) -> dict[str, float]:
+    started, cpu = time.perf_counter(), backend.cpu_ms()
     with sessions.begin() as session:
         lifecycle.cancel(session, TENANT, job_id)  # type: ignore[arg-type]
-    request = time.perf_counter() - started
+    request = {"request_ms": (time.perf_counter() - started) * 1e3, "request_cpu_ms": backend.cpu_ms() - cpu}
     while not _has_ended(sessions, job_id):
         with sessions.begin() as session:
             end_cancelled(session)
-    return request * 1e3, (time.perf_counter() - started) * 1e3
+    ended = {"until_ended_ms": (time.perf_counter() - started) * 1e3, "until_ended_cpu_ms": backend.cpu_ms() - cpu}
+    return request | ended
 
 
 def _has_ended(sessions: Sessions, job_id: str) -> bool:

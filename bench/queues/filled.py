@@ -138,12 +138,10 @@ class Queue:
     def pages_touched(self, work: Callable[[], object], rounds: int) -> dict[str, float]:
         """How many pages each question of the work touches: medians."""
         self._counts_pages = True
-        nothing = self.measure(
-            lambda: self.timed("nothing", lambda s: s.execute(text("SELECT 1")), self.single), rounds
-        )
+        nothing = self.measure(lambda: self.timed("", lambda s: s.execute(text("SELECT 1")), self.single), rounds)
         found = self.measure(work, rounds)
         self._counts_pages = False
-        own = median(nothing["nothing"].pages)
+        own = median(nothing[""].pages)
         return {name: median(costs.pages) - own for name, costs in found.items()}
 
     def explained(self) -> dict[str, list[str]]:
