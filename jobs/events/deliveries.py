@@ -178,5 +178,6 @@ def prune(session: Session, days: float, limit: int = PRUNED_AT_ONCE) -> int:
     # Ids are ordered by time, so the primary key finds the oldest.
     old = select(Delivery.id).where(Delivery.id < first_id(now.timestamp() - days * 24 * 3600))
     some = old.where(Delivery.state != DeliveryState.PENDING).order_by(Delivery.id).limit(limit)
+    some = some.with_for_update(skip_locked=True)  # they may be deleted with their webhook right now
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]

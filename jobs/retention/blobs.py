@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import structlog
-from sqlalchemy import ColumnElement, delete, exists, func, literal, select, tuple_, union, update
+from sqlalchemy import Select, delete, exists, func, literal, select, tuple_, union, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.types import String
@@ -116,7 +116,7 @@ def record(session: Session, done: Sequence[Planned]) -> None:
     """Note what was done, but for blobs that were released again meanwhile."""
     aside = [one for one in done if one.action == Action.SET_ASIDE]
     finished = [one for one in done if one.action != Action.SET_ASIDE]
-    session.execute(delete(ReleasedBlob).where(_unchanged(finished)))
+    session.execute(delete(ReleasedBlob).where(ReleasedBlob.sha256.in_(_unchanged(finished))))
     session.execute(_later(aside).values(aside=True))
 
 
@@ -125,8 +125,11 @@ def _postpone(session: Session, failed: Sequence[Planned]) -> None:
 
 
 def _later(rows: Iterable[Planned]):  # type: ignore[no-untyped-def]
-    return update(ReleasedBlob).where(_unchanged(rows)).values(due_at=NOW + seconds(GRACE_SECONDS))
+    unchanged = ReleasedBlob.sha256.in_(_unchanged(rows))
+    return update(ReleasedBlob).where(unchanged).values(due_at=NOW + seconds(GRACE_SECONDS))
 
 
-def _unchanged(rows: Iterable[Planned]) -> ColumnElement[bool]:
-    return tuple_(ReleasedBlob.sha256, ReleasedBlob.due_at).in_([(row.sha256, row.due_at) for row in rows])
+def _unchanged(rows: Iterable[Planned]) -> Select[str]:
+    """Those that nobody has released again. One that is locked is being released right now."""
+    same = tuple_(ReleasedBlob.sha256, ReleasedBlob.due_at).in_([(row.sha256, row.due_at) for row in rows])
+    return select(ReleasedBlob.sha256).where(same).with_for_update(skip_locked=True)
