@@ -12,6 +12,8 @@ from torch import nn
 
 from ml.image.networks import network
 from ml.image.stages import runner
+from ml.image.stages.run import RunEnvironment
+from ml.runtime.cache import Cache
 from ml.runtime.config import load_config, parse_params
 from ml.runtime.events import Event
 from tests.depth import depth
@@ -59,6 +61,7 @@ class SmallRun:
 
     folder: Path
     archive: Path
+    environment: RunEnvironment
     events: list[Event]
 
     @property
@@ -77,8 +80,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """All four stages in this process."""
     folder = tmp_path_factory.mktemp("small-run")
     archive = write_zip(make_files(20, side=SIDE), folder / "data.zip")
-    events: list[Event] = []
-    runner.run_all(
-        load_config(write_config(folder, archive)), parse_params(SMALL | {"augmentation": False}), events.append
-    )
-    return SmallRun(folder, archive, events)
+    environment, events = RunEnvironment(cache=Cache(tmp_path_factory.mktemp("cache"), 10**9)), list[Event]()
+    params = parse_params(SMALL | {"augmentation": False})
+    runner.run_all(load_config(write_config(folder, archive)), params, events.append, environment)
+    return SmallRun(folder, archive, environment, events)

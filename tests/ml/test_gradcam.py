@@ -81,6 +81,12 @@ def explainer() -> Explainer:
     return Explainer(make_model())
 
 
+@cache
+def spotter(name: str = "resnet18") -> Explainer:
+    """An explainer of `make_spotter`. Do not change it."""
+    return Explainer(make_spotter(name))
+
+
 def explained(scan: bytes, label: str | None = None, by: Explainer | None = None) -> Explanation:
     (one,) = (by or explainer()).explain([ScanInput("a", scan)], label)
     return one
@@ -101,10 +107,9 @@ def grey_of(scan: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
 def test_the_peak_is_in_the_corner_that_the_answer_depends_on(name):
-    spotter = Explainer(make_spotter(name))
     for top in (0, HEIGHT - SPOT):
         for left in (0, WIDTH - SPOT):
-            one = explained(with_spot(top, left), "Tumor", spotter)
+            one = explained(with_spot(top, left), "Tumor", spotter(name))
             row, column = np.unravel_index(one.heatmap.argmax(), one.heatmap.shape)
             assert top <= row < top + SPOT, (top, left)
             assert left <= column < left + SPOT, (top, left)
@@ -113,9 +118,9 @@ def test_the_peak_is_in_the_corner_that_the_answer_depends_on(name):
 
 
 def test_what_speaks_for_one_class_says_nothing_for_the_other():
-    spotter, scan = Explainer(make_spotter("resnet18")), with_spot(10, 200)
-    assert explained(scan, "Tumor", spotter).heatmap.max() > 0.9
-    assert explained(scan, "Normal", spotter).heatmap.max() == 0
+    scan = with_spot(10, 200)
+    assert explained(scan, "Tumor", spotter()).heatmap.max() > 0.9
+    assert explained(scan, "Normal", spotter()).heatmap.max() == 0
 
 
 @torch.no_grad()
@@ -269,7 +274,7 @@ def test_a_form_that_was_refused_for_predictions_is_none_for_explanations():
 
 def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
     forwards, scan = list[int](), with_spot(10, 200)
-    by = Explainer(make_spotter("resnet18"))
+    by = spotter()
     forward = by._features
     monkeypatch.setattr(by, "_features", lambda pixels: forwards.append(1) or forward(pixels))
     one, other = by.each_class(ScanInput("a", scan), "Tumor")
@@ -282,7 +287,7 @@ def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
 
 
 def test_each_class_is_made_when_it_is_asked_for(monkeypatch):
-    by, made = Explainer(make_spotter("resnet18")), list[int]()
+    by, made = spotter(), list[int]()
     weighed = by._cam
     monkeypatch.setattr(by, "_cam", lambda features, label: made.append(label) or weighed(features, label))
     stream = by.each_class(ScanInput("a", with_spot(10, 200)), "Tumor")
@@ -309,7 +314,7 @@ def test_a_scan_that_was_predicted_is_not_decoded_again():
 
 
 def test_a_heatmap_is_a_grey_picture_of_256_levels():
-    one = explained(with_spot(10, 200), "Tumor", Explainer(make_spotter("resnet18")))
+    one = explained(with_spot(10, 200), "Tumor", spotter())
     with Image.open(io.BytesIO(one.heatmap_png()), formats=["PNG"]) as picture:
         assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
         levels = np.asarray(picture)
@@ -337,7 +342,7 @@ def test_heatmap_and_overlay_have_the_size_of_the_scan(scan):
 
 def test_the_overlay_is_the_grey_scan_where_nothing_is_seen_and_coloured_where_it_is():
     scan = with_spot(50, 100)
-    one = explained(scan, "Tumor", Explainer(make_spotter("resnet18")))
+    one = explained(scan, "Tumor", spotter())
     overlay, grey = picture_of(one).astype(int), grey_of(scan)
     cold, hot = one.heatmap == 0, one.heatmap > 0.9
     assert np.array_equal(overlay[cold], grey[cold])
