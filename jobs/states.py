@@ -70,8 +70,7 @@ class DatasetState(StrEnum):
 
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.PARTIALLY_SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 UNIT_TERMINAL = frozenset({UnitState.SUCCEEDED, UnitState.FAILED, UnitState.CANCELLED})
-CLAIMABLE = (UnitState.QUEUED, UnitState.DISPATCHED)
-UNCLAIMED = (UnitState.SCHEDULED, *CLAIMABLE)
+UNCLAIMED = (UnitState.SCHEDULED, UnitState.QUEUED, UnitState.DISPATCHED)
 """States of a unit that waits: no worker holds it."""
 
 TRANSITIONS: dict[UnitState, frozenset[UnitState]] = {
