@@ -27,7 +27,7 @@ WITH done AS (
         WHEN cancel_requested_at IS NOT NULL AND cancelled > 0 THEN 'cancelled'
         WHEN succeeded = 0 THEN 'failed'
         ELSE 'partially_succeeded' END AS state
-    FROM jobs WHERE id = $1 AND finished_at IS NULL
+    FROM jobs WHERE id = $1 AND (finished_at IS NULL) IS TRUE
         AND NOT EXISTS (SELECT FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL)
 ), ended AS (
     UPDATE jobs SET finished_at = clock_timestamp(), state = done.state,

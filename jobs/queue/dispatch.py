@@ -154,7 +154,7 @@ def snapshot(session: Session, redispatch_seconds: float, alive_seconds: float, 
 
 MARK = """
 UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings = {rings}
-FROM (SELECT id FROM units WHERE id = ANY ($1) AND {due} FOR UPDATE SKIP LOCKED) AS chosen
+FROM (SELECT id FROM units WHERE id = ANY ($1) AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen
 WHERE units.id = chosen.id RETURNING units.id
 """
 DUE = "state = 'queued' AND not_before <= clock_timestamp()"

@@ -281,7 +281,7 @@ WITH due AS (
     SELECT id FROM units WHERE state = 'scheduled' AND not_before <= now()
     ORDER BY not_before LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 )
-UPDATE units SET state = 'queued' FROM due WHERE units.id = due.id AND state = 'scheduled'
+UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due))
 """,
 )
 
