@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.scale")
     add_before(parser)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="units, two or more")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--cancels", type=int, default=3, help="batches cancelled, of each size")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--cancels", type=int, default=2, help="batches cancelled, of each size")
     parser.add_argument("--minutes", type=float, default=10, help="of load, with a snapshot held open")
     return parser
 

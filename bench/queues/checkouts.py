@@ -28,7 +28,7 @@ import bench
 del sys.path[0]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-FILE_WIDTH = 150
+FILE_WIDTH = 190
 Figures = dict[str, Any]
 
 

@@ -23,7 +23,7 @@ from jobs.queue.leases import Claim
 from jobs.results import queries
 
 TABLES = ("units", "jobs", "job_events")
-UNITS_PER_SECOND, LOOKS_PER_SECOND, REPORTS = 10, 5, 2
+UNITS_PER_SECOND, LOOKS_PER_SECOND, REPORTS = 10, 3, 2
 """Of a hundred workers with units of ten seconds; a predicting worker reports five times a unit in fact."""
 HOT_UNITS = 200
 BATCH = "SELECT id, job_id FROM units WHERE job_id = (SELECT id FROM jobs ORDER BY total DESC LIMIT 1) LIMIT :count"
