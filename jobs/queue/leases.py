@@ -114,8 +114,13 @@ CLAIM_UNIT = PreparedStatement(
     CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
     async_commit=True,  # losing a claim in a crash is harmless, since its holder can write nothing
 )
+# Only among those of the last seconds: they are reserved for fractions of a second, what is older is dispatched by a
+# message, and index entries of ended units, which Postgres keeps while any transaction is older, are not stepped over.
 NEXT_RESERVED = """
-SELECT id, job_id FROM units WHERE state = 'dispatched' AND lane = $1 AND rings = 0 ORDER BY dispatched_at, id LIMIT 1
+SELECT id, job_id FROM units
+WHERE state = 'dispatched' AND rings = 0
+    AND (lane, dispatched_at) > ($1, now() - interval '10 seconds') AND (lane, dispatched_at) < ($1, 'infinity')
+ORDER BY lane, dispatched_at, id LIMIT 1
 """
 CLAIM_NEXT = PreparedStatement(
     "claim_next",

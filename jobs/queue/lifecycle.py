@@ -106,7 +106,7 @@ UPDATE jobs SET succeeded = jobs.succeeded + $5, failed = jobs.failed + $6,
     engines = CASE WHEN jobs.engines @> $9 THEN jobs.engines
         ELSE array(SELECT DISTINCT unnest(jobs.engines || $9) ORDER BY 1) END
 FROM succeeded WHERE jobs.id = succeeded.job_id
-RETURNING pg_notify('renalq_units', '')
+RETURNING pg_notify('renalq_units', 'ended')
 """,
 )
 
@@ -137,6 +137,7 @@ def succeed(
     write_outcomes(session, claim, outcomes, counted=True)
     if enqueue_explanations:
         explanations.enqueue(session, claim)
+        wake_dispatcher(session, str(claim.job_id))
     finish_job_if_done(session, claim.job_id)
 
 
@@ -230,7 +231,7 @@ def _after_requeue(session: Session, claim: Claim, error: Json) -> None:
     cancelled = select(Job.cancel_requested_at.is_not(None)).where(Job.id == claim.job_id)
     if session.scalar(cancelled):
         cancel_units(session, claim.job_id)
-    wake_dispatcher(session)
+    wake_dispatcher(session, str(claim.job_id))
 
 
 def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
@@ -281,11 +282,12 @@ WITH due AS (
     SELECT id FROM units WHERE state = 'scheduled' AND not_before <= now()
     ORDER BY not_before LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 )
-UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due))
+UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING job_id
 """,
 )
 
 
-def enqueue_due(session: Session, limit: int = 1000) -> int:
-    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their number."""
-    return int(ENQUEUE_DUE(session, limit).rowcount)
+def enqueue_due(session: Session, limit: int = 1000) -> list[str]:
+    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their jobs' ids, one
+    for each unit."""
+    return [str(row.job_id) for row in ENQUEUE_DUE(session, limit)]

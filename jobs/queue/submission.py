@@ -115,7 +115,7 @@ def submit(
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
     _add_load(session, job, quota)
     finish_job_if_done(session, job.id)  # a batch in which every scan failed already is finished
-    wake_dispatcher(session)
+    wake_dispatcher(session, str(job.id))
     session.refresh(job)
     return job
 

@@ -53,7 +53,7 @@ class Unit(Base):
             postgresql_where=text("state IN ('queued', 'dispatched')"),
         ),
         Index("ix_units_scheduled", "not_before", postgresql_where=text("state = 'scheduled'")),
-        Index("ix_units_rung", "lane", postgresql_where=text("state = 'dispatched'")),
+        Index("ix_units_dispatched", "lane", "dispatched_at", postgresql_where=text("state = 'dispatched'")),
         # For the reaper. No index has a column that a heartbeat writes: Postgres then updates the row within its page
         # and touches no index at all (HOT).
         Index("ix_units_running", "id", postgresql_where=text("state = 'running'")),

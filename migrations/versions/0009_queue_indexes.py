@@ -33,6 +33,7 @@ NEW: dict[str, str] = {
     "ix_truths_job_id": "ON truths (job_id)",
     "ix_model_evaluations_job_id": "ON model_evaluations (job_id)",
     # -- dispatcher and workers --
+    "ix_units_dispatched": "ON units (lane, dispatched_at) WHERE state = 'dispatched'",
     # -- webhooks, MLflow --
     "ix_deliveries_due": "ON deliveries (webhook_id, next_at) WHERE state = 'pending'",
     "ix_deliveries_webhook_id_id": "ON deliveries (webhook_id, id)",
@@ -48,6 +49,7 @@ OLD: dict[str, str] = {
     "uq_scans_tenant_id_sha256": "ON scans (tenant_id, sha256)",
     "ix_scan_results_computed": "ON scan_results (scan_id) WHERE state = 'succeeded' AND NOT cached",
     # -- dispatcher and workers --
+    "ix_units_rung": "ON units (lane) WHERE state = 'dispatched'",
     # -- webhooks, MLflow --
     "ix_deliveries_pending": "ON deliveries (next_at) WHERE state = 'pending'",
 }

@@ -112,7 +112,7 @@ class Lifecycle(RuleBasedStateMachine):
     def enqueue_due(self) -> None:
         scheduled = [unit for unit in self.units.values() if unit.state == "scheduled"]
         with self.sessions.begin() as session:
-            assert lifecycle.enqueue_due(session) == len(scheduled)
+            assert len(lifecycle.enqueue_due(session)) == len(scheduled)
         for unit in scheduled:
             unit.state = "queued"
 

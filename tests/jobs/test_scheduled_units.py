@@ -34,7 +34,7 @@ def test_failed_unit_waits_outside_the_queue(sessions: Sessions) -> None:
         wait = unit.not_before - session.scalars(select(NOW)).one()
         assert timedelta(0) < wait < timedelta(seconds=60), "uniform between 0 and the bound"
         assert leases.claim(session, unit.id, "w", 45) is None
-        assert lifecycle.enqueue_due(session) == 0
+        assert lifecycle.enqueue_due(session) == []
         assert not faults(session)
 
 
@@ -42,7 +42,7 @@ def test_due_units_are_queued_in_batches(sessions: Sessions) -> None:
     with sessions.begin() as session:
         unit_ids = [failed(session, make_job(session)).id for _ in range(3)]
         make_due(session)
-        assert [lifecycle.enqueue_due(session, limit=2) for _ in range(3)] == [2, 1, 0]
+        assert [len(lifecycle.enqueue_due(session, limit=2)) for _ in range(3)] == [2, 1, 0]
         for unit_id in unit_ids:
             assert leases.claim(session, unit_id, "w", 45) is not None
 
@@ -53,7 +53,7 @@ def test_units_that_others_hold_are_left_for_the_next_time(sessions: Sessions) -
         make_due(session)
     with sessions() as other, sessions.begin() as session:
         other.execute(select(Unit.id).where(Unit.id == held).with_for_update())
-        assert lifecycle.enqueue_due(session) == 1
+        assert len(lifecycle.enqueue_due(session)) == 1
         assert session.get_one(Unit, free).state == UnitState.QUEUED
 
 
