@@ -98,9 +98,7 @@ ERROR_CODES = {
         ),
         ErrorCode("UNSUPPORTED_MEDIA_TYPE", "This kind of body is not taken here", "Send what `detail` names.", 415),
         ErrorCode("INVALID", "Fields are missing, unknown or wrong", "Correct what `errors` points at.", 422),
-        ErrorCode(
-            "NOT_AN_IMAGE", "The file is no image", "Send PNG, JPEG, BMP, TIFF, WebP or DICOM.", 422, of_scan=True
-        ),
+        ErrorCode("NOT_AN_IMAGE", "The file is no image", "`detail` says what can be read.", 422, of_scan=True),
         ErrorCode(
             "BAD_INPUT",
             "The file is no input of its pipeline",

@@ -123,7 +123,7 @@ def test_the_cli_lists_and_refuses_in_one_line(whole_stack: RunningStack) -> Non
     assert [job["id"] for job in jobs] == [job["id"] for job in whole_stack.get("/jobs?limit=20", **key).json()["data"]]
     for command, path in ((("models",), "/models"), (("datasets", "list"), "/datasets")):
         listed = json.loads(whole_stack.renalq(*command, "--json").stdout)
-        assert listed == whole_stack.get(path, **key).json()["data"]
+        assert listed == whole_stack.get(f"/v1{path}", **key).json()["data"]
     refused = whole_stack.renalq("jobs", "show", "01900000-0000-7000-8000-000000000000")
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: 404 ")
