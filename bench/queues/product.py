@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -29,11 +31,17 @@ class Planner:
         if "chunks_rung_per_job" in Settings.model_fields:
             known["per_job"] = settings.chunks_rung_per_job
         self._arguments = {k: v for k, v in known.items() if k in inspect.signature(dispatch.snapshot).parameters}
+        self._reader = dispatch.QueueReader() if hasattr(dispatch, "QueueReader") else None
 
     def look(self, session: Session) -> Plan:
         """What would be dispatched now."""
-        per_tenant = self._scheduler.units_to_read({})
-        return self._scheduler.plan(dispatch.snapshot(session, per_tenant=per_tenant, **self._arguments), {})
+        read = self._reader.read if self._reader else dispatch.snapshot
+        return self._scheduler.plan(read(session, per_tenant=self._scheduler.units_to_read({}), **self._arguments), {})
+
+    def marked(self, unit_ids: Sequence[uuid.UUID]) -> None:
+        """These units were dispatched."""
+        if self._reader:
+            self._reader.marked(unit_ids)
 
 
 def waiting_state(in_future: bool) -> str:

@@ -119,6 +119,7 @@ def _second(queue: Queue) -> None:
     ids = [unit.unit_id for unit in plan.dispatch][:UNITS_PER_SECOND]
     with queue.single.begin() as session:
         dispatch.dispatch(session, ids, 15)
+    queue.planner.marked(ids)
     for unit_id in ids:
         queue.work(unit_id, REPORTS)
     queue.timed("poll", lambda session: queries.job(session, TENANT, queue.deep[0]), queue.sessions)
