@@ -204,7 +204,7 @@ def _probe(sessions: Sessions) -> dict[str, float]:
         return found
 
     for unit_id in units:
-        timed("look", lambda session: dispatch.snapshot(session, 15, 15))
+        timed("look", lambda session: dispatch.QueueReader().read(session, 15, 15))
         timed("poll", lambda session: queries.job(session, TENANT, job_id))
         held = timed("claim", lambda session, unit_id=unit_id: leases.claim(session, unit_id, WORKER, 45))
         _end(sessions, held)

@@ -30,13 +30,14 @@ class Planner:
         }
         if "chunks_rung_per_job" in Settings.model_fields:
             known["per_job"] = settings.chunks_rung_per_job
-        self._arguments = {k: v for k, v in known.items() if k in inspect.signature(dispatch.snapshot).parameters}
         self._reader = dispatch.QueueReader() if hasattr(dispatch, "QueueReader") else None
+        self._read: Any = self._reader.read if self._reader else getattr(dispatch, "snapshot")  # noqa: B009  (older)
+        self._arguments = {k: v for k, v in known.items() if k in inspect.signature(self._read).parameters}
 
     def look(self, session: Session) -> Plan:
         """What would be dispatched now."""
-        read = self._reader.read if self._reader else dispatch.snapshot
-        return self._scheduler.plan(read(session, per_tenant=self._scheduler.units_to_read({}), **self._arguments), {})
+        queue = self._read(session, per_tenant=self._scheduler.units_to_read({}), **self._arguments)
+        return self._scheduler.plan(queue, {})
 
     def marked(self, unit_ids: Sequence[uuid.UUID]) -> None:
         """These units were dispatched."""

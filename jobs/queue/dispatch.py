@@ -240,11 +240,6 @@ def _snapshot(row: Any) -> QueueSnapshot:
     )
 
 
-def snapshot(session: Session, redispatch_seconds: float, alive_seconds: float, per_tenant: int = 64) -> QueueSnapshot:
-    """A snapshot by a new reader (see `QueueReader.read`)."""
-    return QueueReader().read(session, redispatch_seconds, alive_seconds, per_tenant)
-
-
 MARK = """
 UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings = {rings}
 FROM (SELECT id FROM units WHERE id = ANY ($1) AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen

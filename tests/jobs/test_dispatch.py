@@ -25,7 +25,7 @@ RETRYABLE = {"code": "INTERNAL", "detail": "", "retryable": True}
 
 def snapshot(session: Session, per_tenant: int = 64) -> QueueSnapshot:
     """The dispatcher's view with default intervals."""
-    return dispatch.snapshot(session, redispatch_seconds=15, alive_seconds=15, per_tenant=per_tenant)
+    return QueueReader().read(session, redispatch_seconds=15, alive_seconds=15, per_tenant=per_tenant)
 
 
 def dispatch_all(session: Session) -> int:

@@ -97,7 +97,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(promise=st.booleans())
     def ring(self, promise: bool) -> None:
         with self.sessions.begin() as session:
-            waiting = dispatch.snapshot(session, 15, 15).waiting
+            waiting = dispatch.QueueReader().read(session, 15, 15).waiting
             new = [unit.unit_id for unit in waiting if not unit.overdue]
             if promise:
                 dispatch.reserve(session, new)
@@ -453,7 +453,7 @@ def _end(session: Session, held: Claim, way: str) -> None:
 
 def _dispatch(sessions: Sessions, pick: random.Random) -> None:
     with sessions.begin() as session:
-        waiting = [unit.unit_id for unit in dispatch.snapshot(session, 15, 15).waiting]
+        waiting = [unit.unit_id for unit in dispatch.QueueReader().read(session, 15, 15).waiting]
         half = len(waiting) // 2
         dispatch.reserve(session, waiting[:half])
         dispatch.dispatch(session, waiting[half:], 15)
