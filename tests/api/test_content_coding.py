@@ -193,5 +193,5 @@ class Broken(io.BytesIO):
 def test_a_body_that_ends_too_soon_is_no_shorter_body(stream: type[io.BytesIO], length: int | None) -> None:
     received = Received(stream(b"1234"), length, None)
     assert received.read(100) == b"1234"
-    with pytest.raises(MalformedBody, match=r"cut off on its way: 4( of 9)? bytes came"):
+    with pytest.raises(MalformedBody, match="cut off on its way: 4 of 9" if length else "chunks"):
         received.read(100)

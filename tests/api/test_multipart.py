@@ -54,6 +54,7 @@ NAMES: dict[str, tuple[str, str | None]] = {
     "a quote as curl writes it": (r'filename="a\"b.png"', 'a"b.png'),
     "a per cent sign": ('filename="50%41.png"', "50%41.png"),
     "extended": ("filename*=UTF-8''L%C3%A4sion.png", "Läsion.png"),
+    "extended, with what looks like escapes": ("filename*=UTF-8''50%2522.png", "50%22.png"),
     "extended, Latin-1": ("filename*=iso-8859-1'de'L%E4sion.png", "Läsion.png"),
     "extended, of Windows": ("filename*=windows-1252''%80.png", "€.png"),
     "extended after plain": ("filename=\"L.png\"; filename*=UTF-8''L%C3%A4.png", "Lä.png"),

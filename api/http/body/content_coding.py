@@ -72,8 +72,10 @@ class Received(io.RawIOBase):
         return data
 
     def _cut_off(self) -> MalformedBody:
-        whole = "" if self._length is None else f" of {self._length}"
-        return MalformedBody(f"The body was cut off on its way: {self._received}{whole} bytes came. Send it again.")
+        if self._length is None:
+            return MalformedBody("The body was cut off on its way, or it does not consist of chunks. Send it again.")
+        came = f"{self._received} of {self._length} bytes came"
+        return MalformedBody(f"The body was cut off on its way: {came}. Send it again.")
 
 
 class Decoded(io.RawIOBase):

@@ -71,8 +71,7 @@ class Part:
 
     def _names(self) -> tuple[str, str | None]:
         try:
-            given = part_headers.parameters(self._headers["Content-Disposition"])
-            names = {key: part_headers.text_of(given[key]) for key in ("name", "filename") if key in given}
+            names = part_headers.parameters(self._headers["Content-Disposition"])
         except UnknownCharset:
             raise self._refused("has a name in a charset that is not read or not what it says. Send UTF-8.") from None
         except ValueError:

@@ -31,24 +31,15 @@ class UnknownCharset(ValueError):
 def parameters(header: str) -> Mapping[str, str]:
     """The parameters of a header such as `form-data; name="file"`, by name in lower case.
 
-    `name*` (RFC 5987) comes before `name`; `name*0`, `name*1` (RFC 2231) are put together.
-
-    Raises:
-        ValueError: one of them cannot be read.
-    """
-    found = [(match[1].lower(), _closed(match[2].strip())) for match in _PARAMETER.finditer(header)]
-    return {name: _plain(value) for name, value in decode_params([("", ""), *found])[1:]}
-
-
-def text_of(value: str) -> str:
-    """A value without the escapes of browsers and encoded words (RFC 2047). An ill-formed word stays as it is.
+    `name*` (RFC 5987) comes before `name`; `name*0`, `name*1` (RFC 2231) are put together. In values without `*` the
+    escapes of browsers and encoded words (RFC 2047) are read; an ill-formed word stays as it is.
 
     Raises:
         UnknownCharset
+        ValueError: a parameter cannot be read.
     """
-    for escape, character in _HTML_ESCAPES.items():
-        value = value.replace(escape, character)
-    return _ENCODED_WORDS.sub(_words, value)
+    found = [(match[1].lower(), _closed(match[2].strip())) for match in _PARAMETER.finditer(header)]
+    return {name: _text(value) for name, value in decode_params([("", ""), *found])[1:]}
 
 
 def last_of_windows_path(name: str) -> str:
@@ -70,22 +61,25 @@ def decoded(data: bytes, charset: str) -> str:
         raise UnknownCharset from None
 
 
-def _words(run: re.Match[str]) -> str:
-    """Encoded words with only spaces between them, which do not count. A character may be divided over two words."""
-    try:
-        return "".join(decoded(word, charset) for word, charset in decode_header(run[0]))
-    except HeaderParseError:
-        return run[0]
-
-
 def _closed(value: str) -> str:
     if value.startswith('"') and (len(value) == 1 or not value.endswith('"')):
         raise ValueError("a quote is not closed")
     return value
 
 
-def _plain(value: str | tuple[str | None, str | None, str]) -> str:
-    if isinstance(value, str):
-        return unquote(value)
-    charset, _, text = value  # its bytes, each as one character
-    return decoded(unquote(text).encode("latin-1"), charset or "utf-8")
+def _text(value: str | tuple[str | None, str | None, str]) -> str:
+    if not isinstance(value, str):
+        charset, _, text = value  # its bytes, each as one character
+        return decoded(unquote(text).encode("latin-1"), charset or "utf-8")
+    plain = unquote(value)
+    for escape, character in _HTML_ESCAPES.items():
+        plain = plain.replace(escape, character)
+    return _ENCODED_WORDS.sub(_words, plain)
+
+
+def _words(run: re.Match[str]) -> str:
+    """Encoded words with only spaces between them, which do not count. A character may be divided over two words."""
+    try:
+        return "".join(decoded(word, charset or "") for word, charset in decode_header(run[0]))
+    except HeaderParseError:
+        return run[0]
