@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -147,6 +148,21 @@ def test_a_coded_chunk_of_an_upload_counts_decoded(client: FlaskClient) -> None:
     answer = client.patch(
         path, data=gzip.compress(content, 0), headers=headers, content_type="application/offset+octet-stream"
     )
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, str(len(content)))
+
+
+def test_of_a_coded_chunk_that_is_cut_off_the_decoded_bytes_are_kept(client: FlaskClient) -> None:
+    content = os.urandom(200_000)
+    tus = {"Tus-Resumable": "1.0.0"}
+    path = client.post("/uploads", headers={**tus, "Upload-Length": str(len(content))}).headers["Location"]
+    headers = {**tus, "Upload-Offset": "0", "Content-Encoding": "gzip"}
+    media_type = "application/offset+octet-stream"
+    cut = client.patch(path, data=gzip.compress(content)[:150_000], headers=headers, content_type=media_type)
+    assert "cut off" in assert_problem(cut, 400, "MALFORMED_BODY")["detail"]
+    offset = client.head(path, headers=tus).headers["Upload-Offset"]
+    assert 100_000 < int(offset) < 150_000
+    rest = gzip.compress(content[int(offset) :])
+    answer = client.patch(path, data=rest, headers={**headers, "Upload-Offset": offset}, content_type=media_type)
     assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, str(len(content)))
 
 

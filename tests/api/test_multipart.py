@@ -191,6 +191,7 @@ MALFORMED: dict[str, tuple[str, bytes, str]] = {
     "extended name in an unknown charset": (TYPE, file("filename*=rot13''Canary.png") + END, "charset"),
     "encoded word in an unknown charset": (TYPE, file('filename="=?idna?q?Canary?="') + END, "charset"),
     "continued name without order": (TYPE, file(f"filename*{'9' * 5000}=a") + END, "cannot be read"),
+    "name both whole and continued": (TYPE, file("filename*=a; filename*0=b") + END, "cannot be read"),
     "text in Latin-1": (TYPE, file() + text("Canary Ä".encode("latin-1")) + END, "Part 2 .*not in UTF-8.*charset"),
     "text in an unknown charset": (TYPE, text(b"Canary", "Content-Type: a/b; charset=x") + file() + END, "charset"),
     "a file without filename": (TYPE, text(SCAN, name="file") + END, 'no file name.*filename="…"'),

@@ -36,10 +36,9 @@ class MultipartParser(FormDataParser):
         Raises:
             MalformedBody, TooLarge
         """
-        texts: list[tuple[str, str]] = []
-        files: list[tuple[str, FileStorage]] = []
-        for name, value in self._values(stream, options or {}) if mimetype == MULTIPART else ():
-            texts.append((name, value)) if isinstance(value, str) else files.append((name, value))
+        found = list(self._values(stream, options or {})) if mimetype == MULTIPART else []
+        texts = [(name, value) for name, value in found if isinstance(value, str)]
+        files = [(name, value) for name, value in found if isinstance(value, FileStorage)]
         return stream, self.cls(texts), self.cls(files)
 
     def _values(self, stream: IO[bytes], options: dict[str, str]) -> Iterator[tuple[str, str | FileStorage]]:

@@ -39,7 +39,11 @@ def parameters(header: str) -> Mapping[str, str]:
         ValueError: a parameter cannot be read.
     """
     found = [(match[1].lower(), _closed(match[2].strip())) for match in _PARAMETER.finditer(header)]
-    return {name: _text(value) for name, value in decode_params([("", ""), *found])[1:]}
+    try:
+        joined = decode_params([("", ""), *found])[1:]
+    except TypeError:  # how it refuses `name*` beside `name*0`
+        raise ValueError("a parameter is both whole and in pieces") from None
+    return {name: _text(value) for name, value in joined}
 
 
 def last_of_windows_path(name: str) -> str:
