@@ -9,7 +9,7 @@
     ├── ResultsExpired      410
     ├── MalformedBody       400
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict
-    ├── UnsupportedMedia    415
+    ├── UnsupportedMedia    415   UnsupportedCoding
     ├── TooLarge            413
     ├── OtherTusVersion     412
     ├── UploadBusy          423
@@ -224,6 +224,10 @@ class UnsupportedMedia(RenalQError):
     """This kind of file is not taken here."""
 
     status, code = 415, "UNSUPPORTED_MEDIA_TYPE"
+
+
+class UnsupportedCoding(UnsupportedMedia):
+    """This Content-Encoding is not taken. Send the body as it is, or in one of {accepted}, once."""
 
 
 class TooLarge(RenalQError):

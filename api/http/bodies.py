@@ -14,14 +14,29 @@ from webargs.core import is_json
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import FileStorage, MultiDict
 
+from api.http.body.content_coding import ACCEPTED
+from api.http.body.multipart import MULTIPART
 from api.http.body_spool import JSON_BYTES, UploadRequest
-from api.http.fields import find_unstorable, pointer_step
-from api.http.problems import InvalidFields
+from api.http.fields import File, find_unstorable, pointer_step
+from api.http.problems import MEDIA_TYPE, InvalidFields, ProblemSchema
 from api.http.responses import CSV, JSON, NDJSON
 from jobs.errors import MalformedBody, UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
-MULTIPART = "multipart/form-data"
+RELATED = ("multipart/related", "multipart/mixed")
+UNSUPPORTED_MEDIA = {
+    "415": {
+        "description": "Another media type than these, or another `Content-Encoding` than gzip or deflate.",
+        "headers": {
+            "Accept-Encoding": {
+                "description": f"`{ACCEPTED}`, if it was the `Content-Encoding`.",
+                "schema": {"type": "string"},
+            }
+        },
+        "content": {MEDIA_TYPE: {"schema": ProblemSchema}},
+    }
+}
+"""What OpenAPI says of every operation that takes a body."""
 
 
 class OneOf:
@@ -129,7 +144,10 @@ def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
 
 def _document(view: Any, kinds: dict[str, Declared]) -> dict[str, Any]:
     content = {kind: {"schema": _schema_document(kind, schema)} for kind, schema in kinds.items()}
-    document: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    document: dict[str, Any] = {
+        "requestBody": {"required": True, "content": content},
+        "responses": UNSUPPORTED_MEDIA,
+    }
     if CSV in kinds:
         before = getattr(view, "_apidoc", {}).get("manual_doc", {}).get("parameters", [])  # lists are not merged
         manifest: Any = kinds[CSV]
@@ -157,11 +175,18 @@ def _body(kinds: dict[str, Declared]) -> Any:
         schema = _schema(kinds[request.mimetype], None)
         raw = {"manifest": FileStorage(cast(UploadRequest, request).spooled()), **_query(schema)}
     else:
-        raise UnsupportedMedia(f"Send the body as {' or '.join(kinds)}.")
+        raise UnsupportedMedia(_other_media(kinds))
     try:
         return schema.load(raw, unknown=ma.RAISE)
     except ma.ValidationError as error:
         raise InvalidFields(list(pointers(error.messages))) from None
+
+
+def _other_media(kinds: Mapping[str, Declared]) -> str:
+    taken = f"Send the body as {' or '.join(kinds)}."
+    if request.mimetype in RELATED and MULTIPART in kinds:  # what DICOMweb (STOW-RS) sends
+        return f"{request.mimetype} is not taken. {taken} Each DICOM file is a part with a file name."
+    return taken
 
 
 def _schema(declared: Declared, raw: Any) -> ma.Schema:
@@ -184,7 +209,8 @@ def _json() -> Any:
     except json.JSONDecodeError as error:  # its own text may quote the body
         raise MalformedBody(f"The body is not JSON: see line {error.lineno}, column {error.colno}.") from None
     except UnicodeDecodeError as error:
-        raise MalformedBody(f"The body is not JSON: its byte {error.start + 1} is not UTF-8.") from None
+        encoding = error.encoding.upper()  # which its first bytes tell
+        raise MalformedBody(f"The body is not JSON: its byte {error.start + 1} is not {encoding}.") from None
     except ValueError as error:
         raise MalformedBody(f"The body is not JSON: {error}.") from None
     return value
@@ -195,12 +221,7 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 def _parts() -> MultiDict[str, Any]:
-    try:
-        parts: MultiDict[str, Any] = MultiDict(request.form)
-    except ValueError:
-        raise MalformedBody(
-            "The body is not multipart/form-data: boundary, a part's headers, or the end are wrong."
-        ) from None
+    parts: MultiDict[str, Any] = MultiDict(request.form)
     for name, file in request.files.items(multi=True):
         parts.add(name, file)
     return parts
@@ -226,6 +247,8 @@ def _part(field: Any, name: str, values: list[Any]) -> Any:
         return values
     if len(values) > 1:
         raise InvalidFields([(f"/{pointer_step(name)}", "Given more than once.")])
+    if field is not None and not isinstance(field, File) and not texts:
+        raise InvalidFields([(f"/{pointer_step(name)}", "Sent as a file. Send it as text, without a file name.")])
     if isinstance(field, fields.Dict) and texts:
         return _value_of(name, values[0])
     return _typed(field, name, values[0]) if texts else values[0]

@@ -8,18 +8,23 @@ import io
 import os
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from flask import Request, current_app
-from werkzeug.formparser import FormDataParser
+from werkzeug.utils import cached_property
+
+from api.http.body.content_coding import body_stream
+from api.http.body.multipart import MultipartParser
+from jobs.errors import MalformedBody
 
 MAX_PARTS = 20_000
 """Parts of one multipart body: ten thousand scans with a custom id each."""
 JSON_BYTES = 32 * 1024 * 1024
 """Largest JSON body (bytes). It is held in memory, so larger scans must come as multipart."""
 SPOOL_FOLDER = "incoming"
+FRAMINGS = {"chunked", "identity"}
+"""Transfer codings that the server has read already."""
 
 
 class Section(io.RawIOBase):
@@ -89,11 +94,25 @@ class Spool:
 
 
 class UploadRequest(Request):
-    """A request whose files go into one spool."""
+    """A request whose body is decoded, and whose files go into one spool."""
 
     max_form_parts = MAX_PARTS
-    form_data_parser_class = partial(FormDataParser, silent=False)  # type: ignore[assignment]  # else broken is empty
+    form_data_parser_class = MultipartParser
     _spool: Spool | None = None
+
+    @cached_property
+    def stream(self) -> IO[bytes]:
+        """The body without its content coding, never more than `max_content_length`.
+
+        Raises:
+            UnsupportedCoding, MalformedBody, RequestEntityTooLarge. Reading raises the latter two, and TooLarge.
+        """
+        if set(self.headers.get("Transfer-Encoding", "chunked").lower().replace(" ", "").split(",")) - FRAMINGS:
+            raise MalformedBody("Of Transfer-Encoding only `chunked` is read. Name other codings in Content-Encoding.")
+        length = self.content_length if self.environ.get("CONTENT_LENGTH") else None
+        if length is None and not self.environ.get("wsgi.input_terminated"):
+            length = 0  # nobody can tell where it ends
+        return body_stream(self.input_stream, length, self.content_encoding, self.max_content_length)
 
     def _get_file_stream(
         self,

@@ -1,7 +1,5 @@
 """Strict fields: the string "2" is no number, and 1 is no boolean."""
 
-import base64
-import binascii
 import datetime as dt
 import math
 import re
@@ -15,6 +13,8 @@ import marshmallow as ma
 from flask_smorest.fields import Upload
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
+
+from api.http.body.transfer_encoding import DamagedText, decode_base64
 
 VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
 """A model version in a request. Use `fullmatch`: `match` would allow a line break at the end."""
@@ -61,22 +61,17 @@ class Time(fields.AwareDateTime):
 
 
 class Base64(fields.String):
-    """Bytes in base64; data URLs and line breaks are accepted."""
-
-    default_error_messages = {"base64": "Not valid base64."}  # noqa: RUF012  (marshmallow's way)
+    """Bytes in base64; data URLs, the URL-safe alphabet and line breaks are accepted, padding may be left out."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        text: str = super()._deserialize(value, attr, data, **kwargs)
-        if text.startswith("data:"):
-            text = text.partition(",")[2]
         try:
-            return base64.b64decode("".join(text.split()), validate=True)
-        except (binascii.Error, ValueError):
-            raise self.make_error("base64") from None
+            return decode_base64(super()._deserialize(value, attr, data, **kwargs))
+        except DamagedText as error:
+            raise ma.ValidationError(str(error)) from None
 
 
 class ImageOrScanId(Base64):
-    """An image in base64, or the id of a stored scan: a UUID has dashes, so it is no valid base64."""
+    """An image in base64, or the id of a stored scan: a UUID would be base64 of 27 bytes, fewer than any image has."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         scan_id = parse_uuid(value) if isinstance(value, str) else None
@@ -88,7 +83,7 @@ class File(Upload):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> FileStorage:
         if not isinstance(value, FileStorage):
-            raise ma.ValidationError("Send it as a file, with a file name.")
+            raise ma.ValidationError('Send it as a file, with a file name: `filename="…"` in its Content-Disposition.')
         return value
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from api.http.body.content_coding import ACCEPTED
 from api.http.body_spool import JSON_BYTES
 from api.http.fields import one_of
 from api.http.versioning import PREFIX
@@ -31,6 +32,7 @@ from jobs.errors import (
     TooLarge,
     Unauthorized,
     Unavailable,
+    UnsupportedCoding,
     UploadBusy,
 )
 
@@ -132,6 +134,8 @@ def error_response(error: RenalQError) -> Response:
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
+    if isinstance(error, UnsupportedCoding):
+        headers["Accept-Encoding"] = ACCEPTED
     if isinstance(error, RETRYABLE):
         headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
     more: dict[str, Any] = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}

@@ -1,7 +1,6 @@
 """Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload)."""
 
 import base64
-import binascii
 import datetime as dt
 import uuid
 from typing import Any
@@ -13,7 +12,8 @@ from werkzeug.datastructures import FileStorage
 from werkzeug.http import http_date
 
 from api.http.auth import needs
-from api.http.bodies import Blueprint
+from api.http.bodies import UNSUPPORTED_MEDIA, Blueprint
+from api.http.body.transfer_encoding import decode_base64
 from api.http.context import services
 from api.http.fields import Time
 from api.http.idempotency import idempotent
@@ -131,6 +131,7 @@ def get_offset(headers: dict[str, Any], upload_id: uuid.UUID) -> Response:
 @blueprint.doc(
     operationId="appendToUpload",
     requestBody={"required": True, "content": {CHUNK: {"schema": {"type": "string", "format": "binary"}}}},
+    responses=UNSUPPORTED_MEDIA,
 )
 def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, dict[str, str]]:
     """Append the next chunk. If it is cut off, the received bytes are kept."""
@@ -139,7 +140,8 @@ def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, di
     with upload_store.lock_upload(upload_id) as locked:
         if headers["offset"] != locked.offset:
             raise WrongOffset(given=headers["offset"], offset=locked.offset, size=locked.upload.size)
-        if (request.content_length or 0) > locked.upload.size - locked.offset:
+        length = 0 if request.content_encoding else request.content_length or 0
+        if length > locked.upload.size - locked.offset:
             raise TooLarge(f"The piece goes beyond the upload's {locked.upload.size} bytes. Send only what is missing.")
         _set_idle_timeout()
         locked.append(request.stream)
@@ -178,8 +180,8 @@ def _file_name(metadata: str) -> str | None:
         name, _, value = pair.strip().partition(" ")
         if name == "filename":
             try:
-                name = base64.b64decode(value, validate=True).decode()
-            except (binascii.Error, ValueError):
+                name = decode_base64(value).decode()
+            except ValueError:
                 raise InvalidFields([("/headers/Upload-Metadata", "`filename` must be UTF-8 in base64.")]) from None
             return scan_store.file_name(FileStorage(filename=name))
     return None

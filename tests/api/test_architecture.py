@@ -92,6 +92,14 @@ def test_the_openapi_document_is_valid_and_names_every_operation_once(client: Fl
     }
 
 
+def test_every_operation_with_a_body_says_what_it_refuses(client: FlaskClient) -> None:
+    paths = client.get("/openapi.json").get_json()["paths"]
+    with_body = [one for path in paths.values() for one in path.values() if "requestBody" in one]
+    assert len(with_body) > 15
+    for operation in with_body:
+        assert "Accept-Encoding" in operation["responses"]["415"]["headers"]
+
+
 def test_no_object_in_an_answer_is_without_fields(client: FlaskClient) -> None:
     schemas = client.get("/openapi.json").get_json()["components"]["schemas"]
     bare = {
