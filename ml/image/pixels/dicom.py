@@ -1,0 +1,200 @@
+"""Reads a frame of a DICOM file, by pydicom with gdcm and pyjpegls, or says why it cannot be read.
+
+pydicom is imported with the first file: it takes a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ml.image.pixels.limits import MAX_BYTES, check_size
+from ml.image.pixels.picture import Origin, Picture
+from ml.image.pixels.terms import body_part_of, modality_of
+from ml.runtime.errors import ImageError
+from ml.spec import dicom_classes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydicom import Dataset
+    from pydicom.uid import UID
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_REQUIRED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
+_REQUIRED_OF_INTEGERS = ("BitsStored", "PixelRepresentation")
+_DAMAGED = "The DICOM file is damaged or cut off: its elements cannot be read."
+
+
+def open_dataset(content: bytes, header_only: bool = False) -> Dataset:
+    """The data set of a file, with a transfer syntax also where the part-10 header is missing.
+
+    Raises:
+        ImageError: it cannot be read, or is of a SOP class that is no picture.
+    """
+    import pydicom
+
+    _check_inflated_size(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=header_only)
+        sop_class = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""
+    except Exception as error:  # all kinds, on damaged files
+        raise ImageError(_DAMAGED) from error
+    if refused := dicom_classes.refusal(str(sop_class)):
+        raise ImageError(refused)
+    return dataset
+
+
+def origin_of(dataset: Dataset) -> Origin:
+    """Where the picture comes from, in terms that the standard defines."""
+    photometric = str(dataset.get("PhotometricInterpretation") or "").upper()
+    kind = {"PALETTE COLOR": "palette"}.get(photometric, "grey" if photometric.startswith("MONOCHROME") else "colour")
+    return Origin(modality_of(dataset.get("Modality")), body_part_of(dataset.get("BodyPartExamined")), kind)
+
+
+def frame_count(dataset: Dataset) -> int:
+    """How many frames the file declares; 1 where it does not say. ImageError if that is no number."""
+    try:
+        return max(1, int(dataset.get("NumberOfFrames") or 1))
+    except (TypeError, ValueError) as error:
+        raise ImageError("The DICOM file's NumberOfFrames is no number.") from error
+
+
+def check_readable(dataset: Dataset) -> None:
+    """ImageError that names what is missing, or what prevents the decoding; nothing is decoded for it."""
+    pixels = next((keyword for keyword in _PIXELS if keyword in dataset), None)
+    required = _REQUIRED + (_REQUIRED_OF_INTEGERS if pixels in ("PixelData", None) else ())
+    missing = [keyword for keyword in required if dataset.get(keyword) in (None, "")]
+    missing += [] if pixels else ["PixelData"]
+    if missing:
+        raise ImageError(f"The DICOM file lacks {', '.join(missing)}.")
+    check_size(int(dataset.Columns), int(dataset.Rows))
+    _check_transfer_syntax(dataset)
+    if pixels and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        _check_complete(dataset, len(dataset[pixels].value or b""))
+
+
+def stored_values(dataset: Dataset, frame: int) -> np.ndarray:
+    """The frame's values as the file stores them: [rows, columns], or [rows, columns, 3] in RGB.
+
+    Bits above HighBit (overlays of old files) and below the lowest stored one are removed.
+    """
+    from pydicom.pixels import pixel_array
+
+    unused = _bits_below(dataset)
+    if unused:
+        dataset.BitsStored += unused
+    try:
+        values = pixel_array(dataset, index=frame)
+    finally:
+        if unused:
+            dataset.BitsStored -= unused
+    return values >> unused if unused else values
+
+
+def _bits_below(dataset: Dataset) -> int:
+    """The bits below the lowest stored one. A JPEG codestream has none: it says itself how many bits it stores."""
+    from pydicom.uid import RLELossless
+
+    syntax, stored, high = dataset.file_meta.TransferSyntaxUID, dataset.get("BitsStored"), dataset.get("HighBit")
+    if (syntax.is_encapsulated and syntax != RLELossless) or not isinstance(high, int) or not stored:
+        return 0
+    return max(0, high + 1 - stored) if high < dataset.BitsAllocated else 0
+
+
+def read(content: bytes, choose: Callable[[int], int], draw: Callable[[Dataset, int], Picture]) -> Picture:
+    """The frame that `choose` takes of so many, as `draw` shows it.
+
+    Raises:
+        ImageError: it cannot be read; the message names the cause.
+    """
+    from ml.image.pixels import frame_attributes
+
+    dataset = open_dataset(content)
+    check_readable(dataset)
+    frames = frame_count(dataset)
+    frame = choose(frames)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            drawn = draw(dataset, frame)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise all kinds of errors on damaged data
+        name = dataset.file_meta.TransferSyntaxUID.name
+        raise ImageError(f"The pixels of the DICOM file ({name}) are damaged or cut off.") from error
+    spacing = frame_attributes.spacing_mm(dataset, frame)
+    return Picture(drawn.pixels, origin_of(dataset), frame, frames, spacing, drawn.window)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _check_transfer_syntax(dataset: Dataset) -> None:
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.get("TransferSyntaxUID") or _guessed_syntax(dataset)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    try:
+        readable = not syntax.is_private and get_decoder(syntax).is_available
+    except (NotImplementedError, ValueError):
+        readable = False
+    if not readable:
+        raise ImageError(
+            f"The DICOM file's transfer syntax {_described(syntax)} cannot be decoded here: send it uncompressed, or "
+            "compressed by JPEG, JPEG-LS, JPEG 2000 or RLE."
+        )
+
+
+def _described(syntax: UID) -> str:
+    """Its UID and its name; nothing of what is no UID."""
+    if not syntax.is_valid:
+        return "(no valid UID)"
+    return f"{syntax} ({syntax.name})" if syntax.name != syntax else str(syntax)
+
+
+def _guessed_syntax(dataset: Dataset) -> UID:
+    """The transfer syntax of a file without a part-10 header. A compressed one could only be guessed."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+        raise ImageError(
+            "The DICOM file's pixels are compressed, but its part-10 header is missing, so that nothing tells the "
+            "transfer syntax: send it with its header."
+        )
+    implicit, little = dataset.original_encoding
+    if not little:
+        return ExplicitVRBigEndian
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+
+
+def _check_complete(dataset: Dataset, there: int) -> None:
+    from pydicom.pixels.utils import get_expected_length
+
+    frame_count(dataset)
+    expected = get_expected_length(dataset)
+    if there < expected:
+        raise ImageError(f"The DICOM file is cut off after {there:,} of {expected:,} bytes of its pixels.")
+
+
+def _check_inflated_size(content: bytes) -> None:
+    # pydicom inflates a deflated data set without limit, so its size is measured first, in bounded memory.
+    if _DEFLATED not in content[:2048]:
+        return
+    group_length = int.from_bytes(content[140:144], "little")
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = len(inflater.decompress(content[144 + group_length :], 1 << 20))
+        while inflater.unconsumed_tail and inflated <= MAX_BYTES:
+            inflated += len(inflater.decompress(inflater.unconsumed_tail, 1 << 20))
+    except zlib.error as error:
+        raise ImageError("The DICOM file is deflated, and damaged.") from error
+    if inflated > MAX_BYTES:
+        raise ImageError(f"The DICOM data set inflates to more than {MAX_BYTES // 2**20} MiB.")
