@@ -21,7 +21,8 @@ BIG_ENDIAN = "1.2.840.10008.1.2.2"
 LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 UNDEFINED = 0xFFFFFFFF
 META_CLASS, TRANSFER_SYNTAX = (0x0002, 0x0002), (0x0002, 0x0010)
-SOP_CLASS, FRAMES, ROWS, COLUMNS = (0x0008, 0x0016), (0x0028, 0x0008), (0x0028, 0x0010), (0x0028, 0x0011)
+SOP_CLASS, FRAMES, COLUMNS = (0x0008, 0x0016), (0x0028, 0x0008), (0x0028, 0x0011)
+SIDES = {(0x0028, 0x0010): "Rows", COLUMNS: "Columns"}
 ITEM, ITEM_END, SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
 MAX_DEPTH = 16
 HEADER_BYTES = 4 * 1024 * 1024
@@ -175,7 +176,7 @@ def _inflated(stream: IO[bytes]) -> IO[bytes]:
 
 
 def _header(reader: _Reader, sop_class: str) -> Header:
-    rows, frames = 0, "1"
+    sides, frames = dict[str, int](), "1"
     for tag, offset, length in reader.elements():
         if tag == SOP_CLASS:
             sop_class = reader.text(offset, length) or sop_class
@@ -183,10 +184,11 @@ def _header(reader: _Reader, sop_class: str) -> Header:
             raise ValueError(refused)
         if tag == FRAMES:
             frames = reader.text(offset, length)
-        elif tag == ROWS:
-            rows = reader.short(offset)
-        elif tag == COLUMNS:
-            return Header(rows, reader.short(offset), int(frames) if frames.isdecimal() else 1)
-        elif tag > COLUMNS:
+        elif tag in SIDES:
+            sides[SIDES[tag]] = reader.short(offset)
+        if tag >= COLUMNS:
             break
-    raise ValueError(dicom_classes.refusal(sop_class) or "The DICOM file lacks Rows and Columns: it holds no picture.")
+    missing = " and ".join(name for name in SIDES.values() if name not in sides)
+    if missing:
+        raise ValueError(dicom_classes.refusal(sop_class) or f"The DICOM file holds no picture: it lacks {missing}.")
+    return Header(sides["Rows"], sides["Columns"], int(frames) if frames.isdecimal() else 1)

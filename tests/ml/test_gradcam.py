@@ -21,7 +21,7 @@ from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, Patches
 from ml.image.networks.network import Model
-from ml.image.pixels.decoding import decode
+from ml.image.pixels.decoding import decode, read
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
@@ -201,7 +201,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
     whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
     resized = torch.tensor(model.transform.resize(decode(scan)))[None]
     logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model, "fp32"), 0.0
-    ours = by._features(decode(scan))
+    ours = by._features(read(scan))
     for label in range(len(CLASSES)):
         log_odds = logits[label] - logits[1 - label]
         maps, (gradient,) = seen[0].detach(), torch.autograd.grad(log_odds, seen[0], retain_graph=True)

@@ -12,6 +12,7 @@ from ml.image.dataset.scans import load_manifest
 from ml.image.dataset.splits import split_scans
 from ml.image.networks import network
 from ml.image.pixels.decoding import decode
+from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput, predict
 from ml.runtime.errors import ImageError, ModelFileError
 from ml.runtime.prefetch import batched_for_streams
@@ -71,8 +72,9 @@ def test_a_cached_scan_is_read_and_decoded_once():
     read = list[int]()
     scan = CachedScan("a", lambda: read.append(1) or encode(make_pixels()))
     assert read == [], "not before somebody looks at it"
-    assert scan.pixels() is scan.pixels()
-    assert np.array_equal(scan.pixels(), ScanInput("a", encode(make_pixels())).pixels())
+    assert scan.picture(Transform()) is scan.picture(Transform())
+    plain = ScanInput("a", encode(make_pixels())).picture(Transform())
+    assert np.array_equal(scan.picture(Transform()).pixels, plain.pixels)
     assert read == [1]
 
 
@@ -86,14 +88,15 @@ def test_an_unreadable_cached_scan_is_not_read_again():
     scan = CachedScan("a", gone)
     for _ in range(2):
         with pytest.raises(ImageError, match="no longer there"):
-            scan.pixels()
+            scan.picture(Transform())
     assert read == [1]
 
 
 def test_a_scan_is_decoded_in_the_window_that_is_asked_for():
     content = make_dicom(np.array([[-160, 40, 240]], np.int16))
     for scan in (ScanInput("a", content), CachedScan("a", content)):
-        assert np.array_equal(scan.pixels((50, 100)), decode(content, (50, 100)))
+        found = scan.picture(Transform(window=(50, 100)))
+        assert np.array_equal(found.pixels, decode(content, (50, 100)))
     assert not np.array_equal(decode(content, (50, 100)), decode(content))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +21,6 @@ from ml.runtime.errors import ImageError
 from ml.spec import dicom_classes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pydicom import Dataset
     from pydicom.uid import UID
 
@@ -39,10 +39,11 @@ def open_dataset(content: bytes, header_only: bool = False) -> Dataset:
     """
     import pydicom
 
+    # What it finds odd it logs and warns of with the value, which may be a name.
+    pydicom.config.logger.propagate = False
     _check_inflated_size(content)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_warnings():
             dataset = pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=header_only)
         sop_class = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""
     except Exception as error:  # all kinds, on damaged files
@@ -72,9 +73,10 @@ def check_readable(dataset: Dataset) -> None:
     pixels = next((keyword for keyword in _PIXELS if keyword in dataset), None)
     required = _REQUIRED + (_REQUIRED_OF_INTEGERS if pixels in ("PixelData", None) else ())
     missing = [keyword for keyword in required if dataset.get(keyword) in (None, "")]
-    missing += [] if pixels else ["PixelData"]
-    if missing:
-        raise ImageError(f"The DICOM file lacks {', '.join(missing)}.")
+    if "Rows" in missing and pixels is None:
+        raise ImageError("The DICOM file holds no picture: it lacks Rows, Columns and PixelData.")
+    if missing or pixels is None:
+        raise ImageError(f"The DICOM file lacks {', '.join(missing or ['PixelData'])}.")
     check_size(int(dataset.Columns), int(dataset.Rows))
     _check_transfer_syntax(dataset)
     if pixels and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -118,20 +120,33 @@ def read(content: bytes, choose: Callable[[int], int], draw: Callable[[Dataset, 
     from ml.image.pixels import frame_attributes
 
     dataset = open_dataset(content)
-    check_readable(dataset)
+    with _without_warnings():
+        check_readable(dataset)
     frames = frame_count(dataset)
     frame = choose(frames)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_warnings():
             drawn = draw(dataset, frame)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise all kinds of errors on damaged data
-        name = dataset.file_meta.TransferSyntaxUID.name
-        raise ImageError(f"The pixels of the DICOM file ({name}) are damaged or cut off.") from error
+        raise ImageError(_cause(dataset, error)) from error
     spacing = frame_attributes.spacing_mm(dataset, frame)
     return Picture(drawn.pixels, origin_of(dataset), frame, frames, spacing, drawn.window)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _cause(dataset: Dataset, error: Exception) -> str:
+    kind = f"{dataset.file_meta.TransferSyntaxUID.name}, {dataset.BitsAllocated} bits allocated"
+    if "does not support" in str(error):  # of each decoder, such as JPEG of 12 bits a sample
+        return f"The DICOM file's pixels ({kind}) are of a kind that no decoder here supports: send it uncompressed."
+    return f"The DICOM file's pixels ({kind}) are damaged or cut off."
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
