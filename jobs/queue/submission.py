@@ -45,6 +45,7 @@ class NewJob:
     idempotency_key: str | None = None
     retry_of: uuid.UUID | None = None
     reproduction_of: uuid.UUID | None = None
+    warnings: Sequence[Json] = ()
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,7 @@ def _new_job(new: NewJob, total: int) -> Job:
         idempotency_key=new.idempotency_key,
         retry_of=new.retry_of,
         reproduction_of=new.reproduction_of,
+        warnings=list(new.warnings),
         total=total,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml.spec import image_compat
-from ml.spec.image import Params
+from ml.spec.image import PATIENT_LIST, Params
 from ml.spec.pipeline import IMAGE, Bound, Card, Gate, Inputs, PipelineSpec, Stage, StoredParams
 
 
@@ -64,6 +64,7 @@ SPEC = PipelineSpec(
         described="images and DICOM files",
         media_types=("application/dicom", "image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp"),
         inspect="ml.spec.image_header:look",
+        beside=(PATIENT_LIST,),
         refusal_code="NOT_AN_IMAGE",
         refusal="This is not an image that can be read: send PNG, JPEG or DICOM.",
     ),

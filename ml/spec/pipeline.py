@@ -52,12 +52,13 @@ Raises RefusedInput. The stream's position is the caller's to restore."""
 
 class Inputs(_Declaration):
     """What items the pipeline reads. `inspect`: "module:function", an `Inspect`; without it any bytes are of
-    `media_types[0]`."""
+    `media_types[0]`. `beside`: names of files that lie beside items in a zip, in lower case."""
 
     item: str = "item"
     described: str = "items"
     media_types: tuple[str, ...] = ("application/octet-stream",)
     inspect: str | None = None
+    beside: tuple[str, ...] = ()
     refusal_code: str = "BAD_INPUT"
     refusal: str = "This is no input that the pipeline can read."
 

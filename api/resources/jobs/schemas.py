@@ -44,6 +44,13 @@ class ErrorSchema(ma.Schema):
     )
 
 
+class WarningSchema(ma.Schema):
+    """What was noticed about a job and failed nothing."""
+
+    code = fields.String()
+    detail = fields.String()
+
+
 class CountsSchema(ma.Schema):
     """Scans (or, of a training, the job itself) by outcome."""
 
@@ -108,6 +115,11 @@ class JobSchema(ma.Schema):
     model_version = fields.String(attribute="job.model_version", allow_none=True)
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
+    warnings = fields.List(
+        fields.Nested(WarningSchema),
+        attribute="job.warnings",
+        metadata={"description": "What was noticed and failed no scan, such as files that were passed over."},
+    )
     metadata = fields.Dict(attribute="job.labels")
     created_at = Time(attribute="job.created_at")
     started_at = Time(attribute="job.started_at", allow_none=True)
