@@ -4,6 +4,7 @@ The worker decodes, and has the last word. Loaded where scans come in (`Inputs.i
 """
 
 import warnings
+from functools import cache
 from typing import IO
 
 from PIL import Image, TiffImagePlugin
@@ -36,12 +37,14 @@ Pillow does so for up to 8 bits alone (ml.image.pixels.raster). Unsigned 32 bits
 
 
 def open_picture(stream: IO[bytes]) -> Image.Image:
-    """Pillow's picture of a stream, of which only the header is read. Raises whatever Pillow's plugins raise."""
-    for kind, modes in _MORE_TIFF.items():
-        TiffImagePlugin.OPEN_INFO.setdefault(kind, modes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Image.open(stream, formats=FORMATS)
+    """Pillow's picture of a stream, of which only the header is read. Raises, and warns of, whatever Pillow does."""
+    _add_kinds_of_tiff()
+    return Image.open(stream, formats=FORMATS)
+
+
+@cache
+def _add_kinds_of_tiff() -> None:
+    TiffImagePlugin.OPEN_INFO.update({kind: _MORE_TIFF[kind] for kind in _MORE_TIFF.keys() - TiffImagePlugin.OPEN_INFO})
 
 
 def look(stream: IO[bytes], max_pixels: int) -> Media:
@@ -71,7 +74,9 @@ def _dicom(stream: IO[bytes]) -> Media:
 
 def _picture(stream: IO[bytes]) -> Media:
     try:
-        picture = open_picture(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = open_picture(stream)
     except Image.DecompressionBombError:
         raise RefusedInput("The image declares far more pixels than are taken.") from None
     except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more

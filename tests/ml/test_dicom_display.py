@@ -227,6 +227,13 @@ def test_a_hot_pixel_does_not_squeeze_the_body(outlier):
     assert np.ptp(found[1:]) > 240
 
 
+@pytest.mark.parametrize("slope", ["1", "0.01", "-2", "1e3"])
+def test_the_range_is_that_of_the_rescaled_values(slope):
+    values = body().astype(float) * float(slope) - 50
+    content = raw_dicom(body(), Modality="PT", RescaleSlope=slope, RescaleIntercept="-50")
+    assert np.abs(decode(content)[..., 0] - stretched(values, values)).max() <= 0.51
+
+
 @pytest.mark.parametrize(
     ("dtype", "padding", "fields"),
     [

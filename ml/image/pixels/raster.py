@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ml.image.pixels.grey import in_range
+from ml.image.pixels.grey import in_range, in_rgb
 from ml.image.pixels.limits import TOO_LARGE, check_size
 from ml.image.pixels.picture import Origin, Picture
 from ml.runtime.errors import ImageError
@@ -113,15 +113,16 @@ def as_shown(picture: Image.Image, content: bytes) -> np.ndarray:
     if _is_deep_colour(picture):
         return _upright(_colours(_all_bits(picture, content)), picture)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return np.repeat(_upright(_levels(picture), picture)[:, :, None], 3, axis=2)
-    return np.asarray(flat(ImageOps.exif_transpose(picture)), dtype=np.uint8)
+        return in_rgb(_upright(_levels(picture), picture))
+    ImageOps.exif_transpose(picture, in_place=True)
+    return np.asarray(flat(picture), dtype=np.uint8)
 
 
 def flat(picture: Image.Image) -> Image.Image:
     """A picture of eight bits a channel, in RGB."""
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         return _on_black(picture.convert("RGBA"))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _on_black(picture: Image.Image) -> Image.Image:

@@ -38,6 +38,7 @@ from ml.image.engines.hardware import training_device
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.pixels.picture import Picture
+from ml.image.pixels.transforms import Spacing
 from ml.image.serving.predictor import ScanInput
 from ml.runtime.errors import BadParams, ItemError, naming_out_of_memory
 
@@ -135,7 +136,8 @@ class Explainer:
 
     def _explain_class(self, scan_id: str, picture: Picture, features: torch.Tensor, label: str) -> Explanation:
         with naming_out_of_memory():
-            heatmap = self._upscale(self._cam(features, self.classes.index(label)), picture)
+            cam, (height, width) = self._cam(features, self.classes.index(label)), picture.pixels.shape[:2]
+            heatmap = self._upscale(cam, height, width, picture.spacing_mm)
             return Explanation(scan_id, label, heatmap, _overlay(picture.pixels, heatmap))
 
     def _cam(self, features: torch.Tensor, label: int) -> np.ndarray:
@@ -152,14 +154,13 @@ class Explainer:
         logits = self._above(features).cpu().numpy()
         return int(self._calibration.decide(logits, positive_index(self.classes))[0])
 
-    def _upscale(self, cells: np.ndarray, picture: Picture) -> np.ndarray:
+    def _upscale(self, cells: np.ndarray, height: int, width: int, spacing: Spacing = None) -> np.ndarray:
         """The heat of each pixel of the scan: float32 [height, width], 0 to 1; 0 where the network does not look."""
-        height, width = picture.pixels.shape[:2]
         cells = np.nan_to_num(cells)
         strongest = cells.max()
         if strongest <= 0:
             return np.zeros((height, width), np.float32)
-        view = self.transform.view(height, width, picture.spacing_mm)
+        view = self.transform.view(height, width, spacing)
         down, across = _positions(height, view.top, view.height), _positions(width, view.left, view.width)
         rows = _spline_weights(down, self.transform.height, len(cells), *self._architecture.cells)
         columns = _spline_weights(across, self.transform.width, cells.shape[1], *self._architecture.cells)
