@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.image.serving.disposition import Disposition, disposition_of
+from ml.image.serving.disposition import Disposition, disposition_of, of_one_frame
 
 UNIT = st.floats(0, 1)
 
@@ -24,6 +24,19 @@ def test_two_classes_are_decided_outside_of_the_two_limits(tumor, word):
 
 def test_a_confident_prediction_has_no_reason():
     assert disposition_of(two(0.9), None, 0.3, 0.7) == Disposition("tumor")
+
+
+@pytest.mark.parametrize("output", [None, {}, {"frame": 1, "frames": 1}])
+def test_a_result_of_the_only_frame_stands(output):
+    assert of_one_frame(Disposition("tumor"), output) == Disposition("tumor")
+
+
+def test_a_result_of_one_of_several_frames_is_indeterminate_and_says_of_which():
+    found = of_one_frame(Disposition("normal"), {"frame": 2, "frames": 3})
+    assert found.word == "indeterminate"
+    assert found.reason == "Only frame 2 of 3 was looked at: send each slice as a file of its own."
+    rejected = Disposition("rejected", "It is a photograph.")
+    assert of_one_frame(rejected, {"frame": 2, "frames": 3}) == rejected
 
 
 def test_an_unsure_network_says_between_which_limits():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ml.evaluation.metrics import positive_class
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
@@ -36,6 +37,18 @@ def disposition_of(
     return Disposition(
         INDETERMINATE, f"The network is unsure: it calls this {label} by its own threshold, but with {shown:.2f} only."
     )
+
+
+def of_one_frame(found: Disposition, output: Mapping[str, Any] | None) -> Disposition:
+    """The disposition of a file whose result says that one of several frames was looked at (`Prediction.output`).
+
+    One slice says little of the others, so a class becomes indeterminate.
+    """
+    frame, frames = ((output or {}).get(name, 1) for name in ("frame", "frames"))
+    if frames == 1 or found.word == REJECTED:
+        return found
+    advice = "send each slice as a file of its own"
+    return Disposition(INDETERMINATE, f"Only frame {frame} of {frames} was looked at: {advice}.")
 
 
 def _rejection(ood_score: float, ood_reason: str | None) -> str:
