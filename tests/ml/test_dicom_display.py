@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.data import get_testdata_file
 
 from ml.image.pixels.decoding import decode, read
 from ml.image.pixels.picture import Window
@@ -218,7 +220,7 @@ def stretched(values: np.ndarray, data: np.ndarray) -> np.ndarray:
     return np.clip((values - low) / (high - low), 0, 1) * 255
 
 
-@pytest.mark.parametrize("outlier", [-32768, 32767])
+@pytest.mark.parametrize("outlier", [-32767, 32767])
 def test_a_hot_pixel_does_not_squeeze_the_body(outlier):
     values = body()
     values[0, 0] = outlier
@@ -255,6 +257,15 @@ def test_padding_is_no_data_and_black(dtype, padding, fields, photometric):
     assert found[:16].max() == 0
     expected = 255 - expected if photometric == "MONOCHROME1" else expected
     assert np.abs(found[16:] - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_corners_of_the_least_number_do_not_squeeze_the_body_though_no_attribute_names_them(rows):
+    values = body()
+    values[:rows] = -32_768
+    found = decode(raw_dicom(values, Modality="MR"))[..., 0]
+    assert found[:rows].max() == 0
+    assert np.abs(found[rows:] - stretched(values[rows:].astype(float), values[rows:])).max() <= 0.51
 
 
 def test_padding_is_black_under_a_window_too():
@@ -384,6 +395,32 @@ def test_a_palette_is_not_stretched(bits, shift):
 def test_the_missing_tag_is_named(keyword):
     with pytest.raises(ImageError, match=rf"^The DICOM file lacks {keyword}\.$"):
         decode(raw_dicom(HU, **{keyword: None}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"PhotometricInterpretation": "PURPLE"}, "PhotometricInterpretation"),
+        ({"SamplesPerPixel": 2}, "SamplesPerPixel"),
+        ({"BitsAllocated": 12, "BitsStored": 12}, "BitsAllocated"),
+        ({"BitsStored": 20}, "BitsStored"),
+        ({"PixelRepresentation": 3}, "PixelRepresentation"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(fields, wrong):
+    with pytest.raises(ImageError, match=rf"^The DICOM file's {wrong} cannot be: the standard has no such value\.$"):
+        decode(raw_dicom(HU, **fields))
+
+
+def test_small_letters_in_a_code_are_capitals():
+    assert levels(raw_dicom(HU, PhotometricInterpretation="monochrome2")) == ABDOMEN
+
+
+def test_compressed_pixels_that_are_cut_off_are_counted():
+    whole = Path(get_testdata_file("MR_small_RLE.dcm")).read_bytes()
+    for length in (300, 2000, 7000):
+        with pytest.raises(ImageError, match=rf"^The DICOM file is cut off after {length} of \d+ bytes \(at least\)"):
+            decode(whole[:length])
 
 
 def test_pixels_that_are_cut_off_are_counted():

@@ -41,7 +41,7 @@ CAUSES = {
     "no_meta_group_length": "lacks Rows, Columns and PixelData",
     "chrJapMulti": "lacks PixelData",
     "chrKoreanMulti": "lacks PixelData",
-    "MR_truncated": "cut off after 8,130 of 8,192 bytes",
+    "MR_truncated": "cut off after 8130 of 8192 bytes",
     "JPEG-lossy": r"JPEG Extended \(Process 2 and 4\), 16 bits allocated\) are of a kind that no decoder",
     "JPGExtended": r"JPEG Extended \(Process 2 and 4\), 16 bits allocated\) are of a kind that no decoder",
     "embedded-sequence-delimiter": r"JPEG 2000 Image Compression, 16 bits allocated\) are damaged or cut off",

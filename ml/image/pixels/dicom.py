@@ -18,7 +18,7 @@ from ml.image.pixels.limits import MAX_BYTES, check_size
 from ml.image.pixels.picture import Origin, Picture
 from ml.image.pixels.terms import body_part_of, modality_of
 from ml.runtime.errors import ImageError
-from ml.spec import dicom_classes
+from ml.spec import dicom_classes, dicom_header
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _REQUIRED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
+_OF_ONE_SAMPLE = frozenset({"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"})
+_PHOTOMETRIC = _OF_ONE_SAMPLE | {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "YBR_PARTIAL_420"}
 _REQUIRED_OF_INTEGERS = ("BitsStored", "PixelRepresentation")
 _DAMAGED = "The DICOM file is damaged or cut off: its elements cannot be read."
 
@@ -73,10 +75,9 @@ def check_readable(dataset: Dataset) -> None:
     pixels = next((keyword for keyword in _PIXELS if keyword in dataset), None)
     required = _REQUIRED + (_REQUIRED_OF_INTEGERS if pixels in ("PixelData", None) else ())
     missing = [keyword for keyword in required if dataset.get(keyword) in (None, "")]
-    if "Rows" in missing and pixels is None:
-        raise ImageError("The DICOM file holds no picture: it lacks Rows, Columns and PixelData.")
     if missing or pixels is None:
         raise ImageError(f"The DICOM file lacks {', '.join(missing or ['PixelData'])}.")
+    _check_values(dataset)
     check_size(int(dataset.Columns), int(dataset.Rows))
     _check_transfer_syntax(dataset)
     if pixels and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -120,6 +121,8 @@ def read(content: bytes, choose: Callable[[int], int], draw: Callable[[Dataset, 
     from ml.image.pixels import frame_attributes
 
     dataset = open_dataset(content)
+    if "Rows" not in dataset and "PixelData" not in dataset:
+        raise ImageError(_why_empty(content))
     with _without_warnings():
         check_readable(dataset)
     frames = frame_count(dataset)
@@ -144,12 +147,39 @@ def _without_warnings() -> Iterator[None]:
 
 def _cause(dataset: Dataset, error: Exception) -> str:
     kind = f"{dataset.file_meta.TransferSyntaxUID.name}, {dataset.BitsAllocated} bits allocated"
-    if "does not support" in str(error):  # of each decoder, such as JPEG of 12 bits a sample
+    causes = str(error).splitlines()  # a summary, then a line for each decoder
+    if all("support" in cause for cause in causes[1:] or causes):  # such as JPEG of 12 bits a sample
         return f"The DICOM file's pixels ({kind}) are of a kind that no decoder here supports: send it uncompressed."
     return f"The DICOM file's pixels ({kind}) are damaged or cut off."
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _why_empty(content: bytes) -> str:
+    """Of a file that is cut off inside its compressed pixels pydicom gives nothing at all."""
+    needed = 0 if _DEFLATED in content[:2048] else dicom_header.needed_bytes(io.BytesIO(content))
+    if needed > len(content):
+        return f"The DICOM file is cut off after {len(content)} of {needed} bytes (at least)."
+    return "The DICOM file holds no picture: it lacks Rows, Columns and PixelData."
+
+
+def _check_values(dataset: Dataset) -> None:
+    """ImageError that names an attribute whose value the standard does not have."""
+    photometric = str(dataset.PhotometricInterpretation).strip(" \0").upper()
+    if photometric != dataset.PhotometricInterpretation:
+        dataset.PhotometricInterpretation = photometric
+    allocated, stored = dataset.BitsAllocated, dataset.get("BitsStored", 1)
+    right = {
+        "PhotometricInterpretation": photometric in _PHOTOMETRIC,
+        "SamplesPerPixel": dataset.SamplesPerPixel in (1, 3),
+        "BitsAllocated": allocated in (1, 8, 16, 32, 64),
+        "BitsStored": isinstance(stored, int) and 1 <= stored <= max(1, allocated),
+        "PixelRepresentation": dataset.get("PixelRepresentation", 0) in (0, 1),
+    }
+    wrong = [keyword for keyword, is_right in right.items() if not is_right]
+    if wrong:
+        raise ImageError(f"The DICOM file's {' and '.join(wrong)} cannot be: the standard has no such value.")
 
 
 def _check_transfer_syntax(dataset: Dataset) -> None:
@@ -196,7 +226,7 @@ def _check_complete(dataset: Dataset, there: int) -> None:
     frame_count(dataset)
     expected = get_expected_length(dataset)
     if there < expected:
-        raise ImageError(f"The DICOM file is cut off after {there:,} of {expected:,} bytes of its pixels.")
+        raise ImageError(f"The DICOM file is cut off after {there} of {expected} bytes of its pixels.")
 
 
 def _check_inflated_size(content: bytes) -> None:

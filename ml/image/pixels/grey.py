@@ -14,6 +14,9 @@ from ml.image.pixels.picture import Window
 PERCENTILES = (0.5, 99.5)
 """Of the data, the values that are drawn black and white: a hot pixel must not squeeze the body into five levels."""
 
+_NO_VALUE = -32_768
+"""The least number of 16 bits: what scanners fill the corners with, also where no attribute says so."""
+
 
 def between(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """From `low`, black, to `high`, white."""
@@ -73,6 +76,8 @@ def _whole(levels: np.ndarray) -> np.ndarray:
 
 
 def _range(data: np.ndarray) -> tuple[float, float]:
+    if data.dtype == np.int16 and data.min() == _NO_VALUE and data.max() > _NO_VALUE:
+        data = data[data > _NO_VALUE]
     counted = data.dtype.kind in "iu" and data.itemsize <= 2
     low, high = _percentiles_of_integers(data) if counted else map(float, np.percentile(data, PERCENTILES))
     # Where all but a few values are alike, as on a mask, these few are the picture.

@@ -80,7 +80,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 def _cause(form: str, content: bytes) -> str:
     if form != "picture":
-        return f"The {form} is damaged, or cut off after {len(content):,} bytes."
+        return f"The {form} is damaged, or cut off after {len(content)} bytes."
     if content[:4] in (b"II*\0", b"MM\0*"):
         return "The TIFF has no picture that can be read: send grey of 1 to 32 bits, or RGB of 8 or 16 bits a channel."
     return NOT_AN_IMAGE
