@@ -353,4 +353,4 @@ def test_every_dicom_sample_of_pydicom_has_the_size_that_pydicom_reads() -> None
             else:
                 with pytest.raises(ValueError, match="no picture"):
                     dicom_header.read(stream)
-    assert pictures > 60
+    assert pictures > 50

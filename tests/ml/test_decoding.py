@@ -16,7 +16,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ml.image.pixels.decoding import PIXELS_VERSION, colour_mode, decode, frames, is_dicom, read
 from ml.image.pixels.limits import MAX_PIXELS, MAX_SIDE
-from ml.image.pixels.picture import Origin, is_blank
+from ml.image.pixels.picture import Origin, foreign, is_blank
 from ml.runtime.errors import ImageError
 from tests.ml.builders import encode, make_dicom, make_pixels
 from tests.ml.raw_dicom import BIG_ENDIAN, EXPLICIT, IMPLICIT, raw_dicom
@@ -245,6 +245,21 @@ def test_what_only_begins_alike_is_no_dicom(content):
 )
 def test_a_dicom_file_says_where_it_comes_from_in_defined_terms(fields, origin):
     assert read(raw_dicom(np.zeros((4, 4), np.int16), **fields)).origin == origin
+
+
+@pytest.mark.parametrize(
+    ("modality", "learnt", "reason"),
+    [
+        ("NM", ["CT"], "its modality is NM, and the network has learnt from CT"),
+        ("other", ["MR", "CT", None], "its modality is other, and the network has learnt from CT, MR"),
+        ("CT", ["CT", "MR"], None),
+        (None, ["CT"], None),
+        ("CT", [None], None),
+        ("CT", [], None),
+    ],
+)
+def test_a_picture_of_another_modality_is_foreign(modality, learnt, reason):
+    assert foreign(Origin(modality), [Origin(each, "KIDNEY") for each in learnt]) == reason
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "grey"), ("1", "grey"), ("RGB", "colour"), ("P", "palette")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,19 @@ class Origin:
     modality: str | None = None
     body_part: str | None = None
     kind: str = "grey"
+
+
+def foreign(origin: Origin, learnt: Collection[Origin]) -> str | None:
+    """Why a picture is not of the kind that a network has learnt from, or None.
+
+    By the modality, which DICOM demands of every object. Files that say none, such as PNG, are foreign to nobody, and
+    a network that learnt from such files alone knows of no modality. The body part is no reason: it is optional, and
+    often that of the protocol rather than of the picture.
+    """
+    known = sorted({each.modality for each in learnt if each.modality})
+    if not origin.modality or not known or origin.modality in known:
+        return None
+    return f"its modality is {origin.modality}, and the network has learnt from {', '.join(known)}"
 
 
 @dataclass(frozen=True)
