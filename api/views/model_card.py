@@ -16,6 +16,7 @@ FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "p
 SHARED_FIGURES = ("f1", "recall", "specificity", "roc_auc")
 LEAKS = {
     "patients": "test scans are of patients of whom others were learnt from",
+    "studies": "test scans are of studies of which others were learnt from",
     "duplicates": "test scans are copies of scans that were learnt from",
     "near_duplicates": "test scans look almost the same as scans that were learnt from",
 }

@@ -27,7 +27,7 @@ def test_the_defaults_are_those_of_the_original_pipeline():
 
 
 def test_params_yaml_says_the_defaults():
-    assert load_params(ROOT / "params.yaml") == Params(classes=2)
+    assert load_params(ROOT / "params.yaml") == Params()
 
 
 def test_params_yaml_names_every_field():
@@ -67,6 +67,7 @@ def test_keys_in_either_case_are_the_same():
         ({"window_center": 40.0, "window_width": 0.0}, "window_width"),
         ({"folds": 1}, "folds"),
         ({"folds": 21}, "folds"),
+        ({"split": "random"}, "split"),
         ({"test_size": 0.5, "validation_size": 0.4}, "validation_size"),
         ({"test_size": 0.0}, "test_size"),
         ({"balance": "both"}, "balance"),

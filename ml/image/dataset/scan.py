@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ScanFile:
-    """One scan of a dataset. The fields after `patient` keep their defaults if the scan could not be read."""
+    """One scan of a dataset. Perceptual hash, sides, mode and modality keep their defaults if it could not be read."""
 
     path: str
     """POSIX path relative to the dataset's folder."""
@@ -25,6 +25,16 @@ class ScanFile:
     mode: str = ""
     modality: str | None = None
     """DICOM modality, such as CT; None for other files."""
+    window: tuple[float, float] | None = None
+    """Centre and width that it was shown with; None for ranges, tables and what is shown as it is."""
+    study: str | None = None
+    """A hash of the StudyInstanceUID, or of the study in patients.csv."""
+    links: tuple[str, ...] = ()
+    """Hashes of what else scans of one patient share: series, space (FrameOfReferenceUID), folder."""
+    side: str | None = None
+    """train, validation or test, if a folder or patients.csv says so."""
+    source: str | None = None
+    """What told the patient: patients.csv, PatientID or names."""
 
     def as_json(self) -> dict[str, Any]:
         """The entry of a manifest."""
@@ -34,4 +44,6 @@ class ScanFile:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ScanFile:
         """The inverse of `as_json`. TypeError for unknown or missing fields."""
-        return cls(**{("perceptual_hash" if name == "likeness" else name): value for name, value in fields.items()})
+        values = {("perceptual_hash" if name == "likeness" else name): value for name, value in fields.items()}
+        window = values.get("window")
+        return cls(**{**values, "links": tuple(values.get("links", ())), "window": window and tuple(window)})

@@ -15,8 +15,9 @@ import torch
 
 from ml.evaluation.calibration import Calibration, calibrate
 from ml.evaluation.metrics import positive_index
+from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import lineage
-from ml.image.dataset.splits import Split, group_scans
+from ml.image.dataset.splits import Split
 from ml.image.engines.admission import RANGE_SCANS, TRIAL_SCANS, Admission, admit
 from ml.image.engines.backends import default_dtype, training_precision
 from ml.image.engines.hardware import device_name
