@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ml.runtime.errors import ArchiveError
+from ml.spec.junk_files import is_junk
 from ml.spec.zips import Limits as ArchiveLimits
 from ml.spec.zips import Member, open_zip
 
@@ -17,6 +18,8 @@ MOST_NAME_BYTES = 255
 """Of a file or folder; the limit of ext4, XFS, APFS and NTFS."""
 MOST_PATH_BYTES = 3000
 """Of a whole name in the zip; Linux takes 4096 bytes with the folders above."""
+MOST_FOLDERS = 64
+"""One in the other."""
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """What file systems answer whose rules for names are stricter."""
 
@@ -46,8 +49,7 @@ def extract_zip(archive: Path, folder: Path, limits: ArchiveLimits | None = None
 
 def _extract(archive: Path, staging: Path, limits: ArchiveLimits) -> tuple[str, ...]:
     with open_zip(archive, limits, ArchiveError, may_be_empty=True, keep_junk=True) as members:
-        _check_names(members)
-        for member in members:
+        for member in _storable(members):
             _extract_one(member, staging / member.name)
         return tuple(_warnings(members.guessed_names))
 
@@ -61,18 +63,14 @@ def _warnings(guessed_names: int) -> list[str]:
     ]
 
 
-def _check_names(members: Sequence[Member]) -> None:
-    """ArchiveError for names that no disk takes as they are, and for one folder under two spellings."""
-    names = {member.name for member in members}
+def _storable(members: Sequence[Member]) -> list[Member]:
+    """The files that a disk takes as they are named. ArchiveError for others, unless they would be passed over."""
+    kept = [member for member in members if not (is_junk(member.name) and _unstorable(member.name))]
+    names = {member.name for member in kept}
     folders: dict[str, str] = {}
-    for member in members:
-        if len(member.name.encode()) > MOST_PATH_BYTES or any(
-            len(part.encode()) > MOST_NAME_BYTES for part in member.name.split("/")
-        ):
-            raise ArchiveError(
-                f"The name {member.name[:40]!r}… is too long: a file or folder takes {MOST_NAME_BYTES} bytes at most. "
-                "Shorten it."
-            )
+    for member in kept:
+        if why := _unstorable(member.name):
+            raise ArchiveError(f"The name {member.name[:40]!r}… {why}")
         for above in PurePosixPath(member.name).parents:
             if str(above) in names:
                 raise ArchiveError(f"{str(above)!r} is both a file and a folder in the zip. Rename one of them.")
@@ -83,6 +81,16 @@ def _check_names(members: Sequence[Member]) -> None:
                 f"The folders {other!a} and {folder!a} have the same name in two Unicode forms. Rename one of "
                 "them, or put their files together."
             )
+    return kept
+
+
+def _unstorable(name: str) -> str | None:
+    parts = name.split("/")
+    if len(name.encode()) > MOST_PATH_BYTES or len(parts) > MOST_FOLDERS:
+        return f"lies too deep: in {MOST_FOLDERS} folders at most, with {MOST_PATH_BYTES} bytes. Shorten it."
+    if any(len(part.encode()) > MOST_NAME_BYTES for part in parts):
+        return f"is too long: a file or folder takes {MOST_NAME_BYTES} bytes at most. Shorten it."
+    return None
 
 
 def _extract_one(member: Member, target: Path) -> None:

@@ -30,6 +30,7 @@ RATIO_EXEMPT_BYTES = 2**20
 """Members up to this size may have any compression ratio: a black slice is no zip bomb."""
 ENCRYPTED = 0x1 | 0x40
 UTF8 = 0x800
+UNICODE_PATH = 0x7075
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 LOCAL_HEADER_BYTES = 30
 END_RECORD, END_RECORD_BYTES, MOST_COMMENT_BYTES = b"PK\x05\x06", 22, 65_535
@@ -202,11 +203,22 @@ def _packed_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
     # Not ZipInfo.filename: it is cut at a NUL, and may look harmless only because of that.
     name, guessed = info.orig_filename, False
     if not info.flag_bits & UTF8:
+        raw = name.encode("cp437")  # which zipfile has decoded it as
         try:
-            name = name.encode("cp437").decode("utf-8")  # zipfile has decoded it as cp437
+            name = (_unicode_path(info.extra, raw) or raw).decode("utf-8")
         except UnicodeDecodeError:
             guessed = True
     return name.replace("\\", "/"), guessed
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
+    """The name in Info-ZIP's Unicode Path Extra Field, if it is of this name (APPNOTE 4.6.9)."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        content, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == UNICODE_PATH and content[:1] == b"\1" and content[1:5] == struct.pack("<I", zlib.crc32(raw)):
+            return content[5:]
+    return None
 
 
 def safe_part(part: str) -> str:

@@ -26,13 +26,14 @@ def write_member(path, name, content=b"x", **attributes):
     return path
 
 
-def stored_zip(names: dict[bytes, bytes], flags: int = 0) -> bytes:
+def stored_zip(names: dict[bytes, bytes], flags: int = 0, extra: bytes = b"") -> bytes:
     """A zip with these very bytes as names, which zipfile would not write: APPNOTE 4.3.7, 4.3.12 and 4.3.16."""
     body, directory = b"", b""
     for name, content in names.items():
         fields = (flags, 0, 0, 0x21, zipfile.crc32(content), len(content), len(content), len(name))
         head = struct.pack("<HHHHHIIIHH", 20, *fields, 0)
-        directory += b"PK\x01\x02" + struct.pack("<H", 20) + head + struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + name
+        entry = head[:-2] + struct.pack("<HHHHII", len(extra), 0, 0, 0, 0, len(body)) + name + extra
+        directory += b"PK\x01\x02" + struct.pack("<H", 20) + entry
         body += b"PK\x03\x04" + head + name + content
     end = struct.pack("<HHHHIIH", 0, 0, len(names), len(names), len(directory), len(body), 0)
     return body + directory + b"PK\x05\x06" + end
@@ -157,9 +158,32 @@ def test_names_that_lead_outside_are_refused(tmp_path, name, why):
 
 
 def test_names_that_no_disk_takes_are_refused(tmp_path):
-    for name in ("Normal/" + 300 * "n", "ä" * 150 + "/1.png", "/".join(["folder"] * 600)):
+    long, deep = "is too long: a file or folder takes 255 bytes at most", "lies too deep: in 64 folders at most"
+    names = {
+        "Normal/" + 300 * "n": long,
+        "ä" * 150 + "/1.png": long,
+        "f/" * 1400 + "1.png": deep,
+        "f/" * 64 + "1": deep,
+    }
+    for name, why in names.items():
         content = stored_zip({name.encode(): b"x"}, 0x800)
-        assert "too long" in refused_whole(tmp_path, write(tmp_path / "data.zip", content))
+        assert why in refused_whole(tmp_path, write(tmp_path / "data.zip", content))
+
+
+def test_names_that_no_disk_takes_do_not_matter_where_they_are_passed_over(tmp_path):
+    longest = 255 * "n"  # beside which macOS puts one of 257
+    files = {f"Normal/{longest}": b"x", f"__MACOSX/Normal/._{longest}": b"x"}
+    names, _ = unpacked(tmp_path, stored_zip({name.encode(): content for name, content in files.items()}))
+    assert f"Normal/{longest}" in names
+
+
+@pytest.mark.parametrize(("of", "name"), [(b"L\x84sion/1.png", "Läsion/1.png"), (b"other", "L\u00e4sion/1.png")])
+def test_the_name_in_an_extra_field_counts_if_it_is_of_this_name(tmp_path, of, name):
+    told = "Läsion/1.png" if of != b"other" else "Zyste/1.png"
+    field = b"\x01" + struct.pack("<I", zipfile.crc32(of)) + told.encode()
+    extra = struct.pack("<HHI", 1, 4, 0) + struct.pack("<HH", 0x7075, len(field)) + field
+    names, warnings = unpacked(tmp_path, stored_zip({b"L\x84sion/1.png": b"x"}, extra=extra))
+    assert (names, len(warnings)) == ([name], int(of == b"other"))
 
 
 def test_a_file_and_a_folder_of_one_name_are_refused(tmp_path):

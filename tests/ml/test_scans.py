@@ -174,9 +174,34 @@ def test_folders_above_the_class_are_no_patient_ids(tmp_path):
     assert {scan.patient for scan in report.scans} == {None}
 
 
-@pytest.mark.parametrize("identity", ["", " ", "0", "000", "ANONYMOUS", "Anonymized", "unknown", "n/a", "XXX", "-"])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        *(
+            "",
+            " ",
+            "0",
+            "000",
+            "ANONYMOUS",
+            "Anonymized",
+            "unknown",
+            "n/a",
+            "XXX",
+            "-",
+            "Anonymous^^",
+            "None",
+            "12345678",
+        ),
+        *("PATIENT", "PatientID", "anonymous patient", "DEIDENTIFIED", "No Name", "\0\0"),
+    ],
+)
 def test_placeholders_are_no_patient_ids(identity):
     assert patient_of("scan.dcm", identity) is None
+
+
+@pytest.mark.parametrize("identity", ["ANON001", "1", "12345", "X1", "patient 7", "Nonet", "TESTA-12"])
+def test_pseudonyms_are_patient_ids(identity):
+    assert patient_of("scan.dcm", identity)
 
 
 def test_the_patient_is_read_from_dicom_and_hashed_in_the_manifest(tmp_path):

@@ -54,7 +54,7 @@ _KINDS = re.compile(
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:[-_.]?[0-9]{2}){0,2}")
 _PLACEHOLDER = re.compile(
     r"[0\W_]*|anon(ymous|ymi[sz]ed)?\W*|unknown|none|null|nil|n/?a|no ?(id|name)|removed|hidden|confidential|dummy"
-    r"|de-?identified|test|x+|(123456789?0?)",
+    r"|de-?identified|pseudonymi[sz]ed|test|x+|1234567(89?0?)?|(anonymous|test|unknown)?[ _^]?patient[ _^]?(id|name)?",
     re.IGNORECASE,
 )
 
