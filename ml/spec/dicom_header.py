@@ -77,14 +77,14 @@ def read(stream: IO[bytes]) -> Header:
 
 
 def needed_bytes(stream: IO[bytes]) -> int:
-    """The length that a file has at least by what its elements declare; it is longer than a file that is cut off."""
-    reader, _ = _opened(stream)
+    """The length that a file, which is not deflated, has at least by what its elements declare."""
     try:
+        reader, _ = _opened(stream)
         for _ in reader.elements():
             pass
     except (struct.error, ValueError, RecursionError):  # cut off inside the head of an element
-        return reader.stream.tell() + 1
-    return reader.stream.tell()
+        return stream.tell() + 1
+    return stream.tell()
 
 
 def _opened(stream: IO[bytes]) -> tuple[_Reader, str]:

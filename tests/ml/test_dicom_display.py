@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -423,6 +426,18 @@ def test_compressed_pixels_that_are_cut_off_are_counted():
             decode(whole[:length])
 
 
+def test_a_damaged_jpeg_is_refused_and_ends_no_process():
+    whole = bytearray(Path(get_testdata_file("SC_rgb_jpeg_dcmtk.dcm")).read_bytes())
+    begin = whole.index(b"\xff\xd8")
+    for at in range(begin, begin + 900, 7):  # through all tables, and into the picture
+        damaged = bytes(whole[:at]) + bytes([whole[at] ^ 0xFF]) + bytes(whole[at + 1 :])
+        with suppress(ImageError):
+            decode(damaged)
+    whole[begin + 200 : begin + 800] = bytes(600)
+    with pytest.raises(ImageError, match=r"pixels \(JPEG Baseline \(Process 1\), 8 bits allocated\) are damaged"):
+        decode(bytes(whole))
+
+
 def test_pixels_that_are_cut_off_are_counted():
     with pytest.raises(ImageError, match=r"cut off after 10 of 16 bytes of its pixels"):
         decode(raw_dicom(HU)[:-6])
@@ -434,10 +449,14 @@ def test_a_transfer_syntax_without_a_decoder_is_named():
             decode(raw_dicom(HU, syntax))
 
 
-def test_text_in_place_of_a_transfer_syntax_is_not_repeated():
+def test_text_in_place_of_a_transfer_syntax_is_not_repeated_and_not_logged():
+    stream = io.StringIO()
+    logging.getLogger().addHandler(handler := logging.StreamHandler(stream))  # pytest's caplog takes all there is
     with pytest.raises(ImageError, match="no valid UID") as refused:
         decode(raw_dicom(HU, "SECRET^NAME"))
     assert "SECRET" not in str(refused.value)
+    logging.getLogger().removeHandler(handler)
+    assert stream.getvalue() == "", "pydicom logs and warns of values that it finds odd"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,12 +45,9 @@ def open_dataset(content: bytes, header_only: bool = False) -> Dataset:
     # What it finds odd it logs and warns of with the value, which may be a name.
     pydicom.config.logger.propagate = False
     _check_inflated_size(content)
-    try:
-        with _without_warnings():
-            dataset = pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=header_only)
+    with _refusing(_DAMAGED):
+        dataset = pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=header_only)
         sop_class = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""
-    except Exception as error:  # all kinds, on damaged files
-        raise ImageError(_DAMAGED) from error
     if refused := dicom_classes.refusal(str(sop_class)):
         raise ImageError(refused)
     return dataset
@@ -89,17 +87,25 @@ def stored_values(dataset: Dataset, frame: int) -> np.ndarray:
 
     Bits above HighBit (overlays of old files) and below the lowest stored one are removed.
     """
-    from pydicom.pixels import pixel_array
-
     unused = _bits_below(dataset)
     if unused:
         dataset.BitsStored += unused
     try:
-        values = pixel_array(dataset, index=frame)
+        values = decoded(dataset, frame)
     finally:
         if unused:
             dataset.BitsStored -= unused
     return values >> unused if unused else values
+
+
+def decoded(dataset: Dataset, frame: int) -> np.ndarray:
+    """The frame's values as pydicom gives them: [rows, columns], or [rows, columns, 3] in RGB."""
+    from pydicom.pixels import pixel_array
+    from pydicom.uid import JPEGBaseline8Bit
+
+    # gdcm ends the whole process on some damaged JPEGs. Pillow decodes those of eight bits to the same values.
+    plugin = "pillow" if dataset.file_meta.TransferSyntaxUID == JPEGBaseline8Bit else ""
+    return pixel_array(dataset, index=frame, decoding_plugin=plugin)
 
 
 def _bits_below(dataset: Dataset) -> int:
@@ -123,26 +129,27 @@ def read(content: bytes, choose: Callable[[int], int], draw: Callable[[Dataset, 
     dataset = open_dataset(content)
     if "Rows" not in dataset and "PixelData" not in dataset:
         raise ImageError(_why_empty(content))
-    with _without_warnings():
+    with _refusing(_DAMAGED):
         check_readable(dataset)
-    frames = frame_count(dataset)
-    frame = choose(frames)
-    try:
-        with _without_warnings():
-            drawn = draw(dataset, frame)
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise all kinds of errors on damaged data
-        raise ImageError(_cause(dataset, error)) from error
-    spacing = frame_attributes.spacing_mm(dataset, frame)
-    return Picture(drawn.pixels, origin_of(dataset), frame, frames, spacing, drawn.window)
+        frames = frame_count(dataset)
+        frame = choose(frames)
+        origin, spacing = origin_of(dataset), frame_attributes.spacing_mm(dataset, frame)
+    with _refusing(partial(_cause, dataset)):
+        drawn = draw(dataset, frame)
+    return Picture(drawn.pixels, origin, frame, frames, spacing, drawn.window)
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _refusing(cause: str | Callable[[Exception], str]) -> Iterator[None]:
+    """Errors become ImageErrors: pydicom and its decoders raise all kinds of them on damaged files."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(cause if isinstance(cause, str) else cause(error)) from error
 
 
 def _cause(dataset: Dataset, error: Exception) -> str:

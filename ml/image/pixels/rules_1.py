@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from ml.image.pixels.dicom import decoded
 from ml.image.pixels.picture import Picture, Window
 from ml.image.pixels.raster import flat
 
@@ -31,9 +32,9 @@ def as_shown(picture: Image.Image, content: bytes) -> np.ndarray:
 
 def draw(dataset: Dataset, frame: int, asked: Window | None = None) -> Picture:
     """The frame's pixels, uint8 [rows, columns, 3]."""
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut
 
-    values = pixel_array(dataset, index=frame)
+    values = decoded(dataset, frame)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, dataset)
     if values.ndim == 3:
