@@ -111,18 +111,15 @@ def _bits(dataset: Dataset) -> int:
 
 
 def _in_units(dataset: Dataset, stored: np.ndarray, frame: int) -> np.ndarray:
-    """The values in the units of the modality (C.11.1): float32, or float64 where 24 bits are too few."""
+    """The values in the units of the modality (C.11.1): as stored, or float32, or float64 where 24 bits are too few."""
     if _first_item(dataset, "ModalityLUTSequence") is not None:
         from pydicom.pixels import apply_modality_lut
 
         return np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
     slope, intercept = attributes.rescale(dataset, frame)
-    values = stored.astype(np.result_type(stored.dtype, np.float32))
-    if slope != 1:
-        values *= slope
-    if intercept != 0:
-        values += intercept
-    return values
+    exact = np.result_type(stored.dtype, np.float32)
+    values = stored if slope == 1 else np.multiply(stored, slope, dtype=exact)
+    return values if intercept == 0 else np.add(values, intercept, dtype=exact)
 
 
 def _is_rescaled(dataset: Dataset, frame: int) -> bool:
