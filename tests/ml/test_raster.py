@@ -72,7 +72,9 @@ def ramp(kind: str) -> np.ndarray:
     spans = {"u1": (0, 255), "u2": (1000, 3000), "i2": (-1000, 3000), "u4": (3_000_000_000, 4_000_000_000)}
     values = np.linspace(*spans.get(kind, (-1000, 3000)), 64 * 48).astype(kind).reshape(64, 48)
     if kind != "u1":
-        values[0, :2] = (np.iinfo(kind).min, np.iinfo(kind).max) if kind[0] in "ui" else (np.nan, np.inf)
+        values[0, :2] = (
+            (np.iinfo(kind).min + (kind == "i2"), np.iinfo(kind).max) if kind[0] in "ui" else (np.nan, np.inf)
+        )
     return values
 
 
@@ -107,6 +109,16 @@ def test_the_same_sixteen_bits_look_the_same_in_every_file():
     expected = decode(png16(values))
     for content in (tiff(values), tiff(values, order=">"), png16(np.repeat(values[:, :, None], 3, axis=2))):
         assert np.abs(decode(content).astype(int) - expected).max() <= 1
+
+
+def test_corners_of_the_least_number_do_not_squeeze_a_tiff_of_signed_bits():
+    values = ramp("i2")
+    values[:16] = -32_768
+    data = values[16:].astype(float)
+    low, high = np.percentile(data, [0.5, 99.5])
+    found = decode(tiff(values))[..., 0]
+    assert found[:16].max() == 0
+    assert np.abs(found[16:] - np.clip((data - low) / (high - low), 0, 1) * 255).max() <= 0.51
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

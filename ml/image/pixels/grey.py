@@ -14,6 +14,7 @@ from ml.image.pixels.picture import Window
 PERCENTILES = (0.5, 99.5)
 """Of the data, the values that are drawn black and white: a hot pixel must not squeeze the body into five levels."""
 
+_CHUNK = 2**20  # values that are counted at once, as 64-bit integers
 _NO_VALUE = -32_768
 """The least number of 16 bits: what scanners fill the corners with, also where no attribute says so."""
 
@@ -86,8 +87,11 @@ def _range(data: np.ndarray) -> tuple[float, float]:
 
 def _percentiles_of_integers(data: np.ndarray) -> list[float]:
     """As numpy's, but by counting: four times as fast for pictures of 16 bits."""
-    least = int(data.min())
-    up_to = np.cumsum(np.bincount(data.reshape(-1).astype(np.int64) - least))
+    least, span = int(data.min()), int(data.max()) - int(data.min()) + 1
+    counts = np.zeros(span, np.int64)
+    for start in range(0, data.size, _CHUNK):
+        counts += np.bincount(data[start : start + _CHUNK].astype(np.int64) - least, minlength=span)
+    up_to = np.cumsum(counts)
 
     def at(position: float) -> float:
         below, above = np.searchsorted(up_to, [math.floor(position), math.ceil(position)], side="right")

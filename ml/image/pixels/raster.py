@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,13 +160,20 @@ def _levels(picture: Image.Image) -> np.ndarray:
     native = {"F;32BF": "F;32F", "I;32BS": "I;32S", "I;16BS": "I;16S"}.get(_raw_mode(picture))
     if native and picture.tile[0].codec_name == "libtiff":  # type: ignore[attr-defined]
         _set_raw_mode(picture, native)  # libtiff gives the machine's byte order; Pillow expects the file's
-    values = np.asarray(picture)
-    if values.dtype == np.int32 and tags and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1 and tags[_BITS][0] == 32:
-        values = values.view(np.uint32)  # Pillow has no mode for them
+    values = _as_declared(np.asarray(picture), tags)
     levels = in_range(values)
     if tags.get(_PHOTOMETRIC) != 0:
         return levels
     return np.where(np.isfinite(values), 255 - levels, 0).astype(np.uint8)
+
+
+def _as_declared(values: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Pillow has one mode, of signed 32 bits, for all integers of a TIFF but unsigned ones of 16 bits."""
+    if values.dtype != np.int32 or not tags:
+        return values
+    if tags[_BITS][0] == 16:
+        return values.astype(np.int16)
+    return values.view(np.uint32) if tags.get(_SAMPLE_FORMAT, (1,))[0] == 1 else values
 
 
 def _all_bits(picture: Image.Image, content: bytes) -> np.ndarray:
