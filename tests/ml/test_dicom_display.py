@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
@@ -356,8 +357,8 @@ def test_values_that_are_no_hounsfield_units_get_no_window_of_them(kind):
 def in_colour(values: np.ndarray, photometric: str = "RGB", **fields: object) -> bytes:
     """[rows, columns, 3], by pixel."""
     return raw_dicom(
-        values, Modality="US", SamplesPerPixel=3, PhotometricInterpretation=photometric, PlanarConfiguration=0,
-        Rows=values.shape[0], Columns=values.shape[1], NumberOfFrames=None, **fields,
+        values, Modality="US", SamplesPerPixel=3, PhotometricInterpretation=photometric, Rows=values.shape[0],
+        Columns=values.shape[1], NumberOfFrames=None, **{"PlanarConfiguration": 0} | fields,
     )  # fmt: skip
 
 
@@ -400,11 +401,27 @@ def test_the_missing_tag_is_named(keyword):
         decode(raw_dicom(HU, **{keyword: None}))
 
 
+def test_what_colours_need_besides_is_named():
+    with pytest.raises(ImageError, match=r"lacks PlanarConfiguration\.$"):
+        decode(in_colour(np.zeros((4, 5, 3), np.uint8), **{"PlanarConfiguration": None}))
+    with pytest.raises(ImageError, match=r"lacks RedPaletteColorLookupTableDescriptor\.$"):
+        decode(raw_dicom(RAMP, PhotometricInterpretation="PALETTE COLOR"))
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle.dcm", "SC_rgb_gdcm_KY.dcm"])
+def test_a_codestream_says_itself_how_it_orders_its_samples(name):
+    dataset, stream = pydicom.dcmread(get_testdata_file(name)), io.BytesIO()
+    del dataset.PlanarConfiguration
+    dataset.save_as(stream)
+    assert np.array_equal(decode(stream.getvalue()), decode(Path(get_testdata_file(name))))
+
+
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
         ({"PhotometricInterpretation": "PURPLE"}, "PhotometricInterpretation"),
         ({"SamplesPerPixel": 2}, "SamplesPerPixel"),
+        ({"PhotometricInterpretation": "RGB"}, "SamplesPerPixel"),
         ({"BitsAllocated": 12, "BitsStored": 12}, "BitsAllocated"),
         ({"BitsStored": 20}, "BitsStored"),
         ({"PixelRepresentation": 3}, "PixelRepresentation"),

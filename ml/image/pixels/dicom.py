@@ -35,7 +35,7 @@ _DAMAGED = "The DICOM file is damaged or cut off: its elements cannot be read."
 
 
 def open_dataset(content: bytes, header_only: bool = False) -> Dataset:
-    """The data set of a file, with a transfer syntax also where the part-10 header is missing.
+    """The data set of a file, with or without a part-10 header.
 
     Raises:
         ImageError: it cannot be read, or is of a SOP class that is no picture.
@@ -78,7 +78,8 @@ def check_readable(dataset: Dataset) -> None:
     _check_values(dataset)
     check_size(int(dataset.Columns), int(dataset.Rows))
     _check_transfer_syntax(dataset)
-    if pixels and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+    _check_colours(dataset)
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         _check_complete(dataset, len(dataset[pixels].value or b""))
 
 
@@ -176,10 +177,11 @@ def _check_values(dataset: Dataset) -> None:
     photometric = str(dataset.PhotometricInterpretation).strip(" \0").upper()
     if photometric != dataset.PhotometricInterpretation:
         dataset.PhotometricInterpretation = photometric
+    samples = 1 if photometric in _OF_ONE_SAMPLE else 3
     allocated, stored = dataset.BitsAllocated, dataset.get("BitsStored", 1)
     right = {
         "PhotometricInterpretation": photometric in _PHOTOMETRIC,
-        "SamplesPerPixel": dataset.SamplesPerPixel in (1, 3),
+        "SamplesPerPixel": photometric not in _PHOTOMETRIC or dataset.SamplesPerPixel == samples,
         "BitsAllocated": allocated in (1, 8, 16, 32, 64),
         "BitsStored": isinstance(stored, int) and 1 <= stored <= max(1, allocated),
         "PixelRepresentation": dataset.get("PixelRepresentation", 0) in (0, 1),
@@ -203,6 +205,18 @@ def _check_transfer_syntax(dataset: Dataset) -> None:
             f"The DICOM file's transfer syntax {_described(syntax)} cannot be decoded here: send it uncompressed, or "
             "compressed by JPEG, JPEG-LS, JPEG 2000 or RLE."
         )
+
+
+def _check_colours(dataset: Dataset) -> None:
+    """ImageError that names what colours need besides; a codestream says itself how it orders its samples."""
+    needed = "RedPaletteColorLookupTableDescriptor" if dataset.PhotometricInterpretation == "PALETTE COLOR" else None
+    if dataset.SamplesPerPixel > 1 and "PlanarConfiguration" not in dataset:
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            dataset.PlanarConfiguration = 0
+        else:
+            needed = "PlanarConfiguration"
+    if needed and needed not in dataset:
+        raise ImageError(f"The DICOM file lacks {needed}.")
 
 
 def _described(syntax: UID) -> str:
