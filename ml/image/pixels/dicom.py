@@ -62,10 +62,8 @@ def origin_of(dataset: Dataset) -> Origin:
 
 def frame_count(dataset: Dataset) -> int:
     """How many frames the file declares; 1 where it does not say. ImageError if that is no number."""
-    try:
+    with _refusing("The DICOM file's NumberOfFrames is no number."):
         return max(1, int(dataset.get("NumberOfFrames") or 1))
-    except (TypeError, ValueError) as error:
-        raise ImageError("The DICOM file's NumberOfFrames is no number.") from error
 
 
 def check_readable(dataset: Dataset) -> None:
