@@ -175,6 +175,18 @@ def test_patients_at_the_top_are_no_classes(tmp_path):
     assert "are named as patients, not as classes" in checked(tmp_path, files).problems[0]
 
 
+def test_patients_with_classes_below_are_no_classes(tmp_path):
+    files = {f"P{i // 4:02}/{('Normal', 'Tumor')[i % 2]}/{i}.png": encode(make_pixels(i)) for i in range(24)}
+    assert "P00, P01, P02 and others are named as patients" in checked(tmp_path, files).problems[0]
+
+
+@pytest.mark.parametrize("below", ["{i}/1.png", "axial/{i}.png", "{i}.png", "patient-{i}/1.png"])
+def test_classes_may_be_numbers(tmp_path, below):
+    files = {f"{i % 3}/{below.format(i=i)}": encode(make_pixels(i)) for i in range(24)}
+    report = checked(tmp_path, files)
+    assert (report.classes, report.problems) == ({"0": 8, "1": 8, "2": 8}, ())
+
+
 def test_one_class_with_a_folder_for_each_patient_is_one_class(tmp_path):
     files = {f"Tumor/patient-{i}/1.png": encode(make_pixels(i)) for i in range(6)}
     assert checked(tmp_path, files).classes == {"Tumor": 6}
@@ -312,6 +324,19 @@ def test_the_interval_to_be_expected_is_wilsons_for_the_patients_of_a_fifth(tmp_
         "Add patients." in warning
         for warning in found.warnings
     )
+
+
+def test_fewer_patients_than_sides_are_told_before_training(tmp_path):
+    files = {f"Tumor/patient-{i % 2}_{i}.png": encode(make_pixels(i)) for i in range(6)}
+    report = checked(
+        tmp_path, {**files, **{f"Normal/patient-{9 + i}.png": encode(make_pixels(9 + i)) for i in range(6)}}
+    )
+    assert report.problems == ()
+    assert any(
+        "Class Tumor has 2 patients, copies aside: training refuses fewer than 3" in one for one in report.warnings
+    )
+    with pytest.raises(BadDataset, match=r"too few patients \(2\).*list them in patients.csv"):
+        split_scans(report, 0)
 
 
 @pytest.mark.parametrize(("of_one", "warned"), [(4, True), (3, False)])

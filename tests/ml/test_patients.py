@@ -79,7 +79,15 @@ def series_in_folders(patient: int, index: int) -> tuple[str, bytes]:
     return name, shown(patient, index)
 
 
+def identity_of_each_file(patient: int, index: int) -> tuple[str, bytes]:
+    """PatientID was made anew for each file; the studies are right."""
+    study = f"1.2.826.0.1.3680043.8.498.{5000 + patient}"
+    content = make_dicom(noise(patient, index), PatientID=f"{patient}{index}X", StudyInstanceUID=study)
+    return f"{folder_of(patient, index)}/{patient:02}{index}.dcm", content
+
+
 KINDS = [
+    identity_of_each_file,
     names_of_slices, anonymous_studies, folders_alone, series_only, one_identity, numbered_volumes, series_in_folders
 ]  # fmt: skip
 
@@ -256,6 +264,18 @@ def test_scans_of_one_study_series_or_space_are_joined(kind):
     found = weighed(dicom("A", **{kind: "1.2.3"}), dicom("B", **{kind: "1.2.3"}), labels="TT")
     assert found.shared_uids == 2
     assert not joined(dicom("A", **{kind: "1.2.3"}), dicom("B", **{kind: "1.2.3"}))
+
+
+@pytest.mark.parametrize(("patients_of_study", "is_joined"), [(2, True), (5, True), (6, False), (10, False)])
+def test_a_uid_joins_patient_ids_unless_most_of_them_share_it(patients_of_study, is_joined):
+    """A PatientID for each file is as wrong as one UID in all files; which of the two it is, the numbers tell."""
+    scans = [dicom(f"P{i}", study="1.2.3" if i < patients_of_study else f"1.2.{i}") for i in range(10)]
+    found = weighed(*scans)
+    first, second = (one.study for one in found.belongings[:2])
+    assert (first == second is not None) == is_joined
+    assert (found.joined_identities, found.shared_uids) == (
+        (patients_of_study, 0) if is_joined else (0, patients_of_study)
+    )
 
 
 def test_one_uid_of_several_kinds_joins_nothing():

@@ -1,8 +1,9 @@
 """Who is whose patient: all evidence of a dataset's scans, weighed together.
 
 `patients.csv` overrules everything. Else PatientID counts, with its issuer where two issuers use one id. Study, Series
-and FrameOfReference UIDs join scans further. Names count where DICOM says nothing, and where all scans of a study agree
-on one: a name never divides what DICOM joins. What is weighed ends as tokens: scans that share one stay together.
+and FrameOfReference UIDs join scans further, also of different PatientIDs, but for UIDs that most patients share. Names
+count where DICOM says nothing, and where all scans of a study agree on one: a name never divides what DICOM joins. What
+is weighed ends as tokens: scans that share one stay together.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MANY_STUDIES = 5
 """From so many studies on, a PatientID that all scans of the dataset or of a class have in common is a placeholder."""
+MOST_OWNERS = 0.5
+"""Share of all PatientIDs: a UID of more of them was written into all files by some program, and tells nothing."""
 LEAST_FOLDERS, LEAST_WORDS = 2, 5
 """So many folders in a class can be patients; the second is for folders without a digit, such as surnames."""
 _DIGIT = re.compile(r"\d")
@@ -63,7 +66,9 @@ class Weighed:
     common_identity: int = 0
     """PatientID is one value for many studies, so it is a placeholder."""
     shared_uids: int = 0
-    """Their UIDs are those of other patients as well."""
+    """They have a UID that most patients have, so it tells nothing."""
+    joined_identities: int = 0
+    """They have a UID that scans with another PatientID have too, so the two patients stay together."""
     disagreeing: int = 0
     """Their names tell other patients than their PatientIDs."""
 
@@ -86,7 +91,9 @@ def weigh(evidence: Sequence[Evidence], labels: Sequence[str], listed: Sequence[
     """Decide for each scan whom and what it belongs to. All arguments have one entry for each scan."""
     common = _common_identities(evidence, labels)
     identities = _identities(evidence, common)
-    shared = _shared_uids(evidence, identities)
+    owners = _owners(evidence, identities)
+    shared = {uid for uid, some in owners.items() if len(some) > max(1, MOST_OWNERS * len(set(identities) - {None}))}
+    joining = {uid for uid, some in owners.items() if len(some) > 1} - shared
     told = _told_by_names([one.name for one in evidence], labels)
     agreed = _agreed_in_studies(evidence, told)
     belongings = tuple(
@@ -97,6 +104,7 @@ def weigh(evidence: Sequence[Evidence], labels: Sequence[str], listed: Sequence[
         belongings,
         sum(one.identity in common for one in evidence),
         sum(not shared.isdisjoint(one.uids) for one in evidence),
+        sum(not joining.isdisjoint(one.uids) for one in evidence),
         _disagreeing(evidence, identities),
     )
 
@@ -146,13 +154,13 @@ def _identities(evidence: Sequence[Evidence], common: set[str]) -> list[str | No
     ]
 
 
-def _shared_uids(evidence: Sequence[Evidence], identities: Sequence[str | None]) -> set[str]:
-    """UIDs of scans of several patients: a program that writes one UID into all files tells nothing by it."""
+def _owners(evidence: Sequence[Evidence], identities: Sequence[str | None]) -> dict[str, set[str]]:
+    """The PatientIDs that scans with a UID have."""
     owners: dict[str, set[str]] = {}
     for one, identity in zip(evidence, identities, strict=True):
         for uid in one.uids if identity else ():
             owners.setdefault(uid, set()).add(identity or "")
-    return {uid for uid, some in owners.items() if len(some) > 1}
+    return owners
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

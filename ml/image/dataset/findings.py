@@ -15,6 +15,7 @@ UNBALANCED = 3.0  # largest class / smallest class; from here on cross-entropy n
 MOST_BLANK = 0.2  # share of the scans
 LARGEST_SHARE = 0.3  # of the scans of a class, of one patient
 WIDE = 0.3  # width of an interval from which on it says little: fewer than about 16 patients in the test part
+LEAST_GROUPS = 3  # of a class, one for each side of the split
 NAMED_CONFLICTS = 20  # conflicts that are listed by name; the rest is only counted
 
 
@@ -129,8 +130,13 @@ def _evidence_warnings(inspection: Inspection) -> Iterator[str]:
         )
     if inspection.shared_uids:
         yield (
-            f"{_scans(inspection.shared_uids)} a study, series or space in common with other patients: these UIDs "
+            f"{_scans(inspection.shared_uids)} a study, series or space in common with most patients: these UIDs "
             "count for nothing. Look how the files were anonymized."
+        )
+    if inspection.joined_identities:
+        yield (
+            f"{_scans(inspection.joined_identities)} a study, series or space in common with another PatientID: they "
+            "stay together. If they are of different patients, list these in patients.csv."
         )
     if inspection.disagreeing:
         yield (
@@ -148,6 +154,15 @@ def _thin_warnings(inspection: Inspection) -> Iterator[str]:
         yield (
             f"One patient has {share:.0%} of the scans of class {worst}{_more(crowded)}: the network may learn the "
             "patient. Add others."
+        )
+    lacking = [name for name, groups in inspection.groups.items() if groups < LEAST_GROUPS]
+    if lacking:
+        worst = min(lacking, key=lambda name: inspection.groups[name])
+        noun = "patients, copies aside" if inspection.with_patient else "different scans"
+        yield (
+            f"Class {worst} has {inspection.groups[worst]} {noun}{_more(lacking)}: training refuses fewer than "
+            f"{LEAST_GROUPS}, one each to train, to validate and to test on. If patients are told wrongly, list them "
+            "in patients.csv."
         )
     few = [name for name, (low, high) in inspection.sensitivity.items() if high - low > WIDE]
     if few:

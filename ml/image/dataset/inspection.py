@@ -79,7 +79,9 @@ class Inspection:
     common_identity: int = 0
     """Scans with a PatientID that is no more than a placeholder, as it has too many studies."""
     shared_uids: int = 0
-    """Scans with UIDs that scans of other patients have too; these UIDs count for nothing."""
+    """Scans with UIDs that most patients have; these UIDs count for nothing."""
+    joined_identities: int = 0
+    """Scans with UIDs that scans with another PatientID have too; they stay together."""
     disagreeing: int = 0
     """Scans whose names tell other patients than their PatientIDs."""
     groups: dict[str, int] = field(default_factory=dict)

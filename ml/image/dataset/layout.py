@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from ml.image.dataset.patients import names_patient
+from ml.image.dataset.patients import is_kind, names_patient
 from ml.image.dataset.sniffing import is_named_as_scan, is_scan
 from ml.spec.junk_files import is_junk
 
@@ -68,7 +69,7 @@ class Layout:
         """Sentences about folders that cannot be classes."""
         yield from _spelling_problems(self.labels)
         names = sorted(self.labels)
-        if names and all(names_patient(name) for name in names):
+        if names and (all(names_patient(name) for name in names) or self._are_patients_of_classes()):
             yield (
                 f"The folders {', '.join(names[:3])}{' and others' * (len(names) > 3)} are named as patients, not as "
                 "classes: put one folder for each class at the top, and the patients' folders into these."
@@ -78,6 +79,17 @@ class Layout:
                 f"The folders {' and '.join(self.side_folders)} are sides of a split, not classes: put one folder for "
                 "each class into each of them."
             )
+
+    def _are_patients_of_classes(self) -> bool:
+        """Whether all labels have numbers, and each folder below lies in several of them: `P01/Normal`, `P02/Normal`."""
+        below: dict[str, set[str]] = {label: set() for label in self.labels}
+        for place in self.scans:
+            first, slash, _ = place.below.partition("/")
+            if not slash or not re.search(r"\d", place.label or "") or is_kind(first):
+                return False
+            below[place.label or ""].add(first)
+        counts = Counter(name for names in below.values() for name in names)
+        return len(below) > 2 and bool(counts) and min(counts.values()) > 1
 
     def passed_over_pictures(self) -> Iterator[str]:
         """Names of what is passed over and is a picture."""

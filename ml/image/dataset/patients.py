@@ -116,6 +116,11 @@ def folder_token(name: str, with_digit: bool = False) -> str | None:
     return None
 
 
+def is_kind(folder: str) -> bool:
+    """Whether a folder is named after a kind of pictures, or a part of a dataset."""
+    return bool(_KINDS.fullmatch(folder))
+
+
 def names_patient(folder: str) -> bool:
     """Whether a folder is named after a patient by rules 1 and 3."""
     return bool(name_token(folder) or short_token(folder))

@@ -134,6 +134,7 @@ def _report(
         junk_pictures=len(pictures) - len(layout.strays),
         common_identity=weighed.common_identity,
         shared_uids=weighed.shared_uids,
+        joined_identities=weighed.joined_identities,
         disagreeing=weighed.disagreeing,
         unlisted=rows.count(None) if listed.rows else 0,
     )

@@ -235,7 +235,9 @@ def _sizes_remedy(test_size: float, validation_size: float) -> str:
 def _require(report: DatasetReport, groups: list[_Group], least: int, remedy: str) -> None:
     for name, count in zip(report.names, _available(groups), strict=True):
         if count < least:
-            raise BadDataset(f"Class {name} has too few {_noun(report)} ({count}): {remedy}")
+            noun = _noun(report)
+            list_them = " If patients are told wrongly, list them in patients.csv." if noun != "different scans" else ""
+            raise BadDataset(f"Class {name} has too few {noun} ({count}): {remedy}{list_them}")
 
 
 def _require_folds(report: DatasetReport, groups: list[_Group], folds: int) -> None:
