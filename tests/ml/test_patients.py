@@ -269,7 +269,7 @@ def test_scans_of_one_study_series_or_space_are_joined(kind):
 @pytest.mark.parametrize(("patients_of_study", "is_joined"), [(2, True), (5, True), (6, False), (10, False)])
 def test_a_uid_joins_patient_ids_unless_most_of_them_share_it(patients_of_study, is_joined):
     """A PatientID for each file is as wrong as one UID in all files; which of the two it is, the numbers tell."""
-    scans = [dicom(f"P{i}", study="1.2.3" if i < patients_of_study else f"1.2.{i}") for i in range(10)]
+    scans = [dicom(f"P{i}", study="1.2.99" if i < patients_of_study else f"1.2.{i}") for i in range(10)]
     found = weighed(*scans)
     first, second = (one.study for one in found.belongings[:2])
     assert (first == second is not None) == is_joined

@@ -81,7 +81,7 @@ class Layout:
             )
 
     def _are_patients_of_classes(self) -> bool:
-        """Whether all labels have numbers, and each folder below lies in several of them: `P01/Normal`, `P02/Normal`."""
+        """Whether labels have numbers, and each folder below lies in several of them: `P01/Normal`, `P02/Normal`."""
         below: dict[str, set[str]] = {label: set() for label in self.labels}
         for place in self.scans:
             first, slash, _ = place.below.partition("/")
