@@ -240,7 +240,7 @@ def _safe_name(packed_name: str, refuse: Refuse) -> str:
             parts.pop()
         elif part not in ("", "."):
             parts.append(safe_part(part))
-    if not parts and not packed_name.endswith(("/", ".")):
+    if not parts and not packed_name.endswith("/"):
         raise refuse("A member of the zip has no name. Pack it again.")
     return "/".join(parts)
 

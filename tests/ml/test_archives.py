@@ -157,6 +157,11 @@ def test_names_that_lead_outside_are_refused(tmp_path, name, why):
     assert why in refused_whole(tmp_path, write_member(tmp_path / "data.zip", name))
 
 
+@pytest.mark.parametrize("name", [b"", b".", b"./.", b"a/.."])
+def test_files_without_a_name_are_refused(tmp_path, name):
+    assert "no name" in refused_whole(tmp_path, write(tmp_path / "data.zip", stored_zip({name: b"x"})))
+
+
 def test_names_that_no_disk_takes_are_refused(tmp_path):
     long, deep = "is too long: a file or folder takes 255 bytes at most", "lies too deep: in 64 folders at most"
     names = {

@@ -11,11 +11,12 @@ from PIL import Image
 
 from ml.evaluation.intervals import wilson
 from ml.image.dataset.lineage import leaks
-from ml.image.dataset.scans import DatasetReport, check_dataset
+from ml.image.dataset.scans import DatasetReport, check_dataset, save_manifest
 from ml.image.dataset.splits import split_by_folders, split_scans
 from ml.image.pipeline import ImagePipeline
+from ml.image.stages.run import Run
 from ml.runtime.archives import extract_zip
-from ml.runtime.config import parse_params
+from ml.runtime.config import PipelineConfig, parse_params
 from ml.runtime.errors import BadDataset, BadParams
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder, write_zip
 
@@ -251,6 +252,17 @@ def test_a_side_within_its_own_folder_and_sides_below_the_classes_are_sides_too(
         report = checked(tmp_path / str(number), files)
         assert (report.classes, report.inspection.patients) == ({"Normal": 20, "Tumor": 20}, 40)
         assert len(split_by_folders(report, 0).test) == 8
+
+
+def test_the_parameter_split_decides(tmp_path):
+    report = checked(tmp_path / "scans", sided())
+    config = PipelineConfig.below(tmp_path / "artifacts")
+    config.data_ingestion.manifest_path.parent.mkdir(parents=True)
+    save_manifest(report, config.data_ingestion.manifest_path)
+    by_folders = Run(config, parse_params({"split": "folders"}), print).split
+    by_patients = Run(config, parse_params({}), print).split
+    assert by_folders.test.tolist() == split_by_folders(report, 0).test.tolist()
+    assert by_patients.test.tolist() == split_scans(report, 0).test.tolist() != by_folders.test.tolist()
 
 
 def test_without_a_validation_folder_it_is_drawn_from_train(tmp_path):

@@ -356,6 +356,14 @@ def test_paths_are_relative_to_the_list_or_to_the_top_and_in_either_unicode_form
     assert any("patients.csv does not list: 9." in warning for warning in report.warnings)
 
 
+def test_a_folder_with_names_in_the_other_unicode_form_is_found_too(tmp_path):
+    files = make_files(6, ("La\u0308sion", "Normal"))
+    report = check_dataset(
+        write_folder({**files, "patients.csv": "path,patient\nLäsion/Läsion-000.png,a".encode()}, tmp_path)
+    )
+    assert (report.problems, report.inspection.with_patient) == ((), 1)
+
+
 def test_labels_and_splits_come_from_the_list_too(tmp_path):
     sides = ["train"] * 6 + ["val"] * 2 + ["test"] * 4
     rows = [f"all/{i}.png,p{i},s{i},{LABELS[i % 2]},{side}" for i, side in enumerate(sides)]

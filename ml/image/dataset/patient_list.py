@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -58,7 +58,7 @@ def _depth(name: str) -> int:
 
 
 def _parsed(layout: Layout, file: str) -> PatientList:
-    known = {place.name for place in layout.places}
+    known = {_stored(place.name): place.name for place in layout.places}
     rows: dict[str, Listed] = {}
     problems: list[str] = []
     try:
@@ -100,14 +100,18 @@ def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ValueError(f"row {reader.line_num} cannot be read as CSV.") from error
 
 
-def _name(path: str, folder: str, known: set[str]) -> str:
+def _stored(path: str) -> str:
+    """The path as it is stored when a zip is unpacked."""
+    return "/".join(safe_part(part) for part in path.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def _name(path: str, folder: str, known: Mapping[str, str]) -> str:
     """The scan that a path means. ValueError if there is none."""
     if not path:
         raise ValueError("path is empty.")
-    relative = "/".join(safe_part(part) for part in path.replace("\\", "/").split("/") if part not in ("", "."))
-    for name in (f"{folder}/{relative}" if folder else relative, relative):
+    for name in (_stored(f"{folder}/{path}"), _stored(path)):
         if name in known:
-            return name
+            return known[name]
     raise ValueError(f"there is no scan {path!r}.")
 
 
