@@ -11,7 +11,7 @@ from PIL import Image
 
 from ml.evaluation.intervals import wilson
 from ml.image.dataset.lineage import leaks
-from ml.image.dataset.scans import DatasetReport, check_dataset, save_manifest
+from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
 from ml.image.dataset.splits import split_by_folders, split_scans
 from ml.image.pipeline import ImagePipeline
 from ml.image.stages.run import Run
@@ -99,6 +99,15 @@ def test_other_content_makes_none(tmp_path, name, content):
 def test_what_is_or_says_to_be_a_scan_and_cannot_be_read_is_a_problem_that_names_it(tmp_path, name, content):
     report = checked(tmp_path, {**make_files(6), f"Tumor/{name}": content})
     assert [problem.split(":")[0] for problem in report.problems] == [f"Tumor/{name}"]
+
+
+def test_the_manifest_keeps_where_a_scan_comes_from(tmp_path):
+    scan = make_dicom(np.eye(40, dtype=np.int16) * 900, BodyPartExamined="KIDNEY")
+    report = checked(tmp_path / "scans", {**make_files(6), "Tumor/z.dcm": scan})
+    save_manifest(report, tmp_path / "manifest.json")
+    last = load_manifest(tmp_path / "manifest.json").scans[-1]
+    assert (last.modality, last.body_part, last.kind) == ("CT", "KIDNEY", "grey")
+    assert (report.scans[0].modality, report.scans[0].body_part, report.scans[0].kind) == (None, None, "colour")
 
 
 # --- what is passed over ---

@@ -25,6 +25,10 @@ class ScanFile:
     mode: str = ""
     modality: str | None = None
     """DICOM modality, such as CT; None for other files."""
+    body_part: str | None = None
+    """DICOM body part, such as KIDNEY; None for other files."""
+    kind: str = ""
+    """How the file stores its pixels: grey, palette or colour (`ml.image.pixels.picture.Origin`)."""
     window: tuple[float, float] | None = None
     """Centre and width that it was shown with; None for ranges, tables and what is shown as it is."""
     study: str | None = None

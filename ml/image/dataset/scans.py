@@ -186,7 +186,7 @@ def _read_scan(folder: Path, window: tuple[float, float] | None, place: Place) -
     window = (picture.window.centre, picture.window.width) if picture.window else None
     scan = replace(
         scan, perceptual_hash=hash_image(picture.pixels), height=height, width=width, mode=mode,
-        modality=picture.origin.modality, window=window,
+        modality=picture.origin.modality, body_part=picture.origin.body_part, kind=picture.origin.kind, window=window,
     )  # fmt: skip
     return _ReadScan(scan, evidence, None, picture)
 

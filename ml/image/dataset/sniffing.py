@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from ml.image.pixels.decoding import SUFFIXES
 from ml.spec.dicom_header import begins_dicom
 
 _HEAD = 352  # bytes; NIfTI has its magic at 344
@@ -13,9 +14,6 @@ _MAGIC = (
 )  # fmt: skip
 """PNG, JPEG, TIFF and BigTIFF, GIF, JPEG 2000 (JP2 and codestream), JPEG XL, Photoshop."""
 _BOXES = (b"ftypavif", b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypjxl ")
-_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom", ".ima")
-)
 
 
 def is_scan(path: Path) -> bool:
@@ -32,7 +30,7 @@ def is_scan(path: Path) -> bool:
 
 def is_named_as_scan(name: str) -> bool:
     """Whether the suffix is that of a scan: if the content is none, the scan is broken."""
-    return PurePosixPath(name).suffix.lower() in _SUFFIXES
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _begins_as_picture(head: bytes) -> bool:
