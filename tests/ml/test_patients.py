@@ -195,6 +195,8 @@ def patients(*evidence: Evidence, **options: object) -> list[int]:
         (("07/P001.png", "07/P002.png", "08/P001.png"), [1, 1, 2]),
         (("1002/s0001.png", "1002/s0002.png", "1003/s0001.png"), [1, 1, 2]),
         (("Meier/1.png", "Meier/2.png", "Schulz/1", "Wu/1", "Klein/1", "Sala/1"), [1, 1, 2, 3, 4, 5]),
+        (("T1/1.png", "T1/2.png", "T2/1.png", "T3/1.png"), [1, 1, 2, 3]),
+        ((*(f"batch_{i}/1.png" for i in range(10)), "batch_0/2.png"), [*range(1, 11), 1]),
         # Rule 3: short ones.
         (("P0012_1.png", "P0012_2.png", "P0013_1.png"), [1, 1, 2]),
         (("s0012_1.png", "s0012_2.png", "s0013_1.png"), [1, 1, 2]),
@@ -208,6 +210,7 @@ def patients(*evidence: Evidence, **options: object) -> list[int]:
         (("kidneys/1.png", "kidneys/2.png", "kidneys/3.png"), [0, 0, 0]),
         (("left/1.png", "right/1.png", "batch 2/3.png"), [0, 0, 0]),
         (("papillary/1.png", "clear cell/1.png", "chromophobe/1.png"), [0, 0, 0]),
+        (tuple(f"batch_{i}/1.png" for i in range(9)), [0] * 9),
         (("grade 1/1.png", "grade 2/1.png", "grade 3/1.png"), [0, 0, 0]),
     ],
 )

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ml.image.dataset.patient_list import Listed
-from ml.image.dataset.patients import folder_token, name_token, pseudonym, real_identity, real_uid, short_token
+from ml.image.dataset.patients import (
+    folder_token,
+    kinds_among,
+    name_token,
+    pseudonym,
+    real_identity,
+    real_uid,
+    short_token,
+)
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -176,8 +184,9 @@ class _Told:
 
 def _told_by_names(names: Sequence[str], labels: Sequence[str]) -> list[_Told]:
     inner = _below_common_folders(names, labels)
-    folders = _telling([folder_token(name) for name in inner], labels)
-    numbered = _telling([folder_token(name, with_digit=True) for name in inner], labels)
+    kinds = kinds_among(part for name in inner for part in name.split("/")[:-1])
+    folders = _telling([folder_token(name, kinds) for name in inner], labels)
+    numbered = _telling([folder_token(name, kinds, with_digit=True) for name in inner], labels)
     found = []
     for name, folder, with_digit in zip(names, folders, numbered, strict=True):
         token = name_token(name)

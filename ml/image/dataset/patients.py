@@ -5,8 +5,9 @@ manifests and lineages like the scans' file names.
 
 The rules for names, of which the first that applies counts:
 1. a word for a patient and a number, or the code of a public dataset, in a folder or in the file's name, folders first;
-2. the first folder below the class that is not named after a kind of pictures (`axial`, `batch_2`), if a class has
-   several; folders without a digit may as well be of subtypes (`papillary`), and count from five in a class on;
+2. the first folder below the class that is not named after a kind of pictures (`axial`, `batch_2`, but for ten or more
+   with numbers), if a class has several; folders without a digit may as well be of subtypes (`papillary`), and count
+   from five in a class on;
 3. `P0012` or `s0012` at the start of the file's name: `p` with three digits or more, `s` with four or more.
 Numbers by themselves, and `p1` to `p99`, count pages, phases and slices as often as patients, so they never count.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Container, Iterable
 
 _WORDS = {
     "patient": "",
@@ -46,11 +48,13 @@ _KINDS = re.compile(
     # Kinds of pictures; and parts of a dataset, which may be numbered.
     r"(?:image|img|pic|picture|photo|scan|slice|frame|file|data|dataset|dicom|dcm|png|jpe?g|tiff?|raw|original|processed"
     r"|cropped|resized|augmented|ct|cta|mri?|pet|us|x-?ray|flair|adc|dwi|axial|coronal|sagittal|left|right|male|female"
-    r"|contrast|arterial|venous|delayed|plain|anat|baseline|follow[-_ ]?up|new folder|unknown|misc|other)s?"
-    r"|(?:t[12](?:w|ce?|gd)?|part|batch|set|fold|group|site|cent(?:er|re)|hospital|scanner|export|ses(?:sion)?|visit|day"
+    r"|contrast|arterial|venous|delayed|plain|anat|baseline|follow[-_ ]?up|new folder|unknown|misc|other"
+    r"|t[12](?:w|ce?|gd)?)s?"
+    r"|(?:part|batch|set|fold|group|site|cent(?:er|re)|hospital|scanner|export|ses(?:sion)?|visit|day"
     r"|week|month|grade|stage|type|level|category|phase)[-_ ]?\(?[0-9a-z]{0,3}\)?",
     re.IGNORECASE,
 )
+MANY_SIBLINGS = 10  # folders that differ by a number alone
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:[-_.]?[0-9]{2}){0,2}")
 _PLACEHOLDER = re.compile(
     r"[0\W_]*|anon(ymous|ymi[sz]ed)?\W*|unknown|none|null|nil|n/?a|no ?(id|name)|removed|hidden|confidential|dummy"
@@ -104,13 +108,26 @@ def short_token(name: str) -> str | None:
     return _SHORT_WORDS[short.group(1).lower()] + short.group(2) if short else None
 
 
-def folder_token(name: str, with_digit: bool = False) -> str | None:
+def kinds_among(folders: Iterable[str]) -> set[str]:
+    """Those of a dataset's folders that are named after a kind of pictures, or a part of the dataset.
+
+    Not those with many siblings, nor with siblings that are none: `T1` is a kind beside `T2`, and a patient beside
+    `T3`; `batch_1` to `batch_20` may be anything.
+    """
+    siblings: dict[str, set[str]] = {}
+    for folder in folders:
+        siblings.setdefault(re.sub(r"\d+", "#", folder.lower()), set()).add(folder)
+    few = (some for some in siblings.values() if len(some) < MANY_SIBLINGS and all(map(is_kind, some)))
+    return {folder for some in few for folder in some}
+
+
+def folder_token(name: str, kinds: Container[str], with_digit: bool = False) -> str | None:
     """The patient by rule 2; the same text as rules 1 and 3 find in the folder's name.
 
-    `with_digit`: only a folder whose name has a digit and is no date.
+    `kinds`: folders that are none (`kinds_among`). `with_digit`: only a folder whose name has a digit and is no date.
     """
     for part in name.split("/")[:-1]:
-        if _KINDS.fullmatch(part) or (with_digit and (_DATE.fullmatch(part) or not re.search(r"\d", part))):
+        if part in kinds or (with_digit and (_DATE.fullmatch(part) or not re.search(r"\d", part))):
             continue
         return name_token(part) or short_token(part) or part
     return None
