@@ -203,6 +203,7 @@ def patients(*evidence: Evidence, **options: object) -> list[int]:
         # None of them.
         (("p1.png", "p2.png", "p12.png"), [0, 0, 0]),
         (("IM_p1.png", "IM_p2.png", "IM_p3.png"), [0, 0, 0]),
+        (("IM_sub1.png", "IM_sub2.png", "x sub-3.png"), [0, 0, 0]),
         (("scan_p001.png", "scan_p002.png", "x_s0001.png"), [0, 0, 0]),
         (("s1.png", "s12.png", "s123.png"), [0, 0, 0]),
         (("images/1.png", "images/2.png", "images/3.png"), [0, 0, 0]),

@@ -29,7 +29,8 @@ _WORDS = {
     "vol": "volume ",
 }
 _START, _END = r"(?:^|[/_\-. ])", r"(?=[/_\-. ]|$)"
-_NUMBER = re.compile(f"{_START}({'|'.join(_WORDS)})" + r"(?:[_\- ]?id)?[_\- ]?(\d+)" + _END, re.IGNORECASE)
+_WORD = "|".join(_WORDS).replace("|sub|", r"|(?<![_\-. ])sub|")  # elsewhere than at the start: a part of a picture
+_NUMBER = re.compile(f"{_START}({_WORD})" + r"(?:[_\- ]?id)?[_\- ]?(\d+)" + _END, re.IGNORECASE)
 _CODES = (
     r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}",
     r"C3[LN]-[0-9]{5}",  # CPTAC
