@@ -9,7 +9,7 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
-from api.http import auth, problems, request_log
+from api.http import auth, problems, request_log, versioning
 from api.http.body_spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
@@ -22,6 +22,7 @@ from api.resources import (
     legacy,
     metrics,
     pages,
+    problem_types,
     scans,
     uploads,
     webhooks,
@@ -34,7 +35,8 @@ from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
-    jobs, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, legacy, pages,
+    jobs, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, problem_types, legacy,
+    pages,
 )  # fmt: skip
 UNKNOWN_ID = uuid.UUID(int=0)
 
@@ -84,6 +86,7 @@ def build(settings: Settings) -> Flask:
     auth.register(app)
     problems.register(app)
     app.after_request(_drop_content_type)
+    versioning.register(app)
     _register_blueprints(app)
     return app
 
@@ -102,7 +105,7 @@ def _services(settings: Settings) -> Services:
 
 
 def _register_blueprints(app: Flask) -> None:
-    api = problems.ProblemApi(app, spec_kwargs={"info": {"description": DESCRIPTION}})
+    api = problems.ProblemApi(app, spec_kwargs={"info": {"description": DESCRIPTION}, "servers": SERVERS})
     api.register_converter(IdConverter, lambda converter: {"type": "string", "format": "uuid"})
     api.register_converter(VersionConverter, lambda converter: {"type": "string", "pattern": VERSION.pattern})
     api.ma_plugin.converter.add_parameter_attribute_function(_deep_object)
@@ -120,4 +123,8 @@ def _deep_object(self: object, field: fields.Field, **kwargs: object) -> dict[st
 
 
 KEY = "An API key: rq_…. HTTP Basic is accepted too, with the key as its password."
+SERVERS = [
+    {"url": versioning.PREFIX},
+    {"url": "/", "description": "Aliases: the paths of the time before versions. Answers link to what was asked."},
+]
 DESCRIPTION = "Train, track and use a kidney-CT classifier. Not for diagnosis. Errors are RFC 9457 problem details."

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.predict import Use, watched
+from bench.queues.stack import start
 from bench.train import ROOT, machine
-from bench.turns import start
 from ml.image.engines.admission import whole_network
 from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import outputs_of

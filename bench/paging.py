@@ -15,16 +15,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from flask.testing import FlaskClient
 from rich.console import Console
-from sqlalchemy import Engine, event, text
+from rich.table import Table
+from sqlalchemy import Engine, text
 
 from api import create_app
 from api.http.context import EXTENSION
-from bench.growth import compared, migrated
-from bench.train import ROOT
+from bench.queues.databases import Statements, migrated
+from bench.train import ROOT, machine
 from cli.stack.embedded import embedded_postgres
 from jobs import keys, logs
 from jobs.settings import Settings
@@ -34,6 +36,7 @@ FEW, MANY = 10_000, 10_000_000
 BATCHES = {FEW: 10}
 """Batches that share the rows, 100 where nothing else is said; the last one runs still, its second half to come. The
 smaller ones have full pages too."""
+SCAN = "Seq Scan on scan_results"
 OTHERS = 60
 """Jobs without results, so that both lists are full pages."""
 FILL = (
@@ -102,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 services = side.client.application.extensions[EXTENSION]
                 services.listener.close()
                 services.sessions.kw["bind"].dispose()
-    rows, _ = compared(OUT, (few.rows, few.taken), (many.rows, many.taken), plans, "results", ("scan_results",))
-    return 1 if any(row["many_ms"] > 20 or row["ratio"] > 1.2 for row in rows.values()) else 0
+    return _report(few, many, plans)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,20 +161,30 @@ def _questions(ids: list[Any], each: int) -> dict[str, str]:
 
 def _plans(side: Side, question: str) -> list[str]:
     """The plans of what the question asks of Postgres, with the values that it asks with."""
-    asked: list[tuple[str, Any]] = []
-
-    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        asked.append((statement, parameters))
-
-    event.listen(side.engine, "before_cursor_execute", note)
-    side.ask(question)
-    event.remove(side.engine, "before_cursor_execute", note)
-    lines: list[str] = []
+    with Statements(side.engine) as statements:
+        side.ask(question)
     with side.engine.connect() as connection:
-        for statement, parameters in asked:
-            if statement.lstrip().upper().startswith(("SELECT", "WITH")):
-                lines += connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars()
-    return lines
+        return statements.plans(connection)
+
+
+def _report(few: Side, many: Side, plans: dict[str, list[str]]) -> int:
+    rows = {name: _compared(few.taken[name], many.taken[name]) for name in many.taken}
+    scans = {name: [line.strip() for line in plan if SCAN in line] for name, plan in plans.items()}
+    results = {"machine": machine(), "few": few.rows, "many": many.rows, "questions": rows, "scans": scans}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps({**results, "plans": plans}, indent=1) + "\n", encoding="utf-8")
+    table = Table("question", f"{few.rows:,} results", f"{many.rows:,} results", "ratio", title="Medians in ms")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{figure:.2f}" for figure in row.values()))
+    console = Console()
+    console.print(table)
+    console.print(f"plans that scan all results: {sum(map(len, scans.values()))}; written: {OUT.relative_to(ROOT)}")
+    return 1 if any(row["many_ms"] > 20 or row["ratio"] > 1.2 for row in rows.values()) else 0
+
+
+def _compared(few: list[float], many: list[float]) -> dict[str, float]:
+    ratio = median(many) / median(few)
+    return {"few_ms": round(median(few), 3), "many_ms": round(median(many), 3), "ratio": round(ratio, 3)}
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bench.queues.stack import start
 from bench.train import ROOT, machine
-from bench.turns import keep, register, start
+from bench.turns import keep, register
 from cli.stack.embedded import embedded_redis
 from cli.stack.server_plan import free_port
 from jobs.queue import pace

@@ -36,7 +36,7 @@ from jobs.queue.submission import NewJob, submit
 from jobs.states import JobKind, Lane
 
 OUT = ROOT / "bench" / "out" / "queue.json"
-BOUND = 1.5
+BOUND = 1.25
 """Most times that ours may take what bare Celery, an INSERT and an UPDATE take together."""
 PAUSE_SECONDS = 0.03
 """Between two messages of the idle run: everybody is waiting again by then."""

@@ -13,33 +13,29 @@ import random
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from alembic import command
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
 
+from bench.queues.stack import start
 from bench.train import ROOT, machine
-from cli.stack.embedded import embedded_postgres, embedded_redis
-from jobs.db import make_engine, session_factory
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import leases, lifecycle, pace
 from jobs.queue.submission import NewJob, NewResult, submit
-from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.storage.blobs import BlobStore
 from jobs.tables import Job, ModelVersion, Scan, Unit
 from ml.image.networks import network
 from ml.image.pixels.transforms import Transform
 from ml.synthetic import phantom_files
-from tests.databases import alembic_config
-from tests.processes import Stack, eventually, stack
+from tests.processes import Stack, eventually
 
 OUT = ROOT / "bench" / "out" / "turns.json"
 A, B = "a-large-clinic", "b-small-practice"
@@ -62,24 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.turns")
     parser.add_argument("--rounds", type=int, default=5)
     return parser
-
-
-def start(folder: Path, everything: ExitStack, environ: Mapping[str, str] | None = None) -> Stack:
-    """A dispatcher and a predicting worker with the default settings, on a Postgres and a Redis of their own.
-
-    `environ`: what the worker has in its environment beside them.
-    """
-    postgres = everything.enter_context(embedded_postgres(folder / "postgres"))
-    redis = everything.enter_context(embedded_redis(folder / "redis"))
-    engine = make_engine(postgres)
-    with engine.connect() as connection:
-        command.upgrade(alembic_config(connection), "head")
-    settings = Settings(home=folder, database_url=postgres, redis_url=redis, reuse_results=False)
-    sessions = session_factory(postgres, pool_size=4, application="bench")
-    processes = everything.enter_context(stack(settings, sessions, "dispatcher"))
-    processes.start("predict", environ=environ)
-    processes.alive()
-    return processes
 
 
 # --- what there is to do ---

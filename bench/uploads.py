@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.predict import watched
+from bench.queues.stack import start
 from bench.train import ROOT, machine
-from bench.turns import start
 from cli.client import Client, MultipartUpload, ProgressListener
 from cli.client.uploads import upload_file
 from cli.stack.server_plan import LOOPBACK, free_port

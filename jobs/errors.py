@@ -7,6 +7,7 @@
     │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
     │                             WrongOffset TooManyWebhooks
     ├── ResultsExpired      410
+    ├── MalformedBody       400
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict
     ├── UnsupportedMedia    415
     ├── TooLarge            413
@@ -179,6 +180,12 @@ class WrongOffset(Conflict):
     """The piece begins at {given}, but the upload is at {offset} of {size} bytes. Send it on from there."""
 
     code = "WRONG_OFFSET"
+
+
+class MalformedBody(RenalQError):
+    """The body cannot be parsed."""
+
+    status, code = 400, "MALFORMED_BODY"
 
 
 class Invalid(RenalQError):

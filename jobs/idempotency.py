@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,8 @@ from jobs.tables import IdempotencyKey, Job
 
 LOCK_SECONDS = 60.0
 """A request that has not been answered for so long (s) counts as dead."""
+PRUNED_AT_ONCE = 1000
+"""Keys that are deleted in one transaction."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def acquire(session: Session, keyed: KeyedRequest, hours: float) -> Acquired | S
         IdempotencyConflict: the key came with another request.
         IdempotencyInFlight: the first request with it is still being answered.
     """
-    _delete_keys(session, and_(_is_expired(hours), _same_key(keyed)))
+    _delete_expired(session, keyed, hours)
     new = insert(IdempotencyKey).values(**vars(keyed))
     stale = and_(
         IdempotencyKey.status.is_(None),
@@ -109,11 +111,28 @@ def release(session: Session, keyed: KeyedRequest, lock: Acquired) -> None:
     session.execute(update(IdempotencyKey).where(_same_key(keyed), _holds(lock)).values(locked_at=func.to_timestamp(0)))
 
 
-def prune(session: Session, hours: float, limit: int = 1000) -> int:
-    """Delete up to `limit` keys older than this, and return how many were deleted."""
-    old = select(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).where(_is_expired(hours))
-    some = old.order_by(IdempotencyKey.created_at).limit(limit)
-    return _delete_keys(session, tuple_(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256).in_(some))
+# Jobs that others work on are skipped with their keys: a transaction that locks several jobs must not wait for any.
+PRUNE = text("""
+WITH expired AS MATERIALIZED (
+    SELECT tenant_id, key_sha256, (
+        SELECT id FROM jobs WHERE jobs.tenant_id = keys.tenant_id AND idempotency_key = key_sha256) AS job_id
+    FROM idempotency_keys AS keys
+    WHERE created_at < now() - make_interval(secs => :seconds) ORDER BY created_at LIMIT :limit
+    FOR UPDATE OF keys SKIP LOCKED
+), locked AS MATERIALIZED (
+    SELECT id FROM jobs WHERE id IN (SELECT job_id FROM expired) FOR NO KEY UPDATE SKIP LOCKED
+), freed AS (
+    UPDATE jobs SET idempotency_key = NULL WHERE id IN (SELECT id FROM locked)
+)
+DELETE FROM idempotency_keys AS keys USING expired
+WHERE keys.tenant_id = expired.tenant_id AND keys.key_sha256 = expired.key_sha256
+    AND (job_id IS NULL OR job_id IN (SELECT id FROM locked))
+""")
+
+
+def prune(session: Session, hours: float, limit: int = PRUNED_AT_ONCE) -> int:
+    """Delete up to `limit` keys older than this, also from their jobs, and return how many were deleted."""
+    return int(session.execute(PRUNE, {"seconds": hours * 3600, "limit": limit}).rowcount)  # type: ignore[attr-defined]
 
 
 def _stored_response(session: Session, keyed: KeyedRequest) -> StoredResponse:
@@ -131,16 +150,12 @@ def _stored_response(session: Session, keyed: KeyedRequest) -> StoredResponse:
     return StoredResponse(row.status, row.headers or {}, row.body or "")
 
 
-def _delete_keys(session: Session, which: ColumnElement[bool]) -> int:
-    """Delete keys, also from their jobs, so that they can be used again."""
-    old = delete(IdempotencyKey).where(which).returning(IdempotencyKey.tenant_id, IdempotencyKey.key_sha256)
-    deleted = session.execute(old.execution_options(synchronize_session=False)).all()
-    if deleted:
-        has_key = tuple_(Job.tenant_id, Job.idempotency_key).in_([tuple(row) for row in deleted])
-        session.execute(
-            update(Job).where(has_key).values(idempotency_key=None).execution_options(synchronize_session=False)
-        )
-    return len(deleted)
+def _delete_expired(session: Session, keyed: KeyedRequest, hours: float) -> None:
+    """Delete the key if it has expired, also from its job, so that it can be used again."""
+    expired = delete(IdempotencyKey).where(_is_expired(hours), _same_key(keyed)).returning(IdempotencyKey.key_sha256)
+    if session.scalar(expired.execution_options(synchronize_session=False)) is not None:
+        freed = update(Job).where(_has_key(keyed)).values(idempotency_key=None)
+        session.execute(freed.execution_options(synchronize_session=False))
 
 
 def _same_key(keyed: KeyedRequest) -> ColumnElement[bool]:

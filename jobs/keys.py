@@ -69,6 +69,18 @@ def list_keys(session: Session, tenant_id: str) -> Sequence[ApiKey]:
     return session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)).all()
 
 
+def get(session: Session, tenant_id: str, key_id: uuid.UUID) -> ApiKey:
+    """A key of the tenant, revoked ones too.
+
+    Raises:
+        KeyNotFound
+    """
+    found = session.scalar(select(ApiKey).where(ApiKey.id == key_id, ApiKey.tenant_id == tenant_id))
+    if found is None:
+        raise KeyNotFound
+    return found
+
+
 def revoke(session: Session, tenant_id: str, key_id: uuid.UUID) -> None:
     """Revoke a key. Idempotent.
 

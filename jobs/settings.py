@@ -88,7 +88,6 @@ class Settings(BaseSettings):
         10.0, gt=0, description="Target duration of one unit of a batch, by the pace of the latest units (s)."
     )
     chunk_scans: int = Field(128, ge=1, description="Scans in one unit of a batch while the pace is unknown.")
-    chunks_rung_per_job: int = Field(4, ge=1, description="Units of one job that may be dispatched at the same time.")
     reuse_results: bool = Field(
         True,
         description="Reuse the result of a scan that the same model has predicted on the same engine (`cached`).",
@@ -108,7 +107,33 @@ class Settings(BaseSettings):
     idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is kept (h).")
 
     results_days: float = Field(
-        0, ge=0, description="A prediction's results are deleted so long after its end (days). 0: never."
+        0,
+        ge=0,
+        description="A prediction's results and explanations are deleted so long after its end (days). 0: never.",
+    )
+    job_days: float = Field(
+        0,
+        ge=0,
+        description="An ended job is deleted, with all that belongs to it, so long after its end (days). 0: never.",
+    )
+    scan_days: float = Field(
+        0,
+        ge=0,
+        description="A stored scan that no kept result and no feedback needs is deleted so long after it was last sent "
+        "(days). 0: never.",
+    )
+    feedback_days: float = Field(0, ge=0, description="Feedback is deleted so long after it was sent (days). 0: never.")
+    checkpoint_days: float = Field(
+        7,
+        ge=0,
+        description="Checkpoints of a failed or cancelled training are deleted so long after its end, unless it is "
+        "being retried (days). 0: never.",
+    )
+    orphan_days: float = Field(
+        7,
+        ge=0,
+        description="A file in the blob store that no row refers to is deleted so long after it was found (days). "
+        "0: never.",
     )
 
     max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest accepted request body (bytes).")

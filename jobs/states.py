@@ -42,9 +42,10 @@ class JobState(StrEnum):
 class UnitState(StrEnum):
     """A unit is what a worker claims at a time: a whole training, or a chunk of a batch."""
 
+    SCHEDULED = "scheduled"  # waits for `not_before` after a failure; → queued by the dispatcher when that is over
     QUEUED = "queued"  # → dispatched by the dispatcher; → running by a worker; → cancelled by the API
     DISPATCHED = "dispatched"  # message sent or unit reserved; → running by a worker; sent again if unclaimed
-    RUNNING = "running"  # leased; → succeeded/failed/cancelled by its worker; → queued when the lease is lost
+    RUNNING = "running"  # leased; → succeeded/failed/cancelled by its worker; → queued/scheduled if it is handed back
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -69,12 +70,14 @@ class DatasetState(StrEnum):
 
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.PARTIALLY_SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 UNIT_TERMINAL = frozenset({UnitState.SUCCEEDED, UnitState.FAILED, UnitState.CANCELLED})
-CLAIMABLE = (UnitState.QUEUED, UnitState.DISPATCHED)
+UNCLAIMED = (UnitState.SCHEDULED, UnitState.QUEUED, UnitState.DISPATCHED)
+"""States of a unit that waits: no worker holds it."""
 
 TRANSITIONS: dict[UnitState, frozenset[UnitState]] = {
+    UnitState.SCHEDULED: frozenset({UnitState.QUEUED, UnitState.CANCELLED}),
     UnitState.QUEUED: frozenset({UnitState.DISPATCHED, UnitState.RUNNING, UnitState.CANCELLED}),
-    UnitState.DISPATCHED: frozenset({UnitState.DISPATCHED, UnitState.QUEUED, UnitState.RUNNING, UnitState.CANCELLED}),
-    UnitState.RUNNING: frozenset({UnitState.SUCCEEDED, UnitState.FAILED, UnitState.CANCELLED, UnitState.QUEUED}),
+    UnitState.DISPATCHED: frozenset({*UNCLAIMED, UnitState.RUNNING, UnitState.CANCELLED}),
+    UnitState.RUNNING: frozenset({UnitState.SCHEDULED, UnitState.QUEUED, *UNIT_TERMINAL}),
     UnitState.SUCCEEDED: frozenset(),
     UnitState.FAILED: frozenset(),
     UnitState.CANCELLED: frozenset(),

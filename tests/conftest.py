@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+# Beside other processes, small products take up to seven times as long on two threads as on one. For torch, here (it is
+# not imported yet) and in all processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # For tests that give no number of examples. In CI they are the same ones each time, by a profile of hypothesis.
 hypothesis.settings.register_profile("renalq", hypothesis.settings(), max_examples=depth(30, 500), deadline=None)
 hypothesis.settings.load_profile("renalq")
@@ -32,9 +36,9 @@ SHARED = {
 }
 """Files that share something that takes long to start: one process runs them all."""
 LONGEST = (
-    "tests/e2e/", "tests/cli/test_devstack.py", "tests/worker/test_processes.py", "tests/ml/test_ddp.py",
-    "tests/faults/test_dependencies.py", "tests/faults/test_crashes.py", "tests/ml/test_stages.py",
-    "tests/worker/test_live_runs.py", "tests/ml/test_checkpoints.py", "tests/ml/test_gradcam.py",
+    "tests/e2e/", "tests/cli/test_devstack.py", "tests/worker/test_processes.py", "tests/faults/test_dependencies.py",
+    "tests/faults/test_crashes.py", "tests/browser/", "tests/ml/test_stages.py", "tests/ml/test_ddp.py",
+    "tests/worker/test_live_runs.py", "tests/ml/test_ood.py", "tests/ml/test_checkpoints.py",
 )  # fmt: skip
 """Files that take longest, longest first: where tests run beside each other, the end waits for the last file."""
 

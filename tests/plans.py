@@ -7,9 +7,9 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 
-def most_rows(session: Session, read: Callable[[Session], object]) -> float:
-    """The most rows that one step of the first statement of `read` reads, with those that it drops. The statement is
-    run twice, in the session's transaction."""
+def most_rows(session: Session, read: Callable[[Session], object], statement: int = 0) -> float:
+    """The most rows that one step of a statement of `read`, the first one if nothing is said, reads, with those that it
+    drops. The statement is run twice, in the session's transaction."""
     session.execute(text("ANALYZE"))
     sent: list[str] = []
     connection = session.connection()
@@ -21,7 +21,7 @@ def most_rows(session: Session, read: Callable[[Session], object]) -> float:
     read(session)
     event.remove(connection, "after_cursor_execute", record)
     with connection.connection.cursor() as cursor:
-        cursor.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {sent[0]}")
+        cursor.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {sent[statement]}")
         ((plan,),) = cursor.fetchone()
     return max(_rows(plan["Plan"]))
 

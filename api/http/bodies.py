@@ -9,7 +9,7 @@ import flask
 import flask_smorest
 import marshmallow as ma
 from flask import request
-from marshmallow import fields
+from marshmallow import fields, validate
 from webargs.core import is_json
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import FileStorage, MultiDict
@@ -18,10 +18,40 @@ from api.http.body_spool import JSON_BYTES, UploadRequest
 from api.http.fields import find_unstorable, pointer_step
 from api.http.problems import InvalidFields
 from api.http.responses import CSV, JSON, NDJSON
-from jobs.errors import UnsupportedMedia
+from jobs.errors import MalformedBody, UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
 MULTIPART = "multipart/form-data"
+
+
+class OneOf:
+    """A body whose `kind` says which of some schemas the rest of it has."""
+
+    def __init__(self, schemas: Mapping[str, type[ma.Schema]]) -> None:
+        self.schemas = {kind: _with_kind(kind, schema) for kind, schema in schemas.items()}
+
+    def of(self, kind: Any) -> ma.Schema:
+        """The schema of a body of this kind.
+
+        Raises:
+            InvalidFields
+        """
+        if isinstance(kind, str) and kind in self.schemas:
+            return self.schemas[kind]()
+        raise InvalidFields([("/kind", f"Must be one of: {', '.join(self.schemas)}.")])
+
+    def document(self) -> dict[str, Any]:
+        """OpenAPI's discriminated union."""
+        mapping = {kind: f"#/components/schemas/{schema.__name__}" for kind, schema in self.schemas.items()}
+        return {"oneOf": [*self.schemas.values()], "discriminator": {"propertyName": "kind", "mapping": mapping}}
+
+
+def _with_kind(kind: str, schema: type[ma.Schema]) -> type[ma.Schema]:
+    field = fields.String(required=True, validate=validate.OneOf([kind]))
+    return schema.from_dict({"kind": field}, name=f"{schema.__name__}WithKind")
+
+
+Declared = type[ma.Schema] | OneOf
 
 
 class Parser(FlaskParser):
@@ -53,8 +83,8 @@ class Blueprint(flask_smorest.Blueprint):
 
 
 def accepts_body(
-    json: type[ma.Schema] | None = None,
-    multipart: type[ma.Schema] | None = None,
+    json: Declared | None = None,
+    multipart: Declared | None = None,
     manifest: type[ma.Schema] | None = None,
 ) -> Callable[[View], View]:
     """Declare which bodies a view accepts. The view gets the validated values as its first argument.
@@ -66,10 +96,11 @@ def accepts_body(
 
     Raises:
         UnsupportedMedia: the body has another media type.
+        MalformedBody: its syntax is wrong.
         InvalidFields
     """
     declared = ((MULTIPART, multipart), (JSON, json), (CSV, manifest), (NDJSON, manifest))
-    kinds = {kind: schema for kind, schema in declared if schema}
+    kinds: dict[str, Declared] = {kind: schema for kind, schema in declared if schema}
 
     def decorate(view: View) -> View:
         @wraps(view)
@@ -96,31 +127,34 @@ def pointers(messages: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
         yield pointer, str(messages)
 
 
-def _document(view: Any, kinds: dict[str, type[ma.Schema]]) -> dict[str, Any]:
-    content = {
-        kind: {"schema": _whole_body(schema) if kind in (CSV, NDJSON) else schema} for kind, schema in kinds.items()
-    }
+def _document(view: Any, kinds: dict[str, Declared]) -> dict[str, Any]:
+    content = {kind: {"schema": _schema_document(kind, schema)} for kind, schema in kinds.items()}
     document: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if CSV in kinds:
         before = getattr(view, "_apidoc", {}).get("manual_doc", {}).get("parameters", [])  # lists are not merged
-        document["parameters"] = [*before, {"in": "query", "schema": kinds[CSV](exclude=["manifest"])}]
+        manifest: Any = kinds[CSV]
+        document["parameters"] = [*before, {"in": "query", "schema": manifest(exclude=["manifest"])}]
     return document
 
 
-def _whole_body(schema: type[ma.Schema]) -> dict[str, Any]:
-    """OpenAPI of the field `manifest` as the whole body."""
-    return {"type": "string", **schema._declared_fields["manifest"].metadata}
+def _schema_document(kind: str, schema: Any) -> Any:
+    if isinstance(schema, OneOf):
+        return schema.document()
+    if kind in (CSV, NDJSON):  # the field `manifest` is the whole body
+        return {"type": "string", **schema._declared_fields["manifest"].metadata}
+    return schema
 
 
-def _body(kinds: dict[str, type[ma.Schema]]) -> Any:
+def _body(kinds: dict[str, Declared]) -> Any:
     if MULTIPART in kinds and request.mimetype == MULTIPART:
-        schema = kinds[MULTIPART]()
-        raw = _multipart(schema)
+        parts = _parts()
+        schema = _schema(kinds[MULTIPART], parts)
+        raw = _multipart(schema, parts)
     elif JSON in kinds and (is_json(request.mimetype) or not request.mimetype):
-        schema = kinds[JSON]()
         raw = _json()
+        schema = _schema(kinds[JSON], raw)
     elif request.mimetype in (CSV, NDJSON) and request.mimetype in kinds:
-        schema = kinds[request.mimetype]()
+        schema = _schema(kinds[request.mimetype], None)
         raw = {"manifest": FileStorage(cast(UploadRequest, request).spooled()), **_query(schema)}
     else:
         raise UnsupportedMedia(f"Send the body as {' or '.join(kinds)}.")
@@ -130,6 +164,14 @@ def _body(kinds: dict[str, type[ma.Schema]]) -> Any:
         raise InvalidFields(list(pointers(error.messages))) from None
 
 
+def _schema(declared: Declared, raw: Any) -> ma.Schema:
+    if not isinstance(declared, OneOf):
+        return declared()
+    if not isinstance(raw, Mapping):
+        raise InvalidFields([("", "Must be an object.")])
+    return declared.of(raw.get("kind"))
+
+
 def _json() -> Any:
     limit = request.max_content_length
     request.max_content_length = min(JSON_BYTES, limit) if limit is not None else JSON_BYTES
@@ -137,19 +179,34 @@ def _json() -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant) if text else {}
         _refuse_unstorable(value)
-    except (ValueError, RecursionError):
-        raise InvalidFields([("", "Not valid JSON.")]) from None
+    except RecursionError:
+        raise InvalidFields([("", "Nested too deeply.")]) from None
+    except json.JSONDecodeError as error:  # its own text may quote the body
+        raise MalformedBody(f"The body is not JSON: see line {error.lineno}, column {error.colno}.") from None
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"The body is not JSON: its byte {error.start + 1} is not UTF-8.") from None
+    except ValueError as error:
+        raise MalformedBody(f"The body is not JSON: {error}.") from None
     return value
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+    raise ValueError(f"it has no {word}")
 
 
-def _multipart(schema: ma.Schema) -> dict[str, Any]:
-    parts: MultiDict[str, Any] = MultiDict(request.form)
+def _parts() -> MultiDict[str, Any]:
+    try:
+        parts: MultiDict[str, Any] = MultiDict(request.form)
+    except ValueError:
+        raise MalformedBody(
+            "The body is not multipart/form-data: boundary, a part's headers, or the end are wrong."
+        ) from None
     for name, file in request.files.items(multi=True):
         parts.add(name, file)
+    return parts
+
+
+def _multipart(schema: ma.Schema, parts: MultiDict[str, Any]) -> dict[str, Any]:
     return {name: _part(schema.fields.get(name), name, values) for name, values in parts.lists()}
 
 

@@ -8,10 +8,12 @@ import io
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from flask import Request, current_app
+from werkzeug.formparser import FormDataParser
 
 MAX_PARTS = 20_000
 """Parts of one multipart body: ten thousand scans with a custom id each."""
@@ -90,6 +92,7 @@ class UploadRequest(Request):
     """A request whose files go into one spool."""
 
     max_form_parts = MAX_PARTS
+    form_data_parser_class = partial(FormDataParser, silent=False)  # type: ignore[assignment]  # else broken is empty
     _spool: Spool | None = None
 
     def _get_file_stream(

@@ -23,8 +23,8 @@ POLL_SECONDS = 2.0
 """How often a waiter polls while no listener is connected."""
 READ_SECONDS = 0.25
 """Mean time between two changes that one waiter is told of."""
-READ_AT_ONCE = 3
-"""Changes that a waiter is told of without a pause, after a rest: of a single scan submission, claim and end."""
+READ_AT_ONCE = 4
+"""Changes that a waiter is told of without a pause, after a rest. A single scan has three: submission, claim, end."""
 LISTEN_SECONDS = 5.0
 """How long the listener waits for a notification before it checks whether it was closed."""
 

@@ -6,7 +6,7 @@ import datetime as dt
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,6 +92,38 @@ class File(Upload):
         return value
 
 
+class Answer(ma.Schema):
+    """An object in an answer that always has all its fields: required ones in OpenAPI, for generated clients."""
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        """Mark every field."""
+        field_obj.required = True
+
+
+class Part(fields.Nested):
+    """An object in the answer that is read from the whole row, not from one attribute of it."""
+
+    def __init__(self, schema: type[ma.Schema], read: Callable[[Any], Any], **kwargs: Any) -> None:
+        super().__init__(schema, **kwargs)
+        self._read = read
+
+    def get_value(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply `read` to the row."""
+        return self._read(obj)
+
+
+def links_schema(name: str, always: Sequence[str], sometimes: Sequence[str] = ()) -> type[ma.Schema]:
+    """The schema of an object of addresses.
+
+    Args:
+        name: of the schema in OpenAPI.
+        always: what each such object links to.
+        sometimes: what only some do.
+    """
+    declared = {link: fields.String(required=link in always) for link in (*always, *sometimes)}
+    return ma.Schema.from_dict(declared, name=name)  # type: ignore[arg-type]
+
+
 class ModelChoice(fields.String):
     """`champion`, or a version number as a string."""
 
@@ -109,7 +141,8 @@ class Metadata(fields.Dict):
     """A client's labels: strings, numbers and booleans by name."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(keys=fields.String(validate=validate.Length(1, 64)), **kwargs)
+        label = fields.Raw(metadata={"type": ["string", "number", "boolean"]})
+        super().__init__(keys=fields.String(validate=validate.Length(1, 64)), values=label, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
         labels: dict[str, Any] = super()._deserialize(value, attr, data, **kwargs)

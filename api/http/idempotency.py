@@ -30,7 +30,9 @@ from jobs.idempotency import Acquired, KeyedRequest, StoredResponse
 View = TypeVar("View", bound=Callable[..., Any])
 Replayer = Callable[[uuid.UUID], Any]
 
-HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
+HEADER = "Idempotency-Key"
+REPLAYED = {"Idempotent-Replayed": "true", "Idempotency-Replayed": "true"}
+"""The header as Stripe names it, and as RenalQ named it first."""
 STORED_HEADERS = ("Content-Type", "Location", "Retry-After", "Preference-Applied", "Renalq-Disposition")
 JOB_KEY_CONSTRAINT = "uq_jobs_tenant_id_idempotency_key"
 PATTERN = r"^[\x21-\x7e]{1,255}$"
@@ -83,7 +85,7 @@ def _run_once(call: Callable[[], Any], keyed: KeyedRequest, replayer: Replayer |
     with transaction() as session:
         found = idempotency.acquire(session, keyed, services().settings.idempotency_hours)
     if isinstance(found, StoredResponse):
-        return Response(found.body, found.status, {**found.headers, REPLAYED: "true"})
+        return Response(found.body, found.status, {**found.headers, **REPLAYED})
     after_this_request(partial(_store, keyed, found, secrets))
     if found.resource_id is not None and replayer is not None:
         return _replayed(replayer(found.resource_id))
@@ -105,7 +107,7 @@ def _replayed(answer: Any) -> Any:
 
 
 def _mark_replayed(response: Response) -> Response:
-    response.headers[REPLAYED] = "true"
+    response.headers.update(REPLAYED)
     return response
 
 
@@ -150,7 +152,8 @@ def _keyed_request(args: Sequence[Any]) -> KeyedRequest:
 
 
 def _fingerprint(args: Sequence[Any]) -> str:
-    """SHA-256 of method, URL and validated body: multipart boundaries, spaces and the order of fields do not count."""
+    """SHA-256 of method, URL and validated body: the prefix `/v1`, multipart boundaries, spaces and the order of fields
+    do not count."""
     whole = [request.method, request.path, request.query_string.decode("latin-1"), *args]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_to_json).encode()).hexdigest()
 

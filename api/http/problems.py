@@ -1,8 +1,12 @@
-"""Errors of all routes as problem details (RFC 9457), with `code`, `request_id`, and `errors` for fields."""
+"""Errors of all routes as problem details (RFC 9457), with `code`, `request_id`, and `errors` for fields.
+
+`type` and `title` belong to the code, and `/v1/problems/CODE` describes it; `instance` is the request's id as a URN.
+"""
 
 import errno
 import traceback
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +19,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from api.http.body_spool import JSON_BYTES
+from api.http.fields import one_of
+from api.http.versioning import PREFIX
+from jobs.error_codes import ERROR_CODES
 from jobs.errors import (
     IdempotencyInFlight,
     Invalid,
@@ -31,8 +38,18 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
 RETRYABLE = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
 """Errors that a later try may not meet: they carry `Retry-After`."""
+HTTP_CODES = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+"""Codes of what Flask and werkzeug raise."""
 
 log = structlog.get_logger()
+
+
+class Location(StrEnum):
+    """Where a field of a request is."""
+
+    BODY = "body"
+    QUERY = "query"
+    HEADER = "header"
 
 
 class InvalidFields(Invalid):
@@ -50,20 +67,27 @@ class StorageFull(Unavailable):
 
 
 class FieldProblemSchema(Schema):
-    """One field that is wrong: a JSON pointer into the body (or `/name` of a parameter), and why."""
+    """One field that is wrong, and why."""
 
-    pointer = fields.String(required=True)
+    pointer = fields.String(
+        required=True, metadata={"description": "JSON pointer into the body; `/query/NAME` or `/headers/NAME`."}
+    )
     detail = fields.String(required=True)
+    in_ = fields.String(data_key="in", required=True, validate=one_of(Location))
 
 
 class ProblemSchema(Schema):
     """An error (RFC 9457)."""
 
-    type = fields.String(required=True)
-    title = fields.String(required=True)
+    type = fields.String(
+        required=True, metadata={"description": "Address of the code's description.", "format": "uri-reference"}
+    )
+    title = fields.String(required=True, metadata={"description": "The code's meaning, the same each time."})
     status = fields.Integer(required=True)
-    detail = fields.String(required=True)
-    instance = fields.String(required=True)
+    detail = fields.String(required=True, metadata={"description": "What happened this time, and what to do."})
+    instance = fields.String(
+        required=True, metadata={"description": "`request_id` as a URN.", "format": "uri-reference"}
+    )
     code = fields.String(required=True, metadata={"description": "Stable error code for programs."})
     request_id = fields.String(required=True)
     errors = fields.List(fields.Nested(FieldProblemSchema))
@@ -89,7 +113,8 @@ class ProblemApi(Api):
             return error_response(_too_large())
         status = HTTPStatus(error.code or 500)
         headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
-        return problem(status, status.name, error.description or status.description, headers)
+        code = HTTP_CODES.get(status, HTTP_CODES[400] if status < 500 else RenalQError.code)
+        return problem(status, code, error.description or status.description, headers)
 
 
 def register(app: Flask) -> None:
@@ -109,8 +134,10 @@ def error_response(error: RenalQError) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="renalq"'
     if isinstance(error, RETRYABLE):
         headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
-    reasons = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
-    return problem(error.status, error.code, str(error), headers, errors=_field_errors(error), **reasons)
+    more: dict[str, Any] = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
+    if errors := _field_errors(error):
+        more["errors"] = errors
+    return problem(error.status, error.code, str(error), headers, **more)
 
 
 def problem(
@@ -118,33 +145,42 @@ def problem(
     code: str,
     detail: str,
     headers: Mapping[str, str] | None = None,
-    errors: Sequence[tuple[str, str]] = (),
     **more: Any,
 ) -> Response:
     """A problem details response."""
+    known, request_id = ERROR_CODES.get(code), getattr(g, "request_id", "")
     body: dict[str, Any] = {
-        "type": f"urn:renalq:problem:{code}",
-        "title": HTTPStatus(status).phrase,
+        # The code of an installed pipeline may be one that RenalQ does not know.
+        "type": f"{PREFIX}/problems/{code}" if known else "about:blank",
+        "title": known.title if known else HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "instance": request.path,
+        "instance": f"urn:renalq:request:{request_id}",
         "code": code,
-        "request_id": getattr(g, "request_id", ""),
+        "request_id": request_id,
         **more,
     }
-    if errors:
-        body["errors"] = [{"pointer": pointer, "detail": why} for pointer, why in errors]
     response = current_app.response_class(current_app.json.dumps(body), status, dict(headers or {}))
     response.content_type = MEDIA_TYPE
     return response
 
 
-def _field_errors(error: RenalQError) -> Sequence[tuple[str, str]]:
+def _field_errors(error: RenalQError) -> list[dict[str, str]]:
+    found: Sequence[tuple[str, str]] = ()
     if isinstance(error, InvalidFields):
-        return error.errors
-    if isinstance(error, Invalid) and error.pointer is not None:
-        return [(error.pointer, str(error))]
-    return ()
+        found = error.errors
+    elif isinstance(error, Invalid) and error.pointer is not None:
+        found = [(error.pointer, str(error))]
+    return [{"pointer": pointer, "detail": why, "in": _location(pointer)} for pointer, why in found]
+
+
+def _location(pointer: str) -> Location:
+    """Where the field is. An unknown field of a body may be called `query`, but no pointer leads into it."""
+    name = pointer.partition("/")[2].partition("/")[0]
+    if pointer.startswith("/headers/") or name == "Idempotency-Key":
+        return Location.HEADER
+    in_query = pointer.startswith("/query/") or name in request.args or request.method == "GET"
+    return Location.QUERY if in_query else Location.BODY
 
 
 def _too_large() -> TooLarge:

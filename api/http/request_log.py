@@ -7,6 +7,8 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
+from api.http.versioning import is_versioned
+
 log = structlog.get_logger()
 _OWN_ID = re.compile(r"\A[A-Za-z0-9._-]{8,64}\Z")
 
@@ -35,6 +37,7 @@ def _end(response: Response) -> Response:
         "request",
         method=request.method if request.method in KNOWN_METHODS else "OTHER",
         route=rule,
+        versioned=is_versioned(),
         status=response.status_code,
         ms=round((time.monotonic() - g.started) * 1000, 1),
         request_id=g.request_id,

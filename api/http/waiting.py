@@ -3,11 +3,13 @@
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from flask import Response, request
 
 from api.http.change_listener import Subscription
 from api.http.context import services, tenant, transaction
+from api.http.versioning import address
 from jobs.errors import TooManyWatchers
 from jobs.results import queries
 from jobs.results.queries import JobView
@@ -18,6 +20,7 @@ MAX_WAIT = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
 
 Answer = tuple[JobView, int, dict[str, str]]
+Enough = Callable[[JobView], bool]
 
 
 def job(job_id: uuid.UUID) -> JobView:
@@ -28,12 +31,9 @@ def job(job_id: uuid.UUID) -> JobView:
 
 def accepted(job_id: uuid.UUID) -> Answer:
     """202 with the new job; 200 with the finished one if the client prefers to wait and the job ends in time."""
-    wait = preferred_wait()
-    view, waited = _wait(job_id, wait) if wait else (job(job_id), False)
-    headers = {"Location": f"/jobs/{job_id}", **retry_after(view)}
-    if waited:
-        headers["Preference-Applied"] = f"wait={wait}"
-    return view, 200 if waited and view.terminal else 202, headers
+    view, applied = _preferred(job_id)
+    headers = {"Location": address(f"/jobs/{job_id}"), **retry_after(view), **applied}
+    return view, 200 if applied and view.terminal else 202, headers
 
 
 def wait_for_end(job_id: uuid.UUID, seconds: float) -> JobView:
@@ -46,16 +46,23 @@ def wait_for_end(job_id: uuid.UUID, seconds: float) -> JobView:
     return view
 
 
-def conditional_job(view: JobView) -> Answer | Response:
+def conditional_job(job_id: uuid.UUID) -> Answer | Response:
     """200 with the job, or 304 if the client has it.
 
-    The ETag names the queue position as well as the revision: a job moves up in the queue without a change of its row.
+    A client that prefers to wait gets it at its end; with `If-None-Match`, as soon as it is not what the client has.
     """
-    tag = f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}"
-    headers = {"ETag": f'W/"{tag}"', "Cache-Control": "private, no-cache", **retry_after(view)}
-    if request.if_none_match.contains_weak(tag):
-        return Response(status=304, headers=headers)
-    return view, 200, headers
+    view, applied = _preferred(job_id, _is_news if request.if_none_match else _never)
+    headers = {"ETag": f'W/"{_tag(view)}"', "Cache-Control": "private, no-cache", **retry_after(view), **applied}
+    return (view, 200, headers) if _is_news(view) else Response(status=304, headers=headers)
+
+
+def _tag(view: JobView) -> str:
+    """The queue position as well as the revision: a job moves up in the queue without a change of its row."""
+    return f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}"
+
+
+def _is_news(view: JobView) -> bool:
+    return not request.if_none_match.contains_weak(_tag(view))
 
 
 def make_conditional(response: Response) -> Response:
@@ -78,17 +85,28 @@ def preferred_wait() -> int:
     return min(int(found[1]), MAX_WAIT) if found else 0
 
 
-def _wait(job_id: uuid.UUID, seconds: float) -> tuple[JobView, bool]:
-    """The job at its end or after `seconds`; and whether there was a slot to wait in."""
+def _never(view: JobView) -> bool:
+    return False
+
+
+def _preferred(job_id: uuid.UUID, enough: Enough = _never) -> tuple[JobView, dict[str, str]]:
+    """The job when the client prefers it, and the header that says whether it was waited for."""
+    wait = preferred_wait()
+    view, waited = _wait(job_id, wait, enough) if wait else (job(job_id), False)
+    return view, {"Preference-Applied": f"wait={wait}"} if waited else {}
+
+
+def _wait(job_id: uuid.UUID, seconds: float, enough: Enough = _never) -> tuple[JobView, bool]:
+    """The job at its end, when it is `enough`, or after `seconds`; and whether there was a slot to wait in."""
     try:
         with services().listener.subscribe(job_id) as subscription:
-            return _wait_until(job_id, subscription, time.monotonic() + seconds), True
+            return _wait_until(job_id, subscription, time.monotonic() + seconds, enough), True
     except TooManyWatchers:
         return job(job_id), False
 
 
-def _wait_until(job_id: uuid.UUID, subscription: Subscription, deadline: float) -> JobView:
-    view = job(job_id)
-    while not view.terminal and not services().listener.closed and subscription.wait(deadline - time.monotonic()):
+def _wait_until(job_id: uuid.UUID, subscription: Subscription, deadline: float, enough: Enough) -> JobView:
+    listener, view = services().listener, job(job_id)
+    while not (view.terminal or enough(view) or listener.closed) and subscription.wait(deadline - time.monotonic()):
         view = job(job_id)
     return view

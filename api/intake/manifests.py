@@ -16,7 +16,7 @@ from api.intake.manifest_parser import ErrorCollector, Row, normalize_path, pars
 from api.intake.scan_store import MAX_SCANS
 from jobs.addresses import fetch_url_error
 from jobs.queue.submission import NewResult
-from jobs.results.queries import known_scans
+from jobs.results import scan_registry
 from jobs.storage.archives import Limits, Member
 from ml.spec.pipeline import Inputs
 
@@ -112,7 +112,7 @@ def _check_scans(rows: Sequence[Row], errors: ErrorCollector) -> None:
     if not named:
         return
     with transaction() as session:
-        known = known_scans(session, tenant(), list(named))
+        known = scan_registry.known(session, tenant(), list(named))
     for row in rows:
         if row.scan_id and row.scan_id not in known:
             errors.add(f"/manifest/{row.line}/scan_id", "No scan has this id. Store it with POST /scans.")

@@ -9,14 +9,13 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO
 
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import Services, services, tenant, transaction
 from jobs.errors import BadInput, Invalid, RenalQError, ScanNotFound, TooLarge
 from jobs.queue.submission import NewResult
-from jobs.results.queries import known_scans, scans_by_hash
+from jobs.results import scan_registry
 from jobs.settings import Settings
 from jobs.storage.archives import Member
 from jobs.storage.blobs import Blob
@@ -69,8 +68,8 @@ def store_scan(stream: IO[bytes], media: Media) -> tuple[Scan, bool]:
     blob = services().blobs.put(stream)
     with transaction() as session:
         wanted = new_id()
-        _register(session, [_row(blob, media, wanted)])
-        found = scans_by_hash(session, tenant(), [blob.sha256])[blob.sha256]
+        scan_registry.register(session, [_row(blob, media, wanted)])
+        found = scan_registry.by_hash(session, tenant(), [blob.sha256])[blob.sha256]
         return session.get_one(Scan, found), found == wanted
 
 
@@ -88,8 +87,8 @@ def store_scans(scans: Iterable[IncomingScan], inputs: Inputs) -> list[NewResult
 
 def _registered(stored: Sequence[tuple[Blob, Media]]) -> dict[str, uuid.UUID]:
     with transaction() as session:
-        _register(session, [_row(blob, media, new_id()) for blob, media in stored])
-        return scans_by_hash(session, tenant(), [blob.sha256 for blob, _ in stored])
+        scan_registry.register(session, [_row(blob, media, new_id()) for blob, media in stored])
+        return scan_registry.by_hash(session, tenant(), [blob.sha256 for blob, _ in stored])
 
 
 def results_of_stored(
@@ -100,7 +99,7 @@ def results_of_stored(
     Raises:
         ScanNotFound
     """
-    unknown = set(scan_ids) - known_scans(session, tenant(), scan_ids)
+    unknown = set(scan_ids) - scan_registry.known(session, tenant(), scan_ids)
     if unknown:
         raise ScanNotFound(f"No scan has the id {min(unknown)}. Store it with POST /scans.")
     given: Sequence[str | None] = custom_ids or [None] * len(scan_ids)
@@ -162,13 +161,6 @@ def _failure(error: RenalQError) -> dict[str, object]:
 
 def _row(blob: Blob, media: Media, scan_id: uuid.UUID) -> dict[str, object]:
     return {"id": scan_id, "tenant_id": tenant(), "sha256": blob.sha256, "size": blob.size, **media._asdict()}
-
-
-def _register(session: Session, rows: Sequence[dict[str, object]]) -> None:
-    if rows:
-        # In the same order everywhere, so that two requests with the same scans cannot deadlock.
-        ordered = sorted(rows, key=lambda row: str(row["sha256"]))
-        session.execute(insert(Scan).on_conflict_do_nothing(), ordered)
 
 
 def _size(stream: IO[bytes]) -> int:

@@ -10,10 +10,11 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import admit, principal, quota, services, tenant, transaction
-from api.http.fields import File, ModelChoice, Time, exactly_one, one_of
+from api.http.fields import Answer, File, ModelChoice, Time, exactly_one, one_of
 from api.http.idempotency import idempotent, key
 from api.http.paging import PageQuery, PageSchema
-from api.http.pipeline_fields import PipelineName
+from api.http.pipelines.fields import PipelineName
+from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.feedback_zip import feedback_zip
 from api.intake.upload_store import from_upload
@@ -60,7 +61,7 @@ class DatasetJson(ma.Schema):
         exactly_one(data, "upload_id", "truths")
 
 
-class DatasetSchema(ma.Schema):
+class DatasetSchema(Answer):
     """A dataset: `problems` make it invalid, `warnings` make scores on it doubtful."""
 
     id = fields.UUID(attribute="dataset.id")
@@ -92,7 +93,7 @@ Accepted = tuple[DatasetView, int, dict[str, str]]
 
 
 def _accepted(view: DatasetView) -> Accepted:
-    return view, 202, {"Location": f"/datasets/{view.dataset.id}", "Retry-After": "1"}
+    return view, 202, {"Location": address(f"/datasets/{view.dataset.id}"), "Retry-After": "1"}
 
 
 def _checked_by(job_id: uuid.UUID) -> Accepted:
@@ -122,11 +123,9 @@ def create_dataset(body: dict[str, Any]) -> Accepted:
 
 
 def _created(body: dict[str, Any], name: str, stream: IO[bytes]) -> Accepted:
-    store = services().blobs
     stream.seek(0)
-    blob = store.put(stream)
+    blob = services().blobs.put(stream)
     with transaction() as session:
-        catalog.ensure_blob(session, store, blob, stream)
         pipeline = body["pipeline"]
         view, _ = catalog.create(session, tenant(), name, blob, principal().key_id, key(), quota(), pipeline)
     return _accepted(view)
@@ -158,8 +157,6 @@ def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
 @blueprint.response(204)
 @blueprint.doc(operationId="deleteDataset")
 def delete_dataset(dataset_id: uuid.UUID) -> None:
-    """Delete a dataset that no unfinished job uses."""
+    """Delete a dataset that no unfinished job uses. Its zip leaves the disk within two hours."""
     with transaction() as session:
-        sha256 = catalog.delete(session, tenant(), dataset_id)
-    with transaction() as session:  # after the commit, so that no row refers to missing bytes
-        catalog.release_blob(session, services().blobs, sha256)
+        catalog.delete(session, tenant(), dataset_id)

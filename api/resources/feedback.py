@@ -9,7 +9,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import principal, tenant, transaction
-from api.http.fields import Time
+from api.http.fields import Answer, Time
 from api.http.idempotency import idempotent
 from jobs.keys import Scope
 from jobs.models import feedback
@@ -27,7 +27,7 @@ class TruthRequest(ma.Schema):
     label = fields.String(required=True, validate=validate.Length(1, 100))
 
 
-class TruthSchema(ma.Schema):
+class TruthSchema(Answer):
     """True and predicted class of a scan."""
 
     scan_id = fields.UUID()

@@ -9,11 +9,13 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Time, one_of
+from api.http.fields import Answer, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageSchema, one_page
+from api.http.versioning import address
 from jobs import keys
 from jobs.keys import Scope
+from jobs.tables import ApiKey
 
 blueprint = Blueprint("keys", __name__, url_prefix="/keys", description="API keys and their scopes.")
 
@@ -25,7 +27,7 @@ class KeyRequest(ma.Schema):
     scopes = fields.List(fields.String(validate=one_of(Scope)), required=True, validate=validate.Length(1, 4))
 
 
-class KeySchema(ma.Schema):
+class KeySchema(Answer):
     """A key, without its secret."""
 
     id = fields.UUID()
@@ -60,7 +62,7 @@ def create_key(body: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str
         new = keys.create(session, body["name"], body["scopes"], tenant())
         session.refresh(new.key)
     response = {name: getattr(new.key, name) for name in KeySchema().fields} | {"secret": new.secret}
-    return response, 201, {"Location": f"/keys/{new.key.id}"}
+    return response, 201, {"Location": address(f"/keys/{new.key.id}")}
 
 
 @blueprint.route("")
@@ -71,6 +73,16 @@ def list_keys() -> dict[str, Any]:
     """List keys, oldest first."""
     with transaction() as session:
         return one_page(keys.list_keys(session, tenant()))
+
+
+@blueprint.route("/<id:key_id>")
+@needs(Scope.ADMIN)
+@blueprint.response(200, KeySchema)
+@blueprint.doc(operationId="getKey")
+def get_key(key_id: uuid.UUID) -> ApiKey:
+    """Show a key."""
+    with transaction() as session:
+        return keys.get(session, tenant(), key_id)
 
 
 @blueprint.route("/<id:key_id>", methods=["DELETE"])

@@ -4,10 +4,12 @@ Each submits a job like any other and, except for a training, waits for its end.
 on, and the response names it.
 """
 
+import datetime as dt
 import io
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -22,9 +24,10 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, Time
 from api.http.idempotency import idempotent
-from api.http.pipeline_fields import spec_of
+from api.http.pipelines.fields import spec_of
 from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
 from api.http.responses import BINARY, JSON, PNG, download
+from api.http.versioning import only_at_the_root
 from api.intake import scan_store
 from api.resources.health import NO_DATABASE, not_ready_reasons
 from api.resources.jobs.explanations import MISSING_NOTE
@@ -41,9 +44,29 @@ from jobs.results.queries import JobView
 from jobs.states import JobKind, ResultState
 from jobs.tables import Json, ModelVersion, ScanResult
 
+DEPRECATED_AT = dt.datetime(2026, 11, 30, tzinfo=dt.UTC)
+DEPRECATION = {
+    "Deprecation": f"@{DEPRECATED_AT.timestamp():.0f}",  # RFC 9745
+    "Link": '</docs/#/older>; rel="deprecation"; type="text/html"',
+}
+
 blueprint = Blueprint(
-    "older", __name__, description="Endpoints of earlier API documents. They wait for their job, 60 s at most."
+    "older",
+    __name__,
+    description="Endpoints of earlier API documents, at the root only. They wait for their job, 60 s at most. "
+    "Instead of /train, /predict, /batch_predict and /explain use POST /v1/jobs; of /model-status GET "
+    "/v1/models/champion; of /health GET /v1/health/ready.",
 )
+blueprint.before_request(only_at_the_root)
+
+
+@blueprint.after_request
+def _deprecate(response: Response) -> Response:
+    response.headers.extend(DEPRECATION)
+    return response
+
+
+_older = partial(blueprint.doc, deprecated=True, servers=[{"url": "/"}])
 
 MAX_IMAGES = 100
 UNREADABLE = ("BAD_IMAGE", spec_of({}).inputs.refusal_code, TooLarge.code)
@@ -204,7 +227,7 @@ def _overlay(job_id: uuid.UUID) -> Response:
 @accepts_body(json=NewestTrainRequest)
 @blueprint.response(202, JobSchema)
 @blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
-@blueprint.doc(operationId="olderTrain")
+@_older(operationId="olderTrain")
 @idempotent(waiting.accepted)
 def train(body: dict[str, Any]) -> waiting.Answer:
     """Train a network; by default on the newest ready dataset, with default parameters."""
@@ -216,7 +239,7 @@ def train(body: dict[str, Any]) -> waiting.Answer:
 @accepts_body(json=ScanJson, multipart=ScanUpload)
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
-@blueprint.doc(operationId="olderPredict")
+@_older(operationId="olderPredict")
 @idempotent(_predictions)
 def predict(body: dict[str, Any]) -> Predictions:
     """Classify one scan and wait for it: a list of one."""
@@ -230,7 +253,7 @@ def predict(body: dict[str, Any]) -> Predictions:
 @accepts_body(json=ImagesJson)
 @blueprint.response(200, FoundSchema(many=True), headers=DISPOSITIONS)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
-@blueprint.doc(operationId="olderBatchPredict")
+@_older(operationId="olderBatchPredict")
 @idempotent(_predictions)
 def batch_predict(body: dict[str, Any]) -> Predictions:
     """Classify up to a hundred scans and wait for them. A file that is no image fails the whole request."""
@@ -260,7 +283,7 @@ def _refuse_unreadable(images: list[bytes]) -> None:
 @accepts_body(json=ScanJson, multipart=ScanUpload)
 @blueprint.response(200, BINARY, content_type=PNG)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json", description=LATE)
-@blueprint.doc(operationId="olderExplain")
+@_older(operationId="olderExplain")
 @idempotent(_overlay)
 def explain(body: dict[str, Any]) -> Response:
     """Show which parts of a scan its class was inferred from: the Grad-CAM overlay, as PNG."""
@@ -273,7 +296,7 @@ def explain(body: dict[str, Any]) -> Response:
 @needs(Scope.JOBS_READ)
 @blueprint.response(200, ModelReadySchema)
 @blueprint.alt_response(404, schema=NoModelSchema, content_type=JSON)
-@blueprint.doc(operationId="olderModelStatus")
+@_older(operationId="olderModelStatus")
 def model_status() -> dict[str, str] | Response:
     """Show whether there is a champion."""
     found = _champion()
@@ -289,7 +312,7 @@ def model_status() -> dict[str, str] | Response:
 @blueprint.route("/health")
 @public
 @blueprint.response(200, OlderHealthSchema)
-@blueprint.doc(operationId="olderHealth", security=[{}, {"key": []}])
+@_older(operationId="olderHealth", security=[{}, {"key": []}])
 def health() -> dict[str, Any]:
     """Show whether jobs are being processed; with a key that may read, the champion too."""
     reasons = not_ready_reasons()

@@ -8,6 +8,7 @@ from marshmallow import Schema, fields
 from api.http.auth import public
 from api.http.bodies import Blueprint
 from api.http.responses import HTML, JSON, TEXT
+from api.http.versioning import address, is_versioned
 
 blueprint = Blueprint("pages", __name__, description="The start page.")
 
@@ -56,16 +57,17 @@ def _about() -> dict[str, object]:
         "name": current_app.config["API_TITLE"],
         "version": current_app.config["API_VERSION"],
         "notice": NOTICE,
-        "documentation": "/docs/",
-        "openapi": "/openapi.json",
+        "documentation": address("/docs/"),
+        "openapi": address("/openapi.json"),
         "endpoints": sorted(_endpoints()),
     }
 
 
 def _endpoints() -> set[str]:
-    """Method and path of each, as `GET /jobs/{job_id}`."""
+    """Method and path of each, as `GET /v1/jobs/{job_id}`."""
     return {
-        f"{method} {ARGUMENT.sub('{', rule.rule).replace('>', '}')}"
+        f"{method} {address(ARGUMENT.sub('{', rule.rule).replace('>', '}'))}"
         for rule in current_app.url_map.iter_rules()
+        if not (is_versioned() and rule.endpoint.startswith("older."))
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }

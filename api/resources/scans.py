@@ -12,11 +12,12 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
 from api.http.fields import Base64, File, Time
 from api.http.idempotency import idempotent
-from api.http.pipeline_fields import PipelineName, spec_of
+from api.http.pipelines.fields import PipelineName, spec_of
+from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.scan_store import MAX_SCANS
 from jobs.keys import Scope
-from jobs.results import queries
+from jobs.results import scan_registry
 from jobs.tables import Scan
 
 blueprint = Blueprint("scans", __name__, url_prefix="/scans", description=f"Single {spec_of({}).inputs.described}.")
@@ -81,7 +82,7 @@ def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
     media = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
     scan, new = scan_store.store_scan(stream, media)
-    return scan, 201 if new else 200, {"Location": f"/scans/{scan.id}"}
+    return scan, 201 if new else 200, {"Location": address(f"/scans/{scan.id}")}
 
 
 @blueprint.route("/known", methods=["POST"])
@@ -92,7 +93,7 @@ def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
 def find_known(body: dict[str, Any]) -> dict[str, Any]:
     """Look up which files are stored already, by hash, so that only the others need to be sent."""
     with transaction() as session:
-        return {"data": queries.scans_by_hash(session, tenant(), body["sha256"])}
+        return {"data": scan_registry.by_hash(session, tenant(), body["sha256"])}
 
 
 @blueprint.route("/<id:scan_id>")
@@ -102,4 +103,4 @@ def find_known(body: dict[str, Any]) -> dict[str, Any]:
 def get_scan(scan_id: uuid.UUID) -> Scan:
     """Show a scan."""
     with transaction() as session:
-        return queries.scan(session, tenant(), scan_id)
+        return scan_registry.get(session, tenant(), scan_id)

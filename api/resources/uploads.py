@@ -18,6 +18,7 @@ from api.http.context import services
 from api.http.fields import Time
 from api.http.idempotency import idempotent
 from api.http.problems import InvalidFields
+from api.http.versioning import address
 from api.intake import scan_store, upload_store
 from jobs.errors import OtherTusVersion, TooLarge, UnsupportedMedia, WrongOffset
 from jobs.keys import Scope
@@ -104,7 +105,7 @@ def describe() -> tuple[None, int, dict[str, str]]:
 def create_upload(headers: dict[str, Any]) -> tuple[Upload, int, dict[str, str]]:
     """Create an upload."""
     upload = upload_store.create(headers["size"], _file_name(headers["metadata"]))
-    return upload, 201, {"Location": f"/uploads/{upload.id}", **_expiry(upload)}
+    return upload, 201, {"Location": address(f"/uploads/{upload.id}"), **_expiry(upload)}
 
 
 @blueprint.route("/<id:upload_id>", methods=["HEAD"])

@@ -12,9 +12,10 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import services, tenant, transaction
-from api.http.fields import HttpUrl, Time, one_of
+from api.http.fields import Answer, HttpUrl, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageQuery, PageSchema, one_page
+from api.http.versioning import address
 from jobs import addresses
 from jobs.errors import Invalid
 from jobs.events import deliveries, webhooks
@@ -37,7 +38,7 @@ class WebhookRequest(ma.Schema):
     )
 
 
-class WebhookSchema(ma.Schema):
+class WebhookSchema(Answer):
     """A webhook, without its secret. `events` is empty after its receiver has answered 410."""
 
     id = fields.UUID()
@@ -59,7 +60,7 @@ class WebhooksPage(PageSchema):
     data = fields.List(fields.Nested(WebhookSchema), required=True)
 
 
-class DeliverySchema(ma.Schema):
+class DeliverySchema(Answer):
     """An event sent to a webhook."""
 
     id = fields.UUID()
@@ -92,7 +93,7 @@ def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[st
         raise Invalid(why, "/url")
     with transaction() as session:
         new = webhooks.create(session, tenant(), body["url"], body["events"])
-    return new, 201, {"Location": f"/webhooks/{new.id}/deliveries"}
+    return new, 201, {"Location": address(f"/webhooks/{new.id}")}
 
 
 @blueprint.route("")
@@ -103,6 +104,16 @@ def list_webhooks() -> dict[str, Any]:
     """List webhooks, oldest first."""
     with transaction() as session:
         return one_page(webhooks.list_webhooks(session, tenant()))
+
+
+@blueprint.route("/<id:webhook_id>")
+@needs(Scope.JOBS_READ)
+@blueprint.response(200, WebhookSchema)
+@blueprint.doc(operationId="getWebhook")
+def get_webhook(webhook_id: uuid.UUID) -> webhooks.Webhook:
+    """Show a webhook."""
+    with transaction() as session:
+        return webhooks.get(session, tenant(), webhook_id)
 
 
 @blueprint.route("/<id:webhook_id>", methods=["DELETE"])
@@ -134,4 +145,4 @@ def redeliver(webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> tuple[Delivery, 
     """Send a delivery again now, whatever its state."""
     with transaction() as session:
         found = deliveries.redeliver(session, tenant(), webhook_id, delivery_id)
-    return found, 202, {"Location": f"/webhooks/{webhook_id}/deliveries", "Retry-After": "1"}
+    return found, 202, {"Location": address(f"/webhooks/{webhook_id}/deliveries"), "Retry-After": "1"}

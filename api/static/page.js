@@ -32,7 +32,7 @@ at("key-form").addEventListener("submit", async (event) => {
   const still = owner();
   key.set(at("key").value.trim());
   try {
-    await read("/jobs?limit=1");
+    await read("/v1/jobs?limit=1");
     if (!still()) return;
     at("key").value = "";
     open();
@@ -102,7 +102,7 @@ function pollJobs() {
   const follow = follower();
   return async (still) => {
     try {
-      const page = await follow("/jobs?limit=20");
+      const page = await follow("/v1/jobs?limit=20");
       if (!still()) return;
       if (page) showJobs(page.data);
       live("live", "Live");
@@ -200,7 +200,7 @@ async function cancel(row, job) {
 
 async function pollChampion(still) {
   try {
-    const model = await read("/models/champion");
+    const model = await read("/v1/models/champion");
     if (still()) showChampion(model);
   } catch (error) {
     if (still()) hideChampion(error.message);
@@ -249,7 +249,7 @@ at("show-card").addEventListener("click", async () => {
   at("card").showModal();
   try {
     const headers = { Accept: "text/markdown" };
-    const card = elements(await ask("/models/champion/card", (answer) => answer.text(), { headers }));
+    const card = elements(await ask("/v1/models/champion/card", (answer) => answer.text(), { headers }));
     if (still()) at("card-text").replaceChildren(...card);
   } catch (error) {
     if (still()) at("card-text").textContent = error.message;

@@ -71,7 +71,7 @@ async function classify(card, file, signal) {
   setStatus(card, "Sending and classifying …");
   const headers = { Prefer: `wait=${WAIT_SECONDS}` };
   const seconds = 1.5 * WAIT_SECONDS + file.size / SLOWEST;
-  let job = await read("/jobs/predict", { method: "POST", body, headers, signal, seconds });
+  let job = await read("/v1/jobs/predict", { method: "POST", body, headers, signal, seconds });
   const follow = follower();
   while (!job.terminal) {
     setStatus(card, job.queue_position ? `Waiting behind ${job.queue_position} other jobs …` : "Classifying …");

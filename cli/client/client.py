@@ -43,6 +43,11 @@ class Job:
         error = self.raw.get("error")
         return f"{error['code']}: {error['detail']}" if error else None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong without failing the job, a line each."""
+        return [f"{each['code']}: {each['detail']}" for each in self.raw.get("warnings", [])]
+
 
 @dataclass(frozen=True)
 class Epoch:

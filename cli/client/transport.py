@@ -67,16 +67,17 @@ def default_key() -> str:
 
 
 class Transport:
-    """Requests to one RenalQ with one key."""
+    """Requests to one RenalQ with one key. Paths are without `/v1`."""
 
     def __init__(self, url: str | None = None, key: str | None = None) -> None:
         self.url = (url or default_url()).rstrip("/")
+        self._base = f"{self.url}/v1"
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {key or default_key()}"
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(max_retries=RETRY))
         # A chunk of an upload is not sent again as it was: the server knows how much of it arrived.
-        self._session.mount(f"{self.url}/uploads/", HTTPAdapter())
+        self._session.mount(f"{self._base}/uploads/", HTTPAdapter())
         # A proxy named in the environment does not apply to this machine.
         self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
 
@@ -104,7 +105,7 @@ class Transport:
 
     def _send(self, method: str, path: str, options: Json) -> requests.Response:
         try:
-            return self._session.request(method, self.url + path, timeout=(CONNECT_SECONDS, READ_SECONDS), **options)
+            return self._session.request(method, self._base + path, timeout=(CONNECT_SECONDS, READ_SECONDS), **options)
         except requests.ConnectionError as error:
             raise ApiError(f"Nobody answers at {self.url}: start `renalq up`, or set RENALQ_URL.") from error
         except requests.RequestException as error:

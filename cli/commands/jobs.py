@@ -63,6 +63,7 @@ def show_job(job: Job, machine: bool) -> None:
     lines = [f"{job.kind} job {job.id}: {job.state}, {100 * job.progress:.0f} %"]
     lines += [f"  stage    {job.stage}"] if job.stage else []
     lines += [f"  error    {job.failure}"] if job.failure else []
+    lines += [f"  warning  {each}" for each in job.warnings]
     lines += [f"  model    {job.raw['model_version']}"] if job.raw.get("model_version") else []
     metrics = {key: value for key, value in (job.raw.get("metrics") or {}).items() if isinstance(value, float)}
     lines += [f"  {name:<8} {value:.4f}" for name, value in metrics.items()]

@@ -3,17 +3,16 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
 
-from sqlalchemy import ColumnElement, exists, func, or_, select, update
+from sqlalchemy import exists, select, update
 from sqlalchemy.orm import Session
 
 from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, Invalid, NoDataset
 from jobs.paging import Page, page
 from jobs.queue.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
-from jobs.storage.blobs import Blob, BlobStore
-from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion, Scan
+from jobs.storage.blobs import Blob
+from jobs.tables import Dataset, Job, Json
 from ml.spec.pipeline import IMAGE
 
 
@@ -41,7 +40,7 @@ def create(
     quota: Quota = UNLIMITED,
     pipeline: str = IMAGE,
 ) -> tuple[DatasetView, Job]:
-    """Register a stored zip and submit the job that checks it. Call `ensure_blob` in the same transaction."""
+    """Register a stored zip and submit the job that checks it."""
     dataset = Dataset(
         tenant_id=tenant_id, pipeline=pipeline, name=name, archive_sha256=blob.sha256, archive_bytes=blob.size
     )
@@ -140,8 +139,8 @@ def finish_check(
     )
 
 
-def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> str:
-    """Delete a dataset and return its zip's hash, for `release_blob` in a later transaction.
+def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> None:
+    """Delete a dataset. Its zip is deleted by retention, unless another row refers to the same bytes.
 
     Raises:
         DatasetNotFound
@@ -156,33 +155,6 @@ def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> str:
         raise DatasetInUse
     session.delete(dataset)
     session.flush()
-    return dataset.archive_sha256
-
-
-def ensure_blob(session: Session, store: BlobStore, blob: Blob, stream: IO[bytes]) -> None:
-    """Guarantee that a blob stays stored until the transaction ends, whatever a concurrent `release_blob` removes."""
-    _lock_blob(session, blob.sha256)
-    if not store.exists(blob.sha256):
-        stream.seek(0)
-        store.put(stream)
-
-
-def release_blob(session: Session, store: BlobStore, sha256: str) -> bool:
-    """Remove a blob if nothing refers to it. Returns whether it was removed."""
-    _lock_blob(session, sha256)
-    if session.scalar(select(or_(*_references(sha256)))):
-        return False
-    store.delete(sha256)
-    return True
-
-
-def _lock_blob(session: Session, sha256: str) -> None:
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtext("blob:" + sha256))))
-
-
-def _references(sha256: str) -> list[ColumnElement[bool]]:
-    columns = (Dataset.archive_sha256, Scan.sha256, Artifact.sha256, ModelVersion.weights_sha256)
-    return [exists().where(column == sha256) for column in columns]
 
 
 def _datasets(tenant_id: str):  # type: ignore[no-untyped-def]

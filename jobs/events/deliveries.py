@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, Uuid, and_, bindparam, delete, func, select, text, update
+from sqlalchemy import ColumnElement, String, Uuid, and_, bindparam, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
@@ -22,7 +22,7 @@ from jobs.errors import DeliveryNotFound, WebhookNotFound
 from jobs.events.webhooks import notify_sender
 from jobs.paging import Page, page
 from jobs.tables import Delivery, DeliveryState, Json, Webhook
-from jobs.tables.columns import first_id
+from jobs.tables.columns import LAST_ID, first_id
 
 JITTER = 0.2
 """Random extension of a wait, as a share of it, so that failed deliveries do not retry together."""
@@ -149,10 +149,11 @@ def list_deliveries(
     mine = and_(Webhook.id == webhook_id, Webhook.tenant_id == tenant_id)
     if session.scalar(select(Webhook.id).where(mine)) is None:
         raise WebhookNotFound
-    query = select(Delivery).where(Delivery.webhook_id == webhook_id).order_by(Delivery.id.desc()).limit(limit + 1)
-    if after is not None:
-        query = query.where(Delivery.id < after)
-    return page(session.scalars(query).all(), limit, lambda delivery: delivery.id)
+    # Whole keys, or the planner may walk the primary key, past all deliveries of other webhooks.
+    key = tuple_(Delivery.webhook_id, Delivery.id)
+    older = key < tuple_(webhook_id, after or LAST_ID), key >= tuple_(webhook_id, first_id(0))
+    query = select(Delivery).where(*older).order_by(Delivery.webhook_id.desc(), Delivery.id.desc())
+    return page(session.scalars(query.limit(limit + 1)).all(), limit, lambda delivery: delivery.id)
 
 
 def redeliver(session: Session, tenant_id: str, webhook_id: uuid.UUID, delivery_id: uuid.UUID) -> Delivery:
@@ -177,5 +178,6 @@ def prune(session: Session, days: float, limit: int = PRUNED_AT_ONCE) -> int:
     # Ids are ordered by time, so the primary key finds the oldest.
     old = select(Delivery.id).where(Delivery.id < first_id(now.timestamp() - days * 24 * 3600))
     some = old.where(Delivery.state != DeliveryState.PENDING).order_by(Delivery.id).limit(limit)
+    some = some.with_for_update(skip_locked=True)  # they may be deleted with their webhook right now
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]

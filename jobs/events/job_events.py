@@ -8,7 +8,10 @@ from sqlalchemy.orm import Session
 from jobs.tables import JobEvent, Json
 
 UNITS_CHANNEL = "renalq_units"
-"""NOTIFY channel of the dispatcher: a unit was queued or ended."""
+"""NOTIFY channel of the dispatcher. The payload is the id of a job with new claimable units, or one of these words; an
+empty one comes from processes of older releases."""
+UNIT_ENDED = "ended"
+"""Payload on this channel: a worker is idle."""
 CANCELLATION = "cancellation"
 """Payload on this channel: units of a cancelled job are left for the leader to end."""
 JOBS_CHANNEL = "renalq_jobs"
@@ -20,6 +23,6 @@ def record(session: Session, job_id: uuid.UUID, tenant_id: str, type_: str, data
     session.execute(insert(JobEvent).values(job_id=job_id, tenant_id=tenant_id, type=type_, data=data))
 
 
-def wake_dispatcher(session: Session, payload: str = "") -> None:
-    """Notify the dispatcher at commit."""
+def wake_dispatcher(session: Session, payload: str) -> None:
+    """Notify the dispatcher at commit. `payload`: see `UNITS_CHANNEL`."""
     session.execute(select(func.pg_notify(UNITS_CHANNEL, payload)))

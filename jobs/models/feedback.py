@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
-from jobs.queue import retention
+from jobs.queue import kept
 from jobs.queue.outcomes import REJECTED
 from jobs.results.cache import COMPUTED
 from jobs.results.queries import JobView, classes, require_prediction
@@ -96,7 +96,7 @@ def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
     require_prediction(view)
     found = _computed(session, view.job.id, scan_id) or _any_result(session, view.job.id, scan_id)
     if view.terminal:
-        retention.require_kept(session, view.job.id)
+        kept.require_kept(session, view.job.id)
     if found is None:
         raise ResultNotFound
     if found.state != ResultState.SUCCEEDED:

@@ -11,7 +11,6 @@ from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, NoChampion, NothingBefore, PromotionRefused
 from jobs.events import webhooks
-from jobs.events.job_events import wake_dispatcher
 from jobs.events.webhooks import EventType
 from jobs.models import cards, comparison, registry
 from jobs.models.comparison import PairedScores
@@ -171,7 +170,6 @@ def set_champion(
     session.flush()
     session.refresh(version)
     _emit_webhook(session, row)
-    wake_dispatcher(session)
 
 
 def _emit_webhook(session: Session, row: Promotion) -> None:

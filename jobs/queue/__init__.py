@@ -1,1 +1,1 @@
-"""The life of a job: submission, dispatch, leases, transitions, results, queue positions and retention."""
+"""The life of a job: submission, dispatch, leases, transitions, results, queue positions and checkpoints."""

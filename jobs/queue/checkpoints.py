@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, seconds
+from jobs.db import NOW
 from jobs.events.job_events import record
 from jobs.queue.leases import Claim, lock_job, update_held
-from jobs.states import JobState
-from jobs.storage.blobs import Blob, BlobStore
-from jobs.tables import Checkpoint, Job
+from jobs.storage.blobs import Blob
+from jobs.tables import Checkpoint
 
 KEEP_LATEST = 2
 """The latest, and the previous one in case the latest is broken."""
 FOLDER = "checkpoints"
-KEEP_FAILED_SECONDS = 7 * 24 * 3600.0
-"""How long (s) a retry can resume a failed training."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +69,3 @@ def latest(session: Session, job_id: uuid.UUID, retry_of: uuid.UUID | None = Non
 def discard(session: Session, checkpoint_id: uuid.UUID) -> None:
     """Delete the row of a broken checkpoint."""
     session.execute(delete(Checkpoint).where(Checkpoint.id == checkpoint_id))
-
-
-def prune(session: Session, store: BlobStore) -> int:
-    """Remove checkpoints of jobs that no longer need them, and files of deleted jobs.
-
-    Those of a failed training are kept for a week, for its retry. Returns the number of jobs cleaned up.
-    """
-    stored = {folder: job_id for folder in store.folders(FOLDER) if (job_id := _id(folder)) is not None}
-    fresh_failure = (Job.state == JobState.FAILED) & (Job.finished_at > NOW - seconds(KEEP_FAILED_SECONDS))
-    needed = set(
-        session.scalars(
-            select(Job.id).where(Job.id.in_(stored.values()), or_(Job.finished_at.is_(None), fresh_failure))
-        )
-    )
-    over = {folder: job_id for folder, job_id in stored.items() if job_id not in needed}
-    session.execute(delete(Checkpoint).where(Checkpoint.job_id.in_(over.values())))
-    for folder in over:
-        store.remove_folder(f"{FOLDER}/{folder}")
-    return len(over)
-
-
-def _id(folder: str) -> uuid.UUID | None:
-    try:
-        return uuid.UUID(folder)
-    except ValueError:
-        return None

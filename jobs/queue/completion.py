@@ -1,4 +1,5 @@
-"""The end of a job: once no unit is left, its counters decide its final state."""
+"""How a job ends: once no unit is left, its counters decide its final state. And how the units of a cancelled job end:
+at once if they are few, otherwise in batches by the leading dispatcher, so that no request waits for a large job."""
 
 import uuid
 
@@ -7,23 +8,35 @@ from sqlalchemy.orm import Session
 
 from jobs.db import PreparedStatement
 from jobs.events import webhooks
-from jobs.tables import Job, Json, ScanResult
+from jobs.queue.leases import with_job_lock
+from jobs.states import UNCLAIMED
+from jobs.tables import Job, Json, ScanResult, Unit
+
+INLINE_ROWS = 1000
+"""Results that one request or one worker ends, about 50 ms."""
+BATCH_ROWS = 2000
+"""Results that the leader ends in one transaction, besides what is left of the last unit."""
 
 FINISH_JOB = PreparedStatement(
-    "end_job",
+    "finish_job",
     "uuid",
     """
-WITH ended AS (
-    UPDATE jobs SET finished_at = clock_timestamp(),
-        progress = CASE WHEN succeeded = total THEN 1 ELSE progress END,
-        state = CASE
-            WHEN succeeded = total THEN 'succeeded'
-            WHEN cancel_requested_at IS NOT NULL AND cancelled > 0 THEN 'cancelled'
-            WHEN succeeded = 0 THEN 'failed'
-            ELSE 'partially_succeeded' END
-    WHERE id = $1 AND finished_at IS NULL
+WITH done AS (
+    SELECT id, CASE
+        WHEN succeeded = total THEN 'succeeded'
+        WHEN cancel_requested_at IS NOT NULL AND cancelled > 0 THEN 'cancelled'
+        WHEN succeeded = 0 THEN 'failed'
+        ELSE 'partially_succeeded' END AS state
+    FROM jobs WHERE id = $1 AND (finished_at IS NULL) IS TRUE
         AND NOT EXISTS (SELECT FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL)
-    RETURNING id, tenant_id, kind, state, total, succeeded, failed, cancelled, error
+), ended AS (
+    UPDATE jobs SET finished_at = clock_timestamp(), state = done.state,
+        progress = CASE WHEN done.state = 'succeeded' THEN 1 ELSE progress END,
+        error = CASE WHEN done.state IN ('failed', 'cancelled') THEN (
+            SELECT units.error FROM units WHERE job_id = $1 AND units.state = 'failed' AND explains IS NULL
+            ORDER BY units.finished_at DESC LIMIT 1) END
+    FROM done WHERE jobs.id = done.id
+    RETURNING jobs.id, tenant_id, kind, jobs.state, total, succeeded, failed, cancelled, error
 ), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT id, tenant_id, state, jsonb_build_object('counts', jsonb_build_object(
@@ -58,3 +71,55 @@ def _error_of_scans(session: Session, job_id: uuid.UUID, total: int) -> Json:
         "detail": f"None of the {total} scans has a result. GET /jobs/ID/results?state=failed says why for each.",
         "retryable": False,
     }
+
+
+# --- units of a cancelled job ---
+
+# Arrays instead of joins: without statistics of what was just written, the planner would read whole tables.
+CANCEL_UNITS = PreparedStatement(
+    "cancel_units",
+    "uuid, int",
+    """
+WITH unclaimed AS (
+    SELECT id, sum(scans) OVER (ORDER BY ordinal) - scans AS before FROM (
+        SELECT id, scans, ordinal FROM units
+        WHERE job_id = $1 AND finished_at IS NULL AND state IN ('scheduled', 'queued', 'dispatched')
+        ORDER BY ordinal LIMIT $2) AS oldest
+), ended AS (
+    UPDATE units SET state = 'cancelled', finished_at = clock_timestamp()
+    WHERE id = ANY (ARRAY(SELECT id FROM unclaimed WHERE before < $2))
+        AND state IN ('scheduled', 'queued', 'dispatched')
+    RETURNING id
+), results AS (
+    UPDATE scan_results SET state = 'cancelled', finished_at = clock_timestamp()
+    WHERE unit_id = ANY (ARRAY(SELECT id FROM ended)) AND state = 'pending' RETURNING ordinal
+)
+UPDATE jobs SET cancelled = cancelled + CASE WHEN kind IN ('predict', 'predict_batch')
+    THEN (SELECT count(*) FROM results) ELSE (SELECT count(*) FROM ended) END
+WHERE id = $1 AND EXISTS (SELECT FROM ended)
+""",
+)
+
+
+def cancel_units(session: Session, job_id: uuid.UUID, rows: int = INLINE_ROWS) -> None:
+    """End unclaimed units of a cancelled job, and the job if none is left. The job's row must be locked.
+
+    Args:
+        rows: results to end; the last unit may add its own.
+    """
+    CANCEL_UNITS(session, str(job_id), rows)
+    finish_job_if_done(session, job_id)
+
+
+def cancel_batch(session: Session) -> bool:
+    """End a batch of units of a cancelled job. False: nothing is left to end, or others are ending it.
+
+    Jobs that are locked are skipped, so that one of them delays no other.
+    """
+    left = select(Unit.id).where(Unit.job_id == Job.id, Unit.finished_at.is_(None), Unit.state.in_(UNCLAIMED))
+    cancelled = select(Job.id).where(Job.cancel_requested_at.is_not(None), Job.finished_at.is_(None), left.exists())
+    job_id = session.scalar(with_job_lock(cancelled.order_by(Job.id).limit(1), skip_locked=True))
+    if job_id is None:
+        return False
+    cancel_units(session, job_id, BATCH_ROWS)
+    return True

@@ -8,11 +8,16 @@ is 0 for a reserved one.
 The cost does not grow with the queue: partial indexes over unfinished rows answer each question from their first rows.
 """
 
+import json
+import re
+import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
@@ -71,82 +76,173 @@ class QueueSnapshot:
 LATE_SECONDS = 1.0
 """An idle worker claims a dispatched unit in milliseconds. After this time (s) it has probably died."""
 
-# A "loose index scan" jumps from one tenant with claimable units to the next; then come each tenant's first units:
-# predictions before explanations, older jobs before younger ones. Units that wait for a time are not in this index, and
-# finished jobs are never read. Whole rows are compared: with `lane = …` the planner may walk the primary key instead.
-# The job is read by a scalar subquery, which the planner cannot turn into a join over all jobs.
+FULL_SECONDS = 10.0
+"""A reader reads the whole queue so often (s), in case that it was not told of something."""
+
+# Full ($5): a "loose index scan" jumps from one tenant with claimable units to the next, and all dispatched and running
+# units are read. Otherwise only the queues in $6 to $9, from their first claimable units on, those of the jobs in $10,
+# and the units in $11. Each tenant has a queue of predictions and one of explanations. Units that wait for a time are
+# not in the index, and finished jobs are never read. Whole rows are compared: with `lane = …` the planner may walk the
+# primary key instead. The job is read by a scalar subquery, which the planner cannot turn into a join over all jobs;
+# OFFSET keeps it from being asked twice.
 SNAPSHOT = PreparedStatement(
     "snapshot",
-    "float8, int, float8, float8",
+    "float8, int, float8, float8, bool, text[], text[], bool[], uuid[], uuid[], uuid[]",
     """
-WITH RECURSIVE tenants AS (
-    (SELECT lane, tenant_id FROM units WHERE state IN ('queued', 'dispatched') ORDER BY lane, tenant_id LIMIT 1)
+WITH RECURSIVE alive AS MATERIALIZED (
+    SELECT name, lanes FROM processes
+    WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)
+), active AS MATERIALIZED (
+    SELECT units.*, split_part(worker, '/', 1) || '/' || split_part(worker, '/', 2) AS holder FROM (
+        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
+        FROM units WHERE $5 AND state = 'running'
+        UNION ALL
+        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
+        FROM units WHERE $5 AND state = 'dispatched'
+        UNION ALL
+        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
+        FROM units WHERE NOT $5 AND id = ANY ($11) AND state IN ('dispatched', 'running')) AS units
+), idle AS MATERIALIZED (
+    SELECT count(*) AS workers FROM alive WHERE NOT EXISTS (
+        SELECT FROM active WHERE state = 'running' AND holder = alive.name)
+), found AS (
+    (SELECT lane, tenant_id, explains IS NOT NULL AS explains, job_id AS first FROM units
+    WHERE $5 AND state IN ('queued', 'dispatched')
+    ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1)
     UNION ALL
-    SELECT next_tenant.* FROM tenants CROSS JOIN LATERAL (
-        SELECT lane, tenant_id FROM units
-        WHERE state IN ('queued', 'dispatched') AND (lane, tenant_id) > (tenants.lane, tenants.tenant_id)
-        ORDER BY lane, tenant_id LIMIT 1) AS next_tenant
+    SELECT following.* FROM found CROSS JOIN LATERAL (
+        SELECT lane, tenant_id, explains IS NOT NULL, job_id FROM units
+        WHERE state IN ('queued', 'dispatched')
+            AND (lane, tenant_id, (explains IS NOT NULL)) > (found.lane, found.tenant_id, found.explains)
+        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS following
+), known AS MATERIALIZED (
+    SELECT DISTINCT ON (lane, tenant_id, explains) lane, tenant_id, explains, first FROM (
+        SELECT * FROM unnest($6, $7, $8, $9) AS key (lane, tenant_id, explains, first)
+        UNION ALL
+        SELECT lane, tenant_id, explains, id FROM jobs CROSS JOIN (VALUES (false), (true)) AS both_queues (explains)
+        WHERE id = ANY ($10)) AS keys
+    WHERE NOT $5 ORDER BY lane, tenant_id, explains, first
+), queues AS MATERIALIZED (
+    SELECT * FROM found
+    UNION ALL
+    SELECT lane, tenant_id, explains, (
+        SELECT job_id FROM units
+        WHERE state IN ('queued', 'dispatched')
+            AND (lane, tenant_id, (explains IS NOT NULL), job_id)
+                >= (known.lane, known.tenant_id, known.explains, known.first)
+            AND (lane, tenant_id, (explains IS NOT NULL)) <= (known.lane, known.tenant_id, known.explains)
+        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS first
+    FROM known
 ), waiting AS (
-    SELECT jsonb_agg(jsonb_build_array(due.id, tenants.lane, tenants.tenant_id, due.kind, due.scans,
-        due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0,
-        due.explains IS NOT NULL)) AS units
-    FROM tenants CROSS JOIN LATERAL (
+    SELECT jsonb_agg(jsonb_build_array(due.id, queues.lane, queues.tenant_id, due.kind, due.scans,
+        due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0, queues.explains))
+        AS units
+    FROM queues CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT id, job_id, ordinal, lane, tenant_id, scans, state, rings, explains,
+            SELECT id, scans, state, rings,
                 (SELECT kind FROM jobs WHERE jobs.id = units.job_id AND cancel_requested_at IS NULL) AS kind
             FROM units
             WHERE state IN ('queued', 'dispatched')
-                AND (lane, tenant_id) >= (tenants.lane, tenants.tenant_id)
-                AND (lane, tenant_id) <= (tenants.lane, tenants.tenant_id)
+                AND (lane, tenant_id, (explains IS NOT NULL), job_id)
+                    >= (queues.lane, queues.tenant_id, queues.explains, queues.first)
+                AND (lane, tenant_id, (explains IS NOT NULL)) <= (queues.lane, queues.tenant_id, queues.explains)
                 AND CASE WHEN state = 'queued' THEN not_before <= clock_timestamp()
                     ELSE rings = 0 OR dispatched_at < clock_timestamp()
                         - make_interval(secs => $1 * least(power(2, rings - 1), 8)) END
+            ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal OFFSET 0
         ) AS unit
-        WHERE kind IS NOT NULL
-        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT $2) AS due
+        WHERE kind IS NOT NULL LIMIT $2 + (SELECT workers FROM idle)) AS due
+    WHERE queues.first IS NOT NULL
 )
 SELECT waiting.units AS waiting,
-    (SELECT jsonb_agg(jsonb_build_array(lane, number, late)) FROM (
-        SELECT lane, count(*) AS number,
-            count(*) FILTER (WHERE dispatched_at < clock_timestamp() - make_interval(secs => $4)) AS late
-        FROM units WHERE state = 'dispatched' AND rings > 0 GROUP BY lane) AS counted) AS dispatched,
-    (SELECT jsonb_agg(jsonb_build_array(units.id, units.lane, units.tenant_id,
-            split_part(units.worker, '/', 1) || '/' || split_part(units.worker, '/', 2),
+    (SELECT jsonb_agg(jsonb_build_array(lane, tenant_id, explains, first))
+        FROM queues WHERE first IS NOT NULL) AS queues,
+    (SELECT jsonb_agg(jsonb_build_array(id, lane, rings > 0,
+            dispatched_at < clock_timestamp() - make_interval(secs => $4)))
+        FROM active WHERE state = 'dispatched') AS dispatched,
+    (SELECT jsonb_agg(jsonb_build_array(active.id, active.lane, active.tenant_id, holder,
             kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
             yield_requested_at IS NOT NULL))
-        FROM units JOIN jobs ON jobs.id = units.job_id WHERE units.state = 'running') AS running,
-    (SELECT jsonb_agg(jsonb_build_array(name, lanes))
-        FROM processes WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)) AS workers
+        FROM active JOIN jobs ON jobs.id = active.job_id WHERE active.state = 'running') AS running,
+    (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers
 FROM waiting
 """,
 )
 
 
-def snapshot(session: Session, redispatch_seconds: float, alive_seconds: float, per_tenant: int = 64) -> QueueSnapshot:
-    """What waits, and which workers have room for it.
+class QueueReader:
+    """Reads snapshots for one dispatcher, at a cost that does not grow with what has ended.
 
-    Claims are held by a child process of a worker (NODE/INSTANCE/PID); what counts here is its worker (NODE/INSTANCE).
-    A claim of an instance that has died makes no other instance of that node busy.
-
-    Args:
-        redispatch_seconds: see `dispatch`.
-        alive_seconds: a worker without a heartbeat for so long is left out.
-        per_tenant: waiting units to return for each tenant in each lane.
+    As long as any transaction is older (a backup, a long report), Postgres keeps the index entries of units that have
+    ended since, and whoever reads an index from its front steps over all of them. So the reader remembers where each
+    tenant's first claimable unit is, and which units are dispatched or running; what is queued behind its back is
+    notified with the job's id (`notice`). Every `FULL_SECONDS` it reads everything.
     """
-    row = SNAPSHOT(session, redispatch_seconds, per_tenant, alive_seconds, LATE_SECONDS).one()
-    units, dispatched = row.waiting or (), row.dispatched or ()
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._full_at = -FULL_SECONDS
+        self._queues: list[tuple[str, str, bool, str]] = []  # lane, tenant, explains, first job
+        self._active: set[str] = set()
+        self._jobs: set[str] = set()
+
+    def notice(self, payloads: Iterable[str]) -> None:
+        """What notifications of the units' channel said: ids of jobs with new claimable units, or other words. An empty
+        one may mean anything: it comes from a process of an older release."""
+        for payload in payloads:
+            if not payload:
+                self._full_at = -FULL_SECONDS
+            elif _JOB_ID.fullmatch(payload):
+                self._jobs.add(payload)
+
+    def read(
+        self, session: Session, redispatch_seconds: float, alive_seconds: float, per_tenant: int = 64
+    ) -> QueueSnapshot:
+        """What waits, and which workers have room for it.
+
+        Claims are held by a child process of a worker (NODE/INSTANCE/PID); what counts here is its worker
+        (NODE/INSTANCE). A claim of an instance that has died makes no other instance of that node busy.
+
+        Args:
+            redispatch_seconds: see `dispatch`.
+            alive_seconds: a worker without a heartbeat for so long is left out.
+            per_tenant: waiting units to return for each tenant in each lane, beside one for each idle worker.
+        """
+        now = self._clock()
+        full = now - self._full_at >= FULL_SECONDS
+        limits = redispatch_seconds, per_tenant, alive_seconds, LATE_SECONDS
+        columns = [_array(column) for column in zip(*self._queues, strict=True)] or ["{}"] * 4
+        row = SNAPSHOT(session, *limits, full, *columns, _array(self._jobs), _array(self._active)).one()
+        self._full_at = now if full else self._full_at
+        self._queues, self._jobs = [tuple(queue) for queue in row.queues or ()], set()
+        self._active = {unit[0] for unit in [*(row.dispatched or ()), *(row.running or ())]}
+        return _snapshot(row)
+
+    def marked(self, unit_ids: Iterable[uuid.UUID]) -> None:
+        """These units were dispatched or reserved since the last read."""
+        self._active.update(map(str, unit_ids))
+
+
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def _snapshot(row: Any) -> QueueSnapshot:
+    messages = [(Lane(lane), late) for _, lane, sent, late in row.dispatched or () if sent]
     return QueueSnapshot(
-        waiting=[WaitingUnit(uuid.UUID(u), Lane(lane), tenant, JobKind(k), *r) for u, lane, tenant, k, *r in units],
-        dispatched={Lane(lane): number for lane, number, _ in dispatched},
+        waiting=[
+            WaitingUnit(uuid.UUID(unit), Lane(lane), tenant, JobKind(kind), *rest)
+            for unit, lane, tenant, kind, *rest in sorted(row.waiting or (), key=lambda unit: unit[-1])
+        ],
+        dispatched=Counter(lane for lane, _ in messages),
         running=[RunningUnit(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in row.running or ()],
         workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in row.workers or ()],
-        late={Lane(lane): late for lane, _, late in dispatched},
+        late=Counter(lane for lane, late in messages if late),
     )
 
 
 MARK = """
 UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings = {rings}
-FROM (SELECT id FROM units WHERE id = ANY ($1) AND {due} FOR UPDATE SKIP LOCKED) AS chosen
+FROM (SELECT id FROM units WHERE id = ANY ($1) AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen
 WHERE units.id = chosen.id RETURNING units.id
 """
 DUE = "state = 'queued' AND not_before <= clock_timestamp()"
@@ -174,25 +270,27 @@ def reserve(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
     RESERVE(session, _array(unit_ids))
 
 
-def _array(unit_ids: Iterable[uuid.UUID]) -> str:
-    return "{" + ",".join(map(str, unit_ids)) + "}"
+def _array(values: Iterable[object]) -> str:
+    """An array of ids, names or truth values as Postgres writes it."""
+    return "{" + ",".join(json.dumps(str(value), ensure_ascii=False) for value in values) + "}"
 
 
 def release(session: Session, unit_ids: Iterable[uuid.UUID], delay: float) -> None:
     """Take back units whose messages could not be published: they are queued again in `delay` seconds."""
-    session.execute(
-        update(Unit)
-        .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.DISPATCHED)
-        .values(state=UnitState.SCHEDULED, rings=0, dispatched_at=None, not_before=NOW + seconds(delay))
-        .execution_options(synchronize_session=False)
-    )
+    waiting = {"rings": 0, "dispatched_at": None, "not_before": NOW + seconds(delay)}
+    _update_unlocked(session, unit_ids, Unit.state == UnitState.DISPATCHED, state=UnitState.SCHEDULED, **waiting)
 
 
 def request_yield(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
     """Ask the workers that hold these units to hand back the remaining scans."""
-    session.execute(
-        update(Unit)
-        .where(Unit.id.in_(list(unit_ids)), Unit.state == UnitState.RUNNING, Unit.yield_requested_at.is_(None))
-        .values(yield_requested_at=NOW)
-        .execution_options(synchronize_session=False)
-    )
+    asked_now = and_(Unit.state == UnitState.RUNNING, Unit.yield_requested_at.is_(None))
+    _update_unlocked(session, unit_ids, asked_now, yield_requested_at=NOW)
+
+
+def _update_unlocked(
+    session: Session, unit_ids: Iterable[uuid.UUID], which: ColumnElement[bool], **values: object
+) -> None:
+    """Update units, but for those that others are moving on: waiting for several could end in a deadlock."""
+    free = select(Unit.id).where(Unit.id.in_(list(unit_ids)), which).with_for_update(skip_locked=True, key_share=True)
+    chosen = update(Unit).where(Unit.id.in_(free), which).values(**values)
+    session.execute(chosen.execution_options(synchronize_session=False))

@@ -21,7 +21,7 @@ from jobs.db import NOW
 from jobs.queue.leases import Claim, add_unit, update_held
 from jobs.states import ResultState
 from jobs.storage.blobs import Blob
-from jobs.tables import Artifact, Scan, ScanResult, Unit
+from jobs.tables import Artifact, Job, Scan, ScanResult, Unit
 from ml.spec.pipeline import BLANK_NOTE, HEATMAP, OVERLAY
 
 FOLDER = "explanations/"
@@ -50,10 +50,11 @@ def class_slugs(classes: Iterable[str]) -> dict[str, str]:
 
 
 def enqueue(session: Session, claim: Claim) -> None:
-    """Append a unit that explains the results of this one, if it has any. The job's row must be locked."""
-    found = session.scalar(
-        select(func.count()).where(ScanResult.unit_id == claim.unit_id, ScanResult.state == ResultState.SUCCEEDED)
-    )
+    """Append a unit that explains the results of this one, if it has any and its job was not cancelled. The job's row
+    must be locked."""
+    goes_on = select(Job.id).where(Job.id == claim.job_id, Job.cancel_requested_at.is_(None)).exists()
+    results = ScanResult.unit_id == claim.unit_id, ScanResult.state == ResultState.SUCCEEDED
+    found = session.scalar(select(func.count()).select_from(ScanResult).where(*results, goes_on))
     if found:
         add_unit(session, claim, scans=found, explains=claim.unit_id)
 

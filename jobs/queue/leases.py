@@ -81,19 +81,20 @@ class UnitStatus:
 
 # Locks the job, then the unit, like every verb. After waiting for a lock, UPDATE checks the latest row again. The job's
 # row is written by its first claim and by the first of each further attempt; of all others neither a new version of the
-# row nor an event says anything that the unit's row does not.
+# row nor an event says anything that the unit's row does not. IS TRUE hides conditions from the planner: it would walk
+# the partial indexes of all such rows, since they are small whenever it plans for an empty queue.
 CLAIM = """
 WITH wanted AS ({wanted}), job AS MATERIALIZED (
     SELECT jobs.id, jobs.kind, jobs.tenant_id, jobs.state = 'queued' AS starts, wanted.id AS unit_id
     FROM wanted JOIN jobs ON jobs.id = wanted.job_id
-    WHERE jobs.finished_at IS NULL AND jobs.cancel_requested_at IS NULL
+    WHERE (jobs.finished_at IS NULL) IS TRUE AND jobs.cancel_requested_at IS NULL
     FOR NO KEY UPDATE OF jobs{skip}
 ), claimed AS (
     UPDATE units SET state = 'running', attempt = attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM job
-    WHERE units.id = job.unit_id AND state IN ('queued', 'dispatched') AND not_before <= clock_timestamp()
+    WHERE units.id = job.unit_id AND (state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
     RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker,
         explains IS NOT NULL AS explains, starts
 ), started AS (
@@ -113,8 +114,13 @@ CLAIM_UNIT = PreparedStatement(
     CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
     async_commit=True,  # losing a claim in a crash is harmless, since its holder can write nothing
 )
+# Only among those of the last seconds: they are reserved for fractions of a second, what is older is dispatched by a
+# message, and index entries of ended units, which Postgres keeps while any transaction is older, are not stepped over.
 NEXT_RESERVED = """
-SELECT id, job_id FROM units WHERE state = 'dispatched' AND lane = $1 AND rings = 0 ORDER BY dispatched_at, id LIMIT 1
+SELECT id, job_id FROM units
+WHERE state = 'dispatched' AND rings = 0
+    AND (lane, dispatched_at) > ($1, now() - interval '10 seconds') AND (lane, dispatched_at) < ($1, 'infinity')
+ORDER BY lane, dispatched_at, id LIMIT 1
 """
 CLAIM_NEXT = PreparedStatement(
     "claim_next",

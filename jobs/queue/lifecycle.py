@@ -1,8 +1,16 @@
 """Transitions of jobs and units. Functions take a session and never commit: the caller owns the transaction.
 
-Every change of state is one guarded UPDATE; zero rows changed means "refused". Whatever touches both a job and its
-units locks the job's row first, and no transaction waits for a second job's lock (`claim_next`, which may follow in the
-same transaction, skips locked rows): there are no deadlocks. Only Postgres' clock decides.
+Every change of state is one guarded UPDATE; zero rows changed means "refused". Only Postgres' clock decides.
+
+There are no deadlocks, since every transaction takes its locks in this order:
+
+    registry or blob (advisory) → idempotency key → dataset → job → unit → results → checkpoints
+        → model versions → counts → tenant's load → webhook → deliveries
+
+A transaction waits for the lock of one job at most, and of its units only under that lock or for a single one (a
+heartbeat). Whatever takes several jobs, or several units without their job, skips locked rows (`claim_next`, dispatch,
+`enqueue_due`, prunes). The one exception is the deletion of a dataset, which waits for its jobs one after another: no
+transaction waits for a dataset while it holds one of them.
 """
 
 import json
@@ -12,18 +20,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, func, literal, select, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.events.job_events import record, wake_dispatcher
+from jobs.events.job_events import CANCELLATION, record, wake_dispatcher
 from jobs.queue import explanations
-from jobs.queue.completion import finish_job_if_done
+from jobs.queue.completion import INLINE_ROWS, cancel_units, finish_job_if_done
 from jobs.queue.leases import Claim, is_held, lock_job, update_held, with_job_lock
 from jobs.queue.outcomes import ScanOutcome, engines_of, finish_items, write_outcomes
 from jobs.queue.splitting import should_split, split
 from jobs.settings import Settings
-from jobs.states import CLAIMABLE, PREDICTIONS, TERMINAL, JobKind, JobState, ResultState, UnitState
+from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState, UnitState
 from jobs.tables import Job, Json, Unit
 
 
@@ -40,6 +49,11 @@ class RetryPolicy:
     def of(cls, settings: Settings) -> "RetryPolicy":
         """The policy in the settings."""
         return cls(settings.max_failures, settings.retry_base_seconds, settings.retry_cap_seconds)
+
+    @property
+    def waiting_state(self) -> UnitState:
+        """The state of a unit that is to be attempted again."""
+        return UnitState.SCHEDULED if self.base else UnitState.QUEUED
 
     def wait(self) -> ColumnElement[Any]:
         """SQL: how long a unit waits before its next attempt."""
@@ -59,15 +73,17 @@ def report(
     mlflow_run_id: str | None = None,
     event: tuple[str, Json] | None = None,
 ) -> None:
-    """Record progress, the state of stages, the MLflow run or an event of the unit.
+    """Record progress, the state of stages, the MLflow run or an event of the unit. With none of them: that the work
+    goes on, which locks the unit's row only.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
-    lock_job(session, claim.job_id)
-    update_held(session, claim, progress_at=NOW)
     given = {"stage": stage, "stages": stages, "progress": progress, "mlflow_run_id": mlflow_run_id}
     values = {name: value for name, value in given.items() if value is not None}
+    if values or event is not None:
+        lock_job(session, claim.job_id)
+    update_held(session, claim, progress_at=NOW)
     if values:
         session.execute(update(Job).where(Job.id == claim.job_id).values(**values))
     if event is not None:
@@ -90,7 +106,7 @@ UPDATE jobs SET succeeded = jobs.succeeded + $5, failed = jobs.failed + $6,
     engines = CASE WHEN jobs.engines @> $9 THEN jobs.engines
         ELSE array(SELECT DISTINCT unnest(jobs.engines || $9) ORDER BY 1) END
 FROM succeeded WHERE jobs.id = succeeded.job_id
-RETURNING pg_notify('renalq_units', '')
+RETURNING pg_notify('renalq_units', 'ended')
 """,
 )
 
@@ -121,6 +137,7 @@ def succeed(
     write_outcomes(session, claim, outcomes, counted=True)
     if enqueue_explanations:
         explanations.enqueue(session, claim)
+        wake_dispatcher(session, str(claim.job_id))
     finish_job_if_done(session, claim.job_id)
 
 
@@ -157,7 +174,7 @@ def fail_guarded(
         update(Unit)
         .where(guard)
         .values(
-            state=case((again, UnitState.QUEUED.value), else_=UnitState.FAILED.value),
+            state=case((again, retry.waiting_state.value), else_=UnitState.FAILED.value),
             failures=Unit.failures + 1,
             finished_at=case((again, None), else_=NOW),
             not_before=NOW + retry.wait(),
@@ -165,21 +182,30 @@ def fail_guarded(
             **_released_fields(),
             error=error,
         )
-        .returning(Unit.state, Unit.failures)
+        .returning(Unit.state, Unit.failures, Unit.explains)
         .execution_options(synchronize_session=False)
     ).first()
     if row is None:
         raise LeaseLost
     write_outcomes(session, claim, outcomes)
-    if row.state == UnitState.QUEUED:
+    if row.state != UnitState.FAILED:
         if should_split(claim.kind, error, row.failures, retry.max_failures):
             split(session, claim, failures=max(0, retry.max_failures - 2))
         _after_requeue(session, claim, error)
     else:
         finish_items(session, claim, ResultState.FAILED, error)
-        session.execute(update(Job).where(Job.id == claim.job_id).values(error=error))
+        if row.explains is not None:
+            _warn(session, claim, error)
         finish_job_if_done(session, claim.job_id)
     return UnitState(row.state)
+
+
+def _warn(session: Session, claim: Claim, error: Json) -> None:
+    """Show the error on the job without failing it: its scans have their results. Each code once, however many units
+    fail with it."""
+    is_new = ~Job.warnings.contains([{"code": error["code"]}])
+    warned = Job.warnings.concat(literal([error], JSONB))
+    session.execute(update(Job).where(Job.id == claim.job_id, is_new).values(warnings=warned))
 
 
 def requeue(session: Session, claim: Claim, reason: str, outcomes: Sequence[ScanOutcome] = ()) -> None:
@@ -202,12 +228,10 @@ def _released_fields() -> Json:
 def _after_requeue(session: Session, claim: Claim, error: Json) -> None:
     """Wake the dispatcher; or cancel the unit if its job was cancelled meanwhile, since nobody could claim it."""
     record(session, claim.job_id, claim.tenant_id, "requeued", {"attempt": claim.attempt, "reason": error.get("code")})
-    cancelled_job = session.scalar(select(Job).where(Job.id == claim.job_id, Job.cancel_requested_at.is_not(None)))
-    if cancelled_job is None:
-        wake_dispatcher(session)
-    else:
-        _cancel_unclaimed(session, cancelled_job)
-        finish_job_if_done(session, claim.job_id)
+    cancelled = select(Job.cancel_requested_at.is_not(None)).where(Job.id == claim.job_id)
+    if session.scalar(cancelled):
+        cancel_units(session, claim.job_id)
+    wake_dispatcher(session, str(claim.job_id))
 
 
 def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
@@ -223,11 +247,12 @@ def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcom
     finish_job_if_done(session, claim.job_id)
 
 
-# --- by the API ---
+# --- by the API and the dispatcher ---
 
 
 def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
-    """Request the job's cancellation. Unclaimed units end here, claimed ones are ended by their workers. Idempotent.
+    """Request the job's cancellation. Idempotent. Claimed units are ended by their workers; unclaimed ones here if they
+    have at most `INLINE_ROWS` results to end, otherwise soon after by the leading dispatcher.
 
     Raises:
         JobNotFound: no such job of this tenant.
@@ -242,20 +267,27 @@ def cancel(session: Session, tenant_id: str, job_id: uuid.UUID) -> Job:
         job.cancel_requested_at = session.scalar(select(NOW))
         session.flush()
         record(session, job.id, tenant_id, "cancel_requested", {})
-        _cancel_unclaimed(session, job)
-        finish_job_if_done(session, job.id)
+        if job.total - job.succeeded - job.failed <= INLINE_ROWS:
+            cancel_units(session, job.id)
+        wake_dispatcher(session, CANCELLATION)
         session.refresh(job)
     return job
 
 
-def _cancel_unclaimed(session: Session, job: Job) -> None:
-    cancelled = session.scalars(
-        update(Unit)
-        .where(Unit.job_id == job.id, Unit.state.in_(CLAIMABLE))
-        .values(state=UnitState.CANCELLED, finished_at=NOW)
-        .returning(Unit.id)
-        .execution_options(synchronize_session=False)
-    ).all()
-    for unit_id in cancelled:
-        claim = Claim(unit_id, job.id, job.tenant_id, JobKind(job.kind), attempt=0, fence=0, worker="")
-        finish_items(session, claim, ResultState.CANCELLED, None)
+ENQUEUE_DUE = PreparedStatement(
+    "enqueue_due",
+    "int",
+    """
+WITH due AS (
+    SELECT id FROM units WHERE state = 'scheduled' AND not_before <= now()
+    ORDER BY not_before LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING job_id
+""",
+)
+
+
+def enqueue_due(session: Session, limit: int = 1000) -> list[str]:
+    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their jobs' ids, one
+    for each unit."""
+    return [str(row.job_id) for row in ENQUEUE_DUE(session, limit)]

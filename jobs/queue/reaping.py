@@ -20,12 +20,12 @@ WORKER_LOST: Json = {
     "detail": "The worker stopped without a word. See its log; if this repeats, it may lack memory.",
     "retryable": True,
 }
-LOCK_TIMEOUT = text("SET LOCAL lock_timeout TO '500ms'")
 STALLED: Json = {
     "code": "STALLED",
     "detail": "The work made no progress in the stall limit. See the worker's log, or raise RENALQ_STALL_SECONDS.",
     "retryable": True,
 }
+LOCK_TIMEOUT = text("SET LOCAL lock_timeout TO '500ms'")
 
 
 def held_by(session: Session, holders: str) -> Sequence[Unit]:

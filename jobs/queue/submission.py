@@ -1,17 +1,17 @@
 """Submit and retry jobs: row, units, pending results and first event, in the caller's transaction."""
 
-import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from jobs.db import NOW
 from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WrongState
 from jobs.events.job_events import record, wake_dispatcher
-from jobs.queue import retention
+from jobs.queue import kept
 from jobs.queue.completion import finish_job_if_done
 from jobs.queue.leases import with_job_lock
 from jobs.queue.outcomes import add_counts
@@ -87,7 +87,7 @@ def check_quota(session: Session, tenant_id: str, quota: Quota, scans: int = 1, 
     Raises:
         QuotaExceeded, QueueFull
     """
-    _require_ceiling(session, quota, scans)
+    _require_ceiling(quota, session.scalar(select(ALL_SCANS)) or 0, scans)
     load = session.get(TenantLoad, tenant_id)
     if load is not None:
         _require_quota(quota.scans, load.scans, scans, "scans")
@@ -116,7 +116,7 @@ def submit(
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
     _add_load(session, job, quota)
     finish_job_if_done(session, job.id)  # a batch in which every scan failed already is finished
-    wake_dispatcher(session)
+    wake_dispatcher(session, str(job.id))
     session.refresh(job)
     return job
 
@@ -131,7 +131,9 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
         WrongState: the job has not ended, or has succeeded.
         QuotaExceeded, QueueFull
     """
-    old = session.scalar(with_job_lock(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)))
+    mine = Job.id == job_id, Job.tenant_id == tenant_id
+    _lock_dataset(session, *mine)
+    old = session.scalar(with_job_lock(select(Job).where(*mine)))
     if old is None:
         raise JobNotFound
     if old.state not in RETRIABLE:
@@ -139,7 +141,7 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
     made: Job | None = session.scalar(select(Job).where(Job.retry_of == job_id))
     if made is not None:
         return made
-    if not retention.are_kept(session, job_id):
+    if not kept.are_kept(session, job_id):
         raise WrongState("This job's results have expired, and with them which scans failed: submit those anew.")
     scans = _unsuccessful_scans(session, old)
     if old.kind in PREDICTIONS and not scans:
@@ -151,6 +153,12 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
     return job
 
 
+def _lock_dataset(session: Session, *job: ColumnElement[bool]) -> None:
+    """Lock the job's dataset, before the job: whoever deletes it locks it first, then the jobs that used it."""
+    used = Dataset.id == select(Job.dataset_id).where(*job).scalar_subquery()
+    session.execute(select(Dataset.id).where(used).with_for_update(key_share=True))
+
+
 def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
     """Let the new job check the dataset, unless its check was completed."""
     unchecked = update(Dataset).where(Dataset.job_id == old.id, Dataset.state == DatasetState.CHECKING)
@@ -159,25 +167,10 @@ def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
 
 
 def _retry_of(old: Job) -> NewJob:
-    return NewJob(
-        tenant_id=old.tenant_id,
-        kind=JobKind(old.kind),
-        pipeline=old.pipeline,
-        task=old.task,
-        lane=Lane(old.lane),
-        name=old.name,
-        params=old.params,
-        metadata=old.labels,
-        dataset_id=old.dataset_id,
-        source_url=old.source_url,
-        model_id=old.model_id,
-        model_version=old.model_version,
-        base_model_id=old.base_model_id,
-        promote=old.promote,
-        created_by=old.created_by,
-        retry_of=old.id,
-        reproduction_of=old.reproduction_of,
-    )
+    own = ("metadata", "idempotency_key", "retry_of", "warnings")
+    copied: Json = {field.name: getattr(old, field.name) for field in fields(NewJob) if field.name not in own}
+    copied |= {"kind": JobKind(old.kind), "lane": Lane(old.lane)}
+    return NewJob(**copied, metadata=old.labels, retry_of=old.id)
 
 
 def _unsuccessful_scans(session: Session, old: Job) -> list[NewResult]:
@@ -199,17 +192,28 @@ def _retry_of_result(row: ScanResult) -> NewResult:
 # --- the tenant's load ---
 
 
+ALL_SCANS = select(func.coalesce(func.sum(TenantLoad.scans), 0)).scalar_subquery()
+"""Scans of all tenants. Tenants without work have no row for long: `prune_loads`."""
+
+
+def prune_loads(session: Session) -> None:
+    """Remove the loads of tenants that have nothing in the queue, so that `ALL_SCANS` reads few rows."""
+    idle = select(TenantLoad.tenant_id).where(TenantLoad.scans == 0, TenantLoad.batches == 0)
+    gone = delete(TenantLoad).where(TenantLoad.tenant_id.in_(idle.with_for_update(skip_locked=True)))
+    session.execute(gone.execution_options(synchronize_session=False))
+
+
 def _add_load(session: Session, job: Job, quota: Quota) -> None:
     """Add the job to its tenant's load in one statement, whose result decides whether the quota is exceeded."""
     batches = int(job.kind == JobKind.PREDICT_BATCH)
-    _require_ceiling(session, quota, job.total)
     new = upsert(TenantLoad).values(tenant_id=job.tenant_id, scans=job.total, batches=batches)
     grown = {"scans": TenantLoad.scans + new.excluded.scans, "batches": TenantLoad.batches + new.excluded.batches}
     row = session.execute(
         new.on_conflict_do_update(index_elements=["tenant_id"], set_=grown).returning(
-            TenantLoad.scans, TenantLoad.batches
+            TenantLoad.scans, TenantLoad.batches, ALL_SCANS.label("all_before")
         )
     ).one()
+    _require_ceiling(quota, row.all_before, job.total)
     _require_quota(quota.scans, row.scans - job.total, job.total, "scans")
     _require_quota(quota.batches, row.batches - batches, batches, "batches")
 
@@ -219,9 +223,8 @@ def _require_quota(limit: int, queued: int, more: int, what: str) -> None:
         raise QuotaExceeded(queued=queued, what=what, limit=limit)
 
 
-def _require_ceiling(session: Session, quota: Quota, scans: int) -> None:
-    queued = session.scalar(select(func.coalesce(func.sum(TenantLoad.scans), 0)))
-    if queued is not None and queued + scans > quota.ceiling:
+def _require_ceiling(quota: Quota, queued: int | None, more: int) -> None:
+    if (queued or 0) + more > quota.ceiling:
         raise QueueFull
 
 
@@ -229,29 +232,9 @@ def _require_ceiling(session: Session, quota: Quota, scans: int) -> None:
 
 
 def _new_job(new: NewJob, total: int) -> Job:
-    return Job(
-        id=new_id(),
-        tenant_id=new.tenant_id,
-        kind=new.kind,
-        pipeline=new.pipeline,
-        task=new.task,
-        lane=new.lane,
-        name=new.name,
-        params=new.params or {},
-        labels=new.metadata or {},
-        dataset_id=new.dataset_id,
-        source_url=new.source_url,
-        model_id=new.model_id,
-        model_version=new.model_version,
-        base_model_id=new.base_model_id,
-        promote=new.promote,
-        created_by=new.created_by,
-        idempotency_key=new.idempotency_key,
-        retry_of=new.retry_of,
-        reproduction_of=new.reproduction_of,
-        warnings=list(new.warnings),
-        total=total,
-    )
+    given = {**vars(new), "params": new.params or {}, "labels": new.metadata or {}, "warnings": list(new.warnings)}
+    del given["metadata"]  # SQLAlchemy has an attribute of this name
+    return Job(id=new_id(), total=total, **given)
 
 
 def _unit(job: Job, ordinal: int, scans: int) -> Json:
@@ -282,6 +265,8 @@ def _split_into_units(scans: Sequence[NewResult], chunk: int) -> list[list[int]]
 
 
 def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit_of: Mapping[int, uuid.UUID]) -> None:
+    failed = sum(scan.error is not None for scan in scans)
+    now = session.scalar(select(NOW)) if failed else None
     rows = [
         {
             "job_id": job.id,
@@ -296,10 +281,10 @@ def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit
             "source_url": scan.source_url,
             "error": scan.error,
             "state": ResultState.FAILED if scan.error else ResultState.PENDING,
-            "finished_at": dt.datetime.now(dt.UTC) if scan.error else None,
+            "finished_at": now if scan.error else None,
         }
         for ordinal, scan in enumerate(scans)
     ]
     if rows:
         session.execute(insert(ScanResult), rows)
-        add_counts(session, job.id, failed=sum(scan.error is not None for scan in scans))
+        add_counts(session, job.id, failed=failed)

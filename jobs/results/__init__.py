@@ -1,1 +1,1 @@
-"""Reads of jobs and results: pages, summaries and the result cache."""
+"""Reads of jobs, results and stored scans: pages, summaries and the result cache."""

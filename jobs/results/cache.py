@@ -1,7 +1,7 @@
 """Result cache: a scan that the same model has predicted on the same engine is not computed again.
 
-The index ix_scan_results_computed holds computed results only, so a scan is in it once per model and engine, however
-often it is sent.
+In the index ix_scan_results_scan_id_cached a scan's computed results stand apart from cached ones: one per model and
+engine, however often the scan is sent.
 """
 
 import uuid
@@ -16,7 +16,7 @@ from jobs.states import ResultState
 from jobs.tables import Job, Json, ScanResult
 
 COMPUTED = and_(ScanResult.state == ResultState.SUCCEEDED, ~ScanResult.cached)
-"""The exact predicate of the index ix_scan_results_computed: with `cached IS false` Postgres reads the whole table."""
+"""SQL: the result was computed. Not `cached IS false`: Postgres would not search for that in the index."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reads of jobs, results, events, artifacts and scans. Every query is by tenant: another tenant's id is unknown.
+"""Reads of jobs, results, events and artifacts. Every query is by tenant: another tenant's id is unknown.
 
 Pages are by key, not by offset: `after` is the key of the last row of the previous page, so that new rows shift
 nothing.
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, cast, func, or_, select
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import ColumnElement, Select, and_, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW
-from jobs.errors import ArtifactNotFound, JobNotFound, NoResults, ScanNotFound
+from jobs.errors import ArtifactNotFound, JobNotFound, NoResults
 from jobs.paging import Page, page
-from jobs.queue import retention
+from jobs.queue import kept
 from jobs.queue.position import QueuePosition, queue_positions
+from jobs.results.job_filter import JobFilter
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState
-from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, Scan, ScanResult
-from jobs.tables.columns import first_id
+from jobs.tables import NOT_SUCCEEDED, Artifact, Job, JobEvent, Json, ModelVersion, ScanResult
+from jobs.tables.columns import LAST_ID
 
 MAX_ORDINAL = 2**31 - 1
 """Greater than any ordinal of a scan in a job."""
@@ -84,55 +84,13 @@ class JobView:
         return float(f"{done / elapsed:.3g}") if elapsed > 0 else None
 
 
-@dataclass(frozen=True)
-class JobFilter:
-    """Which jobs to list. `metadata` holds strings of a query string: `1` matches the number and the text."""
-
-    state: str | None = None
-    kind: str | None = None
-    pipeline: str | None = None
-    created_after: dt.datetime | None = None
-    metadata: dict[str, str] | None = None
-
-    def clauses(self) -> list[ColumnElement[bool]]:
-        """The filter in SQL."""
-        found: list[ColumnElement[bool]] = []
-        if self.state:
-            found.append(Job.state == self.state)
-        if self.kind:
-            found.append(Job.kind == self.kind)
-        if self.pipeline:
-            found.append(Job.pipeline == self.pipeline)
-        if self.created_after:
-            found.append(Job.created_at > self.created_after)
-            # Ids follow the clocks of the API's processes: the list needs no job that is a day older.
-            found.append(Job.id > first_id(self.created_after.timestamp() - 24 * 3600))
-        return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
-
-
-def _has_label(key: str, value: str) -> ColumnElement[bool]:
-    return or_(*(Job.labels.contains(cast({key: reading}, JSONB)) for reading in _readings(value)))
-
-
-def _readings(value: str) -> list[Any]:
-    """The JSON values that a string of a query may stand for: itself, and a boolean or number of that spelling."""
-    if value in ("true", "false"):
-        return [value, value == "true"]
-    try:
-        number = float(value)
-    except ValueError:
-        return [value]
-    # JSON has no NaN and no infinity.
-    return [value, int(number) if number.is_integer() else number] if abs(number) < 1e15 else [value]
-
-
 def job(session: Session, tenant_id: str, job_id: uuid.UUID) -> JobView:
     """One job.
 
     Raises:
         JobNotFound
     """
-    row = session.execute(_jobs(tenant_id).where(Job.id == job_id)).first()
+    row = session.execute(_views_of().where(Job.tenant_id == tenant_id, Job.id == job_id)).first()
     if row is None:
         raise JobNotFound
     return _views(session, [row])[0]
@@ -140,14 +98,25 @@ def job(session: Session, tenant_id: str, job_id: uuid.UUID) -> JobView:
 
 def jobs(session: Session, tenant_id: str, wanted: JobFilter, limit: int, after: uuid.UUID | None) -> Page[JobView]:
     """The tenant's jobs, newest first."""
-    query = _jobs(tenant_id).where(*wanted.clauses()).order_by(Job.id.desc()).limit(limit + 1)
-    if after is not None:
-        query = query.where(Job.id < after)
-    return page(_views(session, session.execute(query).all()), limit, lambda view: view.job.id)
+    query = _views_of().where(*_in_order(tenant_id, wanted, after or LAST_ID), *wanted.clauses())
+    newest = query.order_by(*(column.desc() for column in wanted.order)).limit(limit + 1)
+    return page(_views(session, session.execute(newest).all()), limit, lambda view: view.job.id)
 
 
-def _jobs(tenant_id: str) -> Select[tuple[Job, dt.datetime]]:
-    return select(Job, NOW.label("now")).where(Job.tenant_id == tenant_id)
+def _in_order(tenant_id: str, wanted: JobFilter, before: uuid.UUID) -> list[ColumnElement[bool]]:
+    """The tenant's jobs before this id, as a part of the index that has them in order.
+
+    Comparing whole keys leaves the planner only that index. With `tenant_id = …` it may walk the primary key instead,
+    past all jobs of other tenants.
+    """
+    if wanted.metadata:  # there is an index of labels
+        return [Job.tenant_id == tenant_id, Job.id < before]
+    key, fixed = tuple_(*wanted.order), [tenant_id, *(getattr(wanted, column.key) for column in wanted.order[1:-1])]
+    return [key > tuple_(*fixed, wanted.first_id), key < tuple_(*fixed, before)]
+
+
+def _views_of() -> Select[tuple[Job, dt.datetime]]:
+    return select(Job, NOW.label("now"))
 
 
 def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
@@ -182,7 +151,7 @@ def results(
     query = query.where(_in_state(state)).order_by(ScanResult.ordinal).limit(limit + 1)
     found = page(session.scalars(query).all(), limit, lambda row: row.ordinal)
     if view.terminal:
-        retention.require_kept(session, view.job.id)
+        kept.require_kept(session, view.job.id)
     if found.has_more or not growing:
         return found
     return Page(found.data, True, str(found.data[-1].ordinal if found.data else first))
@@ -214,9 +183,15 @@ def classes(session: Session, view: JobView) -> list[str]:
 
 
 def events(session: Session, job_id: uuid.UUID, limit: int = 100, after: int = 0) -> Page[JobEvent]:
-    """The job's events, oldest first. Transitions lock the job, so the ids of its events follow their order."""
+    """The job's events, oldest first. Transitions lock the job, so the ids of its events follow their order.
+
+    Raises:
+        JobNotFound: the job is being deleted.
+    """
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
     rows = session.scalars(query.order_by(JobEvent.id).limit(limit + 1)).all()
+    if not rows or rows[0].type != kept.FIRST_EVENT:
+        kept.require_events(session, job_id)
     return page(rows, limit, lambda row: row.id)
 
 
@@ -224,10 +199,14 @@ def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
     """The epochs of a training's latest attempt.
 
     An attempt that resumed at epoch k continues the previous attempt, whose first k epochs are included.
+
+    Raises:
+        JobNotFound: the job is being deleted.
     """
     rows = session.scalars(
         select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "epoch").order_by(JobEvent.id)
     ).all()
+    kept.require_events(session, job_id)
     latest: dict[int, Json] = {}
     for data in rows:
         number = int(data.get("epoch", 0))
@@ -237,9 +216,17 @@ def epochs(session: Session, job_id: uuid.UUID) -> list[Json]:
 
 
 def artifacts(session: Session, job_id: uuid.UUID, limit: int = 100, after: str = "") -> Page[Artifact]:
-    """A page of the job's artifacts by name: a batch has explanations for every scan."""
+    """A page of the job's artifacts by name: a batch has explanations for every scan, or none once these expire.
+
+    Raises:
+        JobNotFound: the job was deleted meanwhile.
+    """
     query = select(Artifact).where(Artifact.job_id == job_id, Artifact.name > after)
-    rows = session.scalars(query.order_by(Artifact.name).limit(limit + 1)).all()
+    query = query.order_by(Artifact.name).limit(limit + 1)
+    rows = session.scalars(query).all()
+    if not kept.are_kept(session, job_id):
+        kept.require_job(session, job_id)
+        rows = session.scalars(query.where(~kept.IS_EXPLANATION)).all()
     return page(rows, limit, lambda row: row.name)
 
 
@@ -253,29 +240,3 @@ def artifact(session: Session, job_id: uuid.UUID, name: str) -> Artifact:
     if found is None:
         raise ArtifactNotFound
     return found
-
-
-# --- scans ---
-
-
-def scan(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
-    """One scan.
-
-    Raises:
-        ScanNotFound
-    """
-    found = session.scalar(select(Scan).where(Scan.id == scan_id, Scan.tenant_id == tenant_id))
-    if found is None:
-        raise ScanNotFound
-    return found
-
-
-def known_scans(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of the ids that are scans of the tenant."""
-    return set(session.scalars(select(Scan.id).where(Scan.tenant_id == tenant_id, Scan.id.in_(scan_ids))))
-
-
-def scans_by_hash(session: Session, tenant_id: str, hashes: Sequence[str]) -> dict[str, uuid.UUID]:
-    """Ids of the tenant's stored scans by content hash (SHA-256 in hex)."""
-    mine = select(Scan.sha256, Scan.id).where(Scan.tenant_id == tenant_id, Scan.sha256.in_(hashes))
-    return {row.sha256: row.id for row in session.execute(mine)}

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs.queue import retention
+from jobs.queue import kept
 from jobs.results.queries import JobView, classes, require_prediction
 from jobs.states import ResultState
 from jobs.tables import ScanResult
@@ -54,7 +54,7 @@ def summary(session: Session, view: JobView) -> Summary:
     """
     require_prediction(view)
     rows = session.execute(_groups(view)).all()
-    retention.require_kept(session, view.job.id)
+    kept.require_kept(session, view.job.id)
     by_state = _counted((row.state, row.scans) for row in rows)
     histograms = _histograms(classes(session, view), rows)
     return Summary(

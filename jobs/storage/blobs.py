@@ -9,8 +9,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,10 @@ from typing import IO, Any
 import fsspec
 
 BLOCK = 1024 * 1024
+ASIDE = "released"
+"""Folder of blobs that no row refers to and that are deleted soon."""
+INCOMING = "incoming"
+"""Folder of files that are being written."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class BlobStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        # No cache of listings: other processes change the store, and a listing of all of it would stay in memory.
+        self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self._local = Path(self._root) if "file" in _protocols(self._fs) else None
 
     def put(self, stream: IO[bytes]) -> Blob:
@@ -60,7 +66,10 @@ class BlobStore:
 
     def open(self, sha256: str) -> IO[bytes]:
         """A blob for reading. Raises FileNotFoundError."""
-        stream: IO[bytes] = self._fs.open(self._key(sha256), "rb")
+        try:
+            stream: IO[bytes] = self._fs.open(self._key(sha256), "rb")
+        except FileNotFoundError:
+            stream = self._fs.open(self._aside(sha256), "rb")
         return stream
 
     def exists(self, sha256: str) -> bool:
@@ -70,16 +79,40 @@ class BlobStore:
     def fetch(self, sha256: str, folder: Path) -> Path:
         """A local file with the blob's content: the stored file itself if local, otherwise a copy in `folder`."""
         if self._local is not None:
-            return Path(self._key(sha256))
+            stored, aside = Path(self._key(sha256)), Path(self._aside(sha256))
+            return aside if aside.exists() and not stored.exists() else stored
         target = folder / sha256
         if not target.exists():
-            self._fs.get_file(self._key(sha256), str(target))
+            try:
+                self._fs.get_file(self._key(sha256), str(target))
+            except FileNotFoundError:
+                self._fs.get_file(self._aside(sha256), str(target))
         return target
 
-    def delete(self, sha256: str) -> None:
-        """Remove a blob. A missing one is no error."""
+    # --- deletion, in two steps: see jobs/retention/blobs.py ---
+
+    def set_aside(self, sha256: str) -> None:
+        """Move a blob aside: `open` and `fetch` still find it, `put` stores it anew. A missing one is no error."""
+        self._rename(self._key(sha256), self._aside(sha256))
+
+    def put_back(self, sha256: str) -> None:
+        """Undo `set_aside`."""
         if self.exists(sha256):
-            self._fs.rm_file(self._key(sha256))
+            self.delete_aside(sha256)
+        else:
+            self._rename(self._aside(sha256), self._key(sha256))
+
+    def delete_aside(self, sha256: str) -> None:
+        """Delete a blob that was set aside. A missing one is no error."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._aside(sha256))
+
+    def remove_partial(self, seconds: float) -> None:
+        """Remove what processes that died have left half-written in the local folder, if it is older than this."""
+        for path in (self._local / INCOMING).glob("*") if self._local is not None else ():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - seconds:
+                    path.unlink()
 
     # --- named files, which are hashed but not addressed by their hash: checkpoints ---
 
@@ -110,19 +143,33 @@ class BlobStore:
         if self._fs.exists(f"{self._root}/{name}"):
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def folders(self, name: str) -> list[str]:
-        """Names of the entries of a folder; none if it is missing."""
-        if not self._fs.exists(f"{self._root}/{name}"):
+    def entries(self, folder: str) -> list[str]:
+        """Names of what is in a folder, as the store is now; none if it is missing."""
+        try:
+            return [Path(entry).name for entry in self._fs.ls(f"{self._root}/{folder}", detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return [Path(entry).name for entry in self._fs.ls(f"{self._root}/{name}", detail=False)]
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder with its contents."""
-        self._fs.rm(f"{self._root}/{name}", recursive=True)
+        """Remove a folder with its contents. A missing one is no error."""
+        with suppress(FileNotFoundError):
+            self._fs.rm(f"{self._root}/{name}", recursive=True)
 
-    def _key(self, sha256: str) -> str:
+    def _key(self, sha256: str, above: str = "") -> str:
         # Two levels of folders: one with a million files is slow on most file systems.
-        return f"{self._root}/{sha256[:2]}/{sha256[2:4]}/{sha256}"
+        return f"{self._root}/{above}{sha256[:2]}/{sha256[2:4]}/{sha256}"
+
+    def _aside(self, sha256: str) -> str:
+        return self._key(sha256, f"{ASIDE}/")
+
+    def _rename(self, source: str, target: str) -> None:
+        if self._local is None:
+            with suppress(FileNotFoundError):
+                self._fs.cp_file(source, target)
+                self._fs.rm_file(source)
+        elif Path(source).exists():
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            Path(source).replace(target)
 
     def _name(self, temporary: Path, sha256: str) -> None:
         key = self._key(sha256)
@@ -138,7 +185,7 @@ class BlobStore:
     @contextmanager
     def _temporary(self) -> Iterator[tuple[Path, IO[bytes]]]:
         """A temporary file on the store's file system, removed at the end unless it was renamed."""
-        folder = self._local / "incoming" if self._local else Path(tempfile.gettempdir())
+        folder = self._local / INCOMING if self._local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)
         try:

@@ -4,6 +4,7 @@ Invariants are enforced by CHECK constraints, unique indexes and triggers where 
 migrations. Every row that belongs to a tenant has `tenant_id`.
 """
 
+from jobs.tables.blob import ReleasedBlob
 from jobs.tables.columns import Json, new_id
 from jobs.tables.dataset import Dataset
 from jobs.tables.job import TERMINAL_EVENTS, Artifact, Checkpoint, Job, JobEvent, TenantLoad
@@ -43,6 +44,7 @@ __all__ = [
     "Promotion",
     "PromotionMethod",
     "RegistryMirror",
+    "ReleasedBlob",
     "Scan",
     "ScanResult",
     "TenantLoad",

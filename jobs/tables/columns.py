@@ -38,6 +38,10 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(bytes=uuid_utils.uuid7().bytes)
 
 
+LAST_ID = uuid.UUID(int=2**128 - 1)
+"""Greater than any `new_id`."""
+
+
 def first_id(timestamp: float) -> uuid.UUID:
     """A lower bound of all `new_id` since this time (s since 1970)."""
     return uuid.UUID(int=int(max(timestamp, 0.0) * 1000) << 80)

@@ -29,6 +29,7 @@ from jobs.states import (
 from jobs.tables.columns import (
     COUNTERS,
     HOT_TABLE,
+    LARGE_TABLE,
     Json,
     counter,
     id_column,
@@ -79,9 +80,19 @@ class Job(Base):
             "finished_at",
             postgresql_where=text("kind IN ('predict', 'predict_batch') AND results_expired_at IS NULL"),
         ),
-        # For lists by state or kind: few of many jobs failed, and few are trainings.
+        # For lists by state, kind or pipeline: few of many jobs failed, and few are trainings.
         Index("ix_jobs_not_succeeded", "tenant_id", "state", "id", postgresql_where=text("state <> 'succeeded'")),
         Index("ix_jobs_not_predict", "tenant_id", "kind", "id", postgresql_where=text("kind <> 'predict'")),
+        Index("ix_jobs_not_image", "tenant_id", "pipeline", "id", postgresql_where=text("pipeline <> 'image'")),
+        # For retention. Predictions enter it when their results have expired.
+        Index(
+            "ix_jobs_deletable",
+            "finished_at",
+            postgresql_where=text(
+                "finished_at IS NOT NULL "
+                "AND (kind NOT IN ('predict', 'predict_batch') OR results_expired_at IS NOT NULL)"
+            ),
+        ),
         Index("ix_jobs_untracked", "id", postgresql_where=text("kind = 'train' AND tracked_at IS NULL")),
         Index(
             "ix_jobs_metadata",
@@ -128,7 +139,7 @@ class Job(Base):
     failed: Mapped[int] = counter()
     cancelled: Mapped[int] = counter()
     metrics: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
-    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # only of a job that failed
+    error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # of a failed job, or of a cancelled one
     warnings: Mapped[list[Json]] = mapped_column(JSONB, default=list, server_default="[]")  # errors that failed no scan
     device_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
     engines: Mapped[list[str]] = mapped_column(
@@ -165,6 +176,7 @@ class JobEvent(Base):
             unique=True,
             postgresql_where=text(one_of("type", TERMINAL_EVENTS)),
         ),
+        {"postgresql_with": LARGE_TABLE},
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -179,6 +191,11 @@ class Artifact(Base):
     """A named blob of a job."""
 
     __tablename__ = "artifacts"
+    __table_args__ = (
+        # For the deletion of blobs. A hash index: 16 bytes an entry instead of 80.
+        Index("ix_artifacts_sha256", "sha256", postgresql_using="hash"),
+        {"postgresql_with": LARGE_TABLE},
+    )
 
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(200), primary_key=True)

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
 from jobs.tables.columns import (
+    COUNTERS,
     Json,
     id_column,
     one_of,
@@ -81,6 +82,7 @@ class ModelEvaluation(Base):
     """A version's scores on one set of test scans: its own set, or that of a later training it was compared on."""
 
     __tablename__ = "model_evaluations"
+    __table_args__ = (Index("ix_model_evaluations_job_id", "job_id"),)
 
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
     test_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -146,6 +148,7 @@ class PredictionCount(Base):
     """
 
     __tablename__ = "prediction_counts"
+    __table_args__ = ({"postgresql_with": COUNTERS},)
 
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
     day: Mapped[dt.date] = mapped_column(Date, primary_key=True)
@@ -162,7 +165,12 @@ class Truth(Base):
     """
 
     __tablename__ = "truths"
-    __table_args__ = (Index("ix_truths_model_id_scan_id", "model_id", "scan_id", "id"),)
+    __table_args__ = (
+        Index("ix_truths_model_id_scan_id", "model_id", "scan_id", "id"),
+        # For the foreign keys' checks when a scan or a job is deleted.
+        Index("ix_truths_scan_id", "scan_id"),
+        Index("ix_truths_job_id", "job_id"),
+    )
 
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = tenant_column()

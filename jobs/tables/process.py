@@ -10,13 +10,14 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
-from jobs.tables.columns import time_of_insert
+from jobs.tables.columns import COUNTERS, time_of_insert
 
 
 class Process(Base):
     """The latest heartbeat of a worker or dispatcher. It belongs to no tenant, since it serves all of them."""
 
     __tablename__ = "processes"
+    __table_args__ = ({"postgresql_with": COUNTERS},)
 
     name: Mapped[str] = mapped_column(String(200), primary_key=True)
     kind: Mapped[str] = mapped_column(String(20))

@@ -21,7 +21,7 @@ from jobs.db import Base
 from jobs.states import (
     ResultState,
 )
-from jobs.tables.columns import Json, one_of, optional_time
+from jobs.tables.columns import LARGE_TABLE, Json, one_of, optional_time
 
 NOT_SUCCEEDED = frozenset((ResultState.FAILED, ResultState.CANCELLED))
 
@@ -39,14 +39,15 @@ class ScanResult(Base):
         Index("ix_scan_results_unit_id", "unit_id"),
         # For the first pending scan of a running job, and for the few failures among millions of results.
         Index("ix_scan_results_pending", "job_id", "ordinal", postgresql_where=text("state = 'pending'")),
-        # For the result cache.
-        Index("ix_scan_results_computed", "scan_id", postgresql_where=text("state = 'succeeded' AND NOT cached")),
+        # For the result cache, and for the deletion of scans that no result needs.
+        Index("ix_scan_results_scan_id_cached", "scan_id", "cached"),
         Index(
             "ix_scan_results_not_succeeded",
             "job_id",
             "ordinal",
             postgresql_where=text(one_of("state", NOT_SUCCEEDED)),
         ),
+        {"postgresql_with": LARGE_TABLE},
     )
 
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)

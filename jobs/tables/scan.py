@@ -15,14 +15,18 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
-from jobs.tables.columns import id_column, time_of_insert
+from jobs.tables.columns import LARGE_TABLE, id_column, optional_time, time_of_insert
 
 
 class Scan(Base):
     """One stored image or DICOM file. The same bytes of one tenant are stored once."""
 
     __tablename__ = "scans"
-    __table_args__ = (Index("uq_scans_tenant_id_sha256", "tenant_id", "sha256", unique=True),)
+    __table_args__ = (
+        # The hash first: blobs are shared by all tenants, and their deletion asks whether any has it.
+        Index("uq_scans_sha256_tenant_id", "sha256", "tenant_id", unique=True),
+        {"postgresql_with": LARGE_TABLE},
+    )
 
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = mapped_column(String(63))
@@ -32,6 +36,7 @@ class Scan(Base):
     width: Mapped[int | None] = mapped_column(Integer)  # pixels, where the pipeline's items have any
     height: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[dt.datetime] = time_of_insert()
+    sent_at: Mapped[dt.datetime | None] = optional_time()  # when it was sent again last, to the hour
 
 
 class Upload(Base):

@@ -23,7 +23,7 @@ from jobs.states import (
     Lane,
     UnitState,
 )
-from jobs.tables.columns import Json, counter, id_column, one_of, optional_time, time_of_insert
+from jobs.tables.columns import HOT_TABLE, Json, counter, id_column, one_of, optional_time, time_of_insert
 
 FENCE = Sequence("unit_fence_seq", metadata=Base.metadata)
 """Each claim takes the next number. Later writes are guarded by the number of their claim."""
@@ -39,12 +39,27 @@ class Unit(Base):
         CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="running_is_leased"),
         CheckConstraint(f"({one_of('state', UNIT_TERMINAL)}) = (finished_at IS NOT NULL)", name="finished_is_terminal"),
         Index("uq_units_job_id_ordinal", "job_id", "ordinal", unique=True),
-        # For the dispatcher and the reaper: queued units of a job, dispatched units, running units.
+        # For the end of a job: whether any of its units is left.
         Index("ix_units_unfinished", "job_id", "ordinal", postgresql_where=text("finished_at IS NULL")),
-        Index("ix_units_rung", "lane", postgresql_where=text("state = 'dispatched'")),
-        Index("ix_units_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
+        # For the dispatcher, in the order in which it reads: units that may be claimed, predictions first. Units that
+        # wait for a time are in an index of their own.
+        Index(
+            "ix_units_claimable",
+            "lane",
+            "tenant_id",
+            text("(explains IS NOT NULL)"),
+            "job_id",
+            "ordinal",
+            postgresql_where=text("state IN ('queued', 'dispatched')"),
+        ),
+        Index("ix_units_scheduled", "not_before", postgresql_where=text("state = 'scheduled'")),
+        Index("ix_units_dispatched", "lane", "dispatched_at", postgresql_where=text("state = 'dispatched'")),
+        # For the reaper. No index has a column that a heartbeat writes: Postgres then updates the row within its page
+        # and touches no index at all (HOT).
+        Index("ix_units_running", "id", postgresql_where=text("state = 'running'")),
         # For the pace of a lane: ETAs, chunk sizes and reservations.
         Index("ix_units_succeeded", "lane", "finished_at", postgresql_where=text("state = 'succeeded'")),
+        {"postgresql_with": HOT_TABLE},
     )
 
     id: Mapped[uuid.UUID] = id_column()

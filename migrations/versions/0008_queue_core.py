@@ -26,7 +26,10 @@ HOT_TABLE = (
 STORAGE = {
     "jobs": HOT_TABLE,
     "units": HOT_TABLE,
-    "scan_results": "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 10000",
+    **dict.fromkeys(
+        ("scan_results", "scans", "job_events", "artifacts"),
+        "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 10000",
+    ),
     "tenant_loads": "fillfactor = 50",
     "prediction_counts": "fillfactor = 50",
     "processes": "fillfactor = 50",
@@ -86,6 +89,19 @@ DROP TRIGGER jobs_tell_change ON jobs;
 DROP TRIGGER jobs_tell ON jobs;
 CREATE TRIGGER jobs_tell AFTER INSERT OR UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION jobs_tell()
 """
+BLOBS_OF = {
+    "scans": "sha256", "artifacts": "sha256", "datasets": "archive_sha256", "model_versions": "weights_sha256",
+}  # fmt: skip
+RELEASE_BLOBS = """
+-- Whoever deletes rows that refer to blobs puts these on the list of blobs that may be deleted. In the order of their
+-- hashes, so that two transactions that list the same ones do not wait for each other.
+CREATE FUNCTION release_blobs() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('INSERT INTO released_blobs (sha256) SELECT DISTINCT %1$I FROM deleted ORDER BY 1
+        ON CONFLICT (sha256) DO UPDATE SET aside = false, due_at = clock_timestamp()', TG_ARGV[0]);
+    RETURN NULL;
+END $$
+"""
 
 
 def upgrade() -> None:
@@ -101,6 +117,21 @@ def upgrade() -> None:
     # Entries go into the index at once. Most updates do not touch it, and a search need not read a list beside it.
     op.execute("ALTER INDEX ix_jobs_metadata SET (fastupdate = off)")
     # -- retention --
+    op.add_column("scans", sa.Column("sent_at", sa.DateTime(timezone=True), nullable=True))
+    op.create_table(
+        "released_blobs",
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("aside", sa.Boolean(), server_default="false", nullable=False),
+        sa.Column("due_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("sha256", name=op.f("pk_released_blobs")),
+    )
+    op.create_index(op.f("ix_released_blobs_due_at"), "released_blobs", ["due_at"])
+    op.execute(RELEASE_BLOBS)
+    for table, column in BLOBS_OF.items():
+        op.execute(
+            f"CREATE TRIGGER released_blobs AFTER DELETE ON {table} REFERENCING OLD TABLE AS deleted "
+            f"FOR EACH STATEMENT EXECUTE FUNCTION release_blobs('{column}')"
+        )
     # -- dispatcher and workers --
     # -- webhooks, MLflow --
     op.add_column("jobs", sa.Column("tracking_attempts", sa.Integer(), server_default="0", nullable=False))
@@ -113,6 +144,11 @@ def downgrade() -> None:
     op.drop_column("jobs", "tracking_attempts")
     # -- dispatcher and workers --
     # -- retention --
+    for table in BLOBS_OF:
+        op.execute(f"DROP TRIGGER released_blobs ON {table}")
+    op.execute("DROP FUNCTION release_blobs()")
+    op.drop_table("released_blobs")
+    op.drop_column("scans", "sent_at")
     # -- life of a unit --
     op.execute("ALTER INDEX ix_jobs_metadata RESET (fastupdate)")
     for table, options in STORAGE.items():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import uuid
+from itertools import product
 from pathlib import Path
 
 from flask import Flask
@@ -20,9 +21,15 @@ from tests.applications import bind
 
 HEAVY = ("torch", "torchvision", "celery", "redis", "mlflow", "numpy", "openvino", "pydicom", "pandas")
 OPEN_TO_ALL = {
-    "health.live", "health.ready", "older.health", "pages.first_page", "static", "api-docs.openapi_json",
-    "swagger_ui.show",
+    "health.live", "health.ready", "older.health", "pages.first_page", "problems.get_problem_type", "static",
+    "api-docs.openapi_json", "swagger_ui.show",
 }  # fmt: skip
+
+OPEN_OBJECTS = {
+    "Job.params", "Job.metrics", "Metrics.final", "Result.output", "Event.data", "CheckedDataset.report",
+    "Model.params", "Model.metrics", "Model.environment", "Comparison.differences",
+}  # fmt: skip
+"""What a pipeline defines, or an event of its kind."""
 
 
 def test_importing_the_api_pulls_in_nothing_heavy() -> None:
@@ -58,9 +65,9 @@ def test_every_route_but_the_open_ones_refuses_a_request_without_a_key(app: Flas
         path = rule.rule
         for argument in rule.arguments:
             path = path.replace(next(part for part in path.split("/") if f":{argument}>" in part), str(uuid.uuid4()))
-        for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
-            answer = stranger.open(path, method=method)
-            assert (answer.status_code, answer.mimetype) == (401, "application/problem+json"), (method, path)
+        for method, prefix in product((rule.methods or set()) - {"OPTIONS", "HEAD"}, ("", "/v1")):
+            answer = stranger.open(prefix + path, method=method)
+            assert (answer.status_code, answer.mimetype) == (401, "application/problem+json"), (method, prefix, path)
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
 
@@ -76,10 +83,28 @@ def test_the_openapi_document_is_valid_and_names_every_operation_once(client: Fl
     ]
     assert len(names) == len(set(names)) > 20
     assert document["security"] == [{"key": []}]
+    assert document["servers"][0]["url"] == "/v1"
+    root_only = [path for path, found in document["paths"].items() if any("servers" in one for one in found.values())]
+    assert set(root_only) == {"/train", "/predict", "/batch_predict", "/explain", "/model-status", "/health"}
     assert set(document["paths"]["/jobs/predict"]["post"]["requestBody"]["content"]) == {
         "multipart/form-data",
         "application/json",
     }
+
+
+def test_no_object_in_an_answer_is_without_fields(client: FlaskClient) -> None:
+    schemas = client.get("/openapi.json").get_json()["components"]["schemas"]
+    bare = {
+        f"{name}.{field}"
+        for name, schema in schemas.items()
+        for field, found in schema.get("properties", {}).items()
+        if "object" in found.get("type", ()) and not found.get("properties") and not found.get("additionalProperties")
+    }
+    assert bare == OPEN_OBJECTS
+    assert set(schemas["Job"]["required"]) == set(schemas["Job"]["properties"]) > {"counts", "links", "warnings"}
+    assert set(schemas["JobLinks"]["properties"]) == {
+        "self", "events", "artifacts", "cancel", "retry", "metrics", "results", "summary", "reproduce", "mlflow",
+    }  # fmt: skip
 
 
 def test_the_documentation_page_asks_no_other_host_for_anything(client: FlaskClient) -> None:

@@ -89,7 +89,9 @@ def test_what_only_the_worker_finds_broken_is_422_too(
 ) -> None:
     with worker(sessions, lambda ordinals: [ScanOutcome(o, error=UNREADABLE) for o in ordinals]):
         answer = client.post("/predict", json={"image": b64(png())})
-    assert assert_problem(answer, 422)["errors"] == [{"pointer": "/image", "detail": "The picture is cut off."}]
+    assert assert_problem(answer, 422)["errors"] == [
+        {"pointer": "/image", "detail": "The picture is cut off.", "in": "body"}
+    ]
 
 
 def test_what_the_worker_could_not_do_is_500_with_its_reason_and_the_job(
@@ -220,7 +222,9 @@ def test_of_many_the_one_that_only_the_worker_finds_broken_is_pointed_at(
 
     with worker(sessions, second_is_broken):
         answer = client.post("/batch_predict", json={"images": [b64(png(8)), b64(png(9))]})
-    assert assert_problem(answer, 422)["errors"] == [{"pointer": "/images/1", "detail": "The picture is cut off."}]
+    assert assert_problem(answer, 422)["errors"] == [
+        {"pointer": "/images/1", "detail": "The picture is cut off.", "in": "body"}
+    ]
 
 
 @pytest.mark.parametrize("number", [0, 101])

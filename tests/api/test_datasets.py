@@ -13,6 +13,7 @@ from jobs.datasets import catalog
 from jobs.db import Sessions
 from jobs.errors import BadArchive
 from jobs.queue import lifecycle
+from jobs.retention import blobs
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.storage import archives
@@ -118,8 +119,10 @@ def test_bytes_are_freed_with_the_last_dataset_that_needs_them(
     with sessions.begin() as session:
         sha256 = catalog.get(session, builders.TENANT, uuid.UUID(mine["id"])).dataset.archive_sha256
     assert client.delete(f"/datasets/{mine['id']}").status_code == 204
+    blobs.step(sessions, store, settings)
     assert store.exists(sha256)
     assert stranger.delete(f"/datasets/{theirs['id']}").status_code == 204
+    blobs.step(sessions, store, settings)
     assert not store.exists(sha256)
     assert_problem(client.get(f"/datasets/{mine['id']}"), 404)
     assert client.get(f"/jobs/{mine['job_id']}").get_json()["dataset_id"] is None

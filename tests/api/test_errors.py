@@ -15,6 +15,7 @@ from api.http.auth import public
 from api.http.body_spool import JSON_BYTES
 from jobs import logs
 from jobs.db import Sessions
+from jobs.error_codes import ERROR_CODES
 from jobs.settings import Settings
 from tests.api.conftest import Door, file, png, zipped
 from tests.applications import application
@@ -115,9 +116,7 @@ def test_fields_are_named_by_pointers(client: FlaskClient) -> None:
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
-        (b"{", ""),
         (b"[]", ""),
-        (b'{"a": NaN}', ""),
         (b"[" * 100_000, ""),
         (b"[" * 700 + b"]" * 700, ""),
         (b'{"source_url": "http://x/\\u0000"}', "/source_url"),
@@ -132,6 +131,76 @@ def test_fields_are_named_by_pointers(client: FlaskClient) -> None:
 def test_a_body_that_cannot_be_kept_is_422(client: FlaskClient, body: bytes, pointer: str) -> None:
     problem = assert_problem(client.post("/jobs/train", data=body, content_type="application/json"), 422)
     assert pointer in {error["pointer"] for error in problem["errors"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b"{", "line 1, column 2"),
+        (b'{"name":\n  Canary}', "line 2, column 3"),
+        (b'{"name": "Canary\\x"}', "line 1, column 17"),
+        (b'{"name": NaN}', "NaN"),
+        (b'{"name": "\xff"}', "byte 11"),
+    ],
+)
+def test_malformed_json_is_400_and_tells_where_but_not_what(client: FlaskClient, body: bytes, place: str) -> None:
+    answer = client.post("/jobs/train", data=body, content_type="application/json")
+    problem = assert_problem(answer, 400, "MALFORMED_BODY")
+    assert place in problem["detail"]
+    assert "Canary" not in json.dumps(problem)
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nCanary'
+
+
+@pytest.mark.parametrize(
+    ("body", "boundary"),
+    [(PART, "; boundary=x"), (PART + b"\r\n--x--\r\n", ""), (b"--x\r\n\r\nCanary\r\n--x--\r\n", "; boundary=x")],
+    ids=["cut off", "no boundary", "a part without a name"],
+)
+def test_malformed_multipart_is_400(client: FlaskClient, body: bytes, boundary: str) -> None:
+    answer = client.post("/jobs/predict", data=body, content_type=f"multipart/form-data{boundary}")
+    assert "Canary" not in json.dumps(assert_problem(answer, 400, "MALFORMED_BODY"))
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "field"),
+    [
+        ("/jobs/train", {}, {"pointer": "/colour", "in": "body"}),
+        ("/jobs?limit=0", {}, {"pointer": "/query/limit", "in": "query"}),
+        ("/jobs/train", {"Idempotency-Key": "\u00e9"}, {"pointer": "/Idempotency-Key", "in": "header"}),
+        ("/uploads", {"Tus-Resumable": "1.0.0"}, {"pointer": "/headers/Upload-Length", "in": "header"}),
+        ("/jobs/predict/batch?lane=slow", {"Content-Type": "text/csv"}, {"pointer": "/lane", "in": "query"}),
+    ],
+)
+def test_a_wrong_field_tells_where_it_is(client: FlaskClient, path: str, headers: dict, field: dict) -> None:
+    body = {"source_url": "http://x/"} | ({} if "Idempotency-Key" in headers else {"colour": 1})
+    method = "GET" if "limit" in path else "POST"
+    headers = {"Content-Type": "application/json"} | headers
+    problem = assert_problem(client.open(path, method=method, data=json.dumps(body), headers=headers), 422)
+    assert field in [{"pointer": error["pointer"], "in": error["in"]} for error in problem["errors"]]
+
+
+def test_the_type_leads_to_the_code_and_the_title_is_the_codes_own(client: FlaskClient, app: Flask) -> None:
+    one = assert_problem(client.get("/jobs?limit=0"), 422, "INVALID")
+    other = assert_problem(client.post("/v1/keys", json={}), 422, "INVALID")
+    assert (one["type"], one["title"]) == (other["type"], other["title"])
+    assert one["instance"].endswith(one["request_id"]) != other["instance"]
+    told = app.test_client().get(one["type"]).get_json()
+    assert {name: told[name] for name in ("code", "title", "status")} == {
+        name: one[name] for name in ("code", "title", "status")
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_every_code_has_a_page(app: Flask, prefix: str) -> None:
+    anybody = app.test_client()
+    for code, known in ERROR_CODES.items():
+        assert anybody.get(f"{prefix}/problems/{code}").get_json() == vars(known)
+        page = anybody.get(f"{prefix}/problems/{code}", headers={"Accept": "text/html"})
+        assert (page.status_code, page.mimetype) == (200, "text/html")
+        assert code in page.get_data(as_text=True)
+    assert_problem(anybody.get(f"{prefix}/problems/NOTHING"), 404)
 
 
 def test_another_kind_of_body_is_415(client: FlaskClient) -> None:

@@ -12,6 +12,8 @@ from flask.testing import FlaskClient
 from jobs.db import Sessions
 from jobs.queue import explanations, lifecycle
 from jobs.queue.explanations import BLANK_NOTE, HEATMAP, OVERLAY, artifact_name
+from jobs.results import queries
+from jobs.retention.results import expire
 from jobs.settings import Settings
 from jobs.states import JobKind
 from jobs.storage.blobs import BlobStore
@@ -54,6 +56,34 @@ class Batch:
     def results(self, client: FlaskClient) -> list[dict]:
         """As the client sees them."""
         return client.get(f"/jobs/{self.job.id}/results").get_json()["data"]
+
+
+def test_what_failed_without_failing_a_scan_is_a_warning_and_no_error(
+    client: FlaskClient, sessions: Sessions, settings: Settings, champion: ModelVersion
+) -> None:
+    batch = Batch(sessions, settings, champion, True)
+    with sessions.begin() as session:
+        lifecycle.fail(session, batch.held, builders.BROKEN)
+    told = client.get(f"/jobs/{batch.job.id}").get_json()
+    assert (told["state"], told["error"], told["warnings"]) == ("succeeded", None, [builders.BROKEN])
+
+
+def test_explanations_that_are_deleted_while_they_are_read_are_no_half_an_answer(
+    client: FlaskClient, sessions: Sessions, settings: Settings, champion: ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(sessions, settings, champion, True)
+    batch.explained((0, OVERLAY, None), (1, OVERLAY, None))
+    batch.end()
+    read = queries.results
+
+    def read_and_expire(*of: Any, **more: Any) -> Any:
+        found = read(*of, **more)
+        with sessions.begin() as session:
+            expire(session, 1e-9, rows=3)  # both results, and one explanation
+        return found
+
+    monkeypatch.setattr(queries, "results", read_and_expire)
+    assert_problem(client.get(f"/jobs/{batch.job.id}/results"), 410, "RESULTS_EXPIRED")
 
 
 def shown(result: dict) -> dict:

@@ -20,7 +20,7 @@ from tests.api.test_errors import assert_problem
 
 TRAIN = {"source_url": "https://example.org/ct.zip"}
 KEY = {"Idempotency-Key": "order-4711"}
-REPLAYED = "Idempotency-Replayed"
+REPLAYED = "Idempotent-Replayed"
 CANCELS = {"jobs.cancel_job", "scans.find_known", "webhooks.redeliver"}
 """POSTs that make nothing: repeated, they change nothing of themselves."""
 

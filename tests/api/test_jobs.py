@@ -8,6 +8,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from api.resources.jobs import schemas
 from jobs.db import Sessions
 from jobs.queue import leases, lifecycle
 from jobs.settings import Settings
@@ -94,6 +95,15 @@ def test_a_finished_job_asks_nobody_to_come_back(client: FlaskClient, sessions: 
     assert "Retry-After" not in answer.headers
     assert answer.get_json()["terminal"] is True
     assert answer.get_json()["error"] == builders.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [("succeeded", None), ("partially_succeeded", None), ("failed", builders.BROKEN), ("cancelled", builders.BROKEN)],
+)
+def test_the_error_of_a_job_of_an_earlier_release_is_a_warning_unless_it_failed(state: str, error: dict | None) -> None:
+    job = Job(state=state, error=builders.BROKEN)
+    assert (schemas.error(job), schemas.warnings(job)) == (error, [] if error else [builders.BROKEN])
 
 
 def test_pages_hold_every_job_once_newest_first(client: FlaskClient) -> None:
@@ -221,6 +231,29 @@ def test_who_waits_in_vain_gets_202(client: FlaskClient, champion: ModelVersion)
     answer = client.post("/jobs/predict", data={"file": file(png())}, headers={"Prefer": "respond-async, wait=1"})
     assert (answer.status_code, answer.get_json()["terminal"]) == (202, False)
     assert 0.9 < time.monotonic() - began < 3
+
+
+def test_a_long_poll_is_answered_when_the_job_changes_or_the_time_is_over(
+    client: FlaskClient, sessions: Sessions
+) -> None:
+    with sessions.begin() as session:
+        job = builders.make_job(session)
+        unit = builders.units_of(session, job)[0]
+
+    def claim() -> None:
+        with sessions.begin() as session:
+            builders.claim(session, unit)
+
+    known = client.get(f"/jobs/{job.id}").headers["ETag"]
+    began = time.monotonic()
+    threading.Timer(0.5, claim).start()
+    changed = client.get(f"/jobs/{job.id}", headers={"If-None-Match": known, "Prefer": "wait=20"})
+    assert (changed.status_code, changed.get_json()["state"]) == (200, "running")
+    assert changed.headers["Preference-Applied"] == "wait=20"
+    assert time.monotonic() - began < 10
+    headers = {"If-None-Match": changed.headers["ETag"], "Prefer": "wait=1"}
+    assert client.get(f"/jobs/{job.id}", headers=headers).status_code == 304
+    assert client.get(f"/jobs/{job.id}", headers={"Prefer": "wait=1"}).get_json()["state"] == "running"
 
 
 def test_with_no_slot_left_nobody_waits(app: Flask, client: FlaskClient, champion: ModelVersion) -> None:

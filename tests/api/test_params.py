@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from api.http.pydantic_fields import schema_of
+from api.http.pipelines.schemas import schema_of
 from api.resources.jobs.train import TrainRequest
 from jobs.db import Sessions
 from jobs.tables import Job, ModelVersion
@@ -302,6 +302,7 @@ def refusal(client: FlaskClient, params: dict[str, Any]) -> dict[str, str]:
     """The one complaint about a training with these parameters."""
     problem = assert_problem(client.post("/jobs/train", json={**SOURCE, "params": params}), 422, "INVALID")
     (only,) = problem["errors"]
+    assert only.pop("in") == "body"
     return dict(only)
 
 

@@ -5,9 +5,11 @@ import csv
 import io
 import json
 import uuid
+from collections.abc import Iterator
 
 import pytest
 from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
 
 from jobs.db import Sessions
 from jobs.queue import lifecycle
@@ -29,6 +31,15 @@ CSV_COLUMNS = [
     "probability_Normal", "probability_Tumor", "error_code", "error_detail",
 ]  # fmt: skip
 """The first line is what the first version had, in its order: some read them by position."""
+
+
+def every_page(client: FlaskClient, path: str) -> Iterator[TestResponse]:
+    """What any client does that knows `next` and `has_more` alone."""
+    answer = client.get(path)
+    yield answer
+    while (page := answer.get_json())["has_more"]:
+        answer = client.get(f"{path}&after={page['next']}")
+        yield answer
 
 
 def results(client: FlaskClient, job: dict, query: str = "") -> list[dict]:
@@ -236,31 +247,24 @@ def test_who_follows_next_while_a_batch_runs_sees_each_result_once(
     with sessions.begin() as session:
         job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=9, chunk=3, model_id=champion.id, model_version=1)
         first, second, third = (builders.claim(session, unit) for unit in builders.units_of(session, job))
-    path, seen = f"/jobs/{job.id}/results?limit=2", []
-
-    def read(query: str = "") -> dict:
-        answer = client.get(f"{path}{query}")
-        page = answer.get_json()
-        seen.extend(one["name"] for one in page["data"])
-        assert (answer.headers.get("Retry-After") == "1") == (len(page["data"]) < 2 and page["has_more"])
-        return page
+    path = f"/jobs/{job.id}/results?limit=2"
 
     def end(held: Claim) -> None:
         with sessions.begin() as session:
             lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
 
-    end(second)  # what comes first is not done yet: its results would be missed by who is past them
-    page = read()
-    assert (page["data"], page["has_more"], page["next"]) == ([], True, None)
-    end(first)
-    while page["has_more"] and (page["data"] or not seen):
-        page = read(f"&after={page['next']}" if page["next"] else "")
-    assert seen == [f"{number}.png" for number in range(6)]
-    assert [one["name"] for one in results(client, {"links": {"results": path}}, "&state=failed")] == ["0.png", "3.png"]
-    end(third)
-    while page["has_more"]:
-        page = read(f"&after={page['next']}")
-    assert seen == [f"{number}.png" for number in range(9)]
+    # The first scans are done after others: results would be missed by who is past them.
+    events = {1: lambda: end(second), 2: lambda: end(first), 8: lambda: end(third)}
+    pages = []
+    for answer in every_page(client, path):
+        page = answer.get_json()
+        assert (answer.headers.get("Retry-After") == "1") == (len(page["data"]) < 2 and page["has_more"])
+        pages.append([one["name"] for one in page["data"]])
+        events.get(len(pages), lambda: None)()
+    assert pages[:2] == [[], []]
+    failed = results(client, {"links": {"results": path}}, "&state=failed")
+    assert [one["name"] for one in failed] == ["0.png", "3.png"]
+    assert [name for page in pages for name in page] == [f"{number}.png" for number in range(9)]
 
 
 @pytest.mark.parametrize(

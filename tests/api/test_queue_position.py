@@ -12,7 +12,8 @@ from jobs.queue.pace import chunk_size, latest_units
 from jobs.queue.position import MAX_POSITION, POSITIONS
 from jobs.queue.processes import Heartbeat
 from jobs.results import queries
-from jobs.results.queries import JobFilter, JobView
+from jobs.results.job_filter import JobFilter
+from jobs.results.queries import JobView
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, Unit

@@ -14,9 +14,10 @@ from sqlalchemy import text
 
 from api.views import charts
 from jobs.db import Sessions
-from jobs.queue import leases, lifecycle, retention
+from jobs.queue import leases, lifecycle
 from jobs.queue.lifecycle import ScanOutcome
 from jobs.results import queries, summary
+from jobs.retention.results import expire
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, ModelVersion
 from tests import builders
@@ -210,7 +211,7 @@ def test_results_that_have_expired_are_410_in_every_form(
         lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
     assert client.get(f"/jobs/{job.id}").get_json()["results_expired_at"] is None
     with sessions.begin() as session:
-        retention.expire(session, 1e-9)
+        expire(session, 1e-9)
     for accept in ("application/json", "application/x-ndjson", "text/csv"):
         answer = client.get(f"/jobs/{job.id}/results", headers={"Accept": accept})
         assert "RENALQ_RESULTS_DAYS" in assert_problem(answer, 410, "RESULTS_EXPIRED")["detail"]

@@ -98,6 +98,7 @@ def test_a_key_is_shown_once_and_makes_no_more_of_itself(client: FlaskClient, do
     listed = client.get("/keys").get_json()["data"]
     assert [key["name"] for key in listed] == ["test", "reader"]
     assert not any("secret" in key for key in listed)
+    assert client.get(made.headers["Location"]).get_json() == listed[1]
     assert_problem(door.client("jobs:write", "jobs:read", "models:write").post("/keys", json={}), 403)
 
 

@@ -15,10 +15,11 @@ from jobs.datasets.from_feedback import LabelledScan, write_zip
 from jobs.db import Sessions
 from jobs.errors import Invalid
 from jobs.models import feedback
-from jobs.queue import lifecycle, retention
+from jobs.queue import lifecycle
 from jobs.queue.outcomes import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.results import queries
+from jobs.retention.results import expire
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.storage.blobs import BlobStore
@@ -90,7 +91,7 @@ def test_a_truth_that_cannot_be_is_refused_with_the_reason(
     job_id, scans = batch
     wrong = assert_problem(client.post(path(job_id, scans[0]), json={"label": "Stone"}), 422)
     assert wrong["errors"] == [
-        {"pointer": "/label", "detail": "The model's classes are Normal, Tumor: send one of them."}
+        {"pointer": "/label", "detail": "The model's classes are Normal, Tumor: send one of them.", "in": "body"}
     ]
     assert_problem(client.post(path(job_id, scans[0]), json={}), 422)
     assert_problem(client.post(path(job_id, scans[4]), json={"label": "Tumor"}), 409, "WRONG_STATE")
@@ -108,7 +109,7 @@ def test_a_truth_that_cannot_be_is_refused_with_the_reason(
 def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
     tell(client, batch, 0)
     with sessions.begin() as session:
-        retention.expire(session, 1e-9)
+        expire(session, 1e-9)
     assert client.get(path(batch[0], batch[1][0])).get_json()["label"] == "Tumor"
     assert_problem(client.post(path(batch[0], batch[1][1]), json={"label": "Tumor"}), 410, "RESULTS_EXPIRED")
 
@@ -216,7 +217,7 @@ def test_scans_of_one_patient_stay_together_after_their_results_have_expired(
         tell(client, batch, number)
     before = folders(client, sessions, settings)
     with sessions.begin() as session:
-        retention.expire(session, 1e-9)
+        expire(session, 1e-9)
     assert folders(client, sessions, settings) == before
     assert before[0] == before[1] != before[2] != before[3] == "Tumor"
 
@@ -237,7 +238,7 @@ def test_whose_scan_it_is_an_earlier_truth_tells_once_the_results_are_gone(
 ) -> None:
     tell(client, batch, 0)
     with sessions.begin() as session:
-        retention.expire(session, 1e-9)
+        expire(session, 1e-9)
     later = tell(client, (singly(sessions, champion, batch[1][0]), batch[1]), 0, "Normal")["at"]
     with sessions() as session:
         assert session.scalars(select(Truth.patient)).all() == ["Ann/1", "Ann/1"]

@@ -37,7 +37,8 @@ def test_a_webhook_hears_of_everything_unless_it_names_events_and_shows_its_secr
     assert two.get_json()["events"] == ["job.failed", "model.drifted"]
     listed = client.get("/webhooks").get_json()
     assert (listed["has_more"], listed["data"][0], len(listed["data"])) == (False, body, 2)
-    assert client.get(made.headers["Location"]).status_code == 200
+    shown = client.get(made.headers["Location"])
+    assert (shown.status_code, shown.get_json()) == (200, body)
 
 
 def test_sent_again_with_its_key_it_is_the_same_webhook_without_the_secret(client: FlaskClient) -> None:

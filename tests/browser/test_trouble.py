@@ -106,5 +106,8 @@ def test_a_defect_of_the_page_is_told_and_not_taken_for_the_networks(visit: Visi
     visit.page.route(JOBS, lambda route: route.fulfill(json={"data": [None]}))
     visit.enter()
     expect(visit.page.locator("#live")).to_contain_text("This page has failed")
+    for _ in range(100):  # the browser tells of the error beside what it draws
+        if not visit.complaints:
+            visit.page.wait_for_timeout(50)
     assert len(visit.complaints) == 1
     visit.complaints.clear()

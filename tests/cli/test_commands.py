@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Api
 
     def _answer(self) -> None:
-        asked = f"{self.command} {self.path}"
+        asked = f"{self.command} {self.path.removeprefix('/v1')}"
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked[asked] = json.loads(body) if body else None
         told = self.server.answers[asked]

@@ -225,8 +225,8 @@ def test_10_a_unit_that_ends_while_the_reaper_looks_at_it(processes: Stack, plan
     Guard: the reaper's UPDATE asks for state, fence and expiry again. Without that it sends an ended unit back to the
     queue (test_mutations shows that).
     """
-    read = plan.at("jobs.queue.lifecycle:_reap_one", "pause")
-    written = plan.at("jobs.queue.lifecycle:_reap_one", "note", when="after")
+    read = plan.at("jobs.queue.reaping:_reap_one", "pause")
+    written = plan.at("jobs.queue.reaping:_reap_one", "note", when="after")
     job_id = batch(processes, words(4))
     with processes.sessions.begin() as session:
         held = claim(session, units(processes, job_id)[0], lease=0.1)

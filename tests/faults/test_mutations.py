@@ -162,7 +162,7 @@ def test_without_the_trigger_an_unguarded_update_gives_a_job_two_ends(sessions: 
         session.execute(text("ALTER TABLE jobs DISABLE TRIGGER jobs_move_legally"))
     _second_end(sessions)
     with sessions() as session:
-        assert [f.partition(":")[0] for f in faults(session)] == ["a terminal event names another state than the job's"]
+        assert "a terminal event names another state than the job's" in [f.partition(":")[0] for f in faults(session)]
 
 
 def _second_end(sessions: Sessions) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 QUESTIONS = {
     "a scan has not exactly one result": """
         SELECT j.id FROM jobs j LEFT JOIN scan_results r ON r.job_id = j.id
-        WHERE j.kind LIKE 'predict%' GROUP BY j.id
+        WHERE j.kind LIKE 'predict%' AND j.results_expired_at IS NULL GROUP BY j.id
         HAVING j.total <> count(r.*) OR min(r.ordinal) <> 0 OR max(r.ordinal) <> j.total - 1""",
     "an ended job has a pending scan": """
         SELECT j.id FROM jobs j JOIN scan_results r ON r.job_id = j.id
@@ -33,7 +33,7 @@ QUESTIONS = {
         WHERE e.type IN ('succeeded', 'partially_succeeded', 'failed', 'cancelled') AND e.type <> j.state""",
     "counters differ from the rows": """
         SELECT j.id FROM jobs j LEFT JOIN scan_results r ON r.job_id = j.id
-        WHERE j.kind LIKE 'predict%' GROUP BY j.id
+        WHERE j.kind LIKE 'predict%' AND j.results_expired_at IS NULL GROUP BY j.id
         HAVING j.succeeded <> count(*) FILTER (WHERE r.state = 'succeeded')
             OR j.failed <> count(*) FILTER (WHERE r.state = 'failed')
             OR j.cancelled <> count(*) FILTER (WHERE r.state = 'cancelled')""",
@@ -50,13 +50,18 @@ QUESTIONS = {
             AND lease_expires_at < clock_timestamp() - interval '15 seconds'""",
     "a unit waits though its job's end was asked for": """
         SELECT u.id FROM units u JOIN jobs j ON j.id = u.job_id
-        WHERE u.state IN ('queued', 'dispatched') AND j.cancel_requested_at < clock_timestamp() - interval '1 second'
-            AND j.finished_at IS NULL""",
+        WHERE u.state IN ('scheduled', 'queued', 'dispatched') AND j.finished_at IS NULL
+            AND j.cancel_requested_at < clock_timestamp() - interval '15 seconds'""",
     "two units have the same fence": """
         SELECT min(id::text) FROM units WHERE fence IS NOT NULL GROUP BY fence HAVING count(*) > 1""",
     "claims differ from the events": """
-        SELECT j.id FROM jobs j JOIN LATERAL (SELECT sum(attempt) AS claims FROM units WHERE job_id = j.id) u ON true
-        WHERE u.claims <> (SELECT count(*) FROM job_events e WHERE e.job_id = j.id AND e.type = 'claimed')""",
+        SELECT j.id FROM jobs j JOIN LATERAL (
+            SELECT sum(greatest(attempt - 1, 0)) + (max(attempt) > 0)::int AS claims,
+                max(ordinal) + 1 > count(*) AS pruned FROM units WHERE job_id = j.id) u ON true
+        WHERE NOT pruned
+            AND claims <> (SELECT count(*) FROM job_events e WHERE e.job_id = j.id AND e.type = 'claimed')""",
+    "a job that did not fail has an error, or one that failed has none": """
+        SELECT id FROM jobs WHERE state <> 'cancelled' AND (state = 'failed') <> (error IS NOT NULL)""",
     "a waiting or running unit's size differs from its scans": """
         SELECT u.id FROM units u JOIN jobs j ON j.id = u.job_id
             LEFT JOIN scan_results r ON r.unit_id = u.id AND r.state = 'pending'

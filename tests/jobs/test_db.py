@@ -1,6 +1,7 @@
-"""What the queue takes from `jobs.db`: LISTEN in a busy process, and commits that do not wait for the disk."""
+"""What the queue takes from `jobs.db`: LISTEN in a busy process, commits that do not wait for the disk, the clock."""
 
 import os
+import re
 import resource
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from sqlalchemy import text
 
 from jobs.db import PreparedStatement, Sessions, autocommit_sessions, listening
 from jobs.events.job_events import UNITS_CHANNEL, wake_dispatcher
+from tests.processes import ROOT
 
 NEEDED = 1100
 """Open files of a process with many clients; `select.select` fails for descriptors above 1023."""
@@ -35,8 +37,8 @@ def test_a_process_with_many_open_files_is_notified(sessions: Sessions) -> None:
     with listening(sessions.kw["bind"], UNITS_CHANNEL) as notifications:
         assert notifications.wait(0.01) == []
         with sessions.begin() as session:
-            wake_dispatcher(session)
-        assert notifications.wait(10) == [""]
+            wake_dispatcher(session, "x")
+        assert notifications.wait(10) == ["x"]
 
 
 SHOW = PreparedStatement("show_commit", "text", "SELECT current_setting($1)", async_commit=True)
@@ -53,3 +55,9 @@ def test_an_asynchronous_commit_ends_with_its_statement(sessions: Sessions) -> N
         assert SHOW(session, setting).scalar() == "off", "it is the transaction that commits"
     with sessions.begin() as session:
         assert session.scalar(text("SELECT current_setting('synchronous_commit')")) == usual
+
+
+def test_no_time_of_a_row_comes_from_the_clock_of_a_process() -> None:
+    own_clock = re.compile(r"datetime\.now|utcnow|date\.today")
+    files = [path for package in ("jobs", "worker") for path in (ROOT / package).rglob("*.py")]
+    assert [str(path) for path in files if own_clock.search(path.read_text())] == []

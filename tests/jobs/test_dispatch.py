@@ -6,14 +6,18 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from jobs.db import NOW, Sessions
+from jobs.db import NOW, Sessions, listening
+from jobs.events.job_events import UNITS_CHANNEL
 from jobs.queue import dispatch, leases, lifecycle, pace, processes
-from jobs.queue.dispatch import QueueSnapshot
+from jobs.queue.dispatch import QueueReader, QueueSnapshot
+from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.processes import Heartbeat
+from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.tables import Unit
 from tests.builders import claim, make_job, outcomes_of, units_of
+from worker.dispatcher.leadership import planning_connection
 from worker.dispatcher.scheduler import FairScheduler
 
 RETRYABLE = {"code": "INTERNAL", "detail": "", "retryable": True}
@@ -21,7 +25,7 @@ RETRYABLE = {"code": "INTERNAL", "detail": "", "retryable": True}
 
 def snapshot(session: Session, per_tenant: int = 64) -> QueueSnapshot:
     """The dispatcher's view with default intervals."""
-    return dispatch.snapshot(session, redispatch_seconds=15, alive_seconds=15, per_tenant=per_tenant)
+    return QueueReader().read(session, redispatch_seconds=15, alive_seconds=15, per_tenant=per_tenant)
 
 
 def dispatch_all(session: Session) -> int:
@@ -55,8 +59,12 @@ def test_unclaimed_unit_is_dispatched_again_with_doubling_waits(sessions: Sessio
 
 def test_one_batch_may_fill_all_workers_in_one_look(sessions: Sessions) -> None:
     with sessions.begin() as session:
-        make_job(session, JobKind.PREDICT_BATCH, scans=1000, chunk=10)
-        assert len(snapshot(session, per_tenant=100).waiting) == 100
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=1000, chunk=10)
+        for number in range(50):
+            processes.upsert(session, Heartbeat(f"w{number}@here/a1", processes.WORKER, ["batch"]))
+        assert len(snapshot(session, per_tenant=8).waiting) == 58
+        claim(session, units_of(session, job)[0], "w7@here/a1/41")
+        assert len(snapshot(session, per_tenant=8).waiting) == 57, "with all workers busy a few of each tenant suffice"
 
 
 def test_units_that_wait_for_a_retry_stall_no_other_unit_of_their_job(sessions: Sessions) -> None:
@@ -92,7 +100,7 @@ def test_a_message_that_no_idle_worker_takes_is_late(sessions: Sessions) -> None
     with sessions.begin() as session:
         make_job(session, JobKind.PREDICT, scans=1)
         dispatch_all(session)
-        assert (snapshot(session).dispatched, snapshot(session).late) == ({Lane.URGENT: 1}, {Lane.URGENT: 0})
+        assert (snapshot(session).dispatched, snapshot(session).late) == ({Lane.URGENT: 1}, {})
         _age_dispatches(session, 2)
         assert snapshot(session).late == {Lane.URGENT: 1}
 
@@ -153,7 +161,7 @@ def test_released_unit_waits_before_the_next_dispatch(sessions: Sessions) -> Non
         dispatch.release(session, [units_of(session, job)[0].id], delay=5)
         assert list(snapshot(session).waiting) == []
         session.execute(text("UPDATE units SET not_before = not_before - interval '6 seconds'"))
-        assert lifecycle.enqueue_due(session) == 1
+        assert lifecycle.enqueue_due(session) == [str(job.id)]
         assert dispatch_all(session) == 1
 
 
@@ -192,7 +200,7 @@ def test_dispatcher_queries_use_indexes(sessions: Sessions) -> None:
         dispatch.dispatch(session, [], 15)
         leases.claim_next(session, Lane.TRAIN, "w", 45)
         questions = [
-            "EXECUTE snapshot (15, 64, 15, 1)",
+            "EXECUTE snapshot (15, 64, 15, 1, true, '{}', '{}', '{}', '{}', '{}', '{}')",
             f"EXECUTE dispatch ('{{{job.id}}}', 15)",
             f"EXECUTE reserve ('{{{job.id}}}')",
             f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
@@ -228,3 +236,133 @@ def test_reserved_unit_can_be_dispatched_and_is_then_not_reserved(sessions: Sess
 
 def _age_dispatches(session: Session, seconds: int) -> None:
     session.execute(update(Unit).values(dispatched_at=Unit.dispatched_at - timedelta(seconds=seconds)))
+
+
+# --- a reader that remembers ---
+
+
+class Reading:
+    """A reader whose clock is set by hand, and that hears what was notified."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.now = session, 1000.0
+        self.reader = QueueReader(clock=lambda: self.now)
+
+    def read(self, *heard: str) -> QueueSnapshot:
+        self.reader.notice(heard)
+        return self.reader.read(self.session, redispatch_seconds=15, alive_seconds=15)
+
+    def waiting(self, *heard: str) -> list[str]:
+        return [str(unit.unit_id) for unit in self.read(*heard).waiting]
+
+
+def test_reader_finds_what_it_is_told_of_and_everything_after_a_while(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        reading = Reading(session)
+        assert reading.waiting() == []
+        first, second = make_job(session), make_job(session, tenant_id="another")
+        assert reading.waiting() == [], "nobody has told it"
+        assert reading.waiting(str(second.id)) == [str(units_of(session, second)[0].id)]
+        reading.now += 10
+        assert set(reading.waiting()) == {str(units_of(session, job)[0].id) for job in (first, second)}
+
+
+def test_reader_reads_everything_when_told_by_an_older_release(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        reading = Reading(session)
+        reading.read()
+        make_job(session)
+        assert len(reading.waiting("ended")) == 0
+        assert len(reading.waiting("")) == 1
+
+
+def test_reader_follows_a_unit_from_waiting_to_running_and_back(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=30, chunk=10)
+        reading = Reading(session)
+        first, *others = [unit.unit_id for unit in reading.read().waiting]
+        reading.reader.marked(dispatch.dispatch(session, [first], 15))
+        view = reading.read()
+        assert (view.dispatched, [unit.unit_id for unit in view.waiting]) == ({Lane.BATCH: 1}, others)
+        held = claim(session, units_of(session, job)[0], "predict@here/a1/41")
+        view = reading.read("ended")
+        assert (view.dispatched, [unit.unit_id for unit in view.running]) == ({}, [first])
+        lifecycle.requeue(session, held, "YIELDED")
+        assert [unit.unit_id for unit in reading.read(str(job.id)).waiting] == [first, *others]
+        assert reading.read().running == []
+
+
+def test_reader_knows_a_unit_that_a_busy_worker_claimed_by_itself(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_job(session)
+        reading = Reading(session)
+        (unit,) = [unit.unit_id for unit in reading.read().waiting]
+        dispatch.reserve(session, [unit])
+        reading.reader.marked([unit])
+        assert [each.reserved for each in reading.read().waiting] == [True]
+        assert leases.claim_next(session, Lane.TRAIN, "w@here/a1/1", 45) is not None
+        assert [each.unit_id for each in reading.read().running] == [unit]
+
+
+def test_verbs_tell_the_reader_which_job_has_new_claimable_units(sessions: Sessions) -> None:
+    heard: list[str] = []
+    with listening(sessions.kw["bind"], UNITS_CHANNEL) as notifications:
+        with sessions.begin() as session:
+            job = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
+        heard += notifications.wait(5)
+        assert heard == [str(job.id)]
+        for end in (_requeue, _fail, _explain):
+            with sessions.begin() as session:
+                end(
+                    session,
+                    claim(session, next(u for u in units_of(session, job) if u.state in ("queued", "scheduled"))),
+                )
+            assert str(job.id) in notifications.wait(5), end.__name__
+
+
+def _requeue(session: Session, held: Claim) -> None:
+    lifecycle.requeue(session, held, "DRAINED")
+
+
+def _fail(session: Session, held: Claim) -> None:
+    lifecycle.fail(session, held, RETRYABLE)
+
+
+def _explain(session: Session, held: Claim) -> None:
+    lifecycle.succeed(session, held, outcomes=outcomes_of(session, held), enqueue_explanations=True)
+
+
+@pytest.mark.parametrize("kind", [JobKind.PREDICT_BATCH, JobKind.PREDICT])
+def test_a_look_does_not_step_over_units_that_ended_while_a_transaction_is_open(
+    settings: Settings, sessions: Sessions, kind: JobKind
+) -> None:
+    """A backup keeps the index entries of all units that end meanwhile."""
+    pages: list[int] = []
+    with planning_connection(settings.database_url) as own, own.sessions() as looking, sessions() as backup:
+        backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        backup.execute(text("SELECT count(*) FROM units"))
+        reading = Reading(looking)
+        for _ in range(200):
+            with sessions.begin() as session:
+                job = make_job(session, kind, scans=1)
+            reading.reader.notice([str(job.id)])
+            pages.append(_pages_of_a_look(reading))
+            reading.reader.marked(dispatch.dispatch(looking, [unit.unit_id for unit in reading.read().waiting], 15))
+            with sessions.begin() as session:
+                held = claim(session, units_of(session, job)[0], "predict@here/a1/41")
+                lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+    assert max(pages[-20:]) <= 2 * max(pages[10:30]), pages[10:30] + pages[-20:]
+
+
+def _pages_of_a_look(reading: Reading) -> int:
+    """How many pages the next look asks for."""
+    count = "SELECT sum(hits) + sum(reads) FROM pg_stat_get_backend_io(pg_backend_pid()) WHERE object = 'relation'"
+    before = _scalar_after_flush(reading.session, count)
+    assert len(reading.read().waiting) == 1
+    return _scalar_after_flush(reading.session, count) - before
+
+
+def _scalar_after_flush(session: Session, question: str) -> int:
+    session.execute(text("SELECT pg_stat_force_next_flush()"))
+    session.commit()
+    return int(session.scalar(text(question)) or 0)

@@ -3,14 +3,13 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from jobs.db import PreparedStatement, Sessions, listening
+from jobs.db import PreparedStatement, Sessions
 from jobs.errors import JobNotFound, LeaseLost, WrongState
 from jobs.events import job_events
 from jobs.queue import leases, lifecycle, reaping
@@ -82,16 +81,6 @@ def test_claim_starts_the_job_and_increments_the_attempt(sessions: Sessions) -> 
         session.refresh(job)
         assert (job.state, job.attempt, held.attempt) == ("running", 1, 1)
         assert job.started_at is not None
-
-
-def test_claim_before_not_before_is_refused(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        job = make_job(session)
-        lifecycle.fail(session, claim(session, units_of(session, job)[0]), TRANSIENT, RetryPolicy(base=60))
-        (unit,) = units_of(session, job)
-        wait = unit.not_before - session.scalar(select(lifecycle.NOW))
-        assert timedelta(0) < wait < timedelta(seconds=60), "uniform between 0 and the bound"
-        assert leases.claim(session, unit.id, "w", 45) is None
 
 
 def test_beat_renews_the_lease_and_poll_status_reports_a_cancel(sessions: Sessions) -> None:
@@ -465,19 +454,6 @@ def test_database_refuses_a_running_unit_without_lease(sessions: Sessions) -> No
         make_job(session)
     with pytest.raises(IntegrityError, match="running_is_leased"), sessions.begin() as session:
         session.execute(update(Unit).values(state="running"))
-
-
-def test_every_change_of_a_job_notifies_and_increments_the_revision(sessions: Sessions) -> None:
-    with listening(sessions.kw["bind"], job_events.JOBS_CHANNEL, job_events.UNITS_CHANNEL) as bell:
-        with sessions.begin() as session:
-            job = make_job(session)
-            before = job.revision
-        assert str(job.id) in bell.wait(5)
-        with sessions.begin() as session:
-            claim(session, units_of(session, job)[0])
-        assert bell.wait(5) == [str(job.id)]
-        with sessions() as session:
-            assert session.get_one(Job, job.id).revision > before
 
 
 def _unit_in(state: UnitState) -> dict[str, object]:

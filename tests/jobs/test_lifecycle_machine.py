@@ -10,6 +10,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -18,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW, Sessions
 from jobs.errors import LeaseLost, WrongState
-from jobs.queue import dispatch, leases, lifecycle, reaping, submission
+from jobs.queue import completion, dispatch, leases, lifecycle, reaping, submission
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.outcomes import ScanOutcome
@@ -29,6 +30,9 @@ from tests.depth import depth
 from tests.jobs.checker import faults
 
 RETRY = RetryPolicy(max_failures=3)
+RETRY_LATER = RetryPolicy(max_failures=3, base=1e-9)
+INLINE_ROWS = 8
+"""Scans that `cancel` ends itself; the rest is left to the leader."""
 SHAKY = {"code": "INTERNAL", "detail": "It may go well another time.", "retryable": True}
 KINDS = st.sampled_from([JobKind.TRAIN, JobKind.PREDICT_BATCH])
 SHARE = st.floats(0, 1)
@@ -93,7 +97,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(promise=st.booleans())
     def ring(self, promise: bool) -> None:
         with self.sessions.begin() as session:
-            waiting = dispatch.snapshot(session, 15, 4, 15).waiting
+            waiting = dispatch.QueueReader().read(session, 15, 15).waiting
             new = [unit.unit_id for unit in waiting if not unit.overdue]
             if promise:
                 dispatch.reserve(session, new)
@@ -101,7 +105,23 @@ class Lifecycle(RuleBasedStateMachine):
                 dispatch.dispatch(session, new, 15)
         for unit_id in new:
             assert self.units[unit_id].state in ("queued", "dispatched")
+            assert not self.jobs[self.units[unit_id].job_id].cancel_requested
             self.units[unit_id].state = "dispatched"
+
+    @rule()
+    def enqueue_due(self) -> None:
+        scheduled = [unit for unit in self.units.values() if unit.state == "scheduled"]
+        with self.sessions.begin() as session:
+            assert len(lifecycle.enqueue_due(session)) == len(scheduled)
+        for unit in scheduled:
+            unit.state = "queued"
+
+    @rule()
+    def end_cancelled(self) -> None:
+        _end_cancelled(self.sessions)
+        for job_id, job in self.jobs.items():
+            if job.cancel_requested:
+                self._cancel_waiting(job_id)
 
     @precondition(lambda self: self.units)
     @rule(pick=PICK)
@@ -146,14 +166,20 @@ class Lifecycle(RuleBasedStateMachine):
             job.failed += len(ordinals) - cut
 
     @precondition(lambda self: self.claims)
-    @rule(pick=PICK, done=SHARE, retryable=st.booleans())
-    def fail(self, pick: random.Random, done: float, retryable: bool) -> None:
+    @rule(pick=PICK, done=SHARE, retryable=st.booleans(), later=st.booleans())
+    def fail(self, pick: random.Random, done: float, retryable: bool, later: bool) -> None:
         held = pick.choice(self.claims)
         outcomes = self._part(held, done)
-        error = SHAKY if retryable else BROKEN
-        if self._write(held, lambda session: lifecycle.fail(session, held, error, RETRY, outcomes)):
+        error, policy = SHAKY if retryable else BROKEN, RETRY_LATER if later else RETRY
+        if self._write(held, lambda session: lifecycle.fail(session, held, error, policy, outcomes)):
             self._take(held, outcomes)
-            self._failed(held, retryable)
+            self._failed(held, retryable, later)
+
+    @precondition(lambda self: self.claims)
+    @rule(pick=PICK, progress=st.sampled_from([None, 0.5]))
+    def report(self, pick: random.Random, progress: float | None) -> None:
+        held = pick.choice(self.claims)
+        self._write(held, lambda session: lifecycle.report(session, held, progress=progress))
 
     @precondition(lambda self: self.claims)
     @rule(pick=PICK, done=SHARE)
@@ -189,8 +215,9 @@ class Lifecycle(RuleBasedStateMachine):
             return
         assert ended in (None, "cancelled")
         if ended is None:
-            job.cancel_requested = True
-            self._cancel_waiting(job_id)
+            first, job.cancel_requested = not job.cancel_requested, True
+            if first and job.total - job.succeeded - job.failed <= INLINE_ROWS:
+                self._cancel_waiting(job_id)
 
     @precondition(lambda self: any(unit.state == "running" for unit in self.units.values()))
     @rule(pick=PICK)
@@ -293,18 +320,18 @@ class Lifecycle(RuleBasedStateMachine):
         self.units[held.unit_id].state = state
         self.units[held.unit_id].pending = set()
 
-    def _failed(self, held: Claim, retryable: bool) -> None:
+    def _failed(self, held: Claim, retryable: bool, later: bool = False) -> None:
         unit, job = self.units[held.unit_id], self.jobs[held.job_id]
         unit.failures += 1
         if not retryable or unit.failures >= RETRY.max_failures:
             job.failed += len(unit.pending) or (1 if job.kind == JobKind.TRAIN else 0)
             self._end_unit(held, "failed")
         elif unit.failures == RETRY.max_failures - 1 and len(unit.pending) > 1:
-            self._split(held)
+            self._split(held, later)
         else:
-            self._hand_back(held)
+            self._hand_back(held, later)
 
-    def _split(self, held: Claim) -> None:
+    def _split(self, held: Claim, later: bool) -> None:
         """The parts hold the unit's scans, each once. If the job was cancelled, all have ended."""
         before = self.units.pop(held.unit_id)
         with self.sessions() as session:
@@ -320,17 +347,19 @@ class Lifecycle(RuleBasedStateMachine):
             pending = held_by[row.id] & before.pending
             self.units[row.id] = ModelUnit(held.job_id, failures=row.failures, pending=pending)
             assert row.failures == RETRY.max_failures - 2
+            if later and row.id == held.unit_id:
+                self.units[row.id].state = "scheduled"
         if self.jobs[held.job_id].cancel_requested:
             self._cancel_waiting(held.job_id)
 
-    def _hand_back(self, held: Claim) -> None:
-        self.units[held.unit_id].state = "queued"
+    def _hand_back(self, held: Claim, later: bool = False) -> None:
+        self.units[held.unit_id].state = "scheduled" if later else "queued"
         if self.jobs[held.job_id].cancel_requested:
             self._cancel_waiting(held.job_id)
 
     def _cancel_waiting(self, job_id: uuid.UUID) -> None:
         for unit_id, unit in self.units.items():
-            if unit.job_id == job_id and unit.state in ("queued", "dispatched"):
+            if unit.job_id == job_id and unit.state in ("scheduled", "queued", "dispatched"):
                 self._cancel_unit(unit_id)
 
     def _cancel_unit(self, unit_id: uuid.UUID) -> None:
@@ -344,7 +373,9 @@ def _good(ordinal: int) -> ScanOutcome:
     return ScanOutcome(ordinal, "Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9})
 
 
-def test_transitions_match_the_model(sessions: Sessions) -> None:
+def test_transitions_match_the_model(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "INLINE_ROWS", INLINE_ROWS)
+    monkeypatch.setattr(completion, "BATCH_ROWS", 3)
     machine = type("Machine", (Lifecycle,), {"sessions": sessions})
     run_state_machine_as_test(
         machine,
@@ -360,14 +391,14 @@ def test_transitions_match_the_model(sessions: Sessions) -> None:
 @settings(max_examples=depth(4, 60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_concurrent_transitions_keep_the_database_consistent(sessions: Sessions, seed: int) -> None:
-    """Six workers, two dispatchers, a reaper and a canceller do random things to the same jobs at the same time."""
+    """Six workers, two dispatchers, a reaper, a canceller and a leader do random things to the same jobs at once."""
     with sessions.begin() as session:
         session.execute(text("TRUNCATE jobs, units, scan_results, job_events, tenant_loads, scans CASCADE"))
         for number in range(6):
             kind = JobKind.TRAIN if number % 3 == 0 else JobKind.PREDICT_BATCH
             make_job(session, kind, scans=0 if kind == JobKind.TRAIN else 12, chunk=3)
-    start = threading.Barrier(10)
-    roles = [_work] * 6 + [_dispatch] * 2 + [_reap, _cancel]
+    roles = [_work] * 6 + [_dispatch] * 2 + [_reap, _cancel, _lead]
+    start = threading.Barrier(len(roles))
 
     def play(number: int) -> None:
         pick = random.Random(seed + number)
@@ -375,8 +406,8 @@ def test_concurrent_transitions_keep_the_database_consistent(sessions: Sessions,
         for _ in range(12):
             roles[number](sessions, pick)
 
-    with ThreadPoolExecutor(10) as pool:
-        for played in [pool.submit(play, number) for number in range(10)]:
+    with ThreadPoolExecutor(len(roles)) as pool:
+        for played in [pool.submit(play, number) for number in range(len(roles))]:
             played.result()
     _finish(sessions)
     with sessions() as session:
@@ -413,7 +444,7 @@ def _end(session: Session, held: Claim, way: str) -> None:
     if way == "succeed":
         lifecycle.succeed(session, held, outcomes=outcomes)
     elif way == "fail":
-        lifecycle.fail(session, held, SHAKY, RETRY, outcomes[:1])
+        lifecycle.fail(session, held, SHAKY, RETRY_LATER, outcomes[:1])
     elif way == "drain":
         lifecycle.requeue(session, held, "DRAINED", outcomes[:1])
     elif way == "hear" and leases.poll_status(session, held).cancel_requested:
@@ -422,7 +453,7 @@ def _end(session: Session, held: Claim, way: str) -> None:
 
 def _dispatch(sessions: Sessions, pick: random.Random) -> None:
     with sessions.begin() as session:
-        waiting = [unit.unit_id for unit in dispatch.snapshot(session, 15, 4, 15).waiting]
+        waiting = [unit.unit_id for unit in dispatch.QueueReader().read(session, 15, 15).waiting]
         half = len(waiting) // 2
         dispatch.reserve(session, waiting[:half])
         dispatch.dispatch(session, waiting[half:], 15)
@@ -448,6 +479,20 @@ def _cancel(sessions: Sessions, pick: random.Random) -> None:
             pass
 
 
+def _lead(sessions: Sessions, pick: random.Random) -> None:
+    with sessions.begin() as session:
+        lifecycle.enqueue_due(session)
+    with sessions.begin() as session:
+        completion.cancel_batch(session)
+
+
+def _end_cancelled(sessions: Sessions) -> None:
+    more = True
+    while more:
+        with sessions.begin() as session:
+            more = completion.cancel_batch(session)
+
+
 def _finish(sessions: Sessions) -> None:
     """Healthy workers do the rest; the leases of dead ones expire."""
     for _ in range(200):
@@ -458,6 +503,8 @@ def _finish(sessions: Sessions) -> None:
         with sessions.begin() as session:
             while reaping.reap(session, retry=RETRY, stall=900):
                 pass
+        with sessions.begin() as session:
+            lifecycle.enqueue_due(session)
         with sessions() as session:
             left = list(session.scalars(select(Unit.id).where(Unit.finished_at.is_(None))))
         if not left:

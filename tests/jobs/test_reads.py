@@ -9,7 +9,7 @@ from sqlalchemy import text
 from jobs.db import Sessions
 from jobs.queue import position
 from jobs.results import queries
-from jobs.results.queries import JobFilter
+from jobs.results.job_filter import JobFilter
 from jobs.states import JobKind, JobState
 from jobs.tables import new_id
 from tests import builders
@@ -35,7 +35,7 @@ SELECT id, tenant_id, id, 0, 'urgent', 'queued' FROM theirs
 
 @pytest.fixture
 def history(sessions: Sessions) -> None:
-    """A year of predictions, and some other jobs."""
+    """A year of predictions and some other jobs of one tenant; then many jobs of another."""
     year = dt.timedelta(days=365).total_seconds() * 1000
     ids = [str(new_id()) for _ in range(HISTORY)]
     old = [f"{int(i.replace('-', '')[:12], 16) - int(year):012x}{i.replace('-', '')[12:]}" for i in ids]
@@ -43,7 +43,8 @@ def history(sessions: Sessions) -> None:
         session.execute(text(FINISHED), {"tenant": TENANT, "ids": old})
         builders.make_job(session, JobKind.PREDICT, JobState.FAILED, scans=1)
         builders.make_job(session, JobKind.TRAIN, JobState.SUCCEEDED)
-        builders.make_job(session, JobKind.PREDICT_BATCH, scans=3)
+        builders.make_job(session, JobKind.PREDICT_BATCH, scans=3, chunk=1)
+        session.execute(text(WAITING), {"ids": [str(new_id()) for _ in range(HISTORY)]})
 
 
 HOUR_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
@@ -52,17 +53,25 @@ HOUR_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
 @pytest.mark.usefixtures("history")
 @pytest.mark.parametrize(
     "wanted",
-    [{"state": "failed"}, {"state": "queued"}, {"state": "running"}, {"kind": "train"}, {"created_after": HOUR_AGO}],
+    [
+        {},
+        {"state": "failed"},
+        {"state": "queued"},
+        {"state": "succeeded"},
+        {"kind": "train"},
+        {"kind": "predict"},
+        {"pipeline": "tabular"},
+        {"created_after": HOUR_AGO},
+        {"metadata": {"study": "7"}},
+    ],
 )
-def test_a_page_of_few_among_many_jobs_reads_few(sessions: Sessions, wanted: dict[str, Any]) -> None:
+def test_a_page_reads_what_it_shows(sessions: Sessions, wanted: dict[str, Any]) -> None:
     with sessions() as session:
-        assert most_rows(session, lambda now: queries.jobs(now, TENANT, JobFilter(**wanted), 50, None)) <= 10
+        assert most_rows(session, lambda now: queries.jobs(now, TENANT, JobFilter(**wanted), 5, None)) <= 10
 
 
+@pytest.mark.usefixtures("history")
 def test_a_scrape_reads_no_units_of_other_tenants(sessions: Sessions) -> None:
-    with sessions.begin() as session:
-        session.execute(text(WAITING), {"ids": [str(new_id()) for _ in range(HISTORY)]})
-        builders.make_job(session, JobKind.PREDICT_BATCH, scans=3, chunk=1)
     with sessions() as session:
         assert most_rows(session, lambda now: position.unfinished_units(now, TENANT)) <= 10
         assert position.unfinished_units(session, TENANT)["queued"] == 3

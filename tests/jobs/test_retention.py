@@ -1,4 +1,4 @@
-"""Expiry of results: what is deleted, what stays, and what readers get."""
+"""Retention of results: what is deleted, what stays, and what readers get."""
 
 import uuid
 
@@ -7,14 +7,15 @@ from sqlalchemy import func, select, text
 
 from jobs.db import Sessions
 from jobs.errors import ResultsExpired, WrongState
-from jobs.queue import lifecycle, retention, submission
+from jobs.queue import lifecycle, submission
 from jobs.queue.explanations import artifact_name
 from jobs.results import queries, summary
+from jobs.retention import results
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Artifact, Job, JobEvent, ScanResult
 from tests import builders
-from worker.dispatcher.loop import Dispatcher
 
 SOON = 1e-9
 """Retention time (days) that every ended job has passed."""
@@ -28,9 +29,9 @@ def ended(sessions: Sessions, scans: int = 3, failed: int = 0, kind: JobKind = J
         return job.id
 
 
-def expire(sessions: Sessions, days: float = SOON, rows: int = retention.BATCH_ROWS) -> bool:
+def expire(sessions: Sessions, days: float = SOON, rows: int = results.ROWS) -> bool:
     with sessions.begin() as session:
-        return retention.expire(session, days, rows)
+        return results.expire(session, days, rows)
 
 
 def left(sessions: Sessions, job_id: uuid.UUID) -> list[int]:
@@ -79,19 +80,37 @@ def test_results_of_failed_predictions_expire(sessions: Sessions, state: JobStat
     assert job(sessions, job_id).state == state
 
 
-def test_explanations_expire_and_other_artifacts_stay(sessions: Sessions) -> None:
-    job_id = ended(sessions)
+def explained(sessions: Sessions, scans: int = 3) -> uuid.UUID:
+    """An ended job with explanations of its scans, and two other artifacts."""
+    job_id = ended(sessions, scans)
     with sessions.begin() as session:
-        for name in (*map(artifact_name, range(3)), "explanations.txt", "report.html"):
+        for name in (*map(artifact_name, range(scans)), "explanations.txt", "report.html"):
             blob = {"sha256": "a" * 64, "size": 1, "media_type": "image/png"}
             session.add(Artifact(job_id=job_id, name=name, tenant_id=builders.TENANT, **blob))
-    assert expire(sessions, rows=2) is True
-    assert expire(sessions, rows=2) is False
+    return job_id
+
+
+def test_explanations_expire_and_other_artifacts_stay(sessions: Sessions) -> None:
+    explained(sessions)
+    while expire(sessions, rows=2):
+        pass
     with sessions() as session:
         assert session.scalars(select(Artifact.name).order_by(Artifact.name)).all() == [
             "explanations.txt",
             "report.html",
         ]
+
+
+def test_explanations_are_listed_all_or_none(sessions: Sessions) -> None:
+    job_id = explained(sessions)
+    with sessions() as session:
+        assert len(queries.artifacts(session, job_id).data) == 5
+    expire(sessions, rows=5)
+    with sessions() as session:
+        assert session.scalar(select(func.count()).select_from(Artifact)) == 3
+        assert [row.name for row in queries.artifacts(session, job_id).data] == ["explanations.txt", "report.html"]
+        with pytest.raises(ResultsExpired):  # all of them are gone, and the job is not marked yet
+            queries.results(session, queries.job(session, builders.TENANT, job_id))
 
 
 def test_batch_of_deletions_is_bounded_and_ordered(sessions: Sessions) -> None:
@@ -110,7 +129,7 @@ def test_batch_of_deletions_is_bounded_and_ordered(sessions: Sessions) -> None:
 
 
 def test_batch_of_deletions_is_bounded_in_jobs(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "BATCH_JOBS", 2)
+    monkeypatch.setattr(results, "JOBS", 2)
     jobs = [ended(sessions, 1, kind=JobKind.PREDICT) for _ in range(3)]
     assert expire(sessions) is True
     assert [len(left(sessions, each)) for each in jobs] == [0, 0, 1]
@@ -150,24 +169,14 @@ def test_two_dispatchers_expire_different_jobs(sessions: Sessions) -> None:
     assert left(sessions, first) == []
 
 
-@pytest.mark.parametrize(("days", "kept"), [(0, 3), (30, 3), (SOON, 0)])
-def test_dispatcher_expires_results_by_the_setting(
-    sessions: Sessions, settings: Settings, days: float, kept: int
+@pytest.mark.parametrize(
+    ("days", "kept"),
+    [({}, 3), ({"results_days": 30}, 3), ({"results_days": SOON}, 0), ({"results_days": 30, "job_days": SOON}, 0)],
+)
+def test_results_expire_by_the_settings(
+    sessions: Sessions, settings: Settings, days: dict[str, float], kept: int
 ) -> None:
+    """A job is deleted after its results, so these go with whichever of the two comes first."""
     job_id = ended(sessions)
-    Dispatcher(settings.model_copy(update={"results_days": days}), sessions, lambda *_: None).step()
+    assert results.step(sessions, BlobStore(settings.artifacts), settings.model_copy(update=days)) is False
     assert len(left(sessions, job_id)) == kept
-
-
-def test_dispatcher_continues_soon_while_there_are_more(
-    sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retention, "BATCH_JOBS", 1)
-    jobs = [ended(sessions) for _ in range(2)]
-    clock = [1000.0]
-    monkeypatch.setattr("worker.dispatcher.loop.time.monotonic", lambda: clock[0])
-    dispatcher = Dispatcher(settings.model_copy(update={"results_days": SOON}), sessions, lambda *_: None)
-    for at, gone in ((1000.0, 1), (1000.9, 1), (1001.1, 2)):
-        clock[0] = at
-        dispatcher.step()
-        assert sum(not left(sessions, each) for each in jobs) == gone

@@ -17,9 +17,10 @@ from jobs.events.webhooks import EventType
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
+from jobs.paging import Page
 from jobs.queue import lifecycle
 from jobs.states import TERMINAL, JobKind, JobState
-from jobs.tables import Delivery, Job, Webhook
+from jobs.tables import Delivery, Job, Webhook, new_id
 from tests import builders
 from tests.builders import TENANT
 from tests.plans import most_rows
@@ -293,6 +294,28 @@ def test_a_claim_reads_one_delivery_of_a_receiver_however_many_wait(sessions: Se
     with sessions() as session:
         assert most_rows(session, lambda now: deliveries.claim(now, 60, [], [])) <= 2
     assert {next_of(sessions).webhook_id, next_of(sessions).webhook_id} == {silent.id, other.id}
+
+
+def test_a_page_of_deliveries_reads_none_of_other_webhooks(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        old, new = make_webhook(session), make_webhook(session, tenant_id="elsewhere")
+        many = text(
+            "INSERT INTO deliveries (id, webhook_id, tenant_id, event_id, type, data)"
+            " SELECT id, :webhook, :tenant, id::text, 'job.failed', '{}' FROM unnest(CAST(:ids AS uuid[])) AS id"
+        )
+        for webhook in (old, new):
+            ids = [str(new_id()) for _ in range(3000)]
+            session.execute(many, {"webhook": webhook.id, "tenant": webhook.tenant_id, "ids": ids})
+    with sessions() as session:
+        assert most_rows(session, lambda now: list_five(now, old), statement=1) <= 10
+        first = list_five(session, old)
+        assert [str(first.data[-1].id), True] == [first.next, first.has_more]
+        later = deliveries.list_deliveries(session, TENANT, old.id, 5, first.data[-1].id)
+        assert max(row.id for row in later.data) < first.data[-1].id
+
+
+def list_five(session: Session, webhook: Webhook) -> Page[Delivery]:
+    return deliveries.list_deliveries(session, webhook.tenant_id, webhook.id, 5, None)
 
 
 @pytest.mark.usefixtures("due")

@@ -29,6 +29,8 @@ from ml.spec.image import Params
 TRAINED, VALIDATED, TESTED = 32, 8, 4  # scans of make_data
 SCANS = TRAINED + VALIDATED + TESTED
 CLASSES = ("Normal", "Tumor")
+LIGHT_NETWORKS = ("vgg16", "resnet18")
+"""Of the six, those that most tests take: the default, and the one that takes least time."""
 FEATURES = 2048  # per scan, if a `CountingBackbone` computes them
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
 from ml.runtime.torchvision_import import torchvision
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from tests.ml.builders import last_linear, make_scans
+from tests.depth import rest_in_full
+from tests.ml.builders import LIGHT_NETWORKS, last_linear, make_scans
 
-CUTS = [(name, head, top) for name in NETWORKS for head in ("gap", "vgg") for top in (0, 1, 2)]
-SLOW = {"vgg16", "vit_b_16"}
+LIGHT = {*LIGHT_NETWORKS, "efficientnet_b0"}
+HEADS = rest_in_full(product(NETWORKS, ("gap", "vgg")), lambda of: of[0] in LIGHT)
+CUTS = rest_in_full(product(NETWORKS, ("gap", "vgg"), (0, 1, 2)), lambda cut: cut[0] in LIGHT)
 
 
 def side_of(name: str) -> int:
@@ -31,6 +35,13 @@ def made(name: str, head: str = "gap") -> nn.Module:
     return network.build(3, 0, name, head).eval()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _networks_are_let_go() -> Iterator[None]:
+    """At the end of this file: they take gigabytes."""
+    yield
+    made.cache_clear()
+
+
 def images_for(name: str, count: int = 2) -> torch.Tensor:
     side = side_of(name)
     return Transform(side, side).normalize(torch.from_numpy(make_scans(count, side)))
@@ -40,7 +51,6 @@ def test_there_is_one_for_each_name_that_parameters_know():
     assert set(ARCHITECTURES) == set(NETWORKS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "head", "top"), CUTS)
 @torch.no_grad()
 def test_the_network_is_what_is_above_of_what_is_below(name, head, top):
@@ -110,8 +120,7 @@ def test_the_grad_cam_layer_gives_maps(name):
     assert [len(shape) for shape in seen] == [4]
 
 
-@pytest.mark.parametrize("head", ["vgg", "gap"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "head"), HEADS)
 def test_the_heads_are_those_that_parameters_name(name, head):
     layers = list(made(name, head).get_submodule(ARCHITECTURES[name].head))
     kinds = [type(layer).__name__ for layer in layers]
@@ -159,9 +168,7 @@ def test_networks_without_batch_normalization_are_left_alone(name):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, LIGHT.__contains__))
 @torch.no_grad()
 def test_a_network_comes_back_from_its_file(name, tmp_path):
     side = side_of(name)

@@ -12,6 +12,7 @@ import yaml
 
 from ml.__main__ import main
 from ml.image.dataset.lineage import lineage
+from ml.image.engines.features import Features
 from ml.image.networks import network
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
@@ -28,23 +29,30 @@ MANY = {"test_size": 0.5}
 """A split with twenty test scans of the small run's forty."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def candidate(small_run: SmallRun) -> Model:
     """The network of the small run."""
     return network.load(small_run.model_path)
 
 
+@pytest.fixture(scope="module")
+def features() -> dict[int, Features]:
+    """The candidate's features, computed by the first run that needs them."""
+    return {}
+
+
 @pytest.fixture
-def run(small_run: SmallRun) -> Run:
+def run(small_run: SmallRun, features: dict[int, Features]) -> Run:
     """A run in the folder of the small run, with its scans."""
-    return Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL | MANY), lambda event: None)
+    config, params = load_config(small_run.folder / "config.yaml"), parse_params(SMALL | MANY)
+    return Run(config, params, lambda event: None, features_by_top=features)
 
 
 def rival(side: int = SIDE, classes: tuple[str, ...] = CLASSES, **metadata: Any) -> Model:
     """Another network with random weights and an empty lineage."""
-    made = network.build(len(classes), 0, "efficientnet_b0", "gap").eval()
+    made = network.build(len(classes), 0, "resnet18", "gap").eval()
     told = {"lineage": [], "calibration": {"temperature": 1.5, "threshold": 0.4}, **metadata}
-    return Model(made, classes, Transform(side, side), told, "efficientnet_b0", "gap")
+    return Model(made, classes, Transform(side, side), told, "resnet18", "gap")
 
 
 def beside(run: Run, candidate: Model, path: Path | None, told: list[float] | None = None) -> Comparison | None:

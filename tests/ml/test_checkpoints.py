@@ -29,12 +29,22 @@ from ml.image.learning.schedules import best_epoch
 from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, train
 from ml.image.networks import network
 from ml.image.networks.network import Model
-from ml.image.stages.run import RunEnvironment
-from ml.image.stages.runner import run_all
-from ml.runtime.config import CheckpointPlan, load_config, parse_params
+from ml.runtime.config import CheckpointPlan
 from ml.runtime.errors import BadCheckpoint
-from ml.runtime.events import Checkpointed, Epoch, Evaluated, Event, Failed, Progress, Resumed, from_json
+from ml.runtime.events import (
+    Checkpointed,
+    Epoch,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Resumed,
+    StageStarted,
+    from_json,
+)
 from ml.spec.image import Params
+from tests.depth import rest_in_full
 from tests.ml.builders import (
     make_data,
     make_narrow_model,
@@ -407,6 +417,7 @@ def start_child(folder: Path, archive: Path, *options: str, **fields: object) ->
 
 
 def events_of(child: subprocess.Popen[str]) -> list[Event]:
+    """They are all that a child writes on stdout."""
     output, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     return [from_json(line) for line in output.splitlines()]
@@ -428,7 +439,8 @@ def kill_after(epoch: int, child: subprocess.Popen[str], take: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augmentation", [False, True])
+@pytest.mark.scaled
+@pytest.mark.parametrize("augmentation", rest_in_full([False, True], lambda augmentation: not augmentation))
 def test_a_killed_child_is_resumed_to_the_same_end(small_run, tmp_path, augmentation):
     whole = small_run.folder, small_run.events  # in this process, without checkpoints
     if augmentation:
@@ -440,7 +452,10 @@ def test_a_killed_child_is_resumed_to_the_same_end(small_run, tmp_path, augmenta
         tmp_path / "again", small_run.archive, *keeping, "--resume", str(kept), augmentation=augmentation
     )
     resumed = events_of(again)
+    assert isinstance(resumed[0], StageStarted)
+    assert isinstance(resumed[-1], Finished)
     assert [event for event in resumed if isinstance(event, Resumed)] == [Resumed(2)]
+    assert all(event.fraction > 0.03 for event in resumed if isinstance(event, Progress) and event.stage == "training")
     assert [event.epoch for event in resumed if isinstance(event, Epoch)] == [3]
     assert [event.epoch for event in resumed if isinstance(event, Checkpointed)] == []
     assert scores_of(resumed) == scores_of(whole[1])
@@ -476,7 +491,8 @@ def test_a_child_that_gets_a_foreign_checkpoint_says_so(small_run, tmp_path):
 def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small_run, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
-    child = start_child(tmp_path / "run", small_run.archive, "--checkpoints", str(kept), "--checkpoint-seconds", "0")
+    options = ("--checkpoints", str(kept), "--checkpoint-seconds", "0")
+    child = start_child(tmp_path / "run", small_run.archive, *options, head="vgg")  # its checkpoints are large
     deadline = time.monotonic() + 60
     while not names_in(kept):  # the first thing to appear is a temporary file
         assert time.monotonic() < deadline
@@ -486,18 +502,3 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small
     child.communicate(timeout=30)
     assert child.returncode == 143
     assert names_in(kept) == []
-
-
-def test_a_run_that_goes_on_draws_the_whole_learning_curve_and_counts_all_epochs(small_run, tmp_path):
-    config = load_config(write_config(tmp_path / "first", small_run.archive))
-    params, told = parse_params(SMALL | {"augmentation": False, "epochs": 2}), []
-    run_all(config, params, told.append, RunEnvironment(checkpoints=CheckpointPlan(tmp_path / "kept", 0.0)))
-    (kept,) = [event for event in told if isinstance(event, Checkpointed)]
-    again: list[Event] = []
-    config = load_config(write_config(tmp_path / "second", small_run.archive))
-    run_all(config, params, again.append, RunEnvironment(checkpoints=CheckpointPlan(resume=Path(kept.path))))
-    history = json.loads(config.training.history_path.read_text())
-    assert [epoch["epoch"] for epoch in history] == [1, 2]
-    assert [event.epoch for event in again if isinstance(event, Epoch)] == [2]
-    assert all(event.fraction > 0.03 for event in again if isinstance(event, Progress) and event.stage == "training")
-    assert scores_of(again) == scores_of(told)

@@ -17,7 +17,8 @@ from ml.image.networks.feature_descriptor import descriptor_width, feature_descr
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
 from ml.spec.image import LEAST_SIDE
-from tests.ml.builders import CLASSES, make_scans
+from tests.depth import rest_in_full
+from tests.ml.builders import CLASSES, LIGHT_NETWORKS, make_scans
 
 KINDS = [(name, "gap") for name in sorted(ARCHITECTURES)] + [("vgg16", "vgg")]
 
@@ -31,7 +32,7 @@ def make_model(architecture: str, head: str = "gap") -> Model:
     return Model(made.eval(), CLASSES, transform, {}, architecture, head)
 
 
-@pytest.mark.parametrize(("architecture", "head"), KINDS)
+@pytest.mark.parametrize(("architecture", "head"), rest_in_full(KINDS, lambda kind: kind[0] in LIGHT_NETWORKS))
 def test_the_network_with_descriptor_outputs_logits_and_descriptor(architecture, head):
     model = make_model(architecture, head)
     pictures = make_scans(3, model.transform.height)

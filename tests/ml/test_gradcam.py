@@ -28,7 +28,16 @@ from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
 from ml.runtime.errors import BadParams, EngineNotAdmitted, ImageError, ModelFileError
 from ml.spec.image import FIXED_SIDE, LEAST_SIDE, NETWORKS
-from tests.ml.builders import CLASSES, encode, last_linear, make_dicom, make_pixels, make_scans
+from tests.depth import rest_in_full
+from tests.ml.builders import (
+    CLASSES,
+    LIGHT_NETWORKS,
+    encode,
+    last_linear,
+    make_dicom,
+    make_pixels,
+    make_scans,
+)
 
 CONVOLUTIONAL = sorted({*NETWORKS} - {"vit_b_16"})
 HEIGHT, WIDTH, SPOT = 150, 260, 50
@@ -73,6 +82,12 @@ def explainer() -> Explainer:
     return Explainer(make_model())
 
 
+@cache
+def spotter(name: str = "resnet18") -> Explainer:
+    """An explainer of `make_spotter`. Do not change it."""
+    return Explainer(make_spotter(name))
+
+
 def explained(scan: bytes, label: str | None = None, by: Explainer | None = None) -> Explanation:
     (one,) = (by or explainer()).explain([ScanInput("a", scan)], label)
     return one
@@ -93,10 +108,9 @@ def grey_of(scan: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
 def test_the_peak_is_in_the_corner_that_the_answer_depends_on(name):
-    spotter = Explainer(make_spotter(name))
     for top in (0, HEIGHT - SPOT):
         for left in (0, WIDTH - SPOT):
-            one = explained(with_spot(top, left), "Tumor", spotter)
+            one = explained(with_spot(top, left), "Tumor", spotter(name))
             row, column = np.unravel_index(one.heatmap.argmax(), one.heatmap.shape)
             assert top <= row < top + SPOT, (top, left)
             assert left <= column < left + SPOT, (top, left)
@@ -105,9 +119,9 @@ def test_the_peak_is_in_the_corner_that_the_answer_depends_on(name):
 
 
 def test_what_speaks_for_one_class_says_nothing_for_the_other():
-    spotter, scan = Explainer(make_spotter("resnet18")), with_spot(10, 200)
-    assert explained(scan, "Tumor", spotter).heatmap.max() > 0.9
-    assert explained(scan, "Normal", spotter).heatmap.max() == 0
+    scan = with_spot(10, 200)
+    assert explained(scan, "Tumor", spotter()).heatmap.max() > 0.9
+    assert explained(scan, "Normal", spotter()).heatmap.max() == 0
 
 
 @torch.no_grad()
@@ -192,9 +206,7 @@ def test_a_transformers_tokens_are_the_patches_row_by_row():
 # --- every network ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, LIGHT_NETWORKS.__contains__))
 def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name):
     by, scan = Explainer(make_model(name)), encode(make_pixels(1, 40, 70, bright=True))
     first, second = (explained(scan, label, by) for label in CLASSES)
@@ -207,9 +219,7 @@ def test_each_network_gives_a_heatmap_for_each_class_and_the_same_one_again(name
     assert explained(scan, CLASSES[0], by).overlay == first.overlay
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", rest_in_full(NETWORKS, LIGHT_NETWORKS.__contains__))
 def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
     """Compared with a plain forward and backward pass of the whole network in torch."""
     model, scan = make_model(name), encode(make_pixels(1, 224, 224, bright=True))
@@ -280,7 +290,7 @@ def test_a_form_that_was_refused_for_predictions_is_none_for_explanations():
 
 def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
     forwards, scan = list[int](), with_spot(10, 200)
-    by = Explainer(make_spotter("resnet18"))
+    by = spotter()
     forward = by._features
     monkeypatch.setattr(by, "_features", lambda pixels: forwards.append(1) or forward(pixels))
     one, other = by.each_class(ScanInput("a", scan), "Tumor")
@@ -293,7 +303,7 @@ def test_the_other_classes_are_explained_by_the_same_forward(monkeypatch):
 
 
 def test_each_class_is_made_when_it_is_asked_for(monkeypatch):
-    by, made = Explainer(make_spotter("resnet18")), list[int]()
+    by, made = spotter(), list[int]()
     weighed = by._cam
     monkeypatch.setattr(by, "_cam", lambda features, label: made.append(label) or weighed(features, label))
     stream = by.each_class(ScanInput("a", with_spot(10, 200)), "Tumor")
@@ -320,7 +330,7 @@ def test_a_scan_that_was_predicted_is_not_decoded_again():
 
 
 def test_a_heatmap_is_a_grey_picture_of_256_levels():
-    one = explained(with_spot(10, 200), "Tumor", Explainer(make_spotter("resnet18")))
+    one = explained(with_spot(10, 200), "Tumor", spotter())
     with Image.open(io.BytesIO(one.heatmap_png()), formats=["PNG"]) as picture:
         assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
         levels = np.asarray(picture)
@@ -348,7 +358,7 @@ def test_heatmap_and_overlay_have_the_size_of_the_scan(scan):
 
 def test_the_overlay_is_the_grey_scan_where_nothing_is_seen_and_coloured_where_it_is():
     scan = with_spot(50, 100)
-    one = explained(scan, "Tumor", Explainer(make_spotter("resnet18")))
+    one = explained(scan, "Tumor", spotter())
     overlay, grey = picture_of(one).astype(int), grey_of(scan)
     cold, hot = one.heatmap == 0, one.heatmap > 0.9
     assert np.array_equal(overlay[cold], grey[cold])

@@ -22,6 +22,7 @@ from ml.image.stages import runner, training
 from ml.image.stages.run import Run
 from ml.runtime.config import load_config, parse_params
 from ml.synthetic.phantom_files import write_dataset
+from tests.depth import depth
 from tests.ml.builders import encode, make_pixels, make_scans, write_zip
 from tests.ml.conftest import SMALL, write_config
 from tests.ml.ood_pictures import ood_pictures, phantoms, resaved
@@ -172,11 +173,14 @@ def test_an_engine_that_moves_the_score_is_not_admitted(small_run):
     model = network.load(small_run.model_path)
     outliers = OodDetector.from_metadata(model.metadata)
     assert outliers is not None
-    strict = replace(outliers, descriptors=replace(outliers.descriptors, limit=outliers.descriptors.limit / 1e6))
+    generous, strict = (
+        replace(outliers, descriptors=replace(outliers.descriptors, limit=outliers.descriptors.limit * factor))
+        for factor in (2, 1e-6)
+    )
     pictures = np.stack([make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(6)])
     usual, refused = (
         admit(model, Calibration(threshold=0.5), pictures, np.arange(6) % 2, make_scans(8, 64), each).trials.values()
-        for each in (outliers, strict)
+        for each in (generous, strict)
     )
     assert all(trial.admitted for trial in usual), usual
     assert [trial.admitted for trial in refused] == [form == "fp32" for form in reversed(supported_dtypes())]
@@ -206,13 +210,15 @@ def test_a_training_tells_in_which_form_it_has_learnt(small_run):
     assert set(OodDetector.from_metadata(model.metadata).shifts) == {*supported_dtypes()} - {fitted_in}
 
 
+@pytest.mark.scaled
 def test_every_admitted_engine_gives_nearly_the_same_score(small_run):
     model = network.load(small_run.model_path)
+    admitted = [form for form in supported_dtypes() if model.metadata["engines"][engine_name(form)]["admitted"]]
+    assert {*supported_dtypes()} - {*admitted} <= depth({"int8"}, set()), "of the small head, it moves the score"
     some = [make_pixels(seed, 64, 64, bright=seed % 2 == 1) for seed in range(8)]
     some += [one for pictures in ood_pictures(2).values() for one in pictures]
     reference = scored(Predictor.from_model(model, "fp32"), some)
-    for form in supported_dtypes()[:-1]:
-        assert model.metadata["engines"][engine_name(form)]["admitted"], form
+    for form in admitted:
         np.testing.assert_allclose(scored(Predictor.from_model(model, form), some), reference, rtol=0.1, err_msg=form)
 
 
@@ -265,6 +271,7 @@ def tuned(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_fine_tuned_backbone_does_not_reject_other_patients(tuned):
     """With limits from training scans alone, 39 of these 200 were rejected."""
     predictor = Predictor.load(tuned)

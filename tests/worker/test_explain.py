@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
-from jobs.db import NOW, Sessions
+from jobs.db import Sessions
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
@@ -293,7 +293,9 @@ def test_a_scan_that_is_no_longer_stored_does_not_fail_the_unit(
     others = [encode(make_pixels(seed, 30, 30)) for seed in range(2)]
     job = ask(GOOD, *others, kind=JobKind.PREDICT_BATCH, explain=every)
     predict_chunk(held(resources, job))
-    resources.artifacts.delete(hashlib.sha256(others[0]).hexdigest())
+    gone = hashlib.sha256(others[0]).hexdigest()
+    resources.artifacts.set_aside(gone)
+    resources.artifacts.delete_aside(gone)
     with capture_logs() as logs:
         explain_results(held(resources, job))
     assert set(explained(resources, job)) == {0, 2}
@@ -308,7 +310,8 @@ def fail_to_explain(resources: Resources, job: Job) -> None:
     failing.end(failed.value)
     with resources.sessions.begin() as session:
         waits = Unit.id == failing.claim.unit_id, Unit.finished_at.is_(None)
-        session.execute(update(Unit).where(*waits).values(not_before=NOW))
+        session.execute(update(Unit).where(*waits).values(not_before=func.now()))
+        lifecycle.enqueue_due(session)
 
 
 def test_a_scan_that_cannot_be_explained_does_not_affect_others(

@@ -15,6 +15,10 @@ from jobs.db import Notifications, Sessions, make_engine
 LEADER_LOCK = 5_931_087_415
 """Number of the advisory lock: one leader in each database."""
 
+# Planning a look takes longer than executing it, so it is planned once; perhaps while the tables are empty, when the
+# planner would choose to read all of them.
+PLANNING_OPTIONS = "-c synchronous_commit=off -c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
+
 TRY_TO_LEAD = text("SELECT pg_try_advisory_lock(:lock)")
 # A lock's 64-bit number is stored in two halves. The leader's backend runs a statement in every round, and
 # `state_change` is the time of the latest one. Ending one's own role's backend needs no superuser.
@@ -53,8 +57,9 @@ class PlanningConnection:
 @contextmanager
 def planning_connection(url: str) -> Iterator[PlanningConnection]:
     """A new connection, which ends with the block, and the leadership with it."""
-    options = "-c synchronous_commit=off"
-    engine = make_engine(url, 1, "renalq-dispatch", pre_ping=False, options=options, isolation_level="AUTOCOMMIT")
+    engine = make_engine(
+        url, 1, "renalq-dispatch", pre_ping=False, options=PLANNING_OPTIONS, isolation_level="AUTOCOMMIT"
+    )
     try:
         with engine.connect() as connection:
             yield PlanningConnection(connection)

@@ -23,6 +23,7 @@ from jobs.db import Sessions, session_factory
 from jobs.events import job_events
 from jobs.models.cards import REGISTRY_SYNC
 from jobs.queue import dispatch, lifecycle, pace, processes
+from jobs.queue.dispatch import QueueReader
 from jobs.settings import Settings
 from jobs.states import Lane
 from worker.app import TASK_OF, publish_unit
@@ -87,7 +88,7 @@ class Dispatcher:
 
     def step(self) -> None:
         """Dispatch waiting units, and run all services that are due, in this thread."""
-        self._dispatch_waiting(self._sessions)
+        self._dispatch_waiting(self._sessions, QueueReader())
         for thread in (self._heartbeat, self._urgent, self._other):
             thread.run_due()
 
@@ -103,14 +104,16 @@ class Dispatcher:
             return
         log.info("leading")
         notifications = connection.listen(job_events.UNITS_CHANNEL)
+        queue = QueueReader()
         self._leads.set()
         try:
             with sending_webhooks(self._settings):
                 while not self._stop.is_set():
-                    self._dispatch_waiting(connection.sessions)
+                    self._dispatch_waiting(connection.sessions, queue)
                     if self._scheduler.is_busy:
                         self._stop.wait(BATCHING_SECONDS)
                     payloads = notifications.wait(self._settings.sweep_seconds)
+                    queue.notice(payloads)
                     if job_events.CANCELLATION in payloads:
                         self._urgent.hurry(job_events.CANCELLATION)
                     if REGISTRY_SYNC in payloads:
@@ -118,19 +121,21 @@ class Dispatcher:
         finally:
             self._leads.clear()
 
-    def _dispatch_waiting(self, sessions: Sessions) -> None:
+    def _dispatch_waiting(self, sessions: Sessions, queue: QueueReader) -> None:
         """Mark, commit, then publish: no message is sent for a row that may still vanish."""
         marked: set[uuid.UUID] = set()
         with sessions.begin() as session:
-            lifecycle.enqueue_due(session)
-            plan = self._plan(session)
+            queue.notice(lifecycle.enqueue_due(session))
+            plan = self._plan(session, queue)
             if plan.request_yield:
                 dispatch.request_yield(session, [unit.unit_id for unit in plan.request_yield])
             if plan.reserve:
                 dispatch.reserve(session, [unit.unit_id for unit in plan.reserve])
+                queue.marked(unit.unit_id for unit in plan.reserve)
             if plan.dispatch:
                 again = self._settings.ring_again_seconds
                 marked = dispatch.dispatch(session, [unit.unit_id for unit in plan.dispatch], again)
+                queue.marked(marked)
         left = [unit for unit in plan.dispatch if unit.unit_id in marked]
         while left and self._published(left[0]):
             left.pop(0)
@@ -138,13 +143,13 @@ class Dispatcher:
             with sessions.begin() as session:
                 dispatch.release(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
 
-    def _plan(self, session: Session) -> Plan:
+    def _plan(self, session: Session, queue: QueueReader) -> Plan:
         settings = self._settings
         if time.monotonic() - self._measured_at >= MEASURING_SECONDS:
             self._unit_seconds, self._measured_at = pace.mean_unit_seconds(session), time.monotonic()
         alive, per_tenant = 3 * settings.process_seconds, self._scheduler.units_to_read(self._unit_seconds)
-        queue = dispatch.snapshot(session, settings.ring_again_seconds, alive, per_tenant)
-        return self._scheduler.plan(queue, self._unit_seconds)
+        found = queue.read(session, settings.ring_again_seconds, alive, per_tenant)
+        return self._scheduler.plan(found, self._unit_seconds)
 
     def _published(self, unit: dispatch.WaitingUnit) -> bool:
         try:

@@ -15,7 +15,7 @@ from jobs.db import Sessions
 from jobs.events import deliveries
 from jobs.events.job_events import CANCELLATION
 from jobs.models import drift
-from jobs.queue import completion, processes, reaping
+from jobs.queue import completion, processes, reaping, submission
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.retention import services as retention
 from jobs.settings import Settings
@@ -57,7 +57,8 @@ class Maintenance:
         services = [
             Service("prune_keys", PRUNE_SECONDS, self._in_transaction(self._prune_keys)),
             Service("prune_deliveries", PRUNE_SECONDS, self._in_transaction(self._prune_deliveries)),
-            Service("prune_processes", PRUNE_SECONDS, self._in_transaction(self._prune_processes)),
+            Service("prune_processes", PRUNE_SECONDS, self._in_transaction(_once(processes.prune))),
+            Service("prune_loads", PRUNE_SECONDS, self._in_transaction(_once(submission.prune_loads))),
             Service("drift", settings.drift_seconds, self._check_drift),
             *(Service(*each) for each in retention.services(self._sessions, self._artifacts, settings)),
         ]
@@ -96,10 +97,6 @@ class Maintenance:
     def _prune_deliveries(self, session: Session) -> bool:
         return deliveries.prune(session, self._settings.delivery_days) == deliveries.PRUNED_AT_ONCE
 
-    def _prune_processes(self, session: Session) -> bool:
-        processes.prune(session)
-        return False
-
     def _request_tracking(self) -> bool:
         with self._sessions.begin() as session:
             behind = is_behind(session)
@@ -114,3 +111,13 @@ class Maintenance:
         with self._sessions.begin() as session:
             self._checked = drift.check_drift(session, drift.DriftPolicy.of(self._settings), self._checked)
         return self._checked is not None
+
+
+def _once(action: Callable[[Session], None]) -> Callable[[Session], bool]:
+    """A service that does all of its work in one batch."""
+
+    def run(session: Session) -> bool:
+        action(session)
+        return False
+
+    return run

@@ -16,7 +16,7 @@ from jobs.states import Lane
 MAX_RESERVED = 64
 """Units of a lane that are reserved for busy workers at most."""
 SPARE_UNITS = 8
-"""Waiting units of each tenant that are read beyond those for which there may be room."""
+"""Waiting units of each tenant that are read beyond those for which there is room."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ class FairScheduler:
         """Whether all workers were busy in the latest snapshot: a new unit finds none to be dispatched to."""
 
     def units_to_read(self, unit_seconds: Mapping[Lane, float]) -> int:
-        """How many waiting units of each tenant the next snapshot should hold: one for each worker, and the reserve."""
-        room = max((self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane), default=0)
-        return SPARE_UNITS + self._workers + room
+        """How many waiting units of each tenant the next snapshot should hold beside one for each idle worker."""
+        return SPARE_UNITS + max(self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane)
 
     def plan(self, queue: QueueSnapshot, unit_seconds: Mapping[Lane, float]) -> Plan:
         """What to do now. `unit_seconds`: how long a unit of a lane takes."""
@@ -148,7 +147,8 @@ class FairScheduler:
         chosen = self._lanes[lane].choose(new, room + free)
         ready = woken + chosen[:room]
         idle.give(lane, len(ready))
-        return ready, chosen[room:], [unit for unit in new if unit not in chosen]
+        taken = set(chosen)  # a list would be searched for each of ten thousand units
+        return ready, chosen[room:], [unit for unit in new if unit not in taken]
 
     def _room(
         self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None

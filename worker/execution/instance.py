@@ -44,7 +44,7 @@ def take_back_lost_units(resources: Resources, holders: str) -> int:
         with resources.beats() as session:
             held = reaping.held_by(session, holders)
         for unit in held:
-            if _is_dead(unit.worker):
+            if _is_dead(unit.worker or ""):
                 with resources.sessions.begin() as session:
                     units += reaping.take_back(session, unit, retry)
     except SQLAlchemyError as error:  # Postgres is away, or the job is locked: their leases expire
@@ -57,7 +57,7 @@ def take_back_lost_units(resources: Resources, holders: str) -> int:
 def _is_dead(worker: str) -> bool:
     """Whether a process of this node has ended: any of another instance, and of this one those without a process. The
     process ids of one instance are of one machine."""
-    name, pid = worker.rsplit("/", 1)
+    name, _, pid = worker.rpartition("/")
     if name != worker_name():
         return True
     try:

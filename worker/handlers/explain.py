@@ -86,8 +86,8 @@ def explain_results(unit: UnitLease) -> None:
     seconds = time.monotonic() - started
 
     def end(session: Session) -> None:
-        explanations.save(session, unit.claim, made)
-        lifecycle.succeed(session, unit.claim, device_seconds=seconds)
+        lifecycle.succeed(session, unit.claim, device_seconds=seconds)  # first: it locks the job before the unit
+        explanations.insert_artifacts(session, unit.claim, made)
 
     unit.finish(end)
 

@@ -51,8 +51,11 @@ def mark_tracked(session: Session, job_id: uuid.UUID, run_id: str | None) -> Non
 
 def ask_again(session: Session) -> int:
     """Try again to record the trainings that were given up. Returns their number."""
-    given_up = update(Job).where(*_untracked(), Job.tracking_attempts >= MAX_ATTEMPTS)
-    found = session.execute(given_up.values(tracking_attempts=0, track_after=None).returning(Job.id))
+    given_up = select(Job.id).where(*_untracked(), Job.tracking_attempts >= MAX_ATTEMPTS)
+    free = given_up.with_for_update(skip_locked=True, key_share=True)  # it must not wait for several jobs
+    found = session.execute(
+        update(Job).where(Job.id.in_(free)).values(tracking_attempts=0, track_after=None).returning(Job.id)
+    )
     return len(found.all())
 
 

@@ -1,13 +1,14 @@
 """Explanations: the field that requests them, and the links to a result's files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import marshmallow as ma
 from marshmallow import fields
 from sqlalchemy.orm import Session
 
-from jobs.queue import explanations
+from jobs.queue import explanations, kept
 from jobs.queue.explanations import ALL_CLASSES, ExplanationFiles
 from jobs.results import queries
 from jobs.results.queries import JobView
@@ -61,26 +62,37 @@ class ExplainedSchema(ma.Schema):
     )
 
 
-def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult]) -> dict[int, Json]:
-    """The fields of ExplainedSchema of these results, by ordinal."""
+def explanation_fields(session: Session, view: JobView, rows: Sequence[ScanResult], job_url: str) -> dict[int, Json]:
+    """The fields of ExplainedSchema of these results, by ordinal. The files' addresses begin with the job's.
+
+    Raises:
+        ResultsExpired
+    """
     requested = view.job.params.get("explain")
     if not requested:
         return {}
     words = explanations.class_slugs(queries.classes(session, view)) if requested == ALL_CLASSES else {}
     files = explanations.find_files(session, view.job.id, [row.ordinal for row in rows], words)
-    return {row.ordinal: _of_result(view, row, files.get(row.ordinal, {}), list(words)) for row in rows}
+    if view.terminal:
+        kept.require_kept(session, view.job.id)  # some files may have been deleted since the results were read
+    links = partial(_links, job_url)
+    return {row.ordinal: _of_result(view, row, files.get(row.ordinal, {}), list(words), links) for row in rows}
 
 
 def _of_result(
-    view: JobView, row: ScanResult, files: dict[str | None, ExplanationFiles], classes: Sequence[str]
+    view: JobView,
+    row: ScanResult,
+    files: dict[str | None, ExplanationFiles],
+    classes: Sequence[str],
+    links: Callable[[ExplanationFiles], Json],
 ) -> Json:
     if None not in files:
         return {"explanation_note": _missing_note(view)} if view.terminal and row.state == ResultState.SUCCEEDED else {}
-    found = _links(view, files[None])
+    found = links(files[None])
     fields_ = {"explanation": found["overlay"], "heatmap": found.get("heatmap"), "explanation_note": found.get("note")}
     if classes:
         own = {label: files[None if label == row.label else label] for label in classes}
-        fields_["explanations"] = {label: _links(view, pictures) for label, pictures in own.items()}
+        fields_["explanations"] = {label: links(pictures) for label, pictures in own.items()}
     return {name: value for name, value in fields_.items() if value is not None}
 
 
@@ -88,7 +100,7 @@ def _missing_note(view: JobView) -> str:
     return CANCELLED_NOTE if view.job.cancel_requested_at is not None else MISSING_NOTE
 
 
-def _links(view: JobView, pictures: ExplanationFiles) -> Json:
-    links = {"overlay": pictures.overlay, "heatmap": pictures.heatmap}
-    urls = {part: f"/jobs/{view.job.id}/artifacts/{name}" for part, name in links.items() if name is not None}
+def _links(job_url: str, pictures: ExplanationFiles) -> Json:
+    parts = {"overlay": pictures.overlay, "heatmap": pictures.heatmap}
+    urls = {part: f"{job_url}/artifacts/{name}" for part, name in parts.items() if name is not None}
     return urls | ({"note": BLANK_NOTE} if pictures.is_blank else {})

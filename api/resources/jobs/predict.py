@@ -15,7 +15,7 @@ from werkzeug.datastructures import FileStorage
 from api.http.context import admit, principal, quota, services, tenant, transaction
 from api.http.fields import File, ImageOrScanId, Metadata, ModelChoice, exactly_one
 from api.http.idempotency import key
-from api.http.pipeline_fields import PipelineName, TaskName, spec_of
+from api.http.pipelines.fields import PipelineName, TaskName, spec_of
 from api.intake import manifests, scan_store
 from api.intake.scan_store import MAX_SCANS
 from api.intake.upload_store import from_upload

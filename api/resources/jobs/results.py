@@ -20,6 +20,7 @@ from api.http.context import services, tenant
 from api.http.fields import one_of
 from api.http.paging import NumberedQuery, PageSchema
 from api.http.responses import CSV
+from api.http.versioning import address
 from api.resources.jobs.explanations import ExplainedSchema, explanation_fields
 from api.resources.jobs.schemas import ErrorSchema
 from jobs.errors import RenalQError
@@ -38,7 +39,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 class ResultsQuery(NumberedQuery):
     """Which results to list: without `state`, those that have ended."""
 
-    after = fields.Integer(load_default=None, validate=validate.Range(0, 2**31 - 1))
+    after = fields.Integer(load_default=None, validate=validate.Range(queries.START, queries.MAX_ORDINAL))
     state = fields.String(load_default=None, validate=one_of(ResultState))
 
 
@@ -82,9 +83,9 @@ class ResultsPage(PageSchema):
     data = fields.List(fields.Nested(ResultSchema), required=True)
 
 
-def to_page(session: Session, view: JobView, found: Page[ScanResult]) -> Page[Json]:
-    """Rows as a page of ResultSchema, with links to the explanations made so far."""
-    explained = explanation_fields(session, view, found.data)
+def to_page(session: Session, view: JobView, found: Page[ScanResult], job_url: str) -> Page[Json]:
+    """Rows as a page of ResultSchema, with links to the explanations made so far, which begin with the job's own."""
+    explained = explanation_fields(session, view, found.data, job_url)
     truths = feedback.labels(session, view.job.model_id, [row.scan_id for row in found.data])
     rows = [_result(view, row, truths.get(row.scan_id)) | explained.get(row.ordinal, {}) for row in found.data]
     return Page(rows, found.has_more, found.next)
@@ -123,13 +124,14 @@ def stream_results(view: JobView, kind: str, state: str | None, after: int | Non
     with sessions.begin() as session:
         queries.results(session, view, state, 1, after)  # raises before the response begins
         classes = queries.classes(session, view)
+    job_url = address(f"/jobs/{job_id}")  # now: the stream goes on without the request
     stack = ExitStack()
     subscription = None if view.terminal else stack.enter_context(listener.subscribe(job_id))
 
     def read(after: int | None) -> tuple[JobView, Page[Json]]:
         with sessions.begin() as session:
             now = queries.job(session, owner, job_id)  # the job first: if it has ended, all its results have
-            return now, to_page(session, now, queries.results(session, now, state, ROWS, after))
+            return now, to_page(session, now, queries.results(session, now, state, ROWS, after), job_url)
 
     pages = _pages_to_end(read, listener, subscription, after)
     return responses.stream(_csv(pages, classes) if kind == CSV else _ndjson(pages), kind, stack.close)

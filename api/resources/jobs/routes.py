@@ -7,11 +7,12 @@ from flask import Response, after_this_request
 
 from api.http import waiting
 from api.http.auth import needs
-from api.http.bodies import Blueprint, accepts_body
+from api.http.bodies import Blueprint, OneOf, accepts_body
 from api.http.context import principal, quota, services, tenant, transaction
 from api.http.idempotency import idempotent, key
 from api.http.paging import NamedQuery, NumberedQuery
 from api.http.responses import BINARY, BYTES, CSV, JSON, NDJSON, PNG, SSE, TEXT, download, negotiate
+from api.http.versioning import address
 from api.resources.jobs import events, results, summaries
 from api.resources.jobs.events import EventsPage
 from api.resources.jobs.predict import (
@@ -31,12 +32,30 @@ from jobs.models import reproduction
 from jobs.paging import Page
 from jobs.queue import lifecycle, pace, submission
 from jobs.results import queries
-from jobs.results.queries import JobFilter
+from jobs.results.job_filter import JobFilter
 from jobs.results.summary import Summary, summary
-from jobs.states import Lane
+from jobs.states import JobKind, Lane
 from jobs.tables import Artifact, Json
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
+
+SUBMIT = {JobKind.TRAIN: train_one, JobKind.PREDICT: predict_one, JobKind.PREDICT_BATCH: predict_many}
+JSON_JOB = OneOf({JobKind.TRAIN: TrainRequest, JobKind.PREDICT: PredictJson, JobKind.PREDICT_BATCH: BatchJson})
+UPLOADED_JOB = OneOf({JobKind.PREDICT: PredictUpload, JobKind.PREDICT_BATCH: BatchUpload})
+
+
+@blueprint.route("", methods=["POST"])
+@needs(Scope.JOBS_WRITE)
+@accepts_body(json=JSON_JOB, multipart=UPLOADED_JOB)
+@blueprint.response(202, JobSchema)
+@blueprint.alt_response(200, schema=JobSchema, description="With Prefer: wait, the finished job.", success=True)
+@blueprint.doc(operationId="createJob")
+@idempotent(waiting.accepted)
+def create_job(body: dict[str, Any]) -> waiting.Answer:
+    """Train a network, classify one scan, or many, as `kind` says."""
+    job_id = SUBMIT[body["kind"]](body)
+    body.clear()  # free its image before waiting
+    return waiting.accepted(job_id)
 
 
 @blueprint.route("/train", methods=["POST"])
@@ -97,8 +116,8 @@ def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
 @blueprint.alt_response(304, description="The client has this revision.", success=True)
 @blueprint.doc(operationId="getJob")
 def get_job(job_id: uuid.UUID) -> waiting.Answer | Response:
-    """Show a job."""
-    return waiting.conditional_job(waiting.job(job_id))
+    """Show a job; with `Prefer: wait=N`, at its end, or with `If-None-Match` once it has changed."""
+    return waiting.conditional_job(job_id)
 
 
 @blueprint.route("/<id:job_id>/metrics")
@@ -125,7 +144,7 @@ def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], 
     with transaction() as session:
         view = queries.job(session, tenant(), job_id)
         if kind == JSON:
-            found = results.to_page(session, view, queries.results(session, view, **query))
+            found = results.to_page(session, view, queries.results(session, view, **query), address(f"/jobs/{job_id}"))
     if kind != JSON:
         return results.stream_results(view, kind, query["state"], query["after"])
     return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}
@@ -193,7 +212,7 @@ def cancel_job(job_id: uuid.UUID) -> waiting.Answer:
     with transaction() as session:
         lifecycle.cancel(session, tenant(), job_id)
     view = waiting.job(job_id)
-    return view, 202, {"Location": f"/jobs/{job_id}", "Retry-After": "1"}
+    return view, 202, {"Location": address(f"/jobs/{job_id}"), "Retry-After": "1"}
 
 
 @blueprint.route("/<id:job_id>/retry", methods=["POST"])

@@ -4,11 +4,13 @@ import marshmallow as ma
 from marshmallow import fields
 
 from api.http.context import services
-from api.http.fields import Time, one_of
+from api.http.fields import Answer, Metadata, Part, Time, links_schema, one_of
 from api.http.paging import PageQuery, PageSchema
-from api.http.pipeline_fields import PipelineName
+from api.http.pipelines.fields import PipelineName
+from api.http.versioning import address
+from jobs.results.queries import JobView
 from jobs.states import JobKind, JobState
-from jobs.tables import Job
+from jobs.tables import Job, Json
 
 
 class JobsQuery(PageQuery):
@@ -37,28 +39,21 @@ class StageSchema(ma.Schema):
 class ErrorSchema(ma.Schema):
     """Error of a job or of one scan."""
 
-    code = fields.String()
-    detail = fields.String()
+    code = fields.String(required=True)
+    detail = fields.String(required=True)
     retryable = fields.Boolean(
         metadata={"description": "Whether another attempt may succeed. Attempts up to the limit were made already."}
     )
 
 
-class WarningSchema(ma.Schema):
-    """What was noticed about a job and failed nothing."""
-
-    code = fields.String()
-    detail = fields.String()
-
-
-class CountsSchema(ma.Schema):
+class CountsSchema(Answer):
     """Scans (or, of a training, the job itself) by outcome."""
 
-    total = fields.Integer(attribute="job.total")
-    succeeded = fields.Integer(attribute="job.succeeded")
-    failed = fields.Integer(attribute="job.failed")
-    cancelled = fields.Integer(attribute="job.cancelled")
-    pending = fields.Integer(attribute="pending")
+    total = fields.Integer()
+    succeeded = fields.Integer()
+    failed = fields.Integer()
+    cancelled = fields.Integer()
+    pending = fields.Integer()
 
 
 class RevisionSchema(ma.Schema):
@@ -82,7 +77,14 @@ class ReproductionSchema(ma.Schema):
     differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Float(allow_none=True)))
 
 
-class JobSchema(ma.Schema):
+LINKED = ("events", "artifacts", "cancel", "retry")
+RESULTS = ("results", "summary")
+LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
+JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "reproduce", "mlflow"))
+ArtifactLinks = links_schema("ArtifactLinks", ("self",))
+
+
+class JobSchema(Answer):
     """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
 
     id = fields.UUID(attribute="job.id")
@@ -106,7 +108,7 @@ class JobSchema(ma.Schema):
         metadata={"description": "Waiting jobs that are served before this one; 1000 means 1000 or more."},
     )
     attempt = fields.Integer(attribute="job.attempt")
-    counts = fields.Function(lambda view: CountsSchema().dump(view), metadata={"type": "object"})
+    counts = Part(CountsSchema, lambda view: counts(view))
     params = fields.Dict(attribute="job.params")
     dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
     retry_of = fields.UUID(attribute="job.retry_of", allow_none=True)
@@ -114,13 +116,21 @@ class JobSchema(ma.Schema):
     reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
-    error = fields.Nested(ErrorSchema, attribute="job.error", allow_none=True)
-    warnings = fields.List(
-        fields.Nested(WarningSchema),
-        attribute="job.warnings",
-        metadata={"description": "What was noticed and failed no scan, such as files that were passed over."},
+    error = Part(
+        ErrorSchema,
+        lambda view: error(view.job),
+        allow_none=True,
+        metadata={
+            "description": "Why it failed, or why a cancelled job had failed in part. Else null: see `warnings`."
+        },
     )
-    metadata = fields.Dict(attribute="job.labels")
+    warnings = Part(
+        ErrorSchema,
+        lambda view: warnings(view.job),
+        many=True,
+        metadata={"description": "What went wrong or was passed over without failing a scan."},
+    )
+    metadata = Metadata(attribute="job.labels")
     created_at = Time(attribute="job.created_at")
     started_at = Time(attribute="job.started_at", allow_none=True)
     finished_at = Time(attribute="job.finished_at", allow_none=True)
@@ -134,17 +144,33 @@ class JobSchema(ma.Schema):
         attribute="job.engines",
         metadata={"description": "Engines that computed a prediction's results."},
     )
-    links = fields.Function(lambda view: links(view.job), metadata={"type": "object"})
+    links = Part(JobLinks, lambda view: links(view.job))
 
 
-LINKED = ("events", "artifacts", "cancel", "retry")
-RESULTS = ("results", "summary")
-LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
+FAILED = (JobState.FAILED, JobState.CANCELLED)
+
+
+def error(job: Job) -> Json | None:
+    """The error of a job that failed, or was cancelled after a failure."""
+    return job.error if job.state in FAILED else None
+
+
+def warnings(job: Job) -> list[Json]:
+    """What went wrong without failing a scan, so far. Jobs of earlier releases have it as their error."""
+    found = job.warnings or []
+    return found if job.state in FAILED or job.error is None or job.error in found else [job.error, *found]
+
+
+def counts(view: JobView) -> dict[str, int]:
+    """The fields of CountsSchema."""
+    job = view.job
+    ended = {"succeeded": job.succeeded, "failed": job.failed, "cancelled": job.cancelled}
+    return {"total": job.total, **ended, "pending": view.pending}
 
 
 def links(job: Job) -> dict[str, str]:
     """URLs of a job."""
-    own, special = f"/jobs/{job.id}", LINKED_BY_KIND.get(JobKind(job.kind), ())
+    own, special = address(f"/jobs/{job.id}"), LINKED_BY_KIND.get(JobKind(job.kind), ())
     again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
     found = {"self": own, **{name: f"{own}/{name}" for name in (*special, *LINKED, again) if name}}
     mlflow = services().settings.mlflow_public_url.rstrip("/")
@@ -164,7 +190,7 @@ class MetricsSchema(ma.Schema):
     final = fields.Dict(required=True, allow_none=True)
 
 
-class ArtifactSchema(ma.Schema):
+class ArtifactSchema(Answer):
     """A file made by a job."""
 
     name = fields.String()
@@ -172,9 +198,7 @@ class ArtifactSchema(ma.Schema):
     sha256 = fields.String()
     media_type = fields.String()
     created_at = Time()
-    links = fields.Function(
-        lambda row: {"self": f"/jobs/{row.job_id}/artifacts/{row.name}"}, metadata={"type": "object"}
-    )
+    links = Part(ArtifactLinks, lambda row: {"self": address(f"/jobs/{row.job_id}/artifacts/{row.name}")})
 
 
 class ArtifactsPage(PageSchema):

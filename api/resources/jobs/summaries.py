@@ -5,6 +5,7 @@ from flask import Response
 from marshmallow import fields
 
 from api.http.responses import PNG, negotiate
+from api.resources.jobs.schemas import CountsSchema
 from api.views import charts
 from jobs.results.queries import JobView
 from jobs.results.summary import Summary
@@ -20,11 +21,7 @@ class ConfidenceSchema(ma.Schema):
 class SummarySchema(ma.Schema):
     """Summary of a prediction's results so far."""
 
-    counts = fields.Dict(
-        keys=fields.String(),
-        values=fields.Integer(),
-        metadata={"description": "Scans by state: total, succeeded, failed, cancelled, pending."},
-    )
+    counts = fields.Nested(CountsSchema)
     classes = fields.Dict(
         keys=fields.String(), values=fields.Integer(), metadata={"description": "Scans by predicted class."}
     )

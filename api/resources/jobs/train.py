@@ -9,7 +9,7 @@ from marshmallow import fields, validate
 from api.http.context import principal, quota, tenant, transaction
 from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
-from api.http.pipeline_fields import PipelineName, PipelineParams, TaskName, spec_of
+from api.http.pipelines.fields import PipelineName, PipelineParams, TaskName, spec_of
 from jobs.datasets import catalog
 from jobs.models import registry
 from jobs.queue.submission import NewJob, submit

@@ -1,31 +1,19 @@
 """Schemas of model versions, their promotions and comparisons."""
 
-from collections.abc import Callable
 from typing import Any
 
 import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.context import services
-from api.http.fields import Boolean, ModelChoice, Time, one_of
+from api.http.fields import Answer, Boolean, ModelChoice, Part, Time, links_schema, one_of
 from api.http.paging import NumberedQuery, PageSchema
-from api.http.pipeline_fields import PipelineName, TaskName
+from api.http.pipelines.fields import PipelineName, TaskName
+from api.http.versioning import address
 from jobs.models.cards import mlflow_model_name
-from jobs.tables import Json, ModelVersion, PromotionMethod
+from jobs.tables import ModelVersion, PromotionMethod
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
-
-
-class Part(fields.Nested):
-    """A nested object that is read from the whole row: without this, two fields could not share an attribute."""
-
-    def __init__(self, schema: type[ma.Schema], read: Callable[[ModelVersion], Json | None]) -> None:
-        super().__init__(schema, allow_none=True)
-        self._read = read
-
-    def get_value(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply `read` to the row."""
-        return self._read(obj)
 
 
 class GateSchema(ma.Schema):
@@ -69,7 +57,11 @@ class SplitSchema(ma.Schema):
     test = fields.Integer()
 
 
-class ModelSchema(ma.Schema):
+ModelLinks = links_schema("ModelLinks", ("self", "job", "card", "weights", "drift"), ("compare", "mlflow"))
+PromotionLinks = links_schema("PromotionLinks", ("model",))
+
+
+class ModelSchema(Answer):
     """A model version, with its data, parameters, code and environment."""
 
     version = fields.String()
@@ -83,9 +75,9 @@ class ModelSchema(ma.Schema):
     classes = fields.List(fields.String())
     network = fields.Function(lambda row: declared(row).get("network"), metadata={"type": "string"})
     head = fields.Function(lambda row: declared(row).get("head"), metadata={"type": "string"})
-    transform = Part(TransformSchema, lambda row: declared(row).get("transform"))
-    calibration = Part(CalibrationSchema, lambda row: row.metrics)
-    split = Part(SplitSchema, lambda row: row.metrics.get("counts"))
+    transform = Part(TransformSchema, lambda row: declared(row).get("transform"), allow_none=True)
+    calibration = Part(CalibrationSchema, lambda row: row.metrics, allow_none=True)
+    split = Part(SplitSchema, lambda row: row.metrics.get("counts"), allow_none=True)
     params = fields.Dict()
     metrics = fields.Dict()
     gate = fields.Nested(GateSchema)
@@ -95,7 +87,7 @@ class ModelSchema(ma.Schema):
     mlflow_version = fields.String(allow_none=True, metadata={"description": "Its version in MLflow's registry."})
     created_at = Time()
     promoted_at = Time(allow_none=True)
-    links = fields.Function(lambda row: links(row), metadata={"type": "object"})
+    links = Part(ModelLinks, lambda row: links(row))
 
 
 def declared(row: ModelVersion) -> dict[str, Any]:
@@ -105,11 +97,11 @@ def declared(row: ModelVersion) -> dict[str, Any]:
 
 def links(row: ModelVersion) -> dict[str, str]:
     """URLs of a version."""
-    own = f"/models/{row.version}"
-    found = {"self": own, "job": f"/jobs/{row.job_id}"}
+    own = address(f"/models/{row.version}")
+    found = {"self": own, "job": address(f"/jobs/{row.job_id}")}
     found |= {name: f"{own}/{name}" for name in ("card", "weights", "drift")}
     if not row.champion and (row.pipeline, row.task) == (IMAGE, DEFAULT_TASK):
-        found["compare"] = f"/models/compare?a=champion&b={row.version}"
+        found["compare"] = address(f"/models/compare?a=champion&b={row.version}")
     mlflow = services().settings.mlflow_public_url.rstrip("/")
     if mlflow and row.mlflow_version:
         found["mlflow"] = f"{mlflow}/#/models/{mlflow_model_name(row.tenant_id)}/versions/{row.mlflow_version}"
@@ -124,7 +116,7 @@ class ModelsPage(PageSchema):
     data = fields.List(fields.Nested(ModelSchema), required=True)
 
 
-class PromotionSchema(ma.Schema):
+class PromotionSchema(Answer):
     """A change of the champion: new and previous version, how, why, and by which key."""
 
     id = fields.Integer()
@@ -143,7 +135,7 @@ class PromotionSchema(ma.Schema):
     verdict = fields.Nested(GateSchema, allow_none=True, metadata={"description": "The gate's verdict at that time."})
     key_id = fields.UUID(attribute="by_key", allow_none=True, metadata={"description": "Key of the request."})
     at = Time()
-    links = fields.Function(lambda row: {"model": f"/models/{row.version}"}, metadata={"type": "object"})
+    links = Part(PromotionLinks, lambda row: {"model": address(f"/models/{row.version}")})
 
 
 class PromotionsPage(PageSchema):

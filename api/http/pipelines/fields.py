@@ -7,7 +7,7 @@ from typing import Any
 import marshmallow as ma
 from marshmallow import fields, validate
 
-from api.http.pydantic_fields import schema_of
+from api.http.pipelines.schemas import schema_of
 from ml.spec import registry
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE, PipelineSpec
 

@@ -1,0 +1,1 @@
+"""What pipelines declare, as fields of requests: their names, tasks and parameters."""

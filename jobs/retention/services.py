@@ -1,0 +1,38 @@
+"""The services of retention, for the maintenance of the leading dispatcher."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from jobs.db import Sessions
+from jobs.retention import blobs, checkpoints, feedback, jobs, results
+from jobs.retention.orphans import OrphanSweep
+from jobs.retention.scans import ScanSweep
+from jobs.settings import Settings
+from jobs.storage.blobs import BlobStore
+
+TEN_MINUTES, DAY = 600.0, 24 * 3600.0
+
+
+class RetentionService(NamedTuple):
+    """`step()` does a bounded batch, in short transactions of its own; True: there is more. Run it each `seconds`."""
+
+    name: str
+    seconds: float
+    step: Callable[[], bool]
+
+
+def services(sessions: Sessions, store: BlobStore, settings: Settings) -> list[RetentionService]:
+    """All services. One whose setting is 0 does nothing."""
+    steps = {
+        "expire_results": (TEN_MINUTES, results.step),
+        "delete_jobs": (TEN_MINUTES, jobs.step),
+        "delete_feedback": (TEN_MINUTES, feedback.step),
+        "delete_scans": (TEN_MINUTES, ScanSweep().step),
+        "delete_checkpoints": (TEN_MINUTES, checkpoints.step),
+        "delete_blobs": (TEN_MINUTES, blobs.step),
+        "find_orphans": (DAY, OrphanSweep().step),
+    }
+    return [
+        RetentionService(name, every, partial(step, sessions, store, settings)) for name, (every, step) in steps.items()
+    ]

@@ -1,0 +1,28 @@
+"""The table of blobs whose last referring row may be gone."""
+
+import datetime as dt
+
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    String,
+    func,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from jobs.db import Base
+
+
+class ReleasedBlob(Base):
+    """A blob that a deleted row referred to, or that had no row: see jobs/retention/blobs.py. Filled by triggers.
+
+    It belongs to no tenant: two tenants that store equal bytes share a blob.
+    """
+
+    __tablename__ = "released_blobs"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    aside: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # moved aside in the store
+    due_at: Mapped[dt.datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.clock_timestamp(), index=True
+    )
