@@ -130,6 +130,7 @@ def _limits(version: ModelVersion) -> Json:
         "leaks": [f"{leaks[kind]} {words}." for kind, words in LEAKS.items() if leaks.get(kind)],
         "patients": _patients(version.metrics.get("patients_known")),
         "out_of_distribution": _out_of_distribution(version.reference),
+        "of_inputs": list(spec_of(version.pipeline).card.limits(version.metrics)),
         "dispositions": "A probability between the two limits of the server's settings is called indeterminate: no "
         "answer is better than a guess.",
     }

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from jobs.errors import Invalid
 from jobs.storage.blobs import BlobStore
 from jobs.tables import Scan, Truth
-from ml.spec.image import PATIENT_LIST
+from ml.spec.junk_files import PATIENT_LIST
 
 PSEUDONYMS = 10**15
 """Number of pseudonyms: among a million patients, the chance of any collision is one in two thousand."""

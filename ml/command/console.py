@@ -116,8 +116,11 @@ def prediction_table(predictions: Iterable[Prediction]) -> None:
 
 
 def _note(one: Prediction) -> str:
-    if one.error_detail is not None or one.ood_score is None or one.ood_score <= 1:
-        return one.error_detail or ""
+    from ml.image.serving.disposition import UNSUITABLE
+
+    unsuited = (one.output or {}).get(UNSUITABLE)
+    if unsuited or one.error_detail is not None or one.ood_score is None or one.ood_score <= 1:
+        return unsuited or one.error_detail or ""
     return f"unlike what was learnt from{f': {one.ood_reason}' if one.ood_reason else ''}"
 
 

@@ -86,12 +86,12 @@ class ImagePipeline(Pipeline):
 
     def dispose(self, prediction: Prediction, low: float, high: float) -> Disposition | None:
         """See `ml.image.serving.disposition`."""
-        from ml.image.serving.disposition import disposition_of, of_one_frame
+        from ml.image.serving.disposition import disposition_of, of_file
 
         found = disposition_of(
             prediction.probabilities, prediction.ood_score, low, high, prediction.ood_reason, prediction.label
         )
-        return of_one_frame(found, prediction.output)
+        return of_file(found, prediction.output)
 
 
 def _config(job: TrainingJob) -> PipelineConfig:

@@ -28,8 +28,6 @@ PLAIN_FILE_NAMES: JsonDict = {
 }
 """What the API accepts as `weights`: a client names a file in the workers' folder, and must not reach out of it. The
 command line runs with its user's own rights, and takes any path."""
-PATIENT_LIST = "patients.csv"
-"""In a dataset's zip: path, patient, and optionally study, label and split of each scan."""
 
 
 def _as_tuple(value: Any) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+PATIENT_LIST = "patients.csv"
+"""In a dataset's zip: path, patient, and optionally study, label and split of each scan."""
 _FOLDERS = frozenset(
     ("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 )

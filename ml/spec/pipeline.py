@@ -111,6 +111,7 @@ class Card(_Declaration):
     """What a model card says of every version: sentences, and what it tells of a version's parameters.
 
     `details`: of the parameters, as JSON. `rows`: of the card's details, as rows of its table; null is told as unknown.
+    `limits`: of the metrics, sentences on which inputs the version refuses to answer to.
     """
 
     title: str
@@ -119,6 +120,7 @@ class Card(_Declaration):
     not_for: tuple[str, ...] = ()
     ethics: tuple[str, ...] = ()
     details: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda params: {}
+    limits: Callable[[Mapping[str, Any]], list[str]] = lambda metrics: []
     rows: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda details: {"Classes": ", ".join(details["classes"])}
 
 

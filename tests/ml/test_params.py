@@ -223,9 +223,9 @@ def test_network_and_head_have_the_values_of_their_day(params, network, head):
 
 
 def test_a_transform_leaves_open_what_a_row_does_not_say():
-    assert image_compat.transform({}) == {"height": None, "width": None, "window": None}
-    params = {"image_size": [64, 96, 3], "window_center": 40, "window_width": 400}
-    assert image_compat.transform(params) == {"height": 64, "width": 96, "window": [40, 400]}
+    assert image_compat.transform({}) == {"height": None, "width": None, "window": None, "spacing_mm": None}
+    params = {"image_size": [64, 96, 3], "window_center": 40, "window_width": 400, "spacing_mm": 1.5}
+    assert image_compat.transform(params) == {"height": 64, "width": 96, "window": [40, 400], "spacing_mm": 1.5}
 
 
 @pytest.mark.parametrize(

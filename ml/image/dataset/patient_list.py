@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ml.image.dataset.layout import Layout, side_of
-from ml.spec.image import PATIENT_LIST
+from ml.spec.junk_files import PATIENT_LIST
 from ml.spec.zips import safe_part
 
 _COLUMNS = ("path", "patient", "study", "label", "split")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ml.image.pixels.picture import Origin
+
 
 @dataclass(frozen=True)
 class ScanFile:
@@ -39,6 +41,11 @@ class ScanFile:
     """train, validation or test, if a folder or patients.csv says so."""
     source: str | None = None
     """What told the patient: patients.csv, PatientID or names."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, as a model remembers it."""
+        return Origin(self.modality, self.body_part, self.kind)
 
     def as_json(self) -> dict[str, Any]:
         """The entry of a manifest."""

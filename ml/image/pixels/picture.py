@@ -11,6 +11,8 @@ from PIL import Image
 BLANK = 2.0
 """Grey levels between the darkest and the brightest of 32 × 32 cells, below which a picture shows nothing."""
 _CELLS = (32, 32)
+GREY = "grey"
+"""The kind of a picture of one channel."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,24 @@ class Origin:
 
     modality: str | None = None
     body_part: str | None = None
-    kind: str = "grey"
+    kind: str = GREY
 
 
 def foreign(origin: Origin, learnt: Collection[Origin]) -> str | None:
     """Why a picture is not of the kind that a network has learnt from, or None.
 
-    By the modality, which DICOM demands of every object. Files that say none, such as PNG, are foreign to nobody, and
-    a network that learnt from such files alone knows of no modality. The body part is no reason: it is optional, and
-    often that of the protocol rather than of the picture.
+    By the modality, which DICOM demands of every object, and by colour. Files that say no modality, such as PNG, are
+    foreign to nobody: they store grey as colours, too. A network that learnt from such files alone knows of no
+    modality. The body part is no reason: it is optional, and often that of the protocol rather than of the picture.
     """
-    known = sorted({each.modality for each in learnt if each.modality})
-    if not origin.modality or not known or origin.modality in known:
+    if not origin.modality:
         return None
-    return f"its modality is {origin.modality}, and the network has learnt from {', '.join(known)}"
+    known = sorted({each.modality for each in learnt if each.modality})
+    if known and origin.modality not in known:
+        return f"its modality is {origin.modality}, and the network has learnt from {', '.join(known)}"
+    if origin.kind != GREY and {each.kind for each in learnt} == {GREY}:
+        return "it is stored in colour, and the network has learnt from grey scans alone"
+    return None
 
 
 @dataclass(frozen=True)
@@ -71,5 +77,5 @@ def is_blank(pixels: np.ndarray) -> bool:
 
     By the means of 32 × 32 cells, so that neither noise of a grey level nor a hot pixel counts as anatomy.
     """
-    grey = Image.fromarray(pixels).convert("L").resize(_CELLS, Image.Resampling.BOX)
-    return float(np.ptp(np.asarray(grey, dtype=np.float32))) < BLANK
+    grey = Image.fromarray(pixels).convert("L").convert("F")
+    return float(np.ptp(np.asarray(grey.resize(_CELLS, Image.Resampling.BOX)))) < BLANK

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from ml.evaluation.metrics import positive_class
+from ml.image.pixels.picture import Origin, foreign, is_blank
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
 
+UNSUITABLE = "unsuitable"
+"""Key of a prediction's `output`: why the scan is blank or foreign."""
 _MAX_SHOWN = 99.0  # times the limit; larger scores are not distinguished
 _ADVICE = "Check that it is an axial CT slice in the usual window."
+
+
+def unsuitable(pixels: np.ndarray, origin: Origin, learnt: Collection[Origin]) -> str | None:
+    """Why no network should answer for this picture, uint8 [height, width, 3], or this one, which learnt from `learnt`.
+
+    None if it may answer.
+    """
+    if is_blank(pixels):
+        return "The scan is blank: it shows nothing but one grey level. Check that it was exported with its pixels."
+    why = foreign(origin, learnt)
+    return why and f"The scan is foreign to this network: {why}. Use a network that has learnt from such scans."
 
 
 def disposition_of(
@@ -39,12 +55,17 @@ def disposition_of(
     )
 
 
-def of_one_frame(found: Disposition, output: Mapping[str, Any] | None) -> Disposition:
-    """The disposition of a file whose result says that one of several frames was looked at (`Prediction.output`).
+def of_file(found: Disposition, output: Mapping[str, Any] | None) -> Disposition:
+    """The disposition that the file allows, whatever the network found, by what the result says of it
+    (`Prediction.output`).
 
-    One slice says little of the others, so a class becomes indeterminate.
+    A blank or foreign scan is rejected (`unsuitable`). One slice says little of the others, so where one of several
+    frames was looked at, a class becomes indeterminate.
     """
-    frame, frames = ((output or {}).get(name, 1) for name in ("frame", "frames"))
+    told = output or {}
+    if UNSUITABLE in told:
+        return Disposition(REJECTED, told[UNSUITABLE])
+    frame, frames = (told.get(name, 1) for name in ("frame", "frames"))
     if frames == 1 or found.word == REJECTED:
         return found
     advice = "send each slice as a file of its own"

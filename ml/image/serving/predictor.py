@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from ml.image.networks import network
 from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.ood import OodDetector
 from ml.image.pixels.decoding import read
-from ml.image.pixels.picture import Picture
+from ml.image.pixels.picture import Origin, Picture
 from ml.image.pixels.statistics import input_statistics
 from ml.image.pixels.transforms import Transform
+from ml.image.serving.disposition import UNSUITABLE, unsuitable
 from ml.pipelines import Item, Prediction
 from ml.runtime.errors import ImageError, ItemError, naming_out_of_memory
 from ml.runtime.prefetch import batched_for_streams, prefetch
@@ -74,6 +76,7 @@ class Predictor:
 
     `engine` returns logits and feature descriptor (see ml.image.networks.feature_descriptor). `calibration`:
     temperature and threshold, chosen on the model's validation scans. `ood`: the OOD detector for this engine.
+    `learnt`: the kinds of scans that the model has learnt from; none in older files.
     """
 
     classes: tuple[str, ...]
@@ -81,6 +84,7 @@ class Predictor:
     engine: Engine
     calibration: Calibration = field(default_factory=Calibration)
     ood: OodDetector | None = None
+    learnt: frozenset[Origin] = frozenset()
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
@@ -101,7 +105,8 @@ class Predictor:
             engine = open_engine(with_descriptor(model), model.transform, dtype, model.metadata.get("ranges"))
         detector = OodDetector.from_metadata(model.metadata)
         ood = detector.for_dtype(dtype) if detector is not None else None
-        return cls(model.classes, model.transform, engine, Calibration.from_metadata(model.metadata), ood)
+        learnt = frozenset(Origin(**each) for each in model.metadata.get("origins", ()))
+        return cls(model.classes, model.transform, engine, Calibration.from_metadata(model.metadata), ood, learnt)
 
     def logits(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits float32 [n, classes] of batches of resized pictures, uint8 [n, height, width, 3]."""
@@ -138,7 +143,11 @@ class Predictor:
         except ItemError as error:
             return _Decoded(scan.id, error=error)
         pixels = self.transform.resize(picture.pixels, picture.spacing_mm)
-        return _Decoded(scan.id, pixels, input_statistics(pixels), output=_frame_told(picture))
+        # The small picture is as blank as the large one; only where it is a part of that one, all has to be looked at.
+        looked_at = pixels if self.transform.spacing_mm is None else picture.pixels
+        unsuited = unsuitable(looked_at, picture.origin, self.learnt)
+        output = _frame_told(picture) | ({UNSUITABLE: unsuited} if unsuited else {})
+        return _Decoded(scan.id, pixels, input_statistics(pixels), output=output or None)
 
     def _chunk_predictions(self, chunk: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
         """Predictions for a chunk; `outputs` are the engine's for its readable scans."""
@@ -172,12 +181,12 @@ class _Decoded:
     pixels: np.ndarray | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     error: ItemError | None = None
-    output: dict[str, int] | None = None
+    output: dict[str, Any] | None = None
 
 
-def _frame_told(picture: Picture) -> dict[str, int] | None:
+def _frame_told(picture: Picture) -> dict[str, int]:
     """Which of several frames or pages was looked at, counted from 1: a result must not pass for one of all."""
-    return None if picture.frames == 1 else {"frame": picture.frame + 1, "frames": picture.frames}
+    return {} if picture.frames == 1 else {"frame": picture.frame + 1, "frames": picture.frames}
 
 
 def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:

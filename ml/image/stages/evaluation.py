@@ -53,6 +53,7 @@ def evaluation(run: Run) -> None:
     metrics = scores.as_dict() | {
         "test_digest": run.report.digest_of(run.split.test),
         "engines": model.metadata.get("engines", {}),
+        "origins": model.metadata.get("origins", []),
     }
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)

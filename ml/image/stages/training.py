@@ -150,11 +150,18 @@ def _training_metadata(run: Run, model: Model, calibration: Calibration) -> dict
     return {
         "params": run.params.model_dump(mode="json"),  # if stages run alone, they may have different parameters
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
+        "origins": _origins(run),
         "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
         "precision": training_precision(run.params),
         "engine": run.features(model, 0).engine.name,
         "device": device_name(),
     }
+
+
+def _origins(run: Run) -> list[dict[str, str | None]]:
+    """Each kind of training scan once; scans of other kinds are rejected (see `ml.image.pixels.picture.foreign`)."""
+    found = {run.report.scans[scan].origin for scan in run.split.train}
+    return sorted(map(asdict, found), key=str)
 
 
 def _drop_stale_features(run: Run, group: ProcessGroup) -> None:
