@@ -49,6 +49,7 @@ def test_an_unsuitable_scan_is_rejected_whatever_the_network_found(found):
 
 
 GREY, BLACK, PICTURE = Origin("CT", "ABDOMEN"), np.zeros((64, 64, 3), np.uint8), make_pixels()
+RED = PICTURE * np.array([1, 0, 0], np.uint8)
 COLOUR, PALETTE = Origin("CT", None, "colour"), Origin("CT", None, "palette")
 
 
@@ -62,10 +63,12 @@ COLOUR, PALETTE = Origin("CT", None, "colour"), Origin("CT", None, "palette")
         (PICTURE, Origin("MR"), [], None),
         (PICTURE, Origin("MR"), [Origin()], None),
         (PICTURE, Origin(None, None, "colour"), [GREY], None),
-        (PICTURE, COLOUR, [GREY], "stored in colour"),
-        (PICTURE, PALETTE, [Origin()], "stored in colour"),
-        (PICTURE, COLOUR, [GREY, Origin(None, None, "colour")], None),
-        (PICTURE, COLOUR, [], None),
+        (RED, COLOUR, [GREY], "in colour"),
+        (RED, PALETTE, [Origin()], "in colour"),
+        (PICTURE, COLOUR, [GREY], None),
+        (RED, COLOUR, [GREY, Origin(None, None, "colour")], None),
+        (RED, COLOUR, [], None),
+        (RED, Origin(None, None, "colour"), [GREY], None),
         (BLACK, GREY, [GREY], "blank"),
         (BLACK, Origin(), [], "blank"),
         (BLACK + 255, Origin("MR"), [GREY], "blank"),

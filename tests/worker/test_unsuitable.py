@@ -36,21 +36,23 @@ from worker.execution.unit import UnitLease
 from worker.handlers.predict import predict_chunk
 
 VALUES = make_pixels(1, 48, 48, bright=True)[..., 0].astype(np.int16)
-COLOURS = np.stack([VALUES.astype(np.uint8)] * 3, axis=2)
+GREYS = np.stack([VALUES.astype(np.uint8)] * 3, axis=2)
+RED = GREYS * np.array([1, 0, 0], np.uint8)
+STORED_IN_COLOUR = {
+    "SOPClassUID": CAPTURE, "SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0,
+}  # fmt: skip
 SCANS = {
     "CT": raw_dicom(VALUES, Modality="CT"),
     "MR": raw_dicom(VALUES, Modality="MR"),
-    "echocardiogram": raw_dicom(
-        COLOURS[..., 0], Modality="CT", SOPClassUID=CAPTURE, SamplesPerPixel=3, PhotometricInterpretation="RGB",
-        PlanarConfiguration=0, PixelData=COLOURS.tobytes(),
-    ),
-    "PNG": encode(COLOURS),
+    "fusion": raw_dicom(RED[..., 0], PixelData=RED.tobytes(), **STORED_IN_COLOUR),
+    "capture": raw_dicom(GREYS[..., 0], PixelData=GREYS.tobytes(), **STORED_IN_COLOUR),
+    "PNG": encode(GREYS),
     "blank": raw_dicom(np.full((48, 48), -1000, np.int16)),
-}  # fmt: skip
+}
 REASONS = {
     "MR": "The scan is foreign to this network: its modality is MR, and the network has learnt from CT. Use a network "
     "that has learnt from such scans.",
-    "echocardiogram": "The scan is foreign to this network: it is stored in colour, and the network has learnt from "
+    "fusion": "The scan is foreign to this network: it is in colour, and the network has learnt from "
     "grey scans alone. Use a network that has learnt from such scans.",
     "blank": "The scan is blank: it shows nothing but one grey level. Check that it was exported with its pixels.",
 }

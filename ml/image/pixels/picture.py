@@ -33,7 +33,7 @@ def foreign(origin: Origin, learnt: Collection[Origin]) -> str | None:
     """Why a picture is not of the kind that a network has learnt from, or None.
 
     By the modality, which DICOM demands of every object, and by colour. Files that say no modality, such as PNG, are
-    foreign to nobody: they store grey as colours, too. A network that learnt from such files alone knows of no
+    foreign to nobody. A network that learnt from such files alone knows of no
     modality. The body part is no reason: it is optional, and often that of the protocol rather than of the picture.
     """
     if not origin.modality:
@@ -42,7 +42,7 @@ def foreign(origin: Origin, learnt: Collection[Origin]) -> str | None:
     if known and origin.modality not in known:
         return f"its modality is {origin.modality}, and the network has learnt from {', '.join(known)}"
     if origin.kind != GREY and {each.kind for each in learnt} == {GREY}:
-        return "it is stored in colour, and the network has learnt from grey scans alone"
+        return "it is in colour, and the network has learnt from grey scans alone"
     return None
 
 

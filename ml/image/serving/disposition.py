@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ml.evaluation.metrics import positive_class
-from ml.image.pixels.picture import Origin, foreign, is_blank
+from ml.image.pixels.picture import GREY, Origin, foreign, is_blank
+from ml.image.pixels.statistics import in_colour
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
 
 UNSUITABLE = "unsuitable"
@@ -24,7 +26,8 @@ def unsuitable(pixels: np.ndarray, origin: Origin, learnt: Collection[Origin]) -
     """
     if is_blank(pixels):
         return "The scan is blank: it shows nothing but one grey level. Check that it was exported with its pixels."
-    why = foreign(origin, learnt)
+    is_grey = origin.kind == GREY or not in_colour(pixels)
+    why = foreign(replace(origin, kind=GREY) if is_grey else origin, learnt)
     return why and f"The scan is foreign to this network: {why}. Use a network that has learnt from such scans."
 
 
