@@ -69,7 +69,7 @@ def test_a_run_leaves_a_model_scores_and_plots(small_run):
     assert model.classes == ("Normal", "Tumor")
     assert model.metadata["params"]["learning_rate"] == 0.01
     assert model.metadata["engine"]
-    assert model.metadata["origins"] == [{"modality": None, "body_part": None, "kind": "grey"}], "of its PNG files"
+    assert model.metadata["origins"] == [{"modality": None, "body_part": None, "kind": "colour"}], "RGB in PNG"
     assert set(finished.artifacts) >= {"scores.json", "confusion_matrix.png", "learning_curves.png", "history.json"}
     for name, path in finished.artifacts.items():
         if name.endswith(".png"):
