@@ -90,19 +90,20 @@ def session_factory(
     return sessionmaker(make_engine(url, pool_size, application, pre_ping, options, overflow), expire_on_commit=False)
 
 
-def autocommit_sessions(sessions: Sessions) -> Sessions:
-    """Sessions on the same connections, in which each statement commits by itself, without a BEGIN and a COMMIT."""
-    engine: Engine = sessions.kw["bind"]
-    return sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)
+# Prepared statements are planned once, perhaps while the tables are empty, when the planner would choose to read all of
+# them.
+ASYNC_COMMIT_OPTIONS = "-c synchronous_commit=off -c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
+
+
+def async_commit_engine(url: str, application: str) -> Engine:
+    """An engine with one connection, on which each statement commits by itself, without waiting for the disk. A crash
+    of Postgres may lose the last fraction of a second, so use it only where that does no harm."""
+    return make_engine(url, 1, application, pre_ping=False, options=ASYNC_COMMIT_OPTIONS, isolation_level="AUTOCOMMIT")
 
 
 def async_commit_sessions(url: str, application: str) -> Sessions:
-    """Sessions that commit each statement without waiting for the disk. A crash of Postgres may lose the last fraction
-    of a second, so use them only where that does no harm."""
-    engine = make_engine(
-        url, 1, application, pre_ping=False, options="-c synchronous_commit=off", isolation_level="AUTOCOMMIT"
-    )
-    return sessionmaker(engine, expire_on_commit=False)
+    """Sessions of an `async_commit_engine`."""
+    return sessionmaker(async_commit_engine(url, application), expire_on_commit=False)
 
 
 class PreparedStatement:
@@ -112,15 +113,12 @@ class PreparedStatement:
 
     Args:
         types: Postgres types of the parameters $1, $2, …, separated by commas.
-        async_commit: its transaction commits without waiting for the disk, so a crash of Postgres may lose it.
     """
 
-    def __init__(self, name: str, types: str, sql: str, async_commit: bool = False) -> None:
+    def __init__(self, name: str, types: str, sql: str) -> None:
         self._name, self.sql = name, sql
         self._prepare = f"PREPARE {name} ({types}) AS {sql}".replace("%", "%%")
-        # Sent as one string, both are one round trip and one transaction, also in autocommit.
-        prefix = "SET LOCAL synchronous_commit TO off; " if async_commit else ""
-        self._execute = f"{prefix}EXECUTE {name} ({', '.join(['%s'] * len(types.split(',')))})"
+        self._execute = f"EXECUTE {name} ({', '.join(['%s'] * len(types.split(',')))})"
 
     def __call__(self, session: Session, *values: object) -> CursorResult[Any]:
         """Execute it in the session's transaction. Pass ids as text."""

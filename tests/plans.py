@@ -1,4 +1,4 @@
-"""How many rows a statement reads, by Postgres' own account."""
+"""How many rows or pages a statement reads, by Postgres' own account."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +24,14 @@ def most_rows(session: Session, read: Callable[[Session], object], statement: in
         cursor.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {sent[statement]}")
         ((plan,),) = cursor.fetchone()
     return max(_rows(plan["Plan"]))
+
+
+def pages_read(session: Session) -> int:
+    """Pages that the session's connection has asked for since it was opened. Commits."""
+    session.execute(text("SELECT pg_stat_force_next_flush()"))
+    session.commit()
+    count = "SELECT sum(hits) + sum(reads) FROM pg_stat_get_backend_io(pg_backend_pid()) WHERE object = 'relation'"
+    return int(session.scalar(text(count)) or 0)
 
 
 def _rows(node: dict[str, Any]) -> Iterator[float]:

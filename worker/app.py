@@ -90,11 +90,16 @@ def publish_unit(task: str, lane: Lane, unit_id: str) -> None:
 
 
 def publish_tracking() -> None:
-    """Ask a training worker to backfill MLflow.
+    """Ask a training worker to backfill MLflow, unless a message for training workers waits already: they are busy, and
+    one request for each of a long training's minutes would have to be received before the next training.
 
     Raises:
         kombu.exceptions.OperationalError: Redis cannot be reached.
     """
+    with app.connection_for_write() as connection:
+        channel: Any = connection.default_channel
+        if channel.queue_declare(Lane.TRAIN.value).message_count:
+            return
     app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True)
 
 

@@ -17,7 +17,7 @@ from jobs.models.comparison import PairedScores
 from jobs.models.gate import GatePolicy, gate
 from jobs.models.registry import NewModel
 from jobs.paging import Page, page
-from jobs.queue.leases import Claim
+from jobs.queue.leases import Claim, lock_held
 from jobs.tables import Job, Json, ModelVersion, Promotion, PromotionMethod
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
@@ -29,8 +29,12 @@ def register(
     """Insert the version that the claimed training made, with its scores, and promote it if the gate passes.
 
     `paired`: the champion of the training's start, scored on the same test scans; None if there was no champion.
+
+    Raises:
+        LeaseLost: another worker holds the training, or it has ended; nothing was written.
     """
     registry.lock(session, claim.tenant_id)
+    lock_held(session, claim)
     job = session.get_one(Job, claim.job_id)
     version = registry.insert(session, job, new)
     comparison.save_scores(session, version, paired)

@@ -17,6 +17,8 @@ INLINE_ROWS = 1000
 BATCH_ROWS = 2000
 """Results that the leader ends in one transaction, besides what is left of the last unit."""
 
+# The last unfinished unit is looked for from the end: units are done from the front, where the index keeps an entry of
+# each as long as any transaction is older.
 FINISH_JOB = PreparedStatement(
     "finish_job",
     "uuid",
@@ -28,7 +30,8 @@ WITH done AS (
         WHEN succeeded = 0 THEN 'failed'
         ELSE 'partially_succeeded' END AS state
     FROM jobs WHERE id = $1 AND (finished_at IS NULL) IS TRUE
-        AND NOT EXISTS (SELECT FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL)
+        AND (SELECT units.id FROM units WHERE units.job_id = $1 AND units.finished_at IS NULL
+            ORDER BY units.job_id DESC, units.ordinal DESC LIMIT 1) IS NULL
 ), ended AS (
     UPDATE jobs SET finished_at = clock_timestamp(), state = done.state,
         progress = CASE WHEN done.state = 'succeeded' THEN 1 ELSE progress END,

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +65,14 @@ class Worker:
 @dataclass(frozen=True)
 class QueueSnapshot:
     """What the scheduler decides from. `dispatched`: messages in Redis per lane; `late`: those among them that no
-    worker has claimed for `LATE_SECONDS`."""
+    worker has claimed for `LATE_SECONDS`. `cut_off`: the lanes and tenants of which more units wait than were read."""
 
     waiting: Sequence[WaitingUnit]
     dispatched: Mapping[Lane, int]
     running: Sequence[RunningUnit]
     workers: Sequence[Worker]
     late: Mapping[Lane, int] = field(default_factory=dict)
+    cut_off: AbstractSet[tuple[Lane, str]] = frozenset()
 
 
 LATE_SECONDS = 1.0
@@ -133,6 +135,8 @@ WITH RECURSIVE alive AS MATERIALIZED (
             AND (lane, tenant_id, (explains IS NOT NULL)) <= (known.lane, known.tenant_id, known.explains)
         ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS first
     FROM known
+), share AS MATERIALIZED (
+    SELECT $2 + ceil((SELECT workers FROM idle) / greatest(count(first), 1)::float8)::int AS units FROM queues
 ), waiting AS (
     SELECT jsonb_agg(jsonb_build_array(due.id, queues.lane, queues.tenant_id, due.kind, due.scans,
         due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0, queues.explains))
@@ -151,7 +155,7 @@ WITH RECURSIVE alive AS MATERIALIZED (
                         - make_interval(secs => $1 * least(power(2, rings - 1), 8)) END
             ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal OFFSET 0
         ) AS unit
-        WHERE kind IS NOT NULL LIMIT $2 + (SELECT workers FROM idle)) AS due
+        WHERE kind IS NOT NULL LIMIT (SELECT units FROM share)) AS due
     WHERE queues.first IS NOT NULL
 )
 SELECT waiting.units AS waiting,
@@ -164,7 +168,8 @@ SELECT waiting.units AS waiting,
             kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
             yield_requested_at IS NOT NULL))
         FROM active JOIN jobs ON jobs.id = active.job_id WHERE active.state = 'running') AS running,
-    (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers
+    (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers,
+    (SELECT units FROM share) AS share
 FROM waiting
 """,
 )
@@ -206,7 +211,7 @@ class QueueReader:
         Args:
             redispatch_seconds: see `dispatch`.
             alive_seconds: a worker without a heartbeat for so long is left out.
-            per_tenant: waiting units to return for each tenant in each lane, beside one for each idle worker.
+            per_tenant: waiting units to return for each tenant in each lane, beside its share of the idle workers.
         """
         now = self._clock()
         full = now - self._full_at >= FULL_SECONDS
@@ -227,6 +232,7 @@ _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _snapshot(row: Any) -> QueueSnapshot:
+    read = Counter((Lane(lane), tenant, explains) for _, lane, tenant, *_, explains in row.waiting or ())
     messages = [(Lane(lane), late) for _, lane, sent, late in row.dispatched or () if sent]
     return QueueSnapshot(
         waiting=[
@@ -237,6 +243,7 @@ def _snapshot(row: Any) -> QueueSnapshot:
         running=[RunningUnit(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in row.running or ()],
         workers=[Worker(name, frozenset(map(Lane, lanes))) for name, lanes in row.workers or ()],
         late=Counter(lane for lane, late in messages if late),
+        cut_off={(lane, tenant) for (lane, tenant, _), units in read.items() if units == row.share},
     )
 
 

@@ -47,6 +47,17 @@ def is_held(claim: Claim) -> ColumnElement[bool]:
     return and_(mine, Unit.state == UnitState.RUNNING)
 
 
+def lock_held(session: Session, claim: Claim) -> None:
+    """Lock the job and the unit until the transaction ends.
+
+    Raises:
+        LeaseLost: another worker holds the unit, or it has ended.
+    """
+    lock_job(session, claim.job_id)
+    if session.scalar(select(Unit.id).where(is_held(claim)).with_for_update(key_share=True)) is None:
+        raise LeaseLost
+
+
 def update_held(session: Session, claim: Claim, *guards: ColumnElement[bool], **values: Any) -> None:
     """Update the unit if it is still held.
 
@@ -94,7 +105,8 @@ WITH wanted AS ({wanted}), job AS MATERIALIZED (
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM job
-    WHERE units.id = job.unit_id AND (state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
+    WHERE units.id = (SELECT unit_id FROM job) AND (state IN ('queued', 'dispatched')) IS TRUE
+        AND not_before <= clock_timestamp()
     RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker,
         explains IS NOT NULL AS explains, starts
 ), started AS (
@@ -112,7 +124,6 @@ CLAIM_UNIT = PreparedStatement(
     "claim_unit",
     "uuid, text, float8",
     CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
-    async_commit=True,  # losing a claim in a crash is harmless, since its holder can write nothing
 )
 # Only among those of the last seconds: they are reserved for fractions of a second, what is older is dispatched by a
 # message, and index entries of ended units, which Postgres keeps while any transaction is older, are not stepped over.

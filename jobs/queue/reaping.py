@@ -1,9 +1,10 @@
 """Take back units whose worker has died or makes no progress."""
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, func, literal, or_, select, text
+from sqlalchemy import ColumnElement, Row, Select, and_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
@@ -28,16 +29,17 @@ STALLED: Json = {
 LOCK_TIMEOUT = text("SET LOCAL lock_timeout TO '500ms'")
 
 
-def held_by(session: Session, holders: str) -> Sequence[Unit]:
-    """The running units of a node or of one of its instances (`jobs.queue.processes`)."""
+def held_by(session: Session, holders: str) -> Sequence[Row[uuid.UUID, int | None, str | None]]:
+    """The running units of a node or of one of its instances (`jobs.queue.processes`): id, fence and worker."""
     theirs = Unit.worker.startswith(f"{holders}/", autoescape=True)
-    return session.scalars(select(Unit).where(Unit.state == UnitState.RUNNING, theirs)).all()
+    held = select(Unit.id, Unit.fence, Unit.worker).where(Unit.state == UnitState.RUNNING, theirs)
+    return session.execute(held).all()
 
 
-def take_back(session: Session, unit: Unit, retry: RetryPolicy) -> bool:
+def take_back(session: Session, unit_id: uuid.UUID, fence: int | None, retry: RetryPolicy) -> bool:
     """Take back a unit whose holder is known to have died, before its lease expires. False: it is not held any more."""
     session.execute(LOCK_TIMEOUT)
-    row = session.execute(_running().where(Unit.id == unit.id, Unit.fence == unit.fence)).first()
+    row = session.execute(_running().where(Unit.id == unit_id, Unit.fence == fence)).first()
     return row is not None and _reap_one(session, row, literal(True), WORKER_LOST, retry)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import text
 
-from jobs.db import PreparedStatement, Sessions, autocommit_sessions, listening
+from jobs.db import Sessions, async_commit_sessions, listening
 from jobs.events.job_events import UNITS_CHANNEL, wake_dispatcher
 from tests.processes import ROOT
 
@@ -41,20 +41,16 @@ def test_a_process_with_many_open_files_is_notified(sessions: Sessions) -> None:
         assert notifications.wait(10) == ["x"]
 
 
-SHOW = PreparedStatement("show_commit", "text", "SELECT current_setting($1)", async_commit=True)
-
-
-def test_an_asynchronous_commit_ends_with_its_statement(sessions: Sessions) -> None:
-    setting = "synchronous_commit"
-    with sessions.begin() as session:
-        usual = session.scalar(text("SELECT current_setting('synchronous_commit')"))
-    with autocommit_sessions(sessions).begin() as session:
-        assert SHOW(session, setting).scalar() == "off"
-        assert session.scalar(text("SELECT current_setting('synchronous_commit')")) == usual
-    with sessions.begin() as session:
-        assert SHOW(session, setting).scalar() == "off", "it is the transaction that commits"
-    with sessions.begin() as session:
-        assert session.scalar(text("SELECT current_setting('synchronous_commit')")) == usual
+def test_statements_that_commit_without_waiting_are_planned_for_large_tables(database_url: str) -> None:
+    sessions = async_commit_sessions(database_url, "test")
+    settings = "synchronous_commit", "enable_seqscan", "plan_cache_mode"
+    with sessions() as session:
+        values = [session.scalar(text("SELECT current_setting(:name)"), {"name": name}) for name in settings]
+        assert values == ["off", "off", "force_generic_plan"]
+        session.execute(text("CREATE TABLE committed_at_once ()"))
+        session.rollback()
+        session.execute(text("DROP TABLE committed_at_once"))
+    sessions.kw["bind"].dispose()
 
 
 def test_no_time_of_a_row_comes_from_the_clock_of_a_process() -> None:

@@ -17,6 +17,7 @@ from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.tables import Unit
 from tests.builders import claim, make_job, outcomes_of, units_of
+from tests.plans import pages_read
 from worker.dispatcher.leadership import planning_connection
 from worker.dispatcher.scheduler import FairScheduler
 
@@ -65,6 +66,33 @@ def test_one_batch_may_fill_all_workers_in_one_look(sessions: Sessions) -> None:
         assert len(snapshot(session, per_tenant=8).waiting) == 58
         claim(session, units_of(session, job)[0], "w7@here/a1/41")
         assert len(snapshot(session, per_tenant=8).waiting) == 57, "with all workers busy a few of each tenant suffice"
+
+
+def test_a_look_reads_no_more_than_a_share_of_the_idle_workers_for_each_tenant(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        for number in range(20):
+            processes.upsert(session, Heartbeat(f"w{number}@here/a1", processes.WORKER, ["batch"]))
+            make_job(session, JobKind.PREDICT_BATCH, scans=30 if number < 5 else 1, chunk=1, tenant_id=f"t{number:02}")
+        found = snapshot(session, per_tenant=4)
+        assert len(found.waiting) == 5 * (4 + 1) + 15
+        assert found.cut_off == {(Lane.BATCH, f"t{number:02}") for number in range(5)}
+        plan = FairScheduler(1, 0, 5).plan(found, {})
+        assert (len(plan.dispatch), plan.read_more) == (20, False)
+
+
+def test_two_looks_find_work_for_all_idle_workers_when_one_tenant_has_nearly_all_units(sessions: Sessions) -> None:
+    scheduler = FairScheduler(1, 0, 5)
+    with sessions.begin() as session:
+        for number in range(40):
+            processes.upsert(session, Heartbeat(f"w{number}@here/a1", processes.WORKER, ["batch"]))
+            many = {"scans": 1000, "chunk": 1} if number == 0 else {"scans": 1}
+            if number < 10:
+                make_job(session, JobKind.PREDICT_BATCH, tenant_id=f"t{number}", **many)  # type: ignore[arg-type]
+        plans = []
+        for _ in range(2):
+            plans.append(scheduler.plan(snapshot(session, scheduler.units_to_read({})), {}))
+            dispatch.dispatch(session, [unit.unit_id for unit in plans[-1].dispatch], 15)
+        assert [(len(plan.dispatch), plan.read_more) for plan in plans] == [(8 + 4 + 9, True), (19, False)]
 
 
 def test_units_that_wait_for_a_retry_stall_no_other_unit_of_their_job(sessions: Sessions) -> None:
@@ -338,7 +366,7 @@ def test_a_look_does_not_step_over_units_that_ended_while_a_transaction_is_open(
 ) -> None:
     """A backup keeps the index entries of all units that end meanwhile."""
     pages: list[int] = []
-    with planning_connection(settings.database_url) as own, own.sessions() as looking, sessions() as backup:
+    with planning_connection(settings.database_url) as own, own.begin() as looking, sessions() as backup:
         backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         backup.execute(text("SELECT count(*) FROM units"))
         reading = Reading(looking)
@@ -356,13 +384,6 @@ def test_a_look_does_not_step_over_units_that_ended_while_a_transaction_is_open(
 
 def _pages_of_a_look(reading: Reading) -> int:
     """How many pages the next look asks for."""
-    count = "SELECT sum(hits) + sum(reads) FROM pg_stat_get_backend_io(pg_backend_pid()) WHERE object = 'relation'"
-    before = _scalar_after_flush(reading.session, count)
+    before = pages_read(reading.session)
     assert len(reading.read().waiting) == 1
-    return _scalar_after_flush(reading.session, count) - before
-
-
-def _scalar_after_flush(session: Session, question: str) -> int:
-    session.execute(text("SELECT pg_stat_force_next_flush()"))
-    session.commit()
-    return int(session.scalar(text(question)) or 0)
+    return pages_read(reading.session) - before

@@ -1,11 +1,14 @@
 """Statements that run for every unit find their rows by key, also if they were planned while the queue was empty."""
 
+from statistics import median
+
 from sqlalchemy import text
 
 from jobs.db import Sessions
 from jobs.queue import dispatch, leases, lifecycle
 from jobs.states import JobKind, Lane
 from tests.builders import TENANT, claim, make_job, outcomes_of, units_of
+from tests.plans import pages_read
 
 ENDED = """
 INSERT INTO jobs (id, tenant_id, kind, lane, state, params, metadata, total, finished_at)
@@ -40,3 +43,20 @@ def test_no_statement_walks_an_index_of_the_whole_queue(sessions: Sessions) -> N
             assert not [index for index in OF_THE_QUEUE if index in plan], f"{name}: {plan}"
             assert "Seq Scan on jobs" not in plan, name
             assert "Seq Scan on units" not in plan, name
+
+
+def test_the_end_of_a_unit_does_not_step_over_those_that_ended_while_a_transaction_is_open(sessions: Sessions) -> None:
+    """A backup keeps the index entries of all units that end meanwhile."""
+    pages: list[int] = []
+    with sessions.begin() as session:
+        units = units_of(session, make_job(session, JobKind.PREDICT_BATCH, scans=200, chunk=1))
+    with sessions() as backup, sessions() as worker:
+        backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        backup.execute(text("SELECT count(*) FROM units"))
+        for unit in units:
+            held = claim(worker, unit)
+            outcomes = outcomes_of(worker, held)
+            before = pages_read(worker)
+            lifecycle.succeed(worker, held, outcomes=outcomes)
+            pages.append(pages_read(worker) - before)
+    assert median(pages[-21:-1]) <= 2 * median(pages[10:30]), pages

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions, listening
-from jobs.errors import Invalid, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
+from jobs.errors import Invalid, LeaseLost, ModelNotFound, NoChampion, NothingBefore, PromotionRefused
 from jobs.events.job_events import UNITS_CHANNEL
 from jobs.models import comparison, promotion, registry
 from jobs.models.cards import REGISTRY_SYNC
@@ -58,6 +58,22 @@ def trained(
     )
     lifecycle.succeed(session, held)
     return made
+
+
+def test_a_training_that_has_lost_its_lease_registers_no_version(sessions: Sessions) -> None:
+    """Two attempts may end at once: the second one is told by the fence, not by a key of the database."""
+    new = NewModel("a" * 64, ["Normal", "Tumor"], {}, scores(0.8), "d" * 64, "abc")
+    with sessions.begin() as session:
+        job = builders.make_job(session)
+        stale = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.requeue(session, stale, "DRAINED")
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        promotion.register(session, held, new, POLICY)
+        with pytest.raises(LeaseLost):
+            promotion.register(session, stale, new, POLICY)
+        lifecycle.succeed(session, held)
+        with pytest.raises(LeaseLost):
+            promotion.register(session, held, new, POLICY)
 
 
 def history(session: Session, tenant_id: str = TENANT) -> list[tuple[int, int | None, str]]:

@@ -162,10 +162,6 @@ def _explain(session: Session, world: World) -> None:
     explanations.insert_artifacts(session, world.explaining, _overlay())
 
 
-def _take_back(session: Session, claim: Claim) -> None:
-    reaping.take_back(session, session.get_one(Unit, claim.unit_id), RETRY)
-
-
 def _overlay() -> list[explanations.NamedBlob]:
     return [(f"explanations/{uuid.uuid4()}.png", Blob(SHA, 1))]
 
@@ -201,8 +197,10 @@ VERBS: dict[str, Verb] = {
     "cancel": lambda session, world: lifecycle.cancel(session, TENANT, world.batch),
     "end cancelled units": lambda session, world: completion.cancel_batch(session),
     "reap": lambda session, world: reaping.reap(session, retry=RETRY, stall=3600),
-    "take back": lambda session, world: _take_back(session, world.held),
-    "take back an explanation": lambda session, world: _take_back(session, world.explaining),
+    "take back": lambda session, world: reaping.take_back(session, world.held.unit_id, world.held.fence, RETRY),
+    "take back an explanation": lambda session, world: reaping.take_back(
+        session, world.explaining.unit_id, world.explaining.fence, RETRY
+    ),
     "store explanations": lambda session, world: explanations.save(session, world.explaining, _overlay()),
     "explain": _explain,
     "store a checkpoint": lambda session, world: checkpoints.save(session, world.training, _checkpoint(3)),

@@ -24,7 +24,7 @@ def resources(settings: Settings) -> Iterator[Resources]:
     """A worker's."""
     opened = open_resources(settings)
     yield opened
-    for factory in (opened.sessions, opened.claims, opened.beats):
+    for factory in (opened.sessions, opened.autocommit):
         factory.kw["bind"].dispose()
 
 

@@ -58,7 +58,7 @@ def test_a_frozen_leader_is_replaced_and_cannot_plan_any_more(settings: Settings
         time.sleep(0.2)
         assert other.end_frozen_leader(0.1)
         eventually(other.try_to_lead, 5)
-        with pytest.raises((DBAPIError, OperationalError)), frozen.sessions.begin() as session:
+        with pytest.raises((DBAPIError, OperationalError)), frozen.begin() as session:
             make_job(session)
 
 

@@ -1,5 +1,8 @@
 """MLflow's registry follows ours: on a real server, and what the rows alone say."""
 
+import os
+import subprocess
+import sys
 import threading
 import uuid
 from dataclasses import replace
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
@@ -16,10 +20,11 @@ from jobs.models import promotion
 from jobs.models.cards import notify_registry_sync
 from jobs.models.gate import GatePolicy
 from jobs.settings import Settings
+from jobs.states import Lane
 from jobs.tables import ModelVersion, RegistryMirror
 from ml.spec.registry import spec_of
 from tests import builders
-from tests.processes import eventually
+from tests.processes import ROOT, eventually
 from worker.dispatcher.loop import Dispatcher
 from worker.execution.resources import Resources
 from worker.tracking import backfill, runs
@@ -119,6 +124,16 @@ def test_a_promotion_does_not_wait_for_the_next_interval(
     finally:
         dispatcher.stop()
         thread.join(10)
+
+
+def test_requests_do_not_pile_up_while_the_training_workers_are_busy(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as broker:
+        broker.delete(Lane.TRAIN)
+        ask = "from worker.app import publish_tracking as ask; ask(); ask(); ask()"
+        environment = {**os.environ, "RENALQ_REDIS_URL": redis_url}
+        subprocess.run([sys.executable, "-c", ask], env=environment, cwd=ROOT, check=True, timeout=60)
+        assert broker.llen(Lane.TRAIN) == 1
+        broker.delete(Lane.TRAIN)
 
 
 # --- on a real server ---

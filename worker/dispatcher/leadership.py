@@ -5,19 +5,15 @@ its connection can plan nothing. The connection must be a session of its own: be
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from sqlalchemy import Connection, text
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session
 
-from jobs.db import Notifications, Sessions, make_engine
+from jobs.db import Notifications, async_commit_engine
 
 LEADER_LOCK = 5_931_087_415
 """Number of the advisory lock: one leader in each database."""
-
-# Planning a look takes longer than executing it, so it is planned once; perhaps while the tables are empty, when the
-# planner would choose to read all of them.
-PLANNING_OPTIONS = "-c synchronous_commit=off -c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
 
 TRY_TO_LEAD = text("SELECT pg_try_advisory_lock(:lock)")
 # A lock's 64-bit number is stored in two halves. The leader's backend runs a statement in every round, and
@@ -37,7 +33,12 @@ class PlanningConnection:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.sessions: Sessions = sessionmaker(bind=connection, expire_on_commit=False)
+        self._session = Session(connection, expire_on_commit=False)
+
+    def begin(self) -> AbstractContextManager[Session]:
+        """The session of all statements. It stays open, which saves each look a quarter of a millisecond; since each
+        statement commits by itself, it holds no transaction."""
+        return nullcontext(self._session)
 
     def try_to_lead(self) -> bool:
         """Take the lock. False: another dispatcher leads."""
@@ -57,9 +58,7 @@ class PlanningConnection:
 @contextmanager
 def planning_connection(url: str) -> Iterator[PlanningConnection]:
     """A new connection, which ends with the block, and the leadership with it."""
-    engine = make_engine(
-        url, 1, "renalq-dispatch", pre_ping=False, options=PLANNING_OPTIONS, isolation_level="AUTOCOMMIT"
-    )
+    engine = async_commit_engine(url, "renalq-dispatch")
     try:
         with engine.connect() as connection:
             yield PlanningConnection(connection)

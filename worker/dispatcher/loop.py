@@ -5,6 +5,7 @@ other threads. The others stand by, and one of them leads within two seconds of 
 NOTIFY and also polls, since a notification may be missed.
 """
 
+import math
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import redis
 import structlog
@@ -36,6 +37,7 @@ from worker.dispatcher.webhook_sender import sending_webhooks
 log = structlog.get_logger()
 
 Publish = Callable[[str, Lane, str], None]
+Begin = Callable[[], AbstractContextManager[Session]]
 BATCHING_SECONDS = 0.02
 """While no worker is idle, notifications of so many seconds are answered by one snapshot."""
 STANDBY_SECONDS = 1.0
@@ -46,6 +48,8 @@ STOP_SECONDS = 3.0
 """How long the end waits for each thread's running batch (s). What is cut off is rolled back."""
 MEASURING_SECONDS = 1.0
 """How often the duration of units is measured (s)."""
+SCHEDULED_SECONDS = 0.25
+"""How often units that wait for a time are looked at, at most (s)."""
 
 
 class Dispatcher:
@@ -55,7 +59,7 @@ class Dispatcher:
         self._settings, self._sessions, self._publish = settings, sessions, publish
         self._stop, self._leads = threading.Event(), threading.Event()
         self._unit_seconds: dict[Lane, float] = {}
-        self._measured_at = -MEASURING_SECONDS
+        self._measured_at = self._enqueued_at = -math.inf
         self._scheduler = FairScheduler(settings.chunk_scans, settings.rung_ahead_seconds, settings.newcomer_seconds)
         self._name = f"dispatcher@{socket.gethostname()}/{os.getpid()}"
         maintenance = Maintenance(settings, sessions)
@@ -88,7 +92,9 @@ class Dispatcher:
 
     def step(self) -> None:
         """Dispatch waiting units, and run all services that are due, in this thread."""
-        self._dispatch_waiting(self._sessions, QueueReader())
+        queue = QueueReader()
+        self._prepare(self._sessions.begin, queue)
+        self._dispatch_waiting(self._sessions.begin, queue)
         for thread in (self._heartbeat, self._urgent, self._other):
             thread.run_due()
 
@@ -109,7 +115,9 @@ class Dispatcher:
         try:
             with sending_webhooks(self._settings):
                 while not self._stop.is_set():
-                    self._dispatch_waiting(connection.sessions, queue)
+                    read_more = self._dispatch_waiting(connection.begin, queue)
+                    if self._prepare(connection.begin, queue) or read_more:
+                        continue
                     if self._scheduler.is_busy:
                         self._stop.wait(BATCHING_SECONDS)
                     payloads = notifications.wait(self._settings.sweep_seconds)
@@ -121,11 +129,11 @@ class Dispatcher:
         finally:
             self._leads.clear()
 
-    def _dispatch_waiting(self, sessions: Sessions, queue: QueueReader) -> None:
-        """Mark, commit, then publish: no message is sent for a row that may still vanish."""
+    def _dispatch_waiting(self, begin: Begin, queue: QueueReader) -> bool:
+        """Mark, commit, then publish: no message is sent for a row that may still vanish. True: the next look will find
+        more for the workers that are idle."""
         marked: set[uuid.UUID] = set()
-        with sessions.begin() as session:
-            queue.notice(lifecycle.enqueue_due(session))
+        with begin() as session:
             plan = self._plan(session, queue)
             if plan.request_yield:
                 dispatch.request_yield(session, [unit.unit_id for unit in plan.request_yield])
@@ -140,13 +148,24 @@ class Dispatcher:
         while left and self._published(left[0]):
             left.pop(0)
         if left:
-            with sessions.begin() as session:
+            with begin() as session:
                 dispatch.release(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
+        return plan.read_more and bool(marked) and not left
+
+    def _prepare(self, begin: Begin, queue: QueueReader) -> bool:
+        """What is done between two looks, so that no new unit waits for it: measure the duration of units, and queue
+        those whose time has come. True: there were some."""
+        due: list[str] = []
+        with begin() as session:
+            if time.monotonic() - self._measured_at >= MEASURING_SECONDS:
+                self._unit_seconds, self._measured_at = pace.mean_unit_seconds(session), time.monotonic()
+            if time.monotonic() - self._enqueued_at >= SCHEDULED_SECONDS:
+                due, self._enqueued_at = lifecycle.enqueue_due(session), time.monotonic()
+        queue.notice(due)
+        return bool(due)
 
     def _plan(self, session: Session, queue: QueueReader) -> Plan:
         settings = self._settings
-        if time.monotonic() - self._measured_at >= MEASURING_SECONDS:
-            self._unit_seconds, self._measured_at = pace.mean_unit_seconds(session), time.monotonic()
         alive, per_tenant = 3 * settings.process_seconds, self._scheduler.units_to_read(self._unit_seconds)
         found = queue.read(session, settings.ring_again_seconds, alive, per_tenant)
         return self._scheduler.plan(found, self._unit_seconds)

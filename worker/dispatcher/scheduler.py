@@ -21,11 +21,13 @@ SPARE_UNITS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """The units to dispatch, in this order; those to reserve for busy workers; and those whose workers should yield."""
+    """The units to dispatch, in this order; those to reserve for busy workers; and those whose workers should yield.
+    `read_more`: a worker is left idle although more units wait than were read."""
 
     dispatch: Sequence[WaitingUnit]
     reserve: Sequence[WaitingUnit]
     request_yield: Sequence[RunningUnit]
+    read_more: bool = False
 
 
 class DeficitRoundRobin:
@@ -107,13 +109,14 @@ class FairScheduler:
         self._lanes = {lane: DeficitRoundRobin(quantum) for lane in Lane}
         self._reserve_seconds, self._starvation_seconds, self._clock = reserve_seconds, starvation_seconds, clock
         self._last_served: dict[tuple[Lane, str], float] = {}
-        self._workers = 1
+        self._workers, self._left_idle = 1, 0
         self.is_busy = False
         """Whether all workers were busy in the latest snapshot: a new unit finds none to be dispatched to."""
 
     def units_to_read(self, unit_seconds: Mapping[Lane, float]) -> int:
-        """How many waiting units of each tenant the next snapshot should hold beside one for each idle worker."""
-        return SPARE_UNITS + max(self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane)
+        """How many waiting units of each tenant the next snapshot should hold beside its share of the idle workers."""
+        reservable = max(self._reservable(self._workers, unit_seconds.get(lane)) for lane in Lane)
+        return SPARE_UNITS + reservable + self._left_idle
 
     def plan(self, queue: QueueSnapshot, unit_seconds: Mapping[Lane, float]) -> Plan:
         """What to do now. `unit_seconds`: how long a unit of a lane takes."""
@@ -132,7 +135,9 @@ class FairScheduler:
             waiting = self._waiting_urgent(queue, left) if lane == Lane.URGENT else self._starving(queue, lane, left)
             yields += self._to_yield(queue, lane, waiting, yields)
         self._remember([*dispatch, *reserve])
-        return Plan(dispatch, reserve, yields)
+        # Shares were too small, since few tenants have most of the units: the next look reads more of each.
+        self._left_idle = max((idle.number(lane) for lane, _ in queue.cut_off), default=0)
+        return Plan(dispatch, reserve, yields, read_more=self._left_idle > 0)
 
     def _plan_lane(
         self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None

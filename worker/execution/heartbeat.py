@@ -85,7 +85,7 @@ def _beat_until_ended(unit: UnitLease, has_ended: Callable[[float], bool]) -> No
 def _poll(unit: UnitLease, beat: bool) -> bool:
     """Renew the lease with `beat`, and interrupt the unit if asked to. False: Postgres did not answer."""
     try:
-        with unit.resources.beats.begin() as session:
+        with unit.resources.autocommit.begin() as session:
             lease = unit.resources.settings.lease_seconds
             status = leases.beat(session, unit.claim, lease) if beat else leases.poll_status(session, unit.claim)
     except SQLAlchemyError as error:

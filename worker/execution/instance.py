@@ -41,12 +41,12 @@ def take_back_lost_units(resources: Resources, holders: str) -> int:
     """
     retry, units = RetryPolicy.of(resources.settings), 0
     try:
-        with resources.beats() as session:
+        with resources.autocommit() as session:
             held = reaping.held_by(session, holders)
-        for unit in held:
-            if _is_dead(unit.worker or ""):
+        for unit_id, fence, worker in held:
+            if _is_dead(worker or ""):
                 with resources.sessions.begin() as session:
-                    units += reaping.take_back(session, unit, retry)
+                    units += reaping.take_back(session, unit_id, fence, retry)
     except SQLAlchemyError as error:  # Postgres is away, or the job is locked: their leases expire
         structlog.get_logger().warning("lost_units_not_taken_back", error=type(error).__name__)
     if units:

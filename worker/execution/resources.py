@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from jobs.db import Sessions, async_commit_sessions, autocommit_sessions, session_factory
+from jobs.db import Sessions, async_commit_sessions, session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
@@ -13,16 +13,15 @@ WORKER_TIMEOUT_OPTIONS = "-c idle_in_transaction_session_timeout=10s"
 
 @dataclass(frozen=True)
 class Resources:
-    """Opened once per process. A process keeps two connections: one for its work, one for its heartbeats."""
+    """Opened once per process. A process keeps two connections: one for its work, one for claims and heartbeats."""
 
     settings: Settings
     sessions: Sessions
     """Simultaneous transactions, such as those of a training's MLflow thread, take further connections for a moment."""
-    claims: Sessions
-    """The connection of `sessions`, in autocommit: a claim is one statement, and one round trip."""
-    beats: Sessions
-    """The heartbeat's own connection: a busy body must not cost the lease. Every statement commits by itself: a worker
-    that freezes between two must not hold the unit's lock. A worker's parent process uses no other."""
+    autocommit: Sessions
+    """The connection of claims and heartbeats: a busy body must not cost the lease. Each statement commits by itself,
+    in one round trip: a worker that freezes between two must not hold the unit's lock. None waits for the disk: who has
+    lost a claim in a crash of Postgres can write nothing. A worker's parent process uses no other connection."""
     artifacts: BlobStore
 
 
@@ -39,8 +38,7 @@ def open_resources(settings: Settings) -> Resources:
     return Resources(
         settings=settings,
         sessions=sessions,
-        claims=autocommit_sessions(sessions),
-        beats=async_commit_sessions(settings.database_url, "renalq-beat"),
+        autocommit=async_commit_sessions(settings.database_url, "renalq-beat"),
         artifacts=BlobStore(settings.artifacts),
     )
 

@@ -66,7 +66,7 @@ def _keep_alive(sign: processes.Heartbeat) -> None:
     opened, registered = resources(), False
     while True:
         try:
-            with opened.beats.begin() as session:
+            with opened.autocommit.begin() as session:
                 (processes.upsert if registered else processes.register)(session, sign)
             if not registered:
                 _clean_up_after_predecessors(opened, sign.name.split("/")[0])
@@ -81,7 +81,7 @@ def _clean_up_after_predecessors(opened: "Resources", node: str) -> None:
     """Take back what earlier instances of this node held, and remove what dead attempts have left on this machine."""
     instance.take_back_lost_units(opened, node)
     opened.sessions.kw["bind"].dispose()  # a parent process needs no other connection than its heartbeat's
-    if removed := workspaces.sweep(opened.settings.work, opened.beats):
+    if removed := workspaces.sweep(opened.settings.work, opened.autocommit):
         structlog.get_logger().info("workspaces_removed", count=removed)
 
 
@@ -97,7 +97,7 @@ def _end(**_: Any) -> None:
     _stopping.set()
     Path(os.environ[DRAIN_FILE]).unlink(missing_ok=True)
     try:
-        with resources().beats.begin() as session:
+        with resources().autocommit.begin() as session:
             processes.deregister(session, instance.worker_name())
     except SQLAlchemyError:
         pass  # the row grows old by itself
