@@ -244,11 +244,11 @@ def _check(parsed: argparse.Namespace) -> int:
         return dataset_table(check_dataset(parsed.dataset))
     with tempfile.TemporaryDirectory(prefix="renalq-check-") as folder:
         try:
-            extract_zip(parsed.dataset, Path(folder) / "images")
+            warnings = extract_zip(parsed.dataset, Path(folder) / "images")
         except (ArchiveError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
-        return dataset_table(check_dataset(Path(folder) / "images"))
+        return dataset_table(check_dataset(Path(folder) / "images"), warnings)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class ProblemTypeSchema(Answer):
     status = fields.Integer(allow_none=True, metadata={"description": "HTTP status; null: only of jobs or scans."})
     of_job = fields.Boolean(metadata={"description": "Whether it may be a job's `error`."})
     of_scan = fields.Boolean(metadata={"description": "Whether it may be a result's `error`."})
+    of_warning = fields.Boolean(metadata={"description": "Whether it may be in a job's `warnings`, and no error."})
 
 
 @blueprint.route("/<code>")

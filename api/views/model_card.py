@@ -16,6 +16,7 @@ FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "p
 SHARED_FIGURES = ("f1", "recall", "specificity", "roc_auc")
 LEAKS = {
     "patients": "test scans are of patients of whom others were learnt from",
+    "studies": "test scans are of studies of which others were learnt from",
     "duplicates": "test scans are copies of scans that were learnt from",
     "near_duplicates": "test scans look almost the same as scans that were learnt from",
 }
@@ -129,6 +130,7 @@ def _limits(version: ModelVersion) -> Json:
         "leaks": [f"{leaks[kind]} {words}." for kind, words in LEAKS.items() if leaks.get(kind)],
         "patients": _patients(version.metrics.get("patients_known")),
         "out_of_distribution": _out_of_distribution(version.reference),
+        "of_inputs": list(spec_of(version.pipeline).card.limits(version.metrics)),
         "dispositions": "A probability between the two limits of the server's settings is called indeterminate: no "
         "answer is better than a guess.",
     }

@@ -47,6 +47,8 @@ def show_dataset(dataset: dict[str, Any]) -> None:
     lines = [f"dataset {dataset['id']} is {dataset['state']}: {_classes(dataset)}"]
     lines += [f"  problem  {problem}" for problem in dataset.get("problems") or ()]
     lines += [f"  warning  {warning}" for warning in dataset.get("warnings") or ()]
+    inspection = (dataset.get("report") or {}).get("inspection") or {}
+    lines += [f"  passed over  {name}" for name in inspection.get("passed_over") or ()]
     click.echo("\n".join(lines))
 
 

@@ -1,13 +1,15 @@
 """A dataset from feedback: scans with their true labels, as a zip with one folder per class.
 
-Scans with the same patient key are in one folder, `Tumor/patient_NUMBER/scan-HASH.png`, from which the dataset check
-reads the patient (ml/image/dataset/patients.py). The number is a hash of tenant and key: a pseudonym, so that the key
-stays in the database. Original file names are not used, since they may contain a patient's name; a DICOM file has its
-own patient id.
+Scans with the same patient key are in one folder, `Tumor/patient_NUMBER/scan-HASH.png`, and patients.csv says the same,
+as it overrules what DICOM files say of their patients. The number is a hash of tenant and key: a pseudonym, so that the
+key stays in the database. Original file names are not used, since they may contain a patient's name; a DICOM file
+without a key has its own patient id.
 """
 
+import csv
 import datetime as dt
 import hashlib
+import io
 import shutil
 import uuid
 import zipfile
@@ -22,6 +24,7 @@ from sqlalchemy.orm import Session
 from jobs.errors import Invalid
 from jobs.storage.blobs import BlobStore
 from jobs.tables import Scan, Truth
+from ml.spec.junk_files import PATIENT_LIST
 
 PSEUDONYMS = 10**15
 """Number of pseudonyms: among a million patients, the chance of any collision is one in two thousand."""
@@ -41,14 +44,16 @@ class LabelledScan:
 
     def path(self, tenant_id: str) -> str:
         """The file's name in the zip."""
-        folder = [self.label] if self.patient is None else [self.label, _pseudonym(tenant_id, self.patient)]
+        folder = (
+            [self.label] if self.patient is None else [self.label, f"patient_{_pseudonym(tenant_id, self.patient)}"]
+        )
         suffix = self.media_type.rpartition("/")[2]
         return "/".join([*folder, f"scan-{self.sha256[:32]}.{suffix}"])
 
 
 def _pseudonym(tenant_id: str, patient: str) -> str:
     digest = hashlib.sha256(f"{tenant_id}\0{patient}".encode()).digest()
-    return f"patient_{int.from_bytes(digest) % PSEUDONYMS:015}"
+    return f"{int.from_bytes(digest) % PSEUDONYMS:015}"
 
 
 def labelled_scans(
@@ -101,3 +106,14 @@ def write_zip(target: IO[bytes], tenant_id: str, scans: Sequence[LabelledScan], 
             except FileNotFoundError:
                 detail = f"The scan with the SHA-256 {scan.sha256} is no longer stored. Store it with POST /scans."
                 raise Invalid(detail, "/truths") from None
+        keyed = [
+            (scan.path(tenant_id), _pseudonym(tenant_id, scan.patient)) for scan in scans if scan.patient is not None
+        ]
+        if keyed:
+            archive.writestr(zipfile.ZipInfo(PATIENT_LIST, ZIP_TIMESTAMP), _patient_list(keyed))
+
+
+def _patient_list(rows: Sequence[tuple[str, str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([("path", "patient"), *rows])
+    return text.getvalue()

@@ -11,6 +11,7 @@ from ml.spec.registry import spec_of
 
 LEAKS = {
     "patients": ("is of a patient", "are of patients", "that the network has learnt from"),
+    "studies": ("is of a study", "are of studies", "that the network has learnt from"),
     "duplicates": ("is a copy", "are copies", "of scans that the network has learnt from"),
     "near_duplicates": ("looks", "look", "almost the same as scans that the network has learnt from"),
 }

@@ -45,6 +45,7 @@ class NewJob:
     idempotency_key: str | None = None
     retry_of: uuid.UUID | None = None
     reproduction_of: uuid.UUID | None = None
+    warnings: Sequence[Json] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
 
 
 def _retry_of(old: Job) -> NewJob:
-    own = ("metadata", "idempotency_key", "retry_of")
+    own = ("metadata", "idempotency_key", "retry_of", "warnings")
     copied: Json = {field.name: getattr(old, field.name) for field in fields(NewJob) if field.name not in own}
     copied |= {"kind": JobKind(old.kind), "lane": Lane(old.lane)}
     return NewJob(**copied, metadata=old.labels, retry_of=old.id)
@@ -231,7 +232,7 @@ def _require_ceiling(quota: Quota, queued: int | None, more: int) -> None:
 
 
 def _new_job(new: NewJob, total: int) -> Job:
-    given = {**vars(new), "params": new.params or {}, "labels": new.metadata or {}}
+    given = {**vars(new), "params": new.params or {}, "labels": new.metadata or {}, "warnings": list(new.warnings)}
     del given["metadata"]  # SQLAlchemy has an attribute of this name
     return Job(id=new_id(), total=total, **given)
 

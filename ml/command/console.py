@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -116,13 +116,16 @@ def prediction_table(predictions: Iterable[Prediction]) -> None:
 
 
 def _note(one: Prediction) -> str:
-    if one.error_detail is not None or one.ood_score is None or one.ood_score <= 1:
-        return one.error_detail or ""
+    from ml.image.serving.disposition import UNSUITABLE
+
+    unsuited = (one.output or {}).get(UNSUITABLE)
+    if unsuited or one.error_detail is not None or one.ood_score is None or one.ood_score <= 1:
+        return unsuited or one.error_detail or ""
     return f"unlike what was learnt from{f': {one.ood_reason}' if one.ood_reason else ''}"
 
 
-def dataset_table(report: DatasetReport) -> int:
-    """Print a dataset's contents, warnings and problems; returns 1 if there are problems, else 0."""
+def dataset_table(report: DatasetReport, warnings: Sequence[str] = ()) -> int:
+    """Print a dataset's contents, warnings (also these) and problems; returns 1 if there are problems, else 0."""
     console = RichConsole()
     table = Table("class", "scans")
     for name, count in report.classes.items():
@@ -131,8 +134,10 @@ def dataset_table(report: DatasetReport) -> int:
     for line in _inspection_lines(report.inspection):
         console.print(escape(line))
     console.print(f"digest {report.digest}")
-    for warning in report.warnings:
+    for warning in (*warnings, *report.warnings):
         console.print(f"[yellow]•[/yellow] {escape(warning)}")
+    for name in report.passed_over:
+        console.print(f"  passed over: {escape(name)}")
     for problem in report.problems:
         console.print(f"[red]•[/red] {escape(problem)}")
     return 1 if report.problems else 0

@@ -42,11 +42,12 @@ class ImagePipeline(Pipeline):
         from ml.runtime.errors import ArchiveError
 
         try:
-            extract_zip(archive, folder)
+            warnings = extract_zip(archive, folder)
         except ArchiveError as error:
             return DatasetCheck({}, "", (str(error),))
         found = check_dataset(folder, on_progress=report)
-        return DatasetCheck(found.classes, found.digest, found.problems, found.warnings, asdict(found.inspection))
+        inspection = {**asdict(found.inspection), "passed_over": list(found.passed_over)}
+        return DatasetCheck(found.classes, found.digest, found.problems, (*warnings, *found.warnings), inspection)
 
     def train(self, job: TrainingJob, emit: Emit) -> None:
         """All four stages (see `ml.image.stages`)."""
@@ -85,11 +86,12 @@ class ImagePipeline(Pipeline):
 
     def dispose(self, prediction: Prediction, low: float, high: float) -> Disposition | None:
         """See `ml.image.serving.disposition`."""
-        from ml.image.serving.disposition import disposition_of
+        from ml.image.serving.disposition import disposition_of, of_file
 
-        return disposition_of(
+        found = disposition_of(
             prediction.probabilities, prediction.ood_score, low, high, prediction.ood_reason, prediction.label
         )
+        return of_file(found, prediction.output)
 
 
 def _config(job: TrainingJob) -> PipelineConfig:

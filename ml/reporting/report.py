@@ -36,7 +36,7 @@ NAMES = {
 class ReportInputs:
     """The content of a report.
 
-    `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.inspection.dataset_warnings`); other
+    `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.findings.dataset_warnings`); other
     keys are ignored. `made_at` is the only date in both files. `leak_reasons`: sentences of
     `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. Unknown values are None, and
     shown as such.

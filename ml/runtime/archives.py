@@ -2,103 +2,104 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import stat
 import tempfile
-import zipfile
-import zlib
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ml.runtime.errors import ArchiveError
+from ml.spec.junk_files import is_junk
+from ml.spec.zips import Limits as ArchiveLimits
+from ml.spec.zips import Member, open_zip
 
-_NESTED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-_LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+MOST_NAME_BYTES = 255
+"""Of a file or folder; the limit of ext4, XFS, APFS and NTFS."""
+MOST_PATH_BYTES = 3000
+"""Of a whole name in the zip; Linux takes 4096 bytes with the folders above."""
+MOST_FOLDERS = 64
+"""One in the other."""
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+"""What file systems answer whose rules for names are stricter."""
 
 
-@dataclass(frozen=True)
-class ArchiveLimits:
-    """Limits for a zip of scans."""
+def extract_zip(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> tuple[str, ...]:
+    """Unpack `archive` as `folder`, which is replaced if it exists. Returns warnings, for whoever sent the zip.
 
-    members: int = 200_000
-    total_bytes: int = 20 * 2**30
-    ratio: float = 200.0  # inflated / stored size of members over 1 MiB; deflate's maximum is 1032
-    member_bytes: int = 2**30
+    Files that are passed over by their names (`ml.spec.junk_files`) are unpacked too if they are safe, so that
+    whoever reads the folder can count and name them.
 
-
-def extract_zip(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> None:
-    """Unpack `archive` as `folder`, which is replaced if it exists.
-
-    ArchiveError, without a change to `folder`, for a damaged or encrypted zip, names outside of the folder, links,
-    duplicate names, nested archives, and sizes beyond `limits`.
+    ArchiveError, without a change to `folder`, for what `ml.spec.zips` refuses, and for names that the disk refuses.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if archive.resolve().is_relative_to(folder.resolve()):
         raise ArchiveError("The zip lies inside the folder that it would replace: choose another unzip_dir.")
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _extract(archive, staging, limits or ArchiveLimits())
+        warnings = _extract(archive, staging, limits or ArchiveLimits())
         if folder.exists():
             shutil.rmtree(folder)
         staging.chmod(0o755)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return warnings
 
 
-def _extract(archive: Path, staging: Path, limits: ArchiveLimits) -> None:
+def _extract(archive: Path, staging: Path, limits: ArchiveLimits) -> tuple[str, ...]:
+    with open_zip(archive, limits, ArchiveError, may_be_empty=True, keep_junk=True) as members:
+        for member in _storable(members):
+            _extract_one(member, staging / member.name)
+        return tuple(_warnings(members.guessed_names))
+
+
+def _warnings(guessed_names: int) -> list[str]:
+    if not guessed_names:
+        return []
+    return [
+        f"Names in the zip that are not UTF-8: {guessed_names}. They were read as cp437, so letters such as umlauts "
+        "may be wrong: pack with UTF-8 names if a class is affected."
+    ]
+
+
+def _storable(members: Sequence[Member]) -> list[Member]:
+    """The files that a disk takes as they are named. ArchiveError for others, unless they would be passed over."""
+    kept = [member for member in members if not (is_junk(member.name) and _unstorable(member.name))]
+    names = {member.name for member in kept}
+    folders: dict[str, str] = {}
+    for member in kept:
+        if why := _unstorable(member.name):
+            raise ArchiveError(f"The name {member.name[:40]!r}… {why}")
+        for above in PurePosixPath(member.name).parents:
+            if str(above) in names:
+                raise ArchiveError(f"{str(above)!r} is both a file and a folder in the zip. Rename one of them.")
+        folder = member.packed_name.rpartition("/")[0]
+        other = folders.setdefault(unicodedata.normalize("NFC", folder), folder)
+        if other != folder:
+            raise ArchiveError(
+                f"The folders {other!a} and {folder!a} have the same name in two Unicode forms. Rename one of "
+                "them, or put their files together."
+            )
+    return kept
+
+
+def _unstorable(name: str) -> str | None:
+    parts = name.split("/")
+    if len(name.encode()) > MOST_PATH_BYTES or len(parts) > MOST_FOLDERS:
+        return f"lies too deep: in {MOST_FOLDERS} folders at most, with {MOST_PATH_BYTES} bytes. Shorten it."
+    if any(len(part.encode()) > MOST_NAME_BYTES for part in parts):
+        return f"is too long: a file or folder takes {MOST_NAME_BYTES} bytes at most. Shorten it."
+    return None
+
+
+def _extract_one(member: Member, target: Path) -> None:
     try:
-        with zipfile.ZipFile(archive) as opened:
-            members = checked_members(opened, limits)
-            for name, member in members.items():
-                _extract_one(opened, member, staging / name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
-        raise ArchiveError("The file is not a whole, readable zip.") from error
-
-
-def checked_members(opened: zipfile.ZipFile, limits: ArchiveLimits) -> dict[str, zipfile.ZipInfo]:
-    """Safe relative name → member, for every file in the zip; ArchiveError if a member or the whole zip is unsafe."""
-    infos = opened.infolist()
-    if len(infos) > limits.members:
-        raise ArchiveError(f"The zip has more than {limits.members:,} members.")
-    if sum(info.file_size for info in infos) > limits.total_bytes:
-        raise ArchiveError(f"The zip would unpack to more than {limits.total_bytes // 2**20} MiB.")
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        name = _safe_name(info)
-        if info.is_dir() or any(part in _LITTER for part in PurePosixPath(name).parts):
-            continue
-        _check_member(info, name, limits)
-        if name in members:
-            raise ArchiveError(f"The zip holds the same name twice: {name!r}.")
-        members[name] = info
-    return members
-
-
-def _safe_name(info: zipfile.ZipInfo) -> str:
-    raw = info.filename.replace("\\", "/")
-    parts = [part for part in raw.split("/") if part not in ("", ".")]
-    if raw.startswith("/") or ".." in parts or ":" in (parts[0] if parts else "") or not raw.isprintable():
-        raise ArchiveError(f"The zip holds a name that points outside its folder: {info.filename!r}.")
-    return "/".join(parts)
-
-
-def _check_member(info: zipfile.ZipInfo, name: str, limits: ArchiveLimits) -> None:
-    mode = info.external_attr >> 16
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-        raise ArchiveError(f"The zip holds a link or a special file: {name!r}.")
-    if info.flag_bits & 0x1:
-        raise ArchiveError("The zip is encrypted: upload it without a password.")
-    if name.lower().endswith(_NESTED):
-        raise ArchiveError(f"The zip holds another archive: {name!r}. Unpack that one first.")
-    if info.file_size > limits.member_bytes:
-        raise ArchiveError(f"The zip holds a file of more than {limits.member_bytes // 2**20} MiB: {name!r}.")
-    if info.file_size > 2**20 and info.file_size > limits.ratio * max(info.compress_size, 1):
-        raise ArchiveError(f"The zip holds a member that inflates more than {limits.ratio:.0f} times: {name!r}.")
-
-
-def _extract_one(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # zipfile reads at most the declared size, which is checked above, then compares the CRC: a false size fails here.
-    with opened.open(member) as source, target.open("xb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as sink:
+            for chunk in member.chunks():
+                sink.write(chunk)
+    except (OSError, UnicodeEncodeError) as error:
+        if isinstance(error, OSError) and error.errno not in _NAME_ERRORS:
+            raise
+        raise ArchiveError(f"The disk cannot store a file of the name {member.name[-80:]!r}. Rename it.") from error

@@ -79,9 +79,15 @@ class Params(BaseModel):
         None, ge=-2000, le=5000, description="centre of the CT window in Hounsfield units; null: the file's own window"
     )
     window_width: float | None = Field(None, ge=1, le=10000, description="width of the CT window in Hounsfield units")
+    spacing_mm: float | None = Field(
+        None, ge=0.05, le=10, description="mm of a pixel of the input, where files say theirs; null: whole pictures"
+    )
     test_size: float = Field(0.2, ge=0.05, le=0.5, description="share of the scans that only the evaluation sees")
     validation_size: float = Field(
         0.1, ge=0.05, le=0.4, description="share of the scans that choose epoch, temperature and threshold"
+    )
+    split: Literal["patients", "folders"] = Field(
+        "patients", description="sides drawn anew by patients, or those of the folders train, validation and test"
     )
     folds: int = Field(0, ge=0, le=20, description="0, or so many trainings more that test each scan once")
     balance: Literal["none", "weights", "sampler"] = Field(
@@ -165,6 +171,8 @@ class Params(BaseModel):
             yield "fine_tune_blocks", f"{self.network} has {most} blocks."
         if self.folds == 1:
             yield "folds", "Cross-validation needs 2 or more; 0 turns it off."
+        if self.folds and self.split == "folders":
+            yield "folds", "Cross-validation draws its own sides; set folds: 0, or split: patients."
         if self.test_size + self.validation_size > 0.7:
             left = "With test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
             yield "validation_size", left

@@ -34,11 +34,12 @@ def head(params: Mapping[str, Any]) -> str:
 
 
 def transform(params: Mapping[str, Any]) -> dict[str, Any]:
-    """How a scan becomes the network's input: height and width in pixels, and a CT's window in Hounsfield units as
-    [centre, width]; None for what the scan's file decides."""
+    """How a scan becomes the network's input: height and width in pixels, a CT's window in Hounsfield units as
+    [centre, width], and the millimetres of a pixel; None for what the scan's file decides."""
     height, width = [*params.get("image_size", ()), None, None][:2]
     window = [params.get("window_center"), params.get("window_width")]
-    return {"height": height, "width": width, "window": None if None in window else window}
+    seen = {"height": height, "width": width, "window": None if None in window else window}
+    return {**seen, "spacing_mm": params.get("spacing_mm")}
 
 
 def base_version(params: Mapping[str, Any]) -> int | None:

@@ -4,9 +4,10 @@ The worker decodes, and has the last word. Loaded where scans come in (`Inputs.i
 """
 
 import warnings
+from functools import cache
 from typing import IO
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ml.spec import dicom_header
 from ml.spec.pipeline import Media, RefusedInput
@@ -14,7 +15,36 @@ from ml.spec.pipeline import Media, RefusedInput
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DICOM = "application/dicom"
 MAX_SIDE = 65_535
-"""Pixels of a side: what JPEG and DICOM can say. The worker takes no more either (ml.image.pixels.decoding)."""
+"""Pixels of a side: what JPEG and DICOM can say. The worker takes no more either (ml.image.pixels.limits)."""
+
+_MORE_TIFF = {
+    (order, min_is_white, (sample_format,), 1, (bits,), ()): (mode, raw)
+    for order, sample_format, bits, mode, raw in (
+        (b"II", 1, 16, "I;16", "I;16"),
+        (b"MM", 1, 16, "I;16B", "I;16B"),
+        (b"II", 2, 16, "I", "I;16S"),
+        (b"MM", 2, 16, "I", "I;16BS"),
+        (b"II", 1, 32, "I", "I;32N"),
+        (b"MM", 1, 32, "I", "I;32BS"),
+        (b"II", 2, 32, "I", "I;32S"),
+        (b"MM", 2, 32, "I", "I;32BS"),
+    )
+    for min_is_white in (0, 1)
+}
+"""Kinds of grey TIFF for Pillow's table (byte order, photometric interpretation, sample format, fill order, bits,
+extra samples) → (mode, raw mode). It knows most of them with black as the least value only. Whoever decodes inverts:
+Pillow does so for up to 8 bits alone (ml.image.pixels.raster). Unsigned 32 bits come as signed ones."""
+
+
+def open_picture(stream: IO[bytes]) -> Image.Image:
+    """Pillow's picture of a stream, of which only the header is read. Raises, and warns of, whatever Pillow does."""
+    _add_kinds_of_tiff()
+    return Image.open(stream, formats=FORMATS)
+
+
+@cache
+def _add_kinds_of_tiff() -> None:
+    TiffImagePlugin.OPEN_INFO.update({kind: _MORE_TIFF[kind] for kind in _MORE_TIFF.keys() - TiffImagePlugin.OPEN_INFO})
 
 
 def look(stream: IO[bytes], max_pixels: int) -> Media:
@@ -36,19 +66,21 @@ def look(stream: IO[bytes], max_pixels: int) -> Media:
 
 def _dicom(stream: IO[bytes]) -> Media:
     try:
-        rows, columns = dicom_header.size(stream)
-    except ValueError:
-        raise RefusedInput("This DICOM file holds no picture that can be read.") from None
-    return Media(DICOM, columns, rows)
+        header = dicom_header.read(stream)
+    except ValueError as error:
+        raise RefusedInput(str(error)) from None
+    return Media(DICOM, header.columns, header.rows)
 
 
 def _picture(stream: IO[bytes]) -> Media:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(stream, formats=FORMATS)
+            warnings.simplefilter("ignore")
+            picture = open_picture(stream)
     except Image.DecompressionBombError:
         raise RefusedInput("The image declares far more pixels than are taken.") from None
     except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
         raise RefusedInput from None
-    return Media(Image.MIME[picture.format or ""], picture.width, picture.height)
+    # A JPEG with a preview or a gain map behind it, as phones write them, is called MPO by Pillow.
+    kind = "JPEG" if picture.format == "MPO" else picture.format or ""
+    return Media(Image.MIME[kind], picture.width, picture.height)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml.spec import image_compat
 from ml.spec.image import Params
+from ml.spec.junk_files import PATIENT_LIST
 from ml.spec.pipeline import IMAGE, Bound, Card, Gate, Inputs, PipelineSpec, Stage, StoredParams
 
 
@@ -20,13 +21,26 @@ def _details(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rows(details: Mapping[str, Any]) -> dict[str, Any]:
     seen = details["transform"]
-    window = seen["window"]
+    window, spacing = seen["window"], seen["spacing_mm"]
     return {
         "Network": f"{details['network']}, head {details['head']}",
         "Classes": ", ".join(details["classes"]),
         "Input": seen["height"] and f"{seen['height']} × {seen['width']} pixels, resized by bilinear interpolation",
+        "Spacing": f"pixels of {spacing:g} mm, where files say theirs" if spacing else "whole scans are resized",
         "CT window (HU)": f"centre {window[0]:g}, width {window[1]:g}" if window else "the one that each file names",
     }
+
+
+def _limits(metrics: Mapping[str, Any]) -> list[str]:
+    """Of which modalities the training scans were; nothing where an older version does not know."""
+    origins = metrics.get("origins") or []
+    known = sorted({each["modality"] for each in origins if each["modality"]})
+    if known:
+        return [
+            f"It has learnt from {', '.join(known)}: DICOM of other modalities is rejected. PNG and JPEG name none."
+        ]
+    unknown = "Its training scans name no modality, as PNG and JPEG do not: DICOM of any modality is answered to."
+    return [unknown] if origins else []
 
 
 CARD = Card(
@@ -41,6 +55,7 @@ CARD = Card(
     not_for=("Not for other organs, modalities or species.",),
     details=_details,
     rows=_rows,
+    limits=_limits,
     ethics=(
         "A missed tumour weighs more than a false alarm: look at sensitivity first, and at its interval.",
         "People tend to agree with a machine. Let the radiologist read first, or without its answer.",
@@ -64,6 +79,7 @@ SPEC = PipelineSpec(
         described="images and DICOM files",
         media_types=("application/dicom", "image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp"),
         inspect="ml.spec.image_header:look",
+        beside=(PATIENT_LIST,),
         refusal_code="NOT_AN_IMAGE",
         refusal="This is not an image that can be read: send PNG, JPEG or DICOM.",
     ),

@@ -52,12 +52,13 @@ Raises RefusedInput. The stream's position is the caller's to restore."""
 
 class Inputs(_Declaration):
     """What items the pipeline reads. `inspect`: "module:function", an `Inspect`; without it any bytes are of
-    `media_types[0]`."""
+    `media_types[0]`. `beside`: names of files that lie beside items in a zip, in lower case."""
 
     item: str = "item"
     described: str = "items"
     media_types: tuple[str, ...] = ("application/octet-stream",)
     inspect: str | None = None
+    beside: tuple[str, ...] = ()
     refusal_code: str = "BAD_INPUT"
     refusal: str = "This is no input that the pipeline can read."
 
@@ -110,6 +111,7 @@ class Card(_Declaration):
     """What a model card says of every version: sentences, and what it tells of a version's parameters.
 
     `details`: of the parameters, as JSON. `rows`: of the card's details, as rows of its table; null is told as unknown.
+    `limits`: of the metrics, sentences on which inputs the version refuses to answer to.
     """
 
     title: str
@@ -118,6 +120,7 @@ class Card(_Declaration):
     not_for: tuple[str, ...] = ()
     ethics: tuple[str, ...] = ()
     details: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda params: {}
+    limits: Callable[[Mapping[str, Any]], list[str]] = lambda metrics: []
     rows: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda details: {"Classes": ", ".join(details["classes"])}
 
 

@@ -223,3 +223,17 @@ def test_a_damaged_member_of_a_batch_fails_alone(client: FlaskClient, champion: 
     content[80] ^= 0xFF
     job = client.post("/jobs/predict/batch", data={"files": file(bytes(content), "x.zip")}).get_json()
     assert (job["counts"]["failed"], job["counts"]["pending"], job["state"]) == (1, 1, JobState.QUEUED)
+
+
+def test_a_batch_passes_over_what_a_dataset_passes_over_and_says_how_many(
+    client: FlaskClient, champion: object
+) -> None:
+    junk = {"__MACOSX/._1.png": png(), "a/.ipynb_checkpoints/1.png": png(), "LICENSE": b"x", "patients.csv": b"x"}
+    content = zipped({**junk, "a/1.png": png(), "a/2.png": png(shade=3)})
+    job = client.post("/jobs/predict/batch", data={"files": file(content, "x.zip")}).get_json()
+    assert job["counts"]["total"] == 2
+    assert [(one["code"], one["detail"][-3:]) for one in job["warnings"]] == [("FILES_PASSED_OVER", " 4.")]
+    plain = client.post("/jobs/predict/batch", data={"files": file(zipped({"1.png": png()}), "x.zip")}).get_json()
+    assert plain["warnings"] == []
+    empty = client.post("/jobs/predict/batch", data={"files": file(zipped({"patients.csv": b"x"}), "x.zip")})
+    assert_problem(empty, 422, "BAD_ARCHIVE")

@@ -32,7 +32,8 @@ FULL: dict[str, Any] = {
     "cross_validation": {"folds": [{"f1": 0.9}, {"f1": 0.94}], "mean": {"f1": 0.92}, "std": {"f1": 0.02}},
     "engines": {"openvino-int8": {"admitted": False, "reason": "F1 fell by 0.100, more than 0.005"}},
 }  # fmt: skip
-PARAMS = {"network": "resnet18", "image_size": [224, 192, 3], "window_center": 40.0, "window_width": 400.0, "seed": 7}
+SEEN = {"image_size": [224, 192, 3], "window_center": 40.0, "window_width": 400.0, "spacing_mm": 1.5}
+PARAMS = {"network": "resnet18", **SEEN, "seed": 7}
 
 
 def make_model(sessions: Sessions, scores: dict[str, Any] | None = None, **new: Any) -> ModelVersion:
@@ -59,7 +60,7 @@ def test_a_version_says_how_it_sees_decides_and_was_split(client: FlaskClient, s
     found = client.get("/models/champion").get_json()
     assert found == client.get("/models/1").get_json()
     assert (found["network"], found["head"]) == ("resnet18", "gap")
-    assert found["transform"] == {"height": 224, "width": 192, "window": [40.0, 400.0]}
+    assert found["transform"] == {"height": 224, "width": 192, "window": [40.0, 400.0], "spacing_mm": 1.5}
     assert found["split"] == {"train": 300, "validation": 40, "test": 93}
     calibration = {"temperature": 1.3, "threshold": 0.4, "positive": "Tumor", "ece": 0.04, "ece_chance": 0.03}
     assert found["calibration"] == calibration
@@ -71,7 +72,7 @@ def test_a_version_of_an_earlier_renalq_is_shown_as_far_as_it_is_known(client: F
     make_model(sessions, params={"epochs": 2})
     found = client.get("/models/1").get_json()
     assert (found["network"], found["head"], found["split"]) == ("vgg16", "vgg", None)
-    assert found["transform"] == {"height": None, "width": None, "window": None}
+    assert found["transform"] == {"height": None, "width": None, "window": None, "spacing_mm": None}
 
 
 def test_links_lead_to_mlflow_where_its_public_address_is_known(
@@ -337,6 +338,23 @@ def test_a_card_promises_to_reject_only_what_the_version_can(client: FlaskClient
     text = client.get("/models/1/card").get_data(as_text=True)
     assert "it answers to any picture" in text
     assert "would be rejected" not in text
+
+
+@pytest.mark.parametrize(
+    ("modalities", "told"),
+    [
+        (["CT", None, "MR", "CT"], "It has learnt from CT, MR: DICOM of other modalities is rejected."),
+        ([None], "DICOM of any modality is answered to."),
+    ],
+)
+def test_a_card_tells_which_modalities_the_version_has_learnt_from(
+    client: FlaskClient, sessions: Sessions, modalities: list[str | None], told: str
+) -> None:
+    origins = [{"modality": each, "body_part": "KIDNEY", "kind": "grey"} for each in modalities]
+    make_model(sessions, FULL | {"origins": origins})
+    text = client.get("/models/1/card").get_data(as_text=True)
+    assert told in text
+    assert "| Spacing | pixels of 1.5 mm, where files say theirs |" in text
 
 
 def test_a_card_tells_the_newest_of_a_long_history(client: FlaskClient, sessions: Sessions) -> None:

@@ -24,7 +24,8 @@ def ended(sessions: Sessions, state: JobState, **given: object) -> str:
 
 @pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
 def test_a_retry_is_a_new_job_that_names_the_old_one(client: FlaskClient, sessions: Sessions, state: JobState) -> None:
-    old = ended(sessions, state, params={"epochs": 3}, metadata={"study": 7}, name="first try")
+    told = {"params": {"epochs": 3}, "metadata": {"study": 7}, "name": "first try"}
+    old = ended(sessions, state, **told, warnings=[builders.BROKEN])
     answer = client.post(client.get(f"/jobs/{old}").get_json()["links"]["retry"])
     new = answer.get_json()
     assert answer.status_code == 202
@@ -32,6 +33,7 @@ def test_a_retry_is_a_new_job_that_names_the_old_one(client: FlaskClient, sessio
     assert int(answer.headers["Retry-After"]) > 0
     assert (new["retry_of"], new["state"], new["kind"]) == (old, "queued", "train")
     assert (new["params"], new["metadata"], new["name"]) == ({"epochs": 3}, {"study": 7}, "first try")
+    assert new["warnings"] == [], "those of the first try are its own"
     before = client.get(f"/jobs/{old}").get_json()
     assert (before["state"], before["retry_of"]) == (state, None)
 

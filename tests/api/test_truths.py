@@ -155,7 +155,11 @@ def made(client: FlaskClient, sessions: Sessions, settings: Settings, **wanted: 
     with sessions() as session:
         sha256 = session.get_one(Dataset, uuid.UUID(found["id"])).archive_sha256
     with zipfile.ZipFile(BlobStore(settings.artifacts).open(sha256)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+        files = {name: archive.read(name) for name in archive.namelist()}
+    listed = files.pop("patients.csv", b"").decode().splitlines()[1:]
+    keyed = [(name, match[1]) for name in files if (match := re.search(r"/patient_(\d+)/", name))]
+    assert listed == [f"{name},{number}" for name, number in keyed], "the check of a dataset goes by it first"
+    return files
 
 
 def test_known_truths_become_a_dataset_with_a_folder_for_each_class(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -13,9 +14,12 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from ml.image.pixels.decoding import MAX_PIXELS, MAX_SIDE, colour_mode, decode, is_dicom
+from ml.image.pixels.decoding import PIXELS_VERSION, colour_mode, decode, frames, is_dicom, read
+from ml.image.pixels.limits import MAX_PIXELS, MAX_SIDE
+from ml.image.pixels.picture import Origin, foreign, is_blank
 from ml.runtime.errors import ImageError
 from tests.ml.builders import encode, make_dicom, make_pixels
+from tests.ml.raw_dicom import BIG_ENDIAN, EXPLICIT, IMPLICIT, raw_dicom
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -167,9 +171,164 @@ def test_monochrome1_is_inverted():
     assert decode(make_dicom(values, PhotometricInterpretation="MONOCHROME1"))[0, :, 0].tolist() == [255, 0]
 
 
-def test_many_frames_give_the_middle_one():
-    frames = np.stack([np.full((4, 4), value, np.int16) for value in (-1000, 240, -1000)])
-    assert decode(make_dicom(frames)).min() == 255
+def test_each_frame_of_a_file_is_a_slice_of_its_own():
+    content = make_dicom(np.stack([np.full((4, 4), value, np.int16) for value in (-1000, 240, 40)]))
+    assert frames(content) == 3
+    assert [int(decode(content, frame=frame).mean()) for frame in range(3)] == [0, 255, 128]
+    found = read(content, frame="middle")
+    assert (found.frame, found.frames, found.pixels.min()) == (1, 3, 255)
+
+
+def test_of_several_frames_none_is_taken_in_silence():
+    content = make_dicom(np.zeros((3, 4, 4), np.int16))
+    with pytest.raises(ImageError, match="holds 3 frames, and each is a slice: send each as a file of its own"):
+        decode(content)
+    for frame in (3, -1):
+        with pytest.raises(ImageError, match="it holds 3, counted from 0"):
+            decode(content, frame=frame)
+
+
+def test_one_frame_needs_no_number():
+    content = make_dicom(np.full((1, 4, 4), 240, np.int16))
+    for choice in ({}, {"frame": 0}, {"frame": "middle"}):
+        assert decode(content, **choice).min() == 255
+
+
+def test_a_number_of_frames_that_is_none_is_refused():
+    with pytest.raises(ImageError, match="NumberOfFrames is no number"):
+        decode(raw_dicom(np.zeros((4, 4), np.int16), NumberOfFrames="1A"))
+
+
+# --- without a part-10 header ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
+def test_a_file_without_preamble_and_meta_header_is_dicom_by_its_first_element(syntax):
+    content = raw_dicom(np.array([[-160, 40, 240]], np.int16), syntax, part10=False)
+    assert is_dicom(content)
+    assert decode(content)[0, :, 0].tolist() == [0, 128, 255]
+    assert frames(content) == 1
+
+
+def test_a_file_without_a_preamble_may_begin_with_its_meta_header():
+    content = raw_dicom(np.array([[-160, 40, 240]], np.int16))[132:]
+    assert is_dicom(content)
+    assert decode(content)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_compressed_pixels_without_a_part_10_header_are_refused():
+    whole = Path(get_testdata_file("MR_small_RLE.dcm")).read_bytes()
+    bare = whole[144 + int.from_bytes(whole[140:144], "little") :]
+    with pytest.raises(ImageError, match="part-10 header is missing"):
+        decode(bare)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x08\0", b"\x08\0\x08\0hello", b"\x08\0\x05\0\xff\xff\xff\xff", b"MM\0*", b"II*\0", b"BM", b""]
+)
+def test_what_only_begins_alike_is_no_dicom(content):
+    assert not is_dicom(content + b"\xff" * 4)
+
+
+# --- origin ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "origin"),
+    [
+        ({"BodyPartExamined": "KIDNEY"}, Origin("CT", "KIDNEY", "grey")),
+        ({"BodyPartExamined": "kidney \0", "Modality": "mr"}, Origin("MR", "KIDNEY", "grey")),
+        ({"BodyPartExamined": "SECRET NAME", "Modality": "Secret Name"}, Origin("other", "other", "grey")),
+        ({"Modality": ""}, Origin(None, None, "grey")),
+        ({"Modality": None, "PhotometricInterpretation": "MONOCHROME1"}, Origin(None, None, "grey")),
+    ],
+)
+def test_a_dicom_file_says_where_it_comes_from_in_defined_terms(fields, origin):
+    assert read(raw_dicom(np.zeros((4, 4), np.int16), **fields)).origin == origin
+
+
+@pytest.mark.parametrize(
+    ("modality", "learnt", "reason"),
+    [
+        ("NM", ["CT"], "its modality is NM, and the network has learnt from CT"),
+        ("other", ["MR", "CT", None], "its modality is other, and the network has learnt from CT, MR"),
+        ("CT", ["CT", "MR"], None),
+        (None, ["CT"], None),
+        ("CT", [None], None),
+        ("CT", [], None),
+    ],
+)
+def test_a_picture_of_another_modality_is_foreign(modality, learnt, reason):
+    assert foreign(Origin(modality), [Origin(each, "KIDNEY") for each in learnt]) == reason
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "grey"), ("1", "grey"), ("RGB", "colour"), ("P", "palette")])
+def test_a_picture_says_how_it_stores_its_colours(mode, kind):
+    assert read(encode(Image.fromarray(make_pixels()).convert(mode))).origin == Origin(None, None, kind)
+
+
+SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
+MEASURES = [{"PixelMeasuresSequence": [{"PixelSpacing": "2\\3"}]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "spacing"),
+    [
+        ({"PixelSpacing": "0.5\\0.7"}, (0.5, 0.7)),
+        ({"PixelSpacing": "0,5\\0,7"}, (0.5, 0.7)),
+        ({"ImagerPixelSpacing": "0.1\\0.1"}, (0.1, 0.1)),
+        ({"PixelSpacing": "0.5\\0.7", "ImagerPixelSpacing": "0.1\\0.1"}, (0.5, 0.7)),
+        ({"PixelSpacing": "", "ImagerPixelSpacing": "0.1\\0.1"}, (0.1, 0.1)),
+        ({SHARED: MEASURES}, (2, 3)),
+        ({PER_FRAME: MEASURES, "PixelSpacing": "1\\1"}, (2, 3)),
+        ({"PixelSpacing": "0\\0.7"}, None),
+        ({"PixelSpacing": "0.7"}, None),
+        ({"PixelSpacing": "a\\b"}, None),
+        ({}, None),
+    ],
+)
+def test_the_spacing_comes_from_the_frame_or_the_file(fields, spacing):
+    assert read(raw_dicom(np.zeros((4, 4), np.int16), **fields)).spacing_mm == spacing
+
+
+def noisy(level: int, noise: int) -> np.ndarray:
+    """A picture of one level, with noise around it."""
+    return np.random.default_rng(0).integers(level, level + noise + 1, (200, 200, 3)).astype(np.uint8)
+
+
+def test_a_blank_picture_is_one_of_one_level():
+    assert [is_blank(each) for each in (noisy(0, 0), noisy(255, 0), noisy(90, 2))] == [True] * 3
+    assert not is_blank(make_pixels())
+
+
+# --- older models ----------------------------------------------------------------------------------------------------
+
+
+def test_the_rules_of_version_1_are_kept_for_models_that_learnt_with_them():
+    """They stretch from the least to the greatest value, and look at no functional groups."""
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    values[0, :2] = 65_535, 0
+    for content in (raw_dicom(values, Modality="MR"), encode(Image.fromarray(values))):
+        old, new = (read(content, rules=rules).pixels for rules in (1, PIXELS_VERSION))
+        assert np.array_equal(old[..., 0], np.rint(values * (255 / 65_535)).astype(np.uint8))
+        assert new.mean() > 100
+    groups = [{"PixelValueTransformationSequence": [{"RescaleIntercept": "-1024"}]}]
+    enhanced = raw_dicom(np.full((4, 4), 1064, np.uint16), SharedFunctionalGroupsSequence=groups)
+    assert [int(read(enhanced, rules=rules).pixels[0, 0, 0]) for rules in (1, 2)] == [255, 128]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encode(make_pixels()),
+        encode(make_pixels(), "JPEG"),
+        encode(make_pixels()[..., 0]),
+        make_dicom(np.arange(-2048, 2048, dtype=np.int16).reshape(64, 64)),
+        make_dicom(np.arange(4096, dtype=np.int16).reshape(64, 64), WindowCenter=50, WindowWidth=99),
+    ],
+)
+def test_ordinary_files_look_alike_by_all_rules(content):
+    assert np.array_equal(read(content, rules=1).pixels, read(content).pixels)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<html>", b"\0" * 128 + b"DICMrubbish"])

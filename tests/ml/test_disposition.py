@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ml.image.serving.disposition import Disposition, disposition_of
+from ml.image.pixels.picture import Origin
+from ml.image.serving.disposition import Disposition, disposition_of, of_file, unsuitable
+from tests.ml.builders import make_pixels
 
 UNIT = st.floats(0, 1)
 
@@ -24,6 +27,57 @@ def test_two_classes_are_decided_outside_of_the_two_limits(tumor, word):
 
 def test_a_confident_prediction_has_no_reason():
     assert disposition_of(two(0.9), None, 0.3, 0.7) == Disposition("tumor")
+
+
+@pytest.mark.parametrize("output", [None, {}, {"frame": 1, "frames": 1}])
+def test_a_result_of_the_only_frame_stands(output):
+    assert of_file(Disposition("tumor"), output) == Disposition("tumor")
+
+
+def test_a_result_of_one_of_several_frames_is_indeterminate_and_says_of_which():
+    found = of_file(Disposition("normal"), {"frame": 2, "frames": 3})
+    assert found.word == "indeterminate"
+    assert found.reason == "Only frame 2 of 3 was looked at: send each slice as a file of its own."
+    rejected = Disposition("rejected", "It is a photograph.")
+    assert of_file(rejected, {"frame": 2, "frames": 3}) == rejected
+
+
+@pytest.mark.parametrize("found", ["normal", "tumor", "indeterminate", "rejected"])
+def test_an_unsuitable_scan_is_rejected_whatever_the_network_found(found):
+    for output in ({"unsuitable": "It is blank."}, {"frame": 2, "frames": 3, "unsuitable": "It is blank."}):
+        assert of_file(Disposition(found), output) == Disposition("rejected", "It is blank.")
+
+
+GREY, BLACK, PICTURE = Origin("CT", "ABDOMEN"), np.zeros((64, 64, 3), np.uint8), make_pixels()
+RED = PICTURE * np.array([1, 0, 0], np.uint8)
+COLOUR, PALETTE = Origin("CT", None, "colour"), Origin("CT", None, "palette")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "origin", "learnt", "said"),
+    [
+        (PICTURE, GREY, [GREY], None),
+        (PICTURE, Origin("CT", "HEAD"), [GREY], None),
+        (PICTURE, Origin("MR"), [GREY], "its modality is MR, and the network has learnt from CT."),
+        (PICTURE, Origin("MR"), [GREY, Origin("MR")], None),
+        (PICTURE, Origin("MR"), [], None),
+        (PICTURE, Origin("MR"), [Origin()], None),
+        (PICTURE, Origin(None, None, "colour"), [GREY], None),
+        (RED, COLOUR, [GREY], "in colour"),
+        (RED, PALETTE, [Origin()], "in colour"),
+        (PICTURE, COLOUR, [GREY], None),
+        (RED, COLOUR, [GREY, Origin(None, None, "colour")], None),
+        (RED, COLOUR, [], None),
+        (RED, Origin(None, None, "colour"), [GREY], None),
+        (BLACK, GREY, [GREY], "blank"),
+        (BLACK, Origin(), [], "blank"),
+        (BLACK + 255, Origin("MR"), [GREY], "blank"),
+    ],
+)
+def test_a_scan_is_unsuitable_if_it_is_blank_or_foreign(pixels, origin, learnt, said):
+    found = unsuitable(pixels, origin, learnt)
+    assert (found is None) == (said is None)
+    assert (said or "") in (found or "")
 
 
 def test_an_unsure_network_says_between_which_limits():

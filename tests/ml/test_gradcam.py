@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -21,7 +22,7 @@ from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES, Patches
 from ml.image.networks.network import Model
-from ml.image.pixels.decoding import decode
+from ml.image.pixels.decoding import decode, read
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.gradcam import Explainer, Explanation, _log_odds, _Maps, _Tokens
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput
@@ -172,6 +173,21 @@ def test_a_scan_of_few_pixels_may_miss_the_strongest_cell():
     assert by._upscale(cells, 100, 100).max() == 1
 
 
+def test_the_heat_lies_where_the_network_looks_in_millimetres():
+    """A network of 64 pixels of 1 mm sees the middle half of 128 mm, and all of 32 mm."""
+    model = make_model()
+    by, cells = (
+        Explainer(replace(model, transform=replace(model.transform, spacing_mm=1.0))),
+        np.zeros((2, 2), np.float32),
+    )
+    cells[1, 1] = 1
+    plain, large = by._upscale(cells, 64, 64), by._upscale(cells, 128, 128, (1.0, 1.0))
+    assert large[32:96, 32:96] == pytest.approx(plain)
+    assert large.sum() == pytest.approx(plain.sum())
+    small = by._upscale(cells, 32, 32, (1.0, 1.0))
+    assert small == pytest.approx(plain[16:48, 16:48] / plain[16:48, 16:48].max(), abs=1e-6)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_transformers_tokens_are_the_patches_row_by_row():
@@ -211,7 +227,7 @@ def test_it_is_grad_cam_as_the_paper_has_it_on_the_whole_network(name):
     whole.get_submodule(ARCHITECTURES[name].cam).register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
     resized = torch.tensor(model.transform.resize(decode(scan)))[None]
     logits, by, highest = whole.eval()(model.transform.normalize(resized))[0], Explainer(model, "fp32"), 0.0
-    ours = by._features(decode(scan))
+    ours = by._features(read(scan))
     for label in range(len(CLASSES)):
         log_odds = logits[label] - logits[1 - label]
         maps, (gradient,) = seen[0].detach(), torch.autograd.grad(log_odds, seen[0], retain_graph=True)

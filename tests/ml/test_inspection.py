@@ -39,7 +39,7 @@ def inspected(tmp_path, files: dict[str, bytes]) -> DatasetReport:
 
 
 def anatomies(count: int = 6, labels: tuple[str, ...] = ("Normal", "Tumor")) -> dict[str, bytes]:
-    """A dataset whose only warning is that its patients are unknown."""
+    """A dataset whose only warnings are that its patients are unknown, and that it is small."""
     return {
         f"{label}/{index}.png": encode(make_anatomy(100 * number + index))
         for number, label in enumerate(labels)
@@ -57,11 +57,11 @@ def resized(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def test_a_good_folder_gets_one_warning_at_most(tmp_path):
-    report = inspected(tmp_path, {name.replace("/", "/patient-0"): one for name, one in anatomies().items()})
+    report = inspected(tmp_path, {name.replace("/", "/patient-0"): one for name, one in anatomies(90).items()})
     assert (report.problems, report.warnings) == (
         (),
         (
-            "Patients with scans under several labels: 6. Right if a label is "
+            "Patients with scans under several labels: 90. Right if a label is "
             "the slice's, wrong if it is the patient's.",
         ),
     )
@@ -121,7 +121,7 @@ def test_blank_scans_are_warned_of_and_resemble_nothing(tmp_path):
         for i in "ab"
         for label in ("Normal", "Tumor")
     }
-    report = inspected(tmp_path, {**anatomies(), **blank})
+    report = inspected(tmp_path, {**anatomies(8), **blank})
     assert report.problems == ()
     assert (report.inspection.blank, report.inspection.near_duplicates, report.inspection.conflicts) == (4, 0, 0)
     assert "4 scans have nothing but one grey level" in report.warnings[0]
@@ -210,8 +210,12 @@ def test_what_is_ignored_is_counted(tmp_path):
     }
     report = inspected(tmp_path, {**anatomies(), **extra})
     assert report.images == 12
-    assert (report.inspection.ignored_files, report.inspection.stray_images) == (2, 1)
+    found = report.inspection
+    assert (found.ignored_files, found.stray_images, found.junk_files, found.junk_pictures) == (1, 1, 3, 0)
     assert "Images outside of the class folders are ignored: 1." in report.warnings[0]
+    assert "put beside scans, are passed over: 3." in report.warnings[1]
+    assert "Files that are no pictures are passed over: 1." in report.warnings[2]
+    assert report.passed_over == ("stray.png",)
 
 
 def test_patients_are_counted_and_where_some_are_unknown_it_is_said(tmp_path):

@@ -27,7 +27,7 @@ def test_the_defaults_are_those_of_the_original_pipeline():
 
 
 def test_params_yaml_says_the_defaults():
-    assert load_params(ROOT / "params.yaml") == Params(classes=2)
+    assert load_params(ROOT / "params.yaml") == Params()
 
 
 def test_params_yaml_names_every_field():
@@ -67,6 +67,7 @@ def test_keys_in_either_case_are_the_same():
         ({"window_center": 40.0, "window_width": 0.0}, "window_width"),
         ({"folds": 1}, "folds"),
         ({"folds": 21}, "folds"),
+        ({"split": "random"}, "split"),
         ({"test_size": 0.5, "validation_size": 0.4}, "validation_size"),
         ({"test_size": 0.0}, "test_size"),
         ({"balance": "both"}, "balance"),
@@ -222,9 +223,9 @@ def test_network_and_head_have_the_values_of_their_day(params, network, head):
 
 
 def test_a_transform_leaves_open_what_a_row_does_not_say():
-    assert image_compat.transform({}) == {"height": None, "width": None, "window": None}
-    params = {"image_size": [64, 96, 3], "window_center": 40, "window_width": 400}
-    assert image_compat.transform(params) == {"height": 64, "width": 96, "window": [40, 400]}
+    assert image_compat.transform({}) == {"height": None, "width": None, "window": None, "spacing_mm": None}
+    params = {"image_size": [64, 96, 3], "window_center": 40, "window_width": 400, "spacing_mm": 1.5}
+    assert image_compat.transform(params) == {"height": 64, "width": 96, "window": [40, 400], "spacing_mm": 1.5}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from ml.image.dataset.scans import load_manifest
 from ml.image.dataset.splits import split_scans
 from ml.image.networks import network
+from ml.image.pipeline import ImagePipeline
 from ml.image.pixels.decoding import decode
+from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput, predict
 from ml.runtime.errors import ImageError, ModelFileError
 from ml.runtime.prefetch import batched_for_streams
@@ -71,8 +74,9 @@ def test_a_cached_scan_is_read_and_decoded_once():
     read = list[int]()
     scan = CachedScan("a", lambda: read.append(1) or encode(make_pixels()))
     assert read == [], "not before somebody looks at it"
-    assert scan.pixels() is scan.pixels()
-    assert np.array_equal(scan.pixels(), ScanInput("a", encode(make_pixels())).pixels())
+    assert scan.picture(Transform()) is scan.picture(Transform())
+    plain = ScanInput("a", encode(make_pixels())).picture(Transform())
+    assert np.array_equal(scan.picture(Transform()).pixels, plain.pixels)
     assert read == [1]
 
 
@@ -86,14 +90,15 @@ def test_an_unreadable_cached_scan_is_not_read_again():
     scan = CachedScan("a", gone)
     for _ in range(2):
         with pytest.raises(ImageError, match="no longer there"):
-            scan.pixels()
+            scan.picture(Transform())
     assert read == [1]
 
 
 def test_a_scan_is_decoded_in_the_window_that_is_asked_for():
     content = make_dicom(np.array([[-160, 40, 240]], np.int16))
     for scan in (ScanInput("a", content), CachedScan("a", content)):
-        assert np.array_equal(scan.pixels((50, 100)), decode(content, (50, 100)))
+        found = scan.picture(Transform(window=(50, 100)))
+        assert np.array_equal(found.pixels, decode(content, (50, 100)))
     assert not np.array_equal(decode(content, (50, 100)), decode(content))
 
 
@@ -128,6 +133,18 @@ def test_dicom_and_jpeg_are_predicted_alike_in_one_batch(predictor):
 
     scans = [ScanInput("d", make_dicom(np.full((40, 40), 40, np.int16))), ScanInput("j", encode(make_pixels(), "JPEG"))]
     assert all(one.label for one in predictor.predict(scans))
+
+
+def test_of_several_frames_the_middle_one_is_predicted_and_the_result_says_so(predictor):
+    import numpy as np
+
+    slices = [(make_pixels(seed)[..., 0].astype(np.int16) - 100) for seed in range(3)]
+    whole, *single = (ScanInput("a", make_dicom(pixels)) for pixels in (np.stack(slices), *slices))
+    found, *expected = predictor.predict([whole, *single])
+    assert found.output == {"frame": 2, "frames": 3}
+    assert found.probabilities == pytest.approx(expected[1].probabilities, abs=1e-6)
+    assert [each.output for each in expected] == [None, None, None]
+    assert ImagePipeline().dispose(replace(found, ood_score=None), 0.3, 0.7).word == "indeterminate"
 
 
 def test_a_loaded_model_can_be_used_without_a_predictor(small_run):

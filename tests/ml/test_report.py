@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ml.evaluation.metrics import ModelOutputs, Scores, score
-from ml.image.dataset.inspection import Inspection, dataset_warnings
+from ml.image.dataset.findings import dataset_warnings
+from ml.image.dataset.inspection import Inspection
 from ml.reporting.plots import Plot, all_plots
 from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
 from tests.ml.test_plots import make_epochs, make_outputs

@@ -91,10 +91,10 @@ def test_the_digest_is_of_contents_and_labels_not_of_names(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_on_pixels_gets_every_scan_with_its_index(tmp_path):
+def test_on_picture_gets_every_scan_with_its_index(tmp_path):
     seen = {}
     report = check_dataset(
-        write_folder(make_files(6), tmp_path), on_pixels=lambda index, pixels: seen.update({index: pixels})
+        write_folder(make_files(6), tmp_path), on_picture=lambda index, picture: seen.update({index: picture.pixels})
     )
     assert list(seen) == list(range(12))
     assert np.array_equal(seen[7], make_pixels(1001, bright=True))
@@ -158,7 +158,7 @@ def test_numbers_and_words_are_no_patient_ids(tmp_path, name):
 
 
 def test_one_patient_under_several_names_is_one(tmp_path):
-    names = ["Tumor/patient-12_slice-1.png", "Tumor/P12.png", "Normal/pat_12/slice-3.png"]
+    names = ["Tumor/patient-12_slice-1.png", "Tumor/Patient 12.png", "Normal/pat_12/slice-3.png"]
     files = {name: encode(make_pixels(number)) for number, name in enumerate(names)}
     report = check_dataset(write_folder({**make_files(6), **files}, tmp_path))
     assert len({scan.patient for scan in report.scans if scan.path in names}) == 1
@@ -174,9 +174,34 @@ def test_folders_above_the_class_are_no_patient_ids(tmp_path):
     assert {scan.patient for scan in report.scans} == {None}
 
 
-@pytest.mark.parametrize("identity", ["", " ", "0", "000", "ANONYMOUS", "Anonymized", "unknown", "n/a", "XXX", "-"])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        *(
+            "",
+            " ",
+            "0",
+            "000",
+            "ANONYMOUS",
+            "Anonymized",
+            "unknown",
+            "n/a",
+            "XXX",
+            "-",
+            "Anonymous^^",
+            "None",
+            "12345678",
+        ),
+        *("PATIENT", "PatientID", "anonymous patient", "DEIDENTIFIED", "No Name", "\0\0"),
+    ],
+)
 def test_placeholders_are_no_patient_ids(identity):
     assert patient_of("scan.dcm", identity) is None
+
+
+@pytest.mark.parametrize("identity", ["ANON001", "1", "12345", "X1", "patient 7", "Nonet", "TESTA-12"])
+def test_pseudonyms_are_patient_ids(identity):
+    assert patient_of("scan.dcm", identity)
 
 
 def test_the_patient_is_read_from_dicom_and_hashed_in_the_manifest(tmp_path):
@@ -195,7 +220,7 @@ def test_a_window_is_passed_on_to_every_scan(tmp_path):
         check_dataset(
             folder,
             window=window,
-            on_pixels=lambda index, pixels: seen.append(int(pixels.max())) if index == 6 else None,
+            on_picture=lambda index, picture: seen.append(int(picture.pixels.max())) if index == 6 else None,
         )
     assert seen == [255, 128]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks, lineage
 from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import DatasetReport, check_dataset
-from ml.image.dataset.splits import Split, fold_splits, group_scans, split_scans
+from ml.image.dataset.splits import Split, fold_splits, split_scans
 from ml.runtime.archives import extract_zip
 from ml.runtime.errors import BadDataset, ModelFileError
 from tests.ml.builders import DATA
@@ -256,6 +258,14 @@ def test_blank_scans_do_not_make_two_patients_one():
     assert len(set(group_scans(scans).tolist())) == 10
 
 
+def test_studies_and_links_join_scans():
+    first, second = make_scan("Tumor", "1", None, study="s1"), make_scan("Normal", "2", None, study="s1", links=("l1",))
+    third, other = make_scan("Normal", "3", "Anna", links=("l1",)), make_scan("Normal", "4", "Berta", study="s2")
+    groups = group_scans([first, second, third, other])
+    assert len(set(groups[:3].tolist())) == 1
+    assert groups[3] != groups[0]
+
+
 def test_scans_without_a_hash_are_grouped_by_patient_and_content():
     scans = [
         ScanFile("a", "Normal", "1", None),
@@ -264,6 +274,27 @@ def test_scans_without_a_hash_are_grouped_by_patient_and_content():
         ScanFile("d", "Normal", "3", None),
     ]
     assert group_scans(scans).tolist() == [0, 0, 0, 1]
+
+
+# --- blank scans ---
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 99), max_size=30), st.integers(0, 99))
+def test_blank_scans_never_test_or_calibrate_and_the_others_are_on_one_side(blank, seed):
+    scans = make_report(20).scans
+    report = report_of(
+        *(replace(scan, perceptual_hash="") if index in blank else scan for index, scan in enumerate(scans))
+    )
+    split = split_or_none(report, seed)
+    assume(split is not None)
+    assert split is not None
+    others = [index for index in range(100) if index not in blank]
+    assert set(others) <= set(np.concatenate(sides(split)).tolist())
+    assert not blank & {*split.validation.tolist(), *split.test.tolist()}
+    assert not leaks(report, split).any
+    for fold in fold_splits(report, seed, 3, 0):
+        assert not blank & set(fold.test.tolist())
 
 
 # --- too few ---
@@ -320,7 +351,7 @@ def test_folds_that_leave_nothing_to_validate_on_are_refused_with_the_remedy():
 
 # --- leaks ---
 
-TRAINED = make_scan("Tumor", "trained", "Anna")
+TRAINED = make_scan("Tumor", "trained", "Anna", study=sha("CT 1")[:16], links=(sha("series")[:16],))
 
 
 def leaks_of(test: ScanFile, learned: ScanFile = TRAINED) -> Leaks:
@@ -339,6 +370,11 @@ def leaks_of(test: ScanFile, learned: ScanFile = TRAINED) -> Leaks:
         (make_scan("Tumor", "other", None, perceptual_hash=hash_of("trained", 19)), Leaks()),
         (make_scan("Tumor", "trained", "Anna"), Leaks(patients=1, duplicates=1)),
         (make_scan("Tumor", "validation", "Berta"), Leaks(duplicates=1)),
+        (make_scan("Tumor", "other", None, study=sha("CT 1")[:16]), Leaks(studies=1)),
+        (make_scan("Tumor", "other", "Anna", study=sha("CT 1")[:16]), Leaks(patients=1)),
+        (make_scan("Tumor", "other", None, study=sha("CT 2")[:16]), Leaks()),
+        (make_scan("Tumor", "other", None, links=(sha("series")[:16],)), Leaks(studies=1)),
+        (make_scan("Tumor", "other", None, links=(sha("CT 1")[:16],)), Leaks(studies=1)),
     ],
 )
 def test_each_kind_of_leak_is_counted(test, expected):
@@ -365,11 +401,21 @@ def test_what_the_weights_have_learned_from_counts_too():
     assert leaks(new, split, ancestors) == Leaks(patients=1, duplicates=1, near_duplicates=1)
 
 
+def test_a_study_that_the_weights_have_learned_from_counts_too():
+    old = report_of(make_scan("Tumor", "a", None, study=sha("CT 1")[:16]), make_scan("Tumor", "b", "Anna"))
+    new = report_of(make_scan("Tumor", "c", None, study=sha("CT 1")[:16]), make_scan("Tumor", "d"))
+    split = Split(np.array([], np.int64), np.array([], np.int64), np.arange(2))
+    assert leaks(new, split, lineage(old, range(2))) == Leaks(studies=1)
+    assert leaks(new, split, lineage(old, [1])) == Leaks()
+
+
 def test_a_lineage_is_sorted_compact_and_holds_no_name():
     report = make_report(10)
     tokens = lineage(report, range(50))
     assert list(tokens) == sorted(set(tokens))
     assert max(map(len, tokens)) <= 100
+    with_study = report_of(make_scan("Tumor", "a", "Anna", study=sha("CT 1")[:16]))
+    assert len(lineage(with_study, [0])[0]) <= 115
     assert lineage(report, reversed(range(50))) == tokens
     assert not any(scan.path in token or scan.label in token for scan in report.scans for token in tokens)
 
@@ -389,8 +435,9 @@ def test_a_foreign_lineage_is_refused(token):
 
 def test_reasons_are_sentences_with_counts_only():
     assert Leaks().reasons() == []
-    assert Leaks(1, 2, 3).reasons() == [
+    assert Leaks(1, 2, 3, 4).reasons() == [
         "1 test scan is of patients of whom other scans were trained on.",
+        "4 test scans are of studies of which other scans were trained on.",
         "2 test scans are copies of scans that were trained on.",
         "3 test scans are near-duplicates of scans that were trained on.",
     ]

@@ -69,6 +69,7 @@ def test_a_run_leaves_a_model_scores_and_plots(small_run):
     assert model.classes == ("Normal", "Tumor")
     assert model.metadata["params"]["learning_rate"] == 0.01
     assert model.metadata["engine"]
+    assert model.metadata["origins"] == [{"modality": None, "body_part": None, "kind": "colour"}], "RGB in PNG"
     assert set(finished.artifacts) >= {"scores.json", "confusion_matrix.png", "learning_curves.png", "history.json"}
     for name, path in finished.artifacts.items():
         if name.endswith(".png"):
@@ -82,7 +83,7 @@ def test_the_scores_are_those_of_scans_that_training_never_saw(small_run):
     assert scores == json.loads((small_run.folder / "evaluation" / "scores.json").read_text())
     assert scores["counts"] == {"train": 28, "validation": 4, "test": 8}
     assert scores["held_out"] == 8
-    assert scores["leaks"] == {"patients": 0, "duplicates": 0, "near_duplicates": 0}
+    assert scores["leaks"] == {"patients": 0, "duplicates": 0, "near_duplicates": 0, "studies": 0}
     assert len(scores["test_digest"]) == 64
     assert scores["accuracy"] >= 0.85, "the pictures can be told apart"
 

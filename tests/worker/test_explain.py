@@ -218,8 +218,8 @@ def test_a_single_scan_is_read_and_decoded_once(
     """Also one whose result is known: then it is only the explanation that looks at it."""
     if again:
         predict_chunk(held(resources, ask(GOOD)))
-    decode, decoded = predictor.decode, list[int]()
-    monkeypatch.setattr(predictor, "decode", lambda *scan: decoded.append(1) or decode(*scan))
+    read, decoded = predictor.read, list[int]()
+    monkeypatch.setattr(predictor, "read", lambda *scan: decoded.append(1) or read(*scan))
     job = ask(GOOD, explain=True)
     predict_chunk(held(resources, job))
     assert set(explained(resources, job)) == {0}

@@ -27,3 +27,12 @@ def test_a_zip_that_could_not_be_unpacked_has_a_problem_and_no_warnings(tmp_path
     assert isinstance(checked, DatasetCheck)
     assert checked.problems
     assert as_json(checked)["warnings"] == []
+
+
+def test_a_damaged_zip_makes_the_dataset_invalid_and_names_the_file(tmp_path: Path) -> None:
+    archive = tmp_path / "scans.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as scans:
+        scans.writestr("Normal/1.png", b"0123456789" * 9)
+    archive.write_bytes(archive.read_bytes().replace(b"0123456789", b"0123x56789", 1))
+    checked = pipeline_of("image").check(archive, tmp_path / "unpacked", lambda fraction: None)
+    assert "'Normal/1.png' cannot be unpacked: the zip is damaged (wrong checksum)" in checked.problems[0]

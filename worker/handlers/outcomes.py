@@ -56,7 +56,9 @@ class DispositionPolicy:
         """The outcome of a cached result. Postgres does not keep the order of the classes, and the order says which of
         two is the positive one."""
         probabilities = {name: known.probabilities[name] for name in self.classes} if known.probabilities else {}
-        same = Prediction("", known.label, known.confidence, probabilities, ood_score=known.ood_score)
+        same = Prediction(
+            "", known.label, known.confidence, probabilities, ood_score=known.ood_score, output=known.output
+        )
         found = self.pipeline.dispose(same, self.low, self.high)
         return ScanOutcome(
             UNPLACED,

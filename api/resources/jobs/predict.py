@@ -2,8 +2,9 @@
 
 import io
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 import marshmallow as ma
@@ -26,7 +27,7 @@ from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
 from jobs.storage import archives
-from jobs.storage.archives import Limits, Member
+from jobs.storage.archives import Limits, Members
 from jobs.tables import ModelVersion
 from ml.spec.pipeline import Inputs
 
@@ -146,31 +147,53 @@ def predict_many(body: Body) -> uuid.UUID:
     """
     limits = Limits.of(services().settings)
     with _zip_members(body, limits) as members:
+        notes = list(_notes(members))
         manifest = manifests.read_manifest(body.get("manifest"), body.get("files", ()), members)
         # After the files, as in `predict_one`.
         model = _pin_model(body)
         admit(len(manifest.rows) if manifest else _count_scans(body, members), batches=1)
         scans = manifest.store_scans(spec_of(body).inputs) if manifest else _store(body, members, limits)
-    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"))
+    return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"), notes)
 
 
 @contextmanager
-def _zip_members(body: Body, limits: Limits) -> Iterator[list[Member] | None]:
-    """The checked files of the zip that was sent; None if it is no zip."""
+def _zip_members(body: Body, limits: Limits) -> Iterator[Members | None]:
+    """The checked files of the zip that was sent, without those that are no items; None if it is no zip."""
     files: list[FileStorage] = body.get("files", [])
     if len(files) == 1 and archives.is_zip(files[0].stream):
         with archives.open_zip(files[0].stream, limits) as members:
-            yield members
+            yield _items(members, spec_of(body).inputs)
     else:
         yield None
 
 
-def _count_scans(body: Body, members: list[Member] | None) -> int:
+def _items(members: Members, inputs: Inputs) -> Members:
+    """The files without those that lie beside items, such as patients.csv."""
+    kept = [member for member in members if PurePosixPath(member.name).name.lower() not in inputs.beside]
+    if not kept:
+        raise BadArchive("The zip holds no file that can be predicted.")
+    return Members(kept, members.junk + len(members) - len(kept), members.guessed_names)
+
+
+def _notes(members: Members | None) -> Iterator[dict[str, str]]:
+    """The job's warnings: what was passed over, and what was guessed."""
+    if members and members.junk:
+        detail = (
+            "Hidden files, what systems and licences put beside scans, and lists of patients were passed over: "
+            f"{members.junk}."
+        )
+        yield {"code": "FILES_PASSED_OVER", "detail": detail}
+    if members and members.guessed_names:
+        detail = f"Names in the zip that are not UTF-8, and were read as cp437: {members.guessed_names}."
+        yield {"code": "NAMES_GUESSED", "detail": detail}
+
+
+def _count_scans(body: Body, members: Members | None) -> int:
     """Number of scans in the job; 1 for a dataset, whose scans are counted by `submit`."""
     return len(members or body.get("files") or body.get("scan_ids") or [body["dataset_id"]])
 
 
-def _store(body: Body, members: list[Member] | None, limits: Limits) -> list[NewResult]:
+def _store(body: Body, members: Members | None, limits: Limits) -> list[NewResult]:
     inputs = spec_of(body).inputs
     if members is not None:
         return scan_store.store_scans(scan_store.from_zip(members), inputs)
@@ -187,7 +210,7 @@ def _store_dataset(dataset_id: uuid.UUID, inputs: Inputs, limits: Limits) -> lis
         sha256 = catalog.ready(session, tenant(), dataset_id).archive_sha256
     try:
         with services().blobs.open(sha256) as stream, archives.open_zip(stream, limits) as members:
-            return scan_store.store_scans(scan_store.from_zip(members), inputs)
+            return scan_store.store_scans(scan_store.from_zip(_items(members, inputs)), inputs)
     except FileNotFoundError:
         raise BadArchive("The dataset's zip is no longer stored. Upload it again.") from None
 
@@ -220,6 +243,7 @@ def _submit(
     model: ModelVersion,
     scans: Sequence[NewResult],
     dataset_id: uuid.UUID | None = None,
+    warnings: Iterable[dict[str, str]] = (),
 ) -> uuid.UUID:
     new = NewJob(
         tenant_id=tenant(),
@@ -234,6 +258,7 @@ def _submit(
         model_version=model.version,
         created_by=principal().key_id,
         idempotency_key=key(),
+        warnings=list(warnings),
     )
     with transaction() as session:
         if dataset_id is not None:

@@ -128,7 +128,7 @@ class JobSchema(Answer):
         ErrorSchema,
         lambda view: warnings(view.job),
         many=True,
-        metadata={"description": "What went wrong without failing a scan."},
+        metadata={"description": "What went wrong or was passed over without failing a scan."},
     )
     metadata = Metadata(attribute="job.labels")
     created_at = Time(attribute="job.created_at")

@@ -24,7 +24,7 @@ class GateSchema(ma.Schema):
 
 
 class TransformSchema(ma.Schema):
-    """Transform of a scan to the network's input: size in pixels, CT window."""
+    """Transform of a scan to the network's input: size in pixels, CT window, spacing."""
 
     height = fields.Integer(allow_none=True)
     width = fields.Integer(allow_none=True)
@@ -32,6 +32,10 @@ class TransformSchema(ma.Schema):
         fields.Float(),
         allow_none=True,
         metadata={"description": "Centre and width of the window; null: those in the file."},
+    )
+    spacing_mm = fields.Float(
+        allow_none=True,
+        metadata={"description": "Spacing of the input in mm, where files say theirs; null: whole scans are resized."},
     )
 
 

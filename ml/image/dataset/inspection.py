@@ -1,25 +1,22 @@
-"""Data quality of a dataset: counts for a report, and warnings with a remedy each.
-
-Warnings contain no file names and no patients, so they may be logged and shown. Label conflicts name their two files,
-as they cannot be fixed otherwise; they belong to the problems, which also name unreadable files.
-"""
+"""Data quality of a dataset: counts for a report. `ml.image.dataset.findings` makes sentences of them."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ml.evaluation.intervals import wilson
+from ml.image.dataset.grouping import group_scans, is_blank
 from ml.image.dataset.perceptual_hash import group_near_duplicates
-
-if TYPE_CHECKING:
-    from ml.image.dataset.scan import ScanFile
+from ml.image.dataset.scan import ScanFile
+from ml.spec.image import Params
 
 TINY = 32  # pixels of the shorter side; upscaled from fewer, a scan is only blur
-UNBALANCED = 3.0  # largest class / smallest class; from here on cross-entropy neglects the smallest
-NAMED_CONFLICTS = 20  # conflicts that are listed by name; the rest is only counted
+SENSITIVITY = 0.9  # for which the expected interval is computed
+TEST_SIZE: float = Params.model_fields["test_size"].default
 
 
 @dataclass(frozen=True)
@@ -60,20 +57,50 @@ class Inspection:
     label_folders: int = 0
     ignored_files: int = 0
     """Files that are not images."""
+    junk_files: int = 0
+    """Files that are passed over by their names; see `ml.spec.junk_files`."""
+    junk_pictures: int = 0
+    """Those of them that are pictures."""
     stray_images: int = 0
     """Images outside of the class folders; they are ignored too."""
+    sides: dict[str, int] = field(default_factory=dict)
+    """Scans in folders (or rows of patients.csv) of train, validation and test."""
+    groups_on_several_sides: int = 0
     patients: int = 0
     """Number of known patients."""
     with_patient: int = 0
     patients_with_several_labels: int = 0
+    patient_sources: dict[str, int] = field(default_factory=dict)
+    """What told the patient (patients.csv, PatientID, names) → number of scans."""
+    with_study: int = 0
+    """Scans whose study is known, but not their patient."""
+    unlisted: int = 0
+    """Scans that patients.csv does not list, if there is one."""
+    common_identity: int = 0
+    """Scans with a PatientID that is no more than a placeholder, as it has too many studies."""
+    shared_uids: int = 0
+    """Scans with UIDs that most patients have; these UIDs count for nothing."""
+    joined_identities: int = 0
+    """Scans with UIDs that scans with another PatientID have too; they stay together."""
+    disagreeing: int = 0
+    """Scans whose names tell other patients than their PatientIDs."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """Class → its number of independent groups: patients, as far as they are known, without blank scans."""
+    largest_share: dict[str, float] = field(default_factory=dict)
+    """Class → share of its scans that are of one known patient, of whom it has most."""
+    sensitivity: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Class → Wilson's 95 % interval of a sensitivity of 0.9 that its groups in a test part of a fifth can give."""
     modalities: dict[str, int] = field(default_factory=dict)
     """DICOM modality → number of scans."""
+    windows: int = 0
+    """Number of distinct windows that CT files were shown with."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Inspection:
         """The inverse of `asdict`. TypeError for unknown fields."""
         sides = {name: Spread(**fields[name]) for name in ("height", "width") if fields.get(name)}
-        return cls(**{**fields, **sides})
+        intervals = {name: tuple(bounds) for name, bounds in fields.get("sensitivity", {}).items()}
+        return cls(**{**fields, **sides, **({"sensitivity": intervals} if intervals else {})})
 
 
 def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: int = 0, stray: int = 0) -> Inspection:
@@ -82,9 +109,9 @@ def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: in
     return Inspection(
         broken=len(scans) - len(read),
         tiny=sum(min(scan.height, scan.width) < TINY for scan in read),
-        blank=sum(scan.perceptual_hash == "" for scan in read),
+        blank=sum(map(is_blank, read)),
         duplicates=len(read) - len({scan.sha256 for scan in read}),
-        conflicts=sum(len({scan.label for scan in copies}) > 1 for copies in _copies(read)),
+        conflicts=sum(len({scan.label for scan in copies}) > 1 for copies in copies_of(read)),
         **_near_duplicates(read),
         imbalance=round(max(counts.values()) / min(counts.values()), 2) if counts and min(counts.values()) else None,
         modes=_counted(scan.mode for scan in read),
@@ -95,20 +122,23 @@ def inspect_scans(scans: Sequence[ScanFile], counts: dict[str, int], ignored: in
         ignored_files=ignored,
         stray_images=stray,
         **_patients(scans),
+        **_groups(scans),
+        largest_share={name: share for name in counts if (share := _largest_share(scans, name))},
         modalities=_counted(scan.modality for scan in read if scan.modality),
+        windows=len({scan.window for scan in read if scan.window and scan.modality == "CT"}),
     )
 
 
-def _copies(scans: Sequence[ScanFile]) -> list[list[ScanFile]]:
+def copies_of(scans: Sequence[ScanFile]) -> list[list[ScanFile]]:
     """Groups of two or more scans with identical files; without blank scans, which contradict no label."""
     found: dict[str, list[ScanFile]] = {}
     for scan in scans:
-        if scan.perceptual_hash != "":
+        if not is_blank(scan):
             found.setdefault(scan.sha256, []).append(scan)
     return [copies for copies in found.values() if len(copies) > 1]
 
 
-def _near_duplicates(scans: Sequence[ScanFile]) -> dict[str, int]:
+def _near_duplicates(scans: Sequence[ScanFile]) -> dict[str, Any]:
     distinct = list({scan.sha256: scan for scan in scans}.values())
     groups: dict[int, list[ScanFile]] = {}
     for scan, number in zip(distinct, group_near_duplicates([scan.perceptual_hash for scan in distinct]), strict=True):
@@ -122,7 +152,7 @@ def _near_duplicates(scans: Sequence[ScanFile]) -> dict[str, int]:
     }
 
 
-def _patients(scans: Sequence[ScanFile]) -> dict[str, int]:
+def _patients(scans: Sequence[ScanFile]) -> dict[str, Any]:
     labels: dict[str, set[str]] = {}
     for scan in scans:
         if scan.patient:
@@ -131,97 +161,38 @@ def _patients(scans: Sequence[ScanFile]) -> dict[str, int]:
         "patients": len(labels),
         "with_patient": sum(scan.patient is not None for scan in scans),
         "patients_with_several_labels": sum(len(some) > 1 for some in labels.values()),
+        "patient_sources": _counted(scan.source for scan in scans if scan.source),
+        "with_study": sum(scan.study is not None and scan.patient is None for scan in scans),
     }
 
 
-def _counted(names: Iterator[str]) -> dict[str, int]:
+def _groups(scans: Sequence[ScanFile]) -> dict[str, Any]:
+    pairs = list(zip(scans, group_scans(scans).tolist(), strict=True)) if scans else []
+    counts = Counter(label for label, _ in {(scan.label, group) for scan, group in pairs if not is_blank(scan)})
+    on_sides = Counter(group for _, group in {(scan.side, group) for scan, group in pairs if scan.side})
+    return {
+        "groups": dict(sorted(counts.items())),
+        "sensitivity": {name: _expected_interval(count) for name, count in sorted(counts.items())},
+        "sides": _counted(scan.side for scan in scans if scan.side),
+        "groups_on_several_sides": sum(count > 1 for count in on_sides.values()),
+    }
+
+
+def _expected_interval(groups: int) -> tuple[float, float]:
+    low, high = wilson(SENSITIVITY, max(1, round(TEST_SIZE * groups)))
+    return round(low, 3), round(high, 3)
+
+
+def _largest_share(scans: Sequence[ScanFile], label: str) -> float:
+    """Of the class's scans; 0 if no patient is known."""
+    patients = [scan.patient for scan in scans if scan.label == label]
+    known = Counter(patient for patient in patients if patient)
+    return round(max(known.values()) / len(patients), 3) if known else 0.0
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _spread(lengths: list[int]) -> Spread | None:
     return Spread(min(lengths), round(statistics.median(lengths)), max(lengths)) if lengths else None
-
-
-# --- messages --------------------------------------------------------------------------------------------------------
-
-
-def label_conflicts(scans: Sequence[ScanFile]) -> Iterator[str]:
-    """A sentence for each picture that occurs under two labels, with the names of both files."""
-    found = []
-    for copies in _copies(scans):
-        other = next((scan for scan in copies if scan.label != copies[0].label), None)
-        if other:
-            found.append(
-                f"{copies[0].path} and {other.path} are the same picture under two labels: keep the right one."
-            )
-    yield from found[:NAMED_CONFLICTS]
-    if len(found) > NAMED_CONFLICTS:
-        yield f"{len(found) - NAMED_CONFLICTS} more pictures lie under two labels."
-
-
-def dataset_warnings(inspection: Inspection, counts: dict[str, int]) -> tuple[str, ...]:
-    """Findings that do not prevent training but degrade it or its scores, each with a remedy. No names in them."""
-    scans = sum(counts.values())
-    return (*_picture_warnings(inspection), *_label_warnings(inspection, counts), *_patient_warnings(inspection, scans))
-
-
-def _picture_warnings(inspection: Inspection) -> Iterator[str]:
-    if inspection.tiny:
-        yield f"{_scans(inspection.tiny)} a side below {TINY} pixels: take the originals, enlarging adds nothing."
-    if inspection.blank:
-        yield f"{_scans(inspection.blank)} nothing but one grey level: remove what shows no anatomy."
-    if inspection.duplicates:
-        yield (
-            f"{_scans(inspection.duplicates)} the same content as another one. Copies stay on one side of the split, "
-            "but count more than once: remove them."
-        )
-    if inspection.near_duplicates:
-        yield (
-            f"{_scans(inspection.near_duplicates)} near-duplicates (the same picture resized, compressed or "
-            f"brightened), in {inspection.near_duplicate_groups} groups. They stay on one side of the split: "
-            "keep one of each."
-        )
-    if len(inspection.modes) > 1:
-        yield f"Colour modes are mixed ({_listed(inspection.modes)}): if they go with a label, it is learned from them."
-    if len(inspection.modalities) > 1:
-        yield f"DICOM modalities are mixed ({_listed(inspection.modalities)}): train on one of them."
-
-
-def _label_warnings(inspection: Inspection, counts: dict[str, int]) -> Iterator[str]:
-    if inspection.near_conflicts:
-        groups = "group of near-duplicates lies" if inspection.near_conflicts == 1 else "groups of near-duplicates lie"
-        yield f"{inspection.near_conflicts} {groups} under several labels: look whether the labels are right."
-    if inspection.imbalance is not None and inspection.imbalance >= UNBALANCED:
-        least, most = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
-        yield (
-            f"Class {most} has {inspection.imbalance:.1f} times as many scans as {least}: set balance to weights or "
-            "sampler, and look at F1, not at accuracy."
-        )
-    if inspection.stray_images:
-        yield f"Images outside of the class folders are ignored: {inspection.stray_images}. Move them into a class."
-
-
-def _patient_warnings(inspection: Inspection, scans: int) -> Iterator[str]:
-    if scans and inspection.with_patient < scans:
-        known = (
-            f"The patient is known for {inspection.with_patient} of {scans} scans"
-            if inspection.patients
-            else ("Nothing tells the patients")
-        )
-        yield (
-            f"{known}: slices of one patient may lie on both sides of the split, and the scores be too good. "
-            "Name files like patient-0012_slice-3.png, or send DICOM with PatientID."
-        )
-    if inspection.patients_with_several_labels:
-        yield (
-            f"Patients with scans under several labels: {inspection.patients_with_several_labels}. Right if a label is "
-            "the slice's, wrong if it is the patient's."
-        )
-
-
-def _scans(count: int) -> str:
-    return "1 scan has" if count == 1 else f"{count} scans have"
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -32,9 +32,10 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from ml.image.pixels.picture import BLANK
+
 CELLS, FREQUENCIES = 32, 16
 MAX_DISTANCE = 18  # bits
-BLANK = 2.0  # grey levels between the darkest and the brightest cell, below which a scan counts as blank
 _BLOCK = 256  # rows that are compared at once: 10,000 scans × 256 × 4 bytes = 10 MB
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ml.image.pixels.picture import Origin
+
 
 @dataclass(frozen=True)
 class ScanFile:
-    """One scan of a dataset. The fields after `patient` keep their defaults if the scan could not be read."""
+    """One scan of a dataset. Perceptual hash, sides, mode and modality keep their defaults if it could not be read."""
 
     path: str
     """POSIX path relative to the dataset's folder."""
@@ -25,6 +27,25 @@ class ScanFile:
     mode: str = ""
     modality: str | None = None
     """DICOM modality, such as CT; None for other files."""
+    body_part: str | None = None
+    """DICOM body part, such as KIDNEY; None for other files."""
+    kind: str = ""
+    """How the file stores its pixels: grey, palette or colour (`ml.image.pixels.picture.Origin`)."""
+    window: tuple[float, float] | None = None
+    """Centre and width that it was shown with; None for ranges, tables and what is shown as it is."""
+    study: str | None = None
+    """A hash of the StudyInstanceUID, or of the study in patients.csv."""
+    links: tuple[str, ...] = ()
+    """Hashes of what else scans of one patient share: series, space (FrameOfReferenceUID), folder."""
+    side: str | None = None
+    """train, validation or test, if a folder or patients.csv says so."""
+    source: str | None = None
+    """What told the patient: patients.csv, PatientID or names."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, as a model remembers it."""
+        return Origin(self.modality, self.body_part, self.kind)
 
     def as_json(self) -> dict[str, Any]:
         """The entry of a manifest."""
@@ -34,4 +55,6 @@ class ScanFile:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ScanFile:
         """The inverse of `as_json`. TypeError for unknown or missing fields."""
-        return cls(**{("perceptual_hash" if name == "likeness" else name): value for name, value in fields.items()})
+        values = {("perceptual_hash" if name == "likeness" else name): value for name, value in fields.items()}
+        window = values.get("window")
+        return cls(**{**values, "links": tuple(values.get("links", ())), "window": window and tuple(window)})

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ml.image.dataset.inspection import Inspection, dataset_warnings, inspect_scans, label_conflicts
-from ml.image.dataset.patients import patient_of
+from ml.image.dataset.evidence import Evidence, read_evidence, weigh
+from ml.image.dataset.findings import blank_problems, dataset_warnings, label_conflicts
+from ml.image.dataset.inspection import Inspection, inspect_scans
+from ml.image.dataset.layout import Layout, Place, read_layout
+from ml.image.dataset.patient_list import PatientList, read_patient_list
 from ml.image.dataset.perceptual_hash import hash_image
 from ml.image.dataset.scan import ScanFile
-from ml.image.pixels.decoding import SUFFIXES, colour_mode, decode, is_dicom
+from ml.image.pixels.decoding import colour_mode, is_dicom, read
+from ml.image.pixels.dicom import open_dataset
+from ml.image.pixels.picture import Picture
 from ml.runtime.errors import BadDataset, ImageError
 from ml.runtime.prefetch import prefetch
 
 MIN_PER_CLASS = 5  # with fewer, an 80/20 split cannot have a scan of each class on both sides
-NAMED_FILES = 20  # broken files listed by name in the problems; the rest is only counted
-_MAX_WRAPPERS = 2  # levels of folders that a zip may have around its class folders
-_MODALITY = re.compile(r"[A-Z]{2,16}")
+NAMED_FILES = 20  # broken and passed over files that are listed by name; the rest is only counted
 
-OnPixels = Callable[[int, np.ndarray], None]
+OnPicture = Callable[[int, Picture], None]
 OnProgress = Callable[[float], None]
 
 
@@ -35,6 +38,7 @@ class DatasetReport:
     """What a dataset contains: scans per class, their total (`images`), and a digest of contents and labels.
 
     `problems` prevent training. `warnings` describe what degrades training or its scores, and how to fix it.
+    `passed_over`: names of pictures that are not used, for the dataset's owner; no names are in `warnings`.
     """
 
     classes: dict[str, int]
@@ -44,6 +48,7 @@ class DatasetReport:
     scans: tuple[ScanFile, ...] = ()
     warnings: tuple[str, ...] = ()
     inspection: Inspection = field(default_factory=Inspection)
+    passed_over: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,59 +72,13 @@ class DatasetReport:
             raise BadDataset(" ".join(self.problems))
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
-def find_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name → its image files (searched recursively), sorted; skips up to two levels of wrapper folders."""
-    return {sub.name: sorted(path for path in sub.rglob("*") if _is_image(path)) for sub in _class_folders(folder)}
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    root = folder
-    for _ in range(_MAX_WRAPPERS):
-        below = _subfolders(root)
-        if len(below) != 1 or _images_in(root) or _images_in(below[0]) or not _subfolders(below[0]):
-            break
-        root = below[0]
-    return _subfolders(root)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith((".", "__MACOSX")))
-
-
-def _images_in(folder: Path) -> bool:
-    return any(_is_image(path) for path in folder.iterdir())
-
-
-def _is_image(path: Path) -> bool:
-    # DICOM files often have no suffix; files such as readme.txt and labels.csv are no scans.
-    return path.is_file() and not path.name.startswith(".") and (path.suffix.lower() in SUFFIXES or not path.suffix)
-
-
-def _count_unused(folder: Path, found: dict[str, list[Path]]) -> tuple[int, int]:
-    """Files that belong to no class: (files that are no images, images outside of the class folders)."""
-    taken = {path for paths in found.values() for path in paths}
-    hidden = (".", "__MACOSX")
-    rest = [
-        path
-        for path in folder.rglob("*")
-        if path not in taken
-        and path.is_file()
-        and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
-    ]
-    stray = sum(path.suffix.lower() in SUFFIXES for path in rest)
-    return len(rest) - stray, stray
-
-
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
 def check_dataset(
     folder: Path,
     classes: int | None = None,
-    on_pixels: OnPixels | None = None,
+    on_picture: OnPicture | None = None,
     on_progress: OnProgress | None = None,
     window: tuple[float, float] | None = None,
 ) -> DatasetReport:
@@ -127,77 +86,109 @@ def check_dataset(
 
     Args:
         folder: has one subfolder per class.
-        classes: the required number of class folders; None for any.
-        on_pixels: called with each readable scan's index and pixels (uint8 [height, width, 3]) in the order of the
-            report's `scans`, so that callers need not decode again.
+        classes: the required number of classes; None for any.
+        on_picture: called with each readable scan's index and picture in the order of the report's `scans`, so that
+            callers need not decode again.
         on_progress: called with the fraction done, 0 to 1, after each scan.
         window: centre and width of the CT window in Hounsfield units; None: the window stored in each file.
     """
-    found = find_classes(folder)
-    counts = {name: len(paths) for name, paths in found.items()}
-    scans, broken = [], []
-    for index, (scan, problem, pixels) in enumerate(_read_all(folder, found, window)):
-        scans.append(scan)
-        if problem or pixels is None:
-            broken.append(f"{scan.path}: {problem}")
-        elif on_pixels:
-            on_pixels(index, pixels)
+    layout, listed = _found(folder)
+    read: list[_ReadScan] = []
+    broken = []
+    for index, one in enumerate(prefetch(lambda place: _read_scan(folder, window, place), layout.scans)):
+        read.append(replace(one, picture=None))
+        if one.picture is None:
+            broken.append(f"{one.scan.path}: {one.problem}")
+        elif on_picture:
+            on_picture(index, one.picture)
         if on_progress:
-            on_progress((index + 1) / sum(counts.values()))
-    problems = (*_shape_problems(counts, classes), *_broken_problems(broken), *label_conflicts(scans))
-    inspection = inspect_scans(scans, counts, *_count_unused(folder, found))
-    warnings = dataset_warnings(inspection, counts)
-    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans), warnings, inspection)
+            on_progress((index + 1) / len(layout.scans))
+    return _report(layout, listed, read, broken, classes)
 
 
 def count_images(folder: Path) -> int:
     """The number of scans that `check_dataset` will read."""
-    return sum(len(paths) for paths in find_classes(folder).values())
+    return len(_found(folder)[0].scans)
 
 
-ReadScan = tuple[ScanFile, str | None, np.ndarray | None]
-"""The scan, why it cannot be read, and its pixels."""
+def _found(folder: Path) -> tuple[Layout, PatientList]:
+    layout = read_layout(folder)
+    listed = read_patient_list(layout)
+    return layout.relabelled(listed.labels), listed
 
 
-def _read_all(folder: Path, found: dict[str, list[Path]], window: tuple[float, float] | None) -> Iterator[ReadScan]:
-    # Patient ids are searched below the class folder only: one in a parent folder's name would apply to every scan.
-    roots = {root.name: root for root in _class_folders(folder)}
-    work = [(path, label) for label, paths in found.items() for path in paths]
-    return prefetch(lambda item: _read_scan(folder, roots[item[1]], window, item), work)
+def _report(
+    layout: Layout, listed: PatientList, read: Sequence[_ReadScan], broken: list[str], classes: int | None
+) -> DatasetReport:
+    rows = [listed.rows.get(one.scan.path) for one in read]
+    weighed = weigh([one.evidence for one in read], [one.scan.label for one in read], rows)
+    scans = [
+        replace(one.scan, **asdict(belonging), side=(row and row.side) or one.scan.side)
+        for one, belonging, row in zip(read, weighed.belongings, rows, strict=True)
+    ]
+    counts = dict(sorted(Counter(scan.label for scan in scans).items()))
+    pictures = tuple(layout.passed_over_pictures())
+    inspection = replace(
+        inspect_scans(scans, counts, len(layout.others), len(layout.strays)),
+        junk_files=len(layout.junk),
+        junk_pictures=len(pictures) - len(layout.strays),
+        common_identity=weighed.common_identity,
+        shared_uids=weighed.shared_uids,
+        joined_identities=weighed.joined_identities,
+        disagreeing=weighed.disagreeing,
+        unlisted=rows.count(None) if listed.rows else 0,
+    )
+    problems = (
+        *layout.problems(),
+        *_shape_problems(counts, classes),
+        *listed.problems,
+        *_broken_problems(broken),
+        *label_conflicts(scans),
+        *blank_problems(inspection),
+    )
+    warnings = dataset_warnings(inspection, counts)
+    named = _named(pictures)
+    return DatasetReport(counts, len(scans), _digest(scans), problems, tuple(scans), warnings, inspection, named)
 
 
-def _read_scan(folder: Path, root: Path, window: tuple[float, float] | None, item: tuple[Path, str]) -> ReadScan:
-    path, label = item
-    name = path.relative_to(folder).as_posix()
+def _named(names: tuple[str, ...]) -> tuple[str, ...]:
+    more = len(names) - NAMED_FILES
+    return (*names[:NAMED_FILES], *([f"and {more} more"] if more > 0 else []))
+
+
+@dataclass(frozen=True)
+class _ReadScan:
+    """A scan, what it tells of its patient, and its picture, or why it cannot be read."""
+
+    scan: ScanFile
+    evidence: Evidence
+    problem: str | None = None
+    picture: Picture | None = None
+
+
+def _read_scan(folder: Path, window: tuple[float, float] | None, place: Place) -> _ReadScan:
+    # Patients are searched below the class folder only: one in a parent folder's name would apply to every scan.
+    evidence = Evidence(place.below)
+    label = unicodedata.normalize("NFC", place.label or "")
+    scan = ScanFile(place.name, label, "", None, side=place.side)
     try:
-        content = path.read_bytes()
+        content = (folder / place.name).read_bytes()
     except OSError:
-        return ScanFile(name, label, "", None), "the file cannot be opened.", None
-    identity, modality = _dicom_header(content)
-    patient = patient_of(path.relative_to(root).as_posix(), identity)
-    scan = ScanFile(name, label, hashlib.sha256(content).hexdigest(), patient, modality=modality)
+        return _ReadScan(scan, evidence, "the file cannot be opened.")
+    scan = replace(scan, sha256=hashlib.sha256(content).hexdigest())
     try:
-        pixels, mode = decode(content, window), colour_mode(content)
+        picture, mode = read(content, window), colour_mode(content)
+        if is_dicom(content):
+            evidence = read_evidence(place.below, open_dataset(content, header_only=True))
     except ImageError as error:
-        return scan, str(error), None
-    height, width = pixels.shape[:2]
-    return replace(scan, perceptual_hash=hash_image(pixels), height=height, width=width, mode=mode), None, pixels
-
-
-def _dicom_header(content: bytes) -> tuple[str | None, str | None]:
-    """(PatientID, modality); None for missing values and for files that are not DICOM."""
-    if not is_dicom(content):
-        return None, None
-    import pydicom
-
-    try:
-        tags = ["PatientID", "Modality"]
-        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=tags)
-        identity, modality = str(header.get("PatientID") or ""), str(header.get("Modality") or "")
-    except Exception:  # a damaged header: decoding reports the file as broken
-        return None, None
-    # Free text in the modality tag could contain a name, so it is not kept.
-    return identity or None, modality if _MODALITY.fullmatch(modality) else "other"
+        return _ReadScan(scan, evidence, str(error))
+    height, width = picture.pixels.shape[:2]
+    window = (picture.window.centre, picture.window.width) if picture.window else None
+    scan = replace(
+        scan, perceptual_hash=hash_image(picture.pixels), height=height, width=width, mode=mode,
+        modality=picture.origin.modality, body_part=picture.origin.body_part, kind=picture.origin.kind, window=window,
+    )  # fmt: skip
+    return _ReadScan(scan, evidence, None, picture)
 
 
 def _shape_problems(counts: dict[str, int], classes: int | None) -> Iterator[str]:
@@ -249,7 +240,9 @@ def load_manifest(path: Path) -> DatasetReport:
 
 
 def _report_of(fields: dict[str, Any]) -> DatasetReport:
-    lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("problems", "warnings") if name in fields}
+    lists: dict[str, Any] = {
+        name: tuple(fields[name]) for name in ("problems", "warnings", "passed_over") if name in fields
+    }
     scans = tuple(ScanFile.from_json(scan) for scan in fields["scans"])
     inspection = Inspection.from_json(fields.get("inspection", {}))
     rest: dict[str, Any] = {**fields, **lists, "scans": scans, "inspection": inspection}

@@ -1,14 +1,17 @@
-"""Splits into training, validation and test scans; patients, copies and near-duplicates stay on one side."""
+"""Splits into training, validation and test scans; patients, copies and near-duplicates stay on one side.
+
+Blank scans only ever train: they would test or calibrate nothing. Those of a patient who tests are on no side.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ml.image.dataset.perceptual_hash import group_near_duplicates
+from ml.image.dataset.grouping import group_scans, is_blank
 from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import DatasetReport
 from ml.runtime.errors import BadDataset
@@ -25,7 +28,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _Group:
-    """Scans that stay together: indices, number of scans per class, and the name that decides the draw."""
+    """Scans that stay together: indices, number of scans per class that are not blank, and what decides the draw."""
 
     indices: list[int]
     counts: np.ndarray
@@ -40,12 +43,12 @@ def split_scans(report: DatasetReport, seed: int, test_size: float = 0.2, valida
     `validation_size` 0 leaves validation empty.
     BadDataset if a class has too few groups to be on every side.
     """
-    groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
+    groups, blank, totals = _groups(report, seed)
     sides = 3 if validation_size else 2
     _require(report, groups, sides, _sizes_remedy(test_size, validation_size))
     test, rest = _draw(groups, totals, test_size, leave=sides - 1)
     validation, train = _draw(rest, totals, validation_size, leave=1) if validation_size else ([], rest)
-    split = _split(train, validation, test)
+    split = _split(report, train + blank, validation, test)
     _require_classes(report, split, sides, f"test_size {test_size:g} with validation_size {validation_size:g}")
     return split
 
@@ -56,7 +59,7 @@ def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: f
     Validation scans are drawn from those that a fold does not test. A hash of `seed` and the group decides its fold,
     unless that fold is full. BadDataset if a class has fewer groups than there are folds.
     """
-    groups, totals = _groups(report, seed), np.bincount(report.labels, minlength=len(report.classes))
+    groups, blank, totals = _groups(report, seed)
     _require_folds(report, groups, folds)
     assigned = _assign_folds(groups, totals, folds, seed)
     splits = []
@@ -64,49 +67,69 @@ def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: f
         test = [group for group, at in zip(groups, assigned, strict=True) if at == fold]
         rest = [group for group, at in zip(groups, assigned, strict=True) if at != fold]
         validation, train = _draw(rest, totals, validation_size, leave=1) if validation_size else ([], rest)
-        splits.append(_split(train, validation, test))
+        splits.append(_split(report, train + blank, validation, test))
         sides = 3 if validation_size else 2
         _require_classes(report, splits[-1], sides, f"folds {folds} with validation_size {validation_size:g}")
     return splits
 
 
-def group_scans(scans: Sequence[ScanFile]) -> np.ndarray:
-    """A group number for each scan, int64 [scans]. Scans that belong together, also transitively, have the same.
+def split_by_folders(report: DatasetReport, seed: int, validation_size: float = 0.1) -> Split:
+    """The sides that folders such as train and test, or patients.csv, say.
 
-    Scans belong together if they share a patient, are the same file, or are near-duplicates. Blank scans are grouped
-    by patient only: an identical black picture does not connect two patients.
+    Validation is drawn from train by groups, as in `split_scans`, if no scan is on that side.
+    Patients on several sides stay there; `ml.image.dataset.lineage.leaks` counts them.
+    BadDataset if a scan is on no side, or a class is missing on one.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    near = group_near_duplicates([scan.perceptual_hash for scan in scans])
-    tokens: dict[str, int] = {}
-    edges = [(index, int(group)) for index, group in enumerate(near)]
-    for index, scan in enumerate(scans):
-        content = scan.perceptual_hash != "" and f"content {scan.sha256}"
-        for token in (content, scan.patient and f"patient {scan.patient}"):
-            if token:
-                edges.append((index, len(scans) + tokens.setdefault(token, len(tokens))))
-    size = len(scans) + len(tokens)
-    rows, columns = np.array(edges, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
-    return np.asarray(connected_components(graph, directed=False)[1][: len(scans)], dtype=np.int64)
+    train, validation, test = (
+        [index for index, scan in enumerate(report.scans) if scan.side == side]
+        for side in ("train", "validation", "test")
+    )
+    if homeless := report.images - len(train) - len(validation) - len(test):
+        raise BadDataset(
+            f"split is folders, but {homeless} scans lie in no folder of train, validation or test, and patients.csv "
+            "gives them no split: complete it, or set split to patients."
+        )
+    if not validation and validation_size:
+        groups, blank, totals = _groups(report, seed, set(train))
+        drawn, rest = _draw(groups, totals, validation_size, leave=1)
+        train, validation = _indices(rest + blank), _indices(drawn)
+    split = _without_blanks(report, train, validation, test)
+    _require_classes(report, split, 3 if validation_size else 2, "split folders")
+    return split
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _groups(report: DatasetReport, seed: int) -> list[_Group]:
-    """All groups in the order in which they are drawn."""
+def _groups(
+    report: DatasetReport, seed: int, among: Container[int] | None = None
+) -> tuple[list[_Group], list[_Group], np.ndarray]:
+    """Groups in the order in which they are drawn; those of blank scans only; and scans per class, without blank ones.
+
+    `among`: the only scans to count and to draw.
+    """
     by_number: dict[int, list[int]] = {}
     for index, group in enumerate(group_scans(report.scans)):
+        if among is not None and index not in among:
+            continue
         by_number.setdefault(int(group), []).append(index)
-    labels, classes = report.labels, len(report.classes)
+    labels, shown, classes = report.labels, ~_blank_scans(report), len(report.classes)
     groups = [
-        _Group(indices, np.bincount(labels[indices], minlength=classes), _name(report.scans, indices))
+        _Group(indices, _counts(labels[indices][shown[indices]], classes), _name(report.scans, indices))
         for indices in by_number.values()
     ]
-    return sorted(groups, key=lambda group: _draw_key(seed, group.name))
+    drawn = sorted((group for group in groups if group.counts.any()), key=lambda group: _draw_key(seed, group.name))
+    totals = np.sum([group.counts for group in groups], axis=0)
+    return drawn, [group for group in groups if not group.counts.any()], totals
+
+
+def _counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    return np.bincount(labels, minlength=classes)
+
+
+def _blank_scans(report: DatasetReport) -> np.ndarray:
+    """Which scans are blank: bool [images]."""
+    return np.array([is_blank(scan) for scan in report.scans], dtype=bool)
 
 
 def _name(scans: Sequence[ScanFile], indices: list[int]) -> str:
@@ -172,9 +195,19 @@ def _allowed(loads: np.ndarray, remaining: np.ndarray, has: np.ndarray) -> np.nd
     return allowed
 
 
-def _split(train: list[_Group], validation: list[_Group], test: list[_Group]) -> Split:
-    sides = ([index for group in side for index in group.indices] for side in (train, validation, test))
-    return Split(*(np.sort(np.array(side, dtype=np.int64)) for side in sides))
+def _split(report: DatasetReport, train: list[_Group], validation: list[_Group], test: list[_Group]) -> Split:
+    return _without_blanks(report, _indices(train), _indices(validation), _indices(test))
+
+
+def _indices(groups: list[_Group]) -> list[int]:
+    return [index for group in groups for index in group.indices]
+
+
+def _without_blanks(report: DatasetReport, train: list[int], validation: list[int], test: list[int]) -> Split:
+    """The split of these scans, without blank ones in validation and test."""
+    learned, *unseen = (np.sort(np.array(side, dtype=np.int64)) for side in (train, validation, test))
+    blank = _blank_scans(report)
+    return Split(learned, *(side[~blank[side]] for side in unseen))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -185,6 +218,8 @@ def _available(groups: list[_Group]) -> np.ndarray:
 
 
 def _noun(report: DatasetReport) -> str:
+    if report.scans and all(scan.study for scan in report.scans) and not any(scan.patient for scan in report.scans):
+        return "studies"
     return "patients" if any(scan.patient for scan in report.scans) else "different scans"
 
 
@@ -200,7 +235,9 @@ def _sizes_remedy(test_size: float, validation_size: float) -> str:
 def _require(report: DatasetReport, groups: list[_Group], least: int, remedy: str) -> None:
     for name, count in zip(report.names, _available(groups), strict=True):
         if count < least:
-            raise BadDataset(f"Class {name} has too few {_noun(report)} ({count}): {remedy}")
+            noun = _noun(report)
+            list_them = " If patients are told wrongly, list them in patients.csv." if noun != "different scans" else ""
+            raise BadDataset(f"Class {name} has too few {noun} ({count}): {remedy}{list_them}")
 
 
 def _require_folds(report: DatasetReport, groups: list[_Group], folds: int) -> None:

@@ -38,6 +38,16 @@ pixels two apart), colour (mean difference of red and green, and of green and bl
 white."""
 
 
+def in_colour(pixels: np.ndarray) -> bool:
+    """Whether a picture, uint8 [height, width, 3], shows colours, and not grey that is stored as colour."""
+    red, green, blue = pixels[::_STEP, ::_STEP].transpose(2, 0, 1).astype(np.float32)
+    return _colour(red, green, blue) > MEANINGS["colour"].tolerance
+
+
+def _colour(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> float:
+    return float(np.abs(red - green).mean() + np.abs(green - blue).mean()) / 2
+
+
 def input_statistics(pixels: np.ndarray) -> dict[str, float]:
     """The figures of `MEANINGS` for a resized scan, uint8 [height, width, 3], with sides of at least 3 pixels."""
     red, green, blue = pixels[::_STEP, ::_STEP].transpose(2, 0, 1).astype(np.float32)
@@ -48,7 +58,7 @@ def input_statistics(pixels: np.ndarray) -> dict[str, float]:
         (grey < DARK).mean(),
         (grey > BRIGHT).mean(),
         (np.abs(grey[1:] - grey[:-1]).mean() + np.abs(grey[:, 1:] - grey[:, :-1]).mean()) / 2,
-        (np.abs(red - green).mean() + np.abs(green - blue).mean()) / 2,
+        _colour(red, green, blue),
     )
     # Digits after the fourth differ between machines.
     return {name: round(float(value), 4) for name, value in zip(MEANINGS, values, strict=True)}

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from ml.evaluation.metrics import positive_class
+from ml.image.pixels.picture import GREY, Origin, foreign, is_blank
+from ml.image.pixels.statistics import in_colour
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
 
+UNSUITABLE = "unsuitable"
+"""Key of a prediction's `output`: why the scan is blank or foreign."""
 _MAX_SHOWN = 99.0  # times the limit; larger scores are not distinguished
 _ADVICE = "Check that it is an axial CT slice in the usual window."
+
+
+def unsuitable(pixels: np.ndarray, origin: Origin, learnt: Collection[Origin]) -> str | None:
+    """Why no network should answer for this picture, uint8 [height, width, 3], or this one, which learnt from `learnt`.
+
+    None if it may answer.
+    """
+    if is_blank(pixels):
+        return "The scan is blank: it shows nothing but one grey level. Check that it was exported with its pixels."
+    is_grey = origin.kind == GREY or not in_colour(pixels)
+    why = foreign(replace(origin, kind=GREY) if is_grey else origin, learnt)
+    return why and f"The scan is foreign to this network: {why}. Use a network that has learnt from such scans."
 
 
 def disposition_of(
@@ -36,6 +56,23 @@ def disposition_of(
     return Disposition(
         INDETERMINATE, f"The network is unsure: it calls this {label} by its own threshold, but with {shown:.2f} only."
     )
+
+
+def of_file(found: Disposition, output: Mapping[str, Any] | None) -> Disposition:
+    """The disposition that the file allows, whatever the network found, by what the result says of it
+    (`Prediction.output`).
+
+    A blank or foreign scan is rejected (`unsuitable`). One slice says little of the others, so where one of several
+    frames was looked at, a class becomes indeterminate.
+    """
+    told = output or {}
+    if UNSUITABLE in told:
+        return Disposition(REJECTED, told[UNSUITABLE])
+    frame, frames = (told.get(name, 1) for name in ("frame", "frames"))
+    if frames == 1 or found.word == REJECTED:
+        return found
+    advice = "send each slice as a file of its own"
+    return Disposition(INDETERMINATE, f"Only frame {frame} of {frames} was looked at: {advice}.")
 
 
 def _rejection(ood_score: float, ood_reason: str | None) -> str:

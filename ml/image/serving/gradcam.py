@@ -37,6 +37,8 @@ from ml.image.engines.engine import Precision, outputs_of
 from ml.image.engines.hardware import training_device
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
+from ml.image.pixels.picture import Picture
+from ml.image.pixels.transforms import Spacing
 from ml.image.serving.predictor import ScanInput
 from ml.runtime.errors import BadParams, ItemError, naming_out_of_memory
 
@@ -117,26 +119,26 @@ class Explainer:
 
     def _explanations(self, scan: ScanInput, label: str | None) -> Iterator[Explanation]:
         try:
-            pixels = scan.pixels(self.transform.window)
+            picture = scan.picture(self.transform)
         except ItemError as error:
             yield Explanation(scan.id, error_code=error.code, error_detail=str(error))
             return
         with naming_out_of_memory():
-            features = self._features(pixels)
+            features = self._features(picture)
             first = self.classes[self._decide(features)] if label is None else label
         for name in (first, *(name for name in self.classes if name != first)):
-            yield self._explain_class(scan.id, pixels, features, name)
+            yield self._explain_class(scan.id, picture, features, name)
 
-    def _features(self, pixels: np.ndarray) -> torch.Tensor:
+    def _features(self, picture: Picture) -> torch.Tensor:
         """Outputs of the lower layers for one scan, shared by all classes."""
-        return torch.from_numpy(outputs_of(self._below, np.stack([self.transform.resize(pixels)]))).to(
-            training_device()
-        )
+        resized = self.transform.resize(picture.pixels, picture.spacing_mm)
+        return torch.from_numpy(outputs_of(self._below, resized[None])).to(training_device())
 
-    def _explain_class(self, scan_id: str, pixels: np.ndarray, features: torch.Tensor, label: str) -> Explanation:
+    def _explain_class(self, scan_id: str, picture: Picture, features: torch.Tensor, label: str) -> Explanation:
         with naming_out_of_memory():
-            heatmap = self._upscale(self._cam(features, self.classes.index(label)), *pixels.shape[:2])
-            return Explanation(scan_id, label, heatmap, _overlay(pixels, heatmap))
+            cam, (height, width) = self._cam(features, self.classes.index(label)), picture.pixels.shape[:2]
+            heatmap = self._upscale(cam, height, width, picture.spacing_mm)
+            return Explanation(scan_id, label, heatmap, _overlay(picture.pixels, heatmap))
 
     def _cam(self, features: torch.Tensor, label: int) -> np.ndarray:
         """The weighted sum of the maps, clipped at 0: float32 [rows, columns]."""
@@ -152,14 +154,16 @@ class Explainer:
         logits = self._above(features).cpu().numpy()
         return int(self._calibration.decide(logits, positive_index(self.classes))[0])
 
-    def _upscale(self, cells: np.ndarray, height: int, width: int) -> np.ndarray:
-        """The heat of each pixel of the scan: float32 [height, width], 0 to 1."""
+    def _upscale(self, cells: np.ndarray, height: int, width: int, spacing: Spacing = None) -> np.ndarray:
+        """The heat of each pixel of the scan: float32 [height, width], 0 to 1; 0 where the network does not look."""
         cells = np.nan_to_num(cells)
         strongest = cells.max()
         if strongest <= 0:
             return np.zeros((height, width), np.float32)
-        rows = _spline_weights(height, self.transform.height, len(cells), *self._architecture.cells)
-        columns = _spline_weights(width, self.transform.width, cells.shape[1], *self._architecture.cells)
+        view = self.transform.view(height, width, spacing)
+        down, across = _positions(height, view.top, view.height), _positions(width, view.left, view.width)
+        rows = _spline_weights(down, self.transform.height, len(cells), *self._architecture.cells)
+        columns = _spline_weights(across, self.transform.width, cells.shape[1], *self._architecture.cells)
         heat: np.ndarray = rows @ (cells / strongest) @ columns.T
         return heat / (heat.max() or 1)  # no pixel of a very small scan may lie at the strongest cell
 
@@ -170,17 +174,23 @@ def _log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:
     return logits[:, label] - others.logsumexp(1)
 
 
-def _spline_weights(pixels: int, side: int, cells: int, step: float, first: float) -> np.ndarray:
-    """Quadratic B-spline weights of the cells along one side of a scan: float32 [pixels, cells], rows sum to 1.
+def _positions(pixels: int, begin: float, length: float) -> np.ndarray:
+    """The centre of each pixel along a side of the scan, in [pixels]: 0 to 1 in the part that the network sees."""
+    return (np.arange(pixels) + 0.5 - begin) / length
 
-    `pixels`: the scan's side; `side`: the side of the network's input, to which the scan was resized. In the latter,
-    cells are `step` pixels apart, and the first one is at `first`.
+
+def _spline_weights(positions: np.ndarray, side: int, cells: int, step: float, first: float) -> np.ndarray:
+    """Quadratic B-spline weights of the cells along one side of a scan: float32 [pixels, cells].
+
+    Rows sum to 1, or to 0 where the network does not look. `positions`: see `_positions`; `side`: of the network's
+    input, in pixels. In it, cells are `step` pixels apart, and the first one is at `first`.
     """
-    positions = (np.arange(pixels) + 0.5) * (side / pixels) - 0.5
-    in_cells = np.clip((positions - first) / step, 0, cells - 1)
+    in_cells = np.clip((positions * side - 0.5 - first) / step, 0, cells - 1)
     distance = np.abs(in_cells[:, None] - np.arange(cells))
     weights: np.ndarray = np.where(distance < 0.5, 0.75 - distance**2, np.maximum(0, 1.5 - distance) ** 2 / 2)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    weights /= weights.sum(1, keepdims=True)
+    weights[(positions < 0) | (positions > 1)] = 0
+    return weights.astype(np.float32)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,11 @@ from ml.image.engines.engine import Engine, Precision
 from ml.image.networks import network
 from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.ood import OodDetector
-from ml.image.pixels.decoding import decode
+from ml.image.pixels.decoding import read
+from ml.image.pixels.picture import Origin, Picture
 from ml.image.pixels.statistics import input_statistics
 from ml.image.pixels.transforms import Transform
+from ml.image.serving.disposition import UNSUITABLE, unsuitable
 from ml.pipelines import Item, Prediction
 from ml.runtime.errors import ImageError, ItemError, naming_out_of_memory
 from ml.runtime.prefetch import batched_for_streams, prefetch
@@ -34,35 +37,35 @@ class ScanInput(Item):
     The function is called in a decoding thread, ahead of the device, and may raise ItemError.
     """
 
-    def pixels(self, window: tuple[float, float] | None = None) -> np.ndarray:
-        """The decoded picture, uint8 [height, width, 3]; `window` as in `ml.image.pixels.decoding.decode`.
+    def picture(self, transform: Transform) -> Picture:
+        """The scan, decoded with the window and the pixel rules of a transform; of several frames the middle one.
 
         Raises ItemError.
         """
-        return decode(self.content(), window)
+        return read(self.content(), transform.window, "middle", transform.rules)
 
 
 @dataclass(frozen=True)
 class CachedScan(ScanInput):
-    """A scan that several consumers read, all with the same window. It is decoded once.
+    """A scan that several consumers read, all with the same window and pixel rules. It is decoded once.
 
     The pixels, or the error, stay in memory as long as this object does: up to 150 MB.
     """
 
-    _decoded: list[np.ndarray | ItemError] = field(default_factory=list, init=False, repr=False, compare=False)
+    _decoded: list[Picture | ItemError] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def pixels(self, window: tuple[float, float] | None = None) -> np.ndarray:
-        """See `ScanInput.pixels`."""
+    def picture(self, transform: Transform) -> Picture:
+        """See `ScanInput.picture`."""
         if not self._decoded:
-            self._decoded.append(self._pixels_or_error(window))
+            self._decoded.append(self._picture_or_error(transform))
         (result,) = self._decoded
         if isinstance(result, ItemError):
             raise result
         return result
 
-    def _pixels_or_error(self, window: tuple[float, float] | None) -> np.ndarray | ItemError:
+    def _picture_or_error(self, transform: Transform) -> Picture | ItemError:
         try:
-            return super().pixels(window)
+            return super().picture(transform)
         except ItemError as error:
             return error
 
@@ -73,6 +76,7 @@ class Predictor:
 
     `engine` returns logits and feature descriptor (see ml.image.networks.feature_descriptor). `calibration`:
     temperature and threshold, chosen on the model's validation scans. `ood`: the OOD detector for this engine.
+    `learnt`: the kinds of scans that the model has learnt from; none in older files.
     """
 
     classes: tuple[str, ...]
@@ -80,6 +84,7 @@ class Predictor:
     engine: Engine
     calibration: Calibration = field(default_factory=Calibration)
     ood: OodDetector | None = None
+    learnt: frozenset[Origin] = frozenset()
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
@@ -100,7 +105,8 @@ class Predictor:
             engine = open_engine(with_descriptor(model), model.transform, dtype, model.metadata.get("ranges"))
         detector = OodDetector.from_metadata(model.metadata)
         ood = detector.for_dtype(dtype) if detector is not None else None
-        return cls(model.classes, model.transform, engine, Calibration.from_metadata(model.metadata), ood)
+        learnt = frozenset(Origin(**each) for each in model.metadata.get("origins", ()))
+        return cls(model.classes, model.transform, engine, Calibration.from_metadata(model.metadata), ood, learnt)
 
     def logits(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits float32 [n, classes] of batches of resized pictures, uint8 [n, height, width, 3]."""
@@ -133,10 +139,15 @@ class Predictor:
 
     def _decode(self, scan: ScanInput) -> _Decoded:
         try:
-            pixels = self.transform.resize(scan.pixels(self.transform.window))
+            picture = scan.picture(self.transform)
         except ItemError as error:
             return _Decoded(scan.id, error=error)
-        return _Decoded(scan.id, pixels, input_statistics(pixels))
+        pixels = self.transform.resize(picture.pixels, picture.spacing_mm)
+        # The small picture is as blank as the large one; only where it is a part of that one, all has to be looked at.
+        looked_at = pixels if self.transform.spacing_mm is None else picture.pixels
+        unsuited = unsuitable(looked_at, picture.origin, self.learnt)
+        output = _frame_told(picture) | ({UNSUITABLE: unsuited} if unsuited else {})
+        return _Decoded(scan.id, pixels, input_statistics(pixels), output=output or None)
 
     def _chunk_predictions(self, chunk: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
         """Predictions for a chunk; `outputs` are the engine's for its readable scans."""
@@ -160,7 +171,7 @@ class Predictor:
             reason = self.ood.ood_reason(one.statistics) if self.ood and score > 1 else None
             yield Prediction(
                 one.id, self.classes[index], float(values[index]), probabilities,
-                ood_score=score, ood_reason=reason, statistics=one.statistics,
+                ood_score=score, ood_reason=reason, statistics=one.statistics, output=one.output,
             )  # fmt: skip
 
 
@@ -170,6 +181,12 @@ class _Decoded:
     pixels: np.ndarray | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     error: ItemError | None = None
+    output: dict[str, Any] | None = None
+
+
+def _frame_told(picture: Picture) -> dict[str, int]:
+    """Which of several frames or pages was looked at, counted from 1: a result must not pass for one of all."""
+    return {} if picture.frames == 1 else {"frame": picture.frame + 1, "frames": picture.frames}
 
 
 def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:

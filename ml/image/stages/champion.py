@@ -21,7 +21,7 @@ from ml.evaluation.metrics import ModelOutputs, Scores, score
 from ml.image.dataset.lineage import unseen_test_scans
 from ml.image.networks import network
 from ml.image.networks.network import Model
-from ml.image.pixels.decoding import decode
+from ml.image.pixels.decoding import read
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import Predictor
 from ml.image.stages.ingestion import scans_folder
@@ -155,8 +155,7 @@ def _predicted_logits(run: Run, model: Model, scans: np.ndarray, on_progress: Ca
 
 def _pictures(run: Run, transform: Transform, scans: np.ndarray) -> Iterable[np.ndarray]:
     """The scans under this transform, uint8 [height, width, 3] each; decoded again if it differs from the run's."""
-    ours = run.transform
-    if (transform.height, transform.width, transform.window) == (ours.height, ours.width, ours.window):
+    if transform.of_pixels == run.transform.of_pixels:
         return (run.pixels[scan] for scan in scans)
     return _decoded(run, transform, scans)
 
@@ -164,4 +163,9 @@ def _pictures(run: Run, transform: Transform, scans: np.ndarray) -> Iterable[np.
 def _decoded(run: Run, transform: Transform, scans: np.ndarray) -> Iterator[np.ndarray]:
     folder = scans_folder(run)
     files = (folder / run.report.scans[scan].path for scan in scans)
-    return prefetch(lambda file: transform.resize(decode(file, transform.window)), files)
+
+    def resized(file: Path) -> np.ndarray:
+        picture = read(file, transform.window, rules=transform.rules)
+        return transform.resize(picture.pixels, picture.spacing_mm)
+
+    return prefetch(resized, files)

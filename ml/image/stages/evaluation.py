@@ -17,8 +17,8 @@ import numpy as np
 
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
-from ml.image.dataset.splits import group_scans
 from ml.image.learning.schedules import best_epoch
 from ml.image.networks import weights
 from ml.image.networks.network import Model
@@ -53,6 +53,7 @@ def evaluation(run: Run) -> None:
     metrics = scores.as_dict() | {
         "test_digest": run.report.digest_of(run.split.test),
         "engines": model.metadata.get("engines", {}),
+        "origins": model.metadata.get("origins", []),
     }
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)
@@ -169,10 +170,15 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
 
 def _split_notes(run: Run) -> list[str]:
     params, groups = run.params, len(np.unique(group_scans(run.report.scans)))
+    if params.split == "folders":
+        return [
+            f"The {run.report.images} scans stay on the sides that the dataset's folders or patients.csv say: "
+            "whether a patient is on one side only was its maker's choice."
+        ]
     return [
         f"Of {run.report.images} scans, {groups} groups were drawn by lot with seed {params.seed}, by class: "
         f"{params.test_size:g} for the test, {params.validation_size:g} for validation.",
-        "Scans of one patient, copies, and near-duplicates are one group and stay together.",
+        "Scans of one patient or study, copies, and near-duplicates are one group and stay together.",
     ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ml.image.dataset.scans import DatasetReport, check_dataset, count_images, load_manifest, save_manifest
 from ml.image.networks import weights
+from ml.image.pixels.picture import Picture
 from ml.image.stages.run import Run, write_json
 from ml.runtime.archives import extract_zip
 from ml.runtime.cache import key_of
@@ -86,8 +87,8 @@ def _decode_all(run: Run, on_progress: Callable[[float], None]) -> DatasetReport
     try:
         pixels = _pixels_file(partial, shape) if shape[0] else np.empty(shape, np.uint8)
 
-        def keep(index: int, image: np.ndarray) -> None:
-            pixels[index] = transform.resize(image)
+        def keep(index: int, picture: Picture) -> None:
+            pixels[index] = transform.resize(picture.pixels, picture.spacing_mm)
 
         report = check_dataset(paths.scans_dir, run.params.classes, keep, on_progress, transform.window)
         if not report.problems:
@@ -109,7 +110,7 @@ def _pixels_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _key(run: Run) -> str:
     archive = weights.sha256(run.config.data_ingestion.local_data_file)
-    return key_of(archive=archive, size=run.params.image_size, window=run.params.window, version=1)
+    return key_of(archive=archive, pixels=run.transform.of_pixels, version=2)
 
 
 def _restore(run: Run, key: str) -> bool:

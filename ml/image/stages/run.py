@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ml.image.dataset.scans import DatasetReport, load_manifest
-from ml.image.dataset.splits import Split, split_scans
+from ml.image.dataset.splits import Split, split_by_folders, split_scans
 from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import checksum
@@ -63,7 +63,7 @@ class Run:
     def transform(self) -> Transform:
         """The transform that the parameters ask for."""
         architecture, (height, width, _) = ARCHITECTURES[self.params.network], self.params.image_size
-        return Transform(height, width, architecture.mean, architecture.std, self.params.window)
+        return Transform(height, width, architecture.mean, architecture.std, self.params.window, self.params.spacing_mm)
 
     @cached_property
     def report(self) -> DatasetReport:
@@ -84,7 +84,10 @@ class Run:
     @cached_property
     def split(self) -> Split:
         """The training, validation and test scans."""
-        return split_scans(self.report, self.params.seed, self.params.test_size, self.params.validation_size)
+        params = self.params
+        if params.split == "folders":
+            return split_by_folders(self.report, params.seed, params.validation_size)
+        return split_scans(self.report, params.seed, params.test_size, params.validation_size)
 
     def load_model(self, path: Path) -> Model:
         """The model of the previous stage, from memory or from `path`."""

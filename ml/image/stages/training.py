@@ -15,8 +15,9 @@ import torch
 
 from ml.evaluation.calibration import Calibration, calibrate
 from ml.evaluation.metrics import positive_index
+from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import lineage
-from ml.image.dataset.splits import Split, group_scans
+from ml.image.dataset.splits import Split
 from ml.image.engines.admission import RANGE_SCANS, TRIAL_SCANS, Admission, admit
 from ml.image.engines.backends import default_dtype, training_precision
 from ml.image.engines.hardware import device_name
@@ -149,11 +150,18 @@ def _training_metadata(run: Run, model: Model, calibration: Calibration) -> dict
     return {
         "params": run.params.model_dump(mode="json"),  # if stages run alone, they may have different parameters
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
+        "origins": _origins(run),
         "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
         "precision": training_precision(run.params),
         "engine": run.features(model, 0).engine.name,
         "device": device_name(),
     }
+
+
+def _origins(run: Run) -> list[dict[str, str | None]]:
+    """Each kind of training scan once; scans of other kinds are rejected (see `ml.image.pixels.picture.foreign`)."""
+    found = {run.report.scans[scan].origin for scan in run.split.train}
+    return sorted(map(asdict, found), key=str)
 
 
 def _drop_stale_features(run: Run, group: ProcessGroup) -> None:

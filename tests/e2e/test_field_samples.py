@@ -1,0 +1,130 @@
+"""What other people's trouble is made of (shared/data/field, not part of the project), by REST alone.
+
+`pytest -s` prints the table of scans.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml.synthetic import phantom_files
+from tests.e2e.conftest import PARAMS, SHARED, Client
+
+FIELD = SHARED / "field"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not FIELD.exists(), reason="shared/data/field is not beside the project"),
+]
+PICTURES = {path.name.removesuffix(".expected.png"): path for path in sorted(FIELD.glob("scans/*.expected.png"))}
+SAMPLES = {path.stem: path for path in sorted(FIELD.glob("scans/*")) if ".expected." not in path.name}
+REFUSED = {
+    "htj2k-label-no-decoder-here-what-the-error-says": "transfer syntax 1.2.840.10008.1.2.4.201",
+    "photometricinterpretation-missing": "lacks PhotometricInterpretation",
+}
+LIMIT = 0.01
+"""Between the probabilities of a file and those of the picture that it shows."""
+LOSSY = ("jfif-labelled-rgb", "jpeg-exif-orientation-6")
+"""The pictures of these are as they were before they were compressed."""
+
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows(client: Client, trained: dict[str, Any]) -> Rows:
+    """Results of all scans and pictures in fp32, by the names of the files."""
+    return predicted(client, trained)
+
+
+@pytest.fixture(scope="module")
+def unsure_rows(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The same of a network that is sure of nothing: five grey levels more change a probability by 0.09."""
+    made = tmp_path_factory.mktemp("few") / "few.zip"
+    phantom_files.write_zip(made, patients=24, slices=1, seed=3, size=128)
+    return predicted(client, trained_on(client, uploaded(client, made), learning_rate=0.0003))
+
+
+def predicted(client: Client, training: dict[str, Any]) -> Rows:
+    """What the training's network says of all files."""
+    paths = [*SAMPLES.values(), *PICTURES.values()]
+    files = [("files", (path.name, path.read_bytes())) for path in paths]
+    form = {"precision": "fp32", "model": training["model_version"]}
+    answer = client.post("/jobs/predict/batch", files=files, data=form)
+    assert answer.status_code == 202, answer.text
+    job = client.ended(answer.json())
+    found = client.get(job["links"]["results"], params={"limit": 100}).json()["data"]
+    assert len(found) == len(paths)
+    return {row["name"]: row for row in found}
+
+
+def tumor_pair(rows: Rows, name: str) -> tuple[float, float]:
+    """Probabilities of the file and of its picture."""
+    scan, picture = rows[SAMPLES[name].name], rows[PICTURES[name].name]
+    assert scan["state"] == "succeeded", scan
+    return scan["probabilities"]["Tumor"], picture["probabilities"]["Tumor"]
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in REFUSED])
+def test_a_scan_is_predicted_as_the_picture_that_it_shows(rows: Rows, unsure_rows: Rows, name: str) -> None:
+    pairs = [tumor_pair(rows, name), tumor_pair(unsure_rows, name)]
+    print(f"{name:<52}", *(f"{found:.4f} {expected:.4f}  " for found, expected in pairs))
+    for found, expected in pairs[:1] if name in LOSSY else pairs:
+        assert found == pytest.approx(expected, abs=LIMIT)
+
+
+def test_the_unsure_network_can_tell_pictures_apart(unsure_rows: Rows) -> None:
+    found = [tumor_pair(unsure_rows, name)[1] for name in SAMPLES if name not in REFUSED]
+    assert max(found) - min(found) > 0.2
+    assert 0.05 < min(found) < max(found) < 0.95
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shown_is_refused_with_the_cause(rows: Rows, name: str) -> None:
+    error = rows[SAMPLES[name].name]["error"]
+    assert error["code"] == "BAD_IMAGE"
+    assert REFUSED[name] in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "warning"),
+    [
+        ("train-test-folders", {"Normal": 16, "Tumor": 16}, "sides of a split"),
+        ("hidden-checkpoints-folder", {"Normal": 8, "Tumor": 8}, "passed over: 4, of which 4 are pictures"),
+        ("utf8-names-without-flag-nfd", {"Läsion": 6, "Normal": 6}, ""),
+        ("dicom-named-by-uid", {"Normal": 6, "Tumor": 12}, ""),
+        ("license-beside-classes", {"Normal": 6, "Tumor": 6}, "passed over: 1"),
+        ("narrow-space-in-names", {"Normal": 6, "Tumor": 6}, ""),
+    ],
+)
+def test_a_zip_holds_the_right_classes(client: Client, name: str, classes: dict[str, int], warning: str) -> None:
+    dataset = uploaded(client, FIELD / "zips" / f"{name}.zip")
+    assert (dataset["state"], dataset["classes"], dataset["problems"]) == ("ready", classes, [])
+    assert any(warning in one for one in dataset["warnings"])
+    answer = client.post("/jobs/predict/batch", json={"dataset_id": dataset["id"]})
+    job = client.ended(answer.json())
+    assert (job["state"], job["counts"]["succeeded"]) == ("succeeded", sum(classes.values())), "as many as a batch"
+
+
+def test_folders_of_a_split_can_be_kept(client: Client) -> None:
+    dataset = uploaded(client, FIELD / "zips" / "train-test-folders.zip")
+    job = trained_on(client, dataset, split="folders")
+    assert job["metrics"]["counts"] == {"train": 20, "validation": 6, "test": 6}
+
+
+def trained_on(client: Client, dataset: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """A short training of a small network."""
+    short = {**PARAMS, "network": "resnet18", "image_size": [64, 64, 3], "epochs": 1, **params}
+    order = {"dataset_id": dataset["id"], "params": short, "promote": "never"}
+    job = client.ended(client.post("/jobs/train", json=order).json())
+    assert job["state"] == "succeeded", job["error"]
+    return job
+
+
+def uploaded(client: Client, path: Path) -> dict[str, Any]:
+    """The dataset of this zip, checked."""
+    with path.open("rb") as file:
+        dataset = client.post("/datasets", files={"file": (path.name, file)}).json()
+    client.ended(client.get(f"/jobs/{dataset['job_id']}").json())
+    checked: dict[str, Any] = client.get(f"/datasets/{dataset['id']}").json()
+    return checked
