@@ -185,7 +185,7 @@ def _body(kinds: dict[str, Declared]) -> Any:
 def _other_media(kinds: Mapping[str, Declared]) -> str:
     taken = f"Send the body as {' or '.join(kinds)}."
     if request.mimetype in RELATED and MULTIPART in kinds:  # what DICOMweb (STOW-RS) sends
-        return f"{request.mimetype} is not taken. {taken} Each DICOM file is a part with a file name."
+        return f"{request.mimetype} is not taken. {taken} Each file is a part with a file name."
     return taken
 
 
