@@ -24,6 +24,7 @@ from ml.runtime.errors import BadParams, ModelFileError
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "renalq"
+_TOP = ("classifier.0.", "classifier.3.")  # VGG16's hidden layers
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,20 @@ class InitialWeights:
 
 
 def load_published_weights(network: nn.Module, architecture: Architecture, weights: Path, include_top: bool) -> None:
-    """Load the backbone from torchvision's ImageNet state dict; with `include_top` also VGG16's two hidden layers."""
-    kept = ("classifier.0.", "classifier.3.") if include_top else ()
-    _load_state(network, _backbone_of(read_state_dict(weights), architecture, kept), architecture)
+    """Load the backbone from torchvision's ImageNet state dict; with `include_top` also VGG16's two hidden layers.
+
+    Raises:
+        ModelFileError: the file is of another network, or has no hidden layers.
+    """
+    state = read_state_dict(weights)
+    if include_top and not has_top(state):
+        raise ModelFileError("The ImageNet weights here have no classifier; include_top needs torchvision's file.")
+    _load_state(network, _backbone_of(state, architecture, _TOP if include_top else ()), architecture)
+
+
+def has_top(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a VGG16's state dict has its two hidden layers. A converted one has convolutions alone."""
+    return all(f"{layer}weight" in state for layer in _TOP)
 
 
 def load_file_weights(model: Model, path: Path) -> tuple[str, ...]:

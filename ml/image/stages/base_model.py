@@ -58,7 +58,7 @@ def _load_weights(run: Run, model: Model) -> InitialWeights:
         network.calibrate_batch_norms(model.network, _calibration_images(run))
         return InitialWeights()
     if params.weights == "imagenet":
-        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
+        path = weights.find_imagenet_weights(architecture.name, run.environment.weights_dir)
         network.load_published_weights(model.network, architecture, path, params.include_top)
         return InitialWeights("imagenet", weights.sha256(path))
     path = _weights_file(run)
@@ -88,7 +88,8 @@ def _original_network(run: Run) -> Model:
     outputs = IMAGENET_OUTPUTS
     built = network.build(len(outputs), params.seed, params.network, params.head_kind, params.dropout)
     if params.weights == "imagenet":
-        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
-        include_top = params.network == "vgg16" and params.head_kind == "vgg"
+        path = weights.find_imagenet_weights(architecture.name, run.environment.weights_dir)
+        vgg = params.network == "vgg16" and params.head_kind == "vgg"
+        include_top = vgg and network.has_top(network.read_state_dict(path))
         network.load_published_weights(built, architecture, path, include_top)
     return Model(built.eval(), outputs, run.transform, {"weights": params.weights}, params.network, params.head_kind)
