@@ -48,6 +48,12 @@ class ImagePipeline(Pipeline):
         found = check_dataset(folder, on_progress=report)
         return DatasetCheck(found.classes, found.digest, found.problems, found.warnings, asdict(found.inspection))
 
+    def readable_weights(self, folder: Path) -> list[str]:
+        """See `ml.image.networks.weights.readable`."""
+        from ml.image.networks.weights import readable
+
+        return readable(folder)
+
     def train(self, job: TrainingJob, emit: Emit) -> None:
         """All four stages (see `ml.image.stages`)."""
         from ml.image.stages import runner

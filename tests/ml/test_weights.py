@@ -249,3 +249,45 @@ def test_include_top_takes_vgg16s_hidden_layers(tmp_path):
             assert same == include_top
         assert built.classifier[6].weight.shape == (2, 4096)
         assert torch.equal(built.features[28].weight, published.features[28].weight)
+
+
+# --- what workers report ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """Records when torchvision's site is tried, which does not answer."""
+    tried: list[str] = []
+    monkeypatch.setattr(weights, "is_reachable", lambda url: bool(tried.append(url)))
+    weights._can_download.cache_clear()
+    return tried
+
+
+def test_whole_files_are_readable_and_damaged_ones_are_not(tmp_path, asked):
+    folder = tmp_path / "weights"
+    assert weights.readable(folder) == []
+    path = put({"a": torch.zeros(1)}, folder)
+    (folder / "vgg16-397923af.pth").write_bytes(b"cut off")
+    (folder / ".hidden").touch()
+    (folder / "own.safetensors").touch()
+    (folder / "sub").mkdir()
+    files = ["file:own.safetensors", f"file:{path.name}", "file:vgg16-397923af.pth"]
+    assert weights.readable(folder) == ["imagenet:resnet18", *files]
+    path.write_bytes(path.read_bytes() + b"x")
+    assert weights.readable(folder) == files
+    assert len(asked) == 1, "a request every few seconds would be a nuisance"
+
+
+def test_where_the_site_answers_all_networks_can_be_had(tmp_path, monkeypatch):
+    weights._can_download.cache_clear()
+    monkeypatch.setattr(weights, "is_reachable", lambda url: True)
+    assert weights.readable(tmp_path) == sorted(f"imagenet:{name}" for name in ARCHITECTURES)
+    weights._can_download.cache_clear()
+
+
+def test_torchs_cache_is_where_torch_has_it(monkeypatch, tmp_path):
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert weights.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"
+        monkeypatch.delenv(name)
+    assert weights.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"

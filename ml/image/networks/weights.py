@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from ml.runtime.download import fetch, is_reachable
 from ml.runtime.errors import DownloadFailed, WeightsMissing
+from ml.spec.pipeline import FILE
 
 SITE = "https://download.pytorch.org/models/"
 PUBLISHED = {
@@ -27,8 +29,8 @@ PUBLISHED = {
 }
 """torchvision's files of ImageNet weights (IMAGENET1K_V1), by network."""
 MAX_BYTES = 2**30
-MAX_FILES = 200
-"""As many files of the folder are listed by `readable`."""
+PROBE_SECONDS = 600.0
+"""How long the answer holds whether torchvision's site can be reached."""
 _NAMED = re.compile(r"^(?P<stem>.+)-(?P<hash>[0-9a-f]{8})\.pth$")
 
 
@@ -73,17 +75,19 @@ def find_weights_file(name: str, weights_dir: Path | None) -> Path:
     )
 
 
-def readable(weights_dir: Path | None) -> list[str]:
-    """What a training here could begin from: `imagenet:NETWORK` of files whose content is whole, and `file:NAME`."""
-    whole = [f"imagenet:{network}" for network in PUBLISHED if look_for_imagenet_weights(network, weights_dir)[0]]
-    folder = weights_dir if weights_dir is not None and weights_dir.is_dir() else None
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder else []
-    return [*whole, *(f"file:{name}" for name in names[:MAX_FILES] if not name.startswith("."))]
+def readable(weights_dir: Path) -> list[str]:
+    """What a training here could begin from: `imagenet:NETWORK`, of whole files or by download, and `file:NAME`."""
+    here = {network for network in PUBLISHED if look_for_imagenet_weights(network, weights_dir)[0]}
+    there = PUBLISHED if len(here) < len(PUBLISHED) and _can_download(int(time.monotonic() // PROBE_SECONDS)) else ()
+    files = sorted(path.name for path in weights_dir.iterdir() if path.is_file()) if weights_dir.is_dir() else []
+    names = [name for name in files if not name.startswith(".")]
+    return [*(f"imagenet:{network}" for network in sorted({*here, *there})), *(FILE + name for name in names)]
 
 
-def downloadable() -> list[str]:
-    """`imagenet:NETWORK` of the files that could be downloaded now; a few seconds at most."""
-    return [f"imagenet:{network}" for network in PUBLISHED] if is_reachable(SITE + PUBLISHED["vgg16"]) else []
+@lru_cache(maxsize=1)
+def _can_download(period: int) -> bool:
+    """Whether torchvision's site answers; asked once a period, since nobody wants a request every few seconds."""
+    return is_reachable(SITE + PUBLISHED["vgg16"])
 
 
 def sha256(path: Path) -> str:
