@@ -207,7 +207,7 @@ def test_a_model_of_ours_gives_backbone_head_and_lineage(tmp_path):
     kept = Model(theirs.network, CLASSES, theirs.transform, {"lineage": ["p", "q"]}, "resnet18", "gap")
     network.save(kept, tmp_path / "model.safetensors")
     model = Model(network.build(2, 5, "resnet18", "gap"), CLASSES, Transform(64, 64), {}, "resnet18", "gap")
-    assert network.load_file_weights(model, tmp_path / "model.safetensors") == ("p", "q")
+    assert network.load_file_weights(model, tmp_path / "model.safetensors") == (("p", "q"), True)
     state, expected = model.network.state_dict(), theirs.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
@@ -232,7 +232,7 @@ def test_a_state_dict_of_torchvisions_can_be_named_as_a_file(tmp_path):
     published = make_published()
     torch.save(published.state_dict(), tmp_path / "own.pth")
     model = make_model()
-    assert network.load_file_weights(model, tmp_path / "own.pth") == ()
+    assert network.load_file_weights(model, tmp_path / "own.pth") == ((), False)
     assert torch.equal(model.network.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
 
 

@@ -41,6 +41,7 @@ def build_base_model(run: Run) -> Model:
         "dataset_digest": report.digest,
         "weights": {"source": initial.source, "sha256": initial.sha256},
         "begun_lineage": list(initial.lineage),
+        "new_head": not initial.with_head,
     }
     return replace(model, metadata=metadata)
 
@@ -60,9 +61,10 @@ def _load_weights(run: Run, model: Model) -> InitialWeights:
     if params.weights == "imagenet":
         path = weights.find_imagenet_weights(architecture.name, run.environment.weights_dir)
         network.load_published_weights(model.network, architecture, path, params.include_top)
-        return InitialWeights("imagenet", weights.sha256(path))
+        return InitialWeights("imagenet", weights.sha256(path), with_head=params.include_top)
     path = _weights_file(run)
-    return InitialWeights(params.weights, weights.sha256(path), network.load_file_weights(model, path))
+    lineage, with_head = network.load_file_weights(model, path)
+    return InitialWeights(params.weights, weights.sha256(path), lineage, with_head)
 
 
 def _weights_file(run: Run) -> Path:
