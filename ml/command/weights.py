@@ -12,10 +12,10 @@ from ml.image.networks import weights_fetch
 from ml.runtime.errors import WeightsMissing
 
 
-def fetch(network: str, folder: Path, file: Path | None, seconds: float) -> int:
+def fetch(network: str, folder: Path, file: Path | None = None) -> int:
     """Fetch them, or take them from `file`. Returns the exit code: 0, or 1 where they are not to be had."""
     try:
-        path = _taken(network, folder.resolve(), file, seconds)
+        path = _taken(network, folder.resolve(), file)
     except WeightsMissing as error:
         print(error, file=sys.stderr)
         return 1
@@ -23,11 +23,11 @@ def fetch(network: str, folder: Path, file: Path | None, seconds: float) -> int:
     return 0
 
 
-def _taken(network: str, folder: Path, file: Path | None, seconds: float) -> Path:
+def _taken(network: str, folder: Path, file: Path | None) -> Path:
     if file is not None:
         return weights_fetch.take_file(network, file, folder)
     with _Steps() as steps:
-        return weights_fetch.fetch_imagenet_weights(network, folder, steps.show, seconds)
+        return weights_fetch.fetch_imagenet_weights(network, folder, steps.show)
 
 
 class _Steps(Progress):

