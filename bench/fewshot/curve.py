@@ -19,6 +19,7 @@ from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
+from ml.runtime.cache import Cache, Cached, key_of
 from ml.runtime.config import parse_params
 from ml.spec.image import Params
 
@@ -26,6 +27,8 @@ STEPS = 150
 """Steps of the optimizer in each training, whatever the number of scans."""
 BATCH = 16
 ALPHA = 0.05
+CACHE, CACHE_BYTES = Path(__file__).resolve().parents[1] / "out" / "cache", 2 * 2**30
+"""Features take minutes on a CPU: the next run has them. `make clean` removes them."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,13 @@ def features_of(scans: Scans, transform: Transform, params: Params, weights: Pat
     if weights is not None:
         network.load_published_weights(model.network, ARCHITECTURES[model.architecture], weights, False)
     below, _ = model.cut()
-    found = Features(open_engine(below, transform, training_precision(params)), scans.pixels)
+    engine = open_engine(below, transform, training_precision(params))
+    known = [scan.sha256 for scan in scans.report.scans]
+    key = key_of(scans=known, weights=weights and weights.name, head=model.head, transform=transform.as_dict(),
+                 engine=engine.name)  # fmt: skip
+    found = Features(engine, scans.pixels, cached=Cached(Cache(CACHE, CACHE_BYTES), key))
     found.keep(np.concatenate([scans.pool, scans.test]))
+    found.store_in_cache()
     return found
 
 
