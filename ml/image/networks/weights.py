@@ -56,7 +56,7 @@ def find_imagenet_weights(network: str, weights_dir: Path | None = None) -> Path
 
 def look_for_imagenet_weights(network: str, weights_dir: Path | None) -> tuple[Path | None, list[Path]]:
     """(the file of the network's ImageNet weights, or None; the files that are damaged), without a download."""
-    damaged = []
+    damaged: list[Path] = []
     for path in (*_candidates(network, weights_dir), cache_folder() / PUBLISHED[network]):
         if path.is_file():
             if hash_matches(path):
