@@ -235,6 +235,8 @@ def test_auto_standardizes_large_features_below_a_new_head(scale, new_head, stan
     auto, features = Standardization(None, new_head), features_of(0) * scale
     auto.fit(features)
     assert bool(auto.state()) is standardized
+    if standardized:
+        assert 0.5 < float(auto(features).std(0).min()) <= float(auto(features).std(0).max()) <= 1.0
     assert torch.equal(auto(features), features) is not standardized
 
 

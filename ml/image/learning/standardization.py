@@ -17,9 +17,11 @@ WIDTH = 25088
 """Number of features that SPREAD is chosen for; fewer features may have a larger spread at the same |x|²."""
 
 
-LARGE = WIDTH * SPREAD**2
-"""Mean |x|² above which features count as large. SGD's step grows with it, and the documented learning rates suit this
-one. ImageNet's VGG16 has some million: at 0.001 the loss of a new head first goes up, to 6 and more."""
+PRETRAINED_SPREAD = 1.0
+"""The same of large features of pretrained weights: their documented learning rate is a tenth, 0.001."""
+LARGE = WIDTH * PRETRAINED_SPREAD**2
+"""Mean |x|² above which features count as large. ImageNet's VGG16 has some million: at 0.001 the loss of a new head
+rises, to 7 in the first epoch and 26 in the second."""
 
 
 class Standardization:
@@ -36,11 +38,13 @@ class Standardization:
 
     def fit(self, features: torch.Tensor) -> None:
         """Determine mean and scale from raw features [n, width], if it is on; further calls do nothing."""
+        wanted = SPREAD
         if self._on is None:
+            wanted = PRETRAINED_SPREAD
             self._on = bool(torch.linalg.vector_norm(features, dim=1).square().mean() > LARGE)
         if self._on and self._mean is None:
             std, self._mean = torch.std_mean(features, dim=0)
-            spread = min(1.0, SPREAD * (WIDTH / features.shape[1]) ** 0.5)
+            spread = min(1.0, wanted * (WIDTH / features.shape[1]) ** 0.5)
             self._scale = torch.hypot(std, FLOOR * std.mean() + 1e-12) / spread
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
