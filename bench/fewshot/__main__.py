@@ -1,9 +1,10 @@
 """What ImageNet's weights are worth where few scans are labelled: `make bench-fewshot`.
 
 A head learns 5, 10, 20, 40 and 100 scans a class on frozen VGG16 features, of ImageNet's weights and of random ones:
-the same scans, steps and learning rate, and the same held-out test scans of other patients. Repeated with other scans
-and another head. Without --data on phantoms with masses of 6 to 20 mm. A difference is claimed only where the sign
-test over all draws reaches 5 %, which takes 6 draws. Prints a table, and writes bench/out/fewshot.json and .png.
+the same scans, steps and learning rate, and the same held-out test scans (patients, copies and near-duplicates stay on
+one side). Repeated with other scans and another head. Without --data on phantoms with masses of 6 to 20 mm. A
+difference is claimed only where the sign test over all draws reaches 5 %, which takes 6 draws. Prints a table, and
+writes bench/out/fewshot.json and .png.
 """
 
 from __future__ import annotations

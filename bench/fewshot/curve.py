@@ -91,7 +91,7 @@ def params_of(head: str, weights: str, scans: int, seed: int) -> Params:
     epochs = max(1, round(STEPS / math.ceil(scans / BATCH)))
     return parse_params(
         {"weights": weights, "head": head, "epochs": epochs, "batch_size": BATCH, "learning_rate": 0.01, "seed": seed}
-        | {"augmentation": False, "keep": "last", "schedule": "cosine"}
+        | {"augmentation": False, "keep": "last", "schedule": "cosine", "standardize": True}
     )
 
 

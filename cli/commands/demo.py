@@ -34,7 +34,9 @@ from jobs.settings import Settings
 PATIENTS, SLICES, SEED = 120, 4, 1
 NEW_PATIENTS, NEW_SEED = 10, 2
 """Other patients, from another seed: none of them is in the training's zip."""
-PARAMS: Json = {"weights": "none", "epochs": 5, "learning_rate": 0.01, "augmentation": False, "seed": 0}
+PARAMS: Json = {
+    "weights": "none", "epochs": 5, "learning_rate": 0.01, "standardize": True, "augmentation": False, "seed": 0,
+}  # fmt: skip
 """From ImageNet's weights where they are here in time; else random frozen features and a trained head."""
 FETCH_SECONDS = 30.0
 """After this time the demo goes on without ImageNet's weights. Meanwhile the stack starts, and the CT is made."""
