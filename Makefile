@@ -65,9 +65,9 @@ picture: setup ## Draw docs/architecture.svg and list the rooms, from the import
 storm: setup ## Kill everything for a while, then count: make storm SEED=1 MINUTES=10.
 	@python -m tests.faults.storm --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
 
-bench-%: setup ## Run one benchmark, such as bench-train: a table, and bench/out/NAME.json.
+bench-%: setup ## Run one benchmark, such as bench-train ARGS="--quick": a table, and bench/out/NAME.json.
 	@python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS),bench]'
-	@python -m bench.$(subst -,_,$*)
+	@python -m bench.$(subst -,_,$*) $(ARGS)
 
 clean: ## Remove what tools have left; .venv and the state in .renalq stay.
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis bench/out build *.egg-info

@@ -10,6 +10,7 @@ from cli.commands import jobs
 from cli.commands.datasets import datasets
 from cli.commands.keys import keys
 from cli.commands.models import models
+from cli.commands.weights import weights
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +54,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*jobs.ALL, models, datasets, keys):
+for _command in (*jobs.ALL, models, datasets, keys, weights):
     main.add_command(_command)
 
 

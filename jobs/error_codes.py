@@ -166,7 +166,8 @@ ERROR_CODES = {
         ErrorCode(
             "WEIGHTS_MISSING",
             "The initial weights are not there",
-            "Put the file where `detail` says, or use `weights: none`.",
+            "Do what `detail` says (`renalq weights fetch`, or a file), or use `weights: none`.",
+            422,
             of_job=True,
         ),
         ErrorCode(

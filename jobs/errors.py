@@ -8,7 +8,7 @@
     │                             WrongOffset TooManyWebhooks
     ├── ResultsExpired      410
     ├── MalformedBody       400
-    ├── Invalid             422   BadInput BadArchive IdempotencyConflict
+    ├── Invalid             422   BadInput BadArchive IdempotencyConflict WeightsMissing
     ├── UnsupportedMedia    415   UnsupportedCoding
     ├── TooLarge            413
     ├── OtherTusVersion     412
@@ -206,6 +206,12 @@ class BadInput(Invalid):
     def __init__(self, detail: str | None = None, code: str | None = None) -> None:
         super().__init__(detail)
         self.code = code or self.code
+
+
+class WeightsMissing(Invalid):
+    """No live worker can read the weights that the training would begin from."""
+
+    code = "WEIGHTS_MISSING"
 
 
 class BadArchive(Invalid):

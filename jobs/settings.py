@@ -46,7 +46,8 @@ class Settings(BaseSettings):
     )
     weights_dir: Path | None = Field(
         None,
-        description="Folder on the workers with weights: ImageNet's (vgg16-397923af.pth), and those of `file:NAME`.",
+        description="Folder on the workers with weights: ImageNet's (vgg16-397923af.pth), and those of `file:NAME`. "
+        "Empty: HOME/weights.",
     )
     work_dir: Path | None = Field(None, description="Scratch space of workers. Empty: HOME/work.")
     feature_cache_bytes: int = Field(
@@ -245,6 +246,11 @@ class Settings(BaseSettings):
     def webhook_retries(self) -> tuple[float, ...]:
         """`webhook_retry_seconds`, parsed."""
         return _numbers(self.webhook_retry_seconds)
+
+    @property
+    def weights(self) -> Path:
+        """The workers' folder of weights, resolved. Nobody makes it before `renalq weights fetch` does."""
+        return (self.weights_dir or self.home / "weights").resolve()
 
     @property
     def work(self) -> Path:

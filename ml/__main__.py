@@ -5,6 +5,7 @@ data_ingestion …     one of these stages alone, reading from disk what the one
 predict MODEL FILE…  predictions as a table
 check FOLDER_OR_ZIP  what a dataset holds and what is wrong with it
 phantom …            synthetic CT to try it with
+weights NETWORK      bring ImageNet weights to this machine
 run JOB.json         a training of any pipeline, as workers start it
 
 `python -m ml COMMAND --help` tells the options of each; that of train also has examples, and all parameters.
@@ -25,10 +26,19 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO, TypeAlias
 
-from ml.command.options import USUAL_CONFIG, USUAL_OUT, USUAL_PARAMS, config_of, params_of, training_help
+from ml.command.options import (
+    USUAL_CONFIG,
+    USUAL_OUT,
+    USUAL_PARAMS,
+    config_of,
+    params_of,
+    training_help,
+    weights_folder,
+)
 from ml.runtime.config import CheckpointPlan
 from ml.runtime.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
 from ml.runtime.events import Emit, Event, Failed, to_json
+from ml.spec.image import NETWORKS
 from ml.spec.image_pipeline import STAGES
 
 log = logging.getLogger("ml")
@@ -64,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("dataset", type=Path)
     check.set_defaults(command=_check)
     commands.add_parser("phantom", help="write synthetic CT")
+    _add_weights(commands)
     run = commands.add_parser("run", help="train what a JSON file describes: how workers start their children")
     run.add_argument("job", type=Path)
     run.set_defaults(command=_run_job)
@@ -95,6 +106,14 @@ def _add_stage(commands: Commands, name: str) -> None:
     _add_pipeline(command, name)
     if name == "training":
         _add_checkpoints(command)
+
+
+def _add_weights(commands: Commands) -> None:
+    command = commands.add_parser("weights", help="bring ImageNet weights to this machine")
+    command.add_argument("network", choices=NETWORKS)
+    command.add_argument("--to", type=Path, metavar="FOLDER", help="default: where workers look for weights")
+    command.add_argument("--from", type=Path, metavar="FILE", dest="file", help="a file that was copied here by hand")
+    command.set_defaults(command=_weights)
 
 
 def _add_pipeline(command: argparse.ArgumentParser, stage: str) -> None:
@@ -185,7 +204,7 @@ def _run_stages(parsed: argparse.Namespace, emit: Emit) -> None:
     from ml.runtime.cache import Cache
 
     environment = RunEnvironment(
-        weights_dir=Path(folder) if (folder := os.environ.get("RENALQ_WEIGHTS_DIR")) else None,
+        weights_dir=weights_folder(),
         base_weights=parsed.base_weights,
         cache=Cache(parsed.cache, parsed.cache_bytes) if parsed.cache else None,
         checkpoints=CheckpointPlan(parsed.checkpoints, parsed.checkpoint_seconds, parsed.resume),
@@ -233,6 +252,12 @@ def _predict(parsed: argparse.Namespace) -> int:
         return 1
     prediction_table(predictor.predict(ScanInput(str(path), path) for path in parsed.files))
     return 0
+
+
+def _weights(parsed: argparse.Namespace) -> int:
+    from ml.command.weights import fetch
+
+    return fetch(parsed.network, parsed.to or weights_folder(), parsed.file)
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from jobs.settings import Settings
 
 GIB = 1024**3
 LOW_DISK, MIN_DISK = 10 * GIB, 2 * GIB
-IMAGENET_FILE = "vgg16-397923af.pth"
+IMAGENET_FILES = "vgg16-????????.pth"
 PROBE_SECONDS = 120
 
 # Runs in its own process: this package must not import torch, and a broken install must not break the doctor.
@@ -139,14 +139,13 @@ def torchvision_found(probed: dict[str, Any]) -> Finding:
 def weights(settings: Settings, probed: dict[str, Any]) -> Finding:
     """The ImageNet weights, which only `weights: imagenet` needs."""
     hub = Path(probed["hub"]) / "checkpoints" if "hub" in probed else None
-    for folder in (settings.weights_dir, hub):
-        if folder is not None and (folder / IMAGENET_FILE).is_file():
-            return _ok("weights", str(folder / IMAGENET_FILE))
-    where = settings.weights_dir or "a folder that RENALQ_WEIGHTS_DIR names"
+    for folder in (settings.weights, hub):
+        for path in sorted(folder.glob(IMAGENET_FILES)) if folder is not None else ():
+            return _ok("weights", str(path))
     return _warning(
         "weights",
         "no ImageNet weights here yet",
-        f"the first training downloads them; with no network put {IMAGENET_FILE} into {where}, "
+        f"run renalq weights fetch vgg16, which brings them to {settings.weights} or tells what to copy there; "
         "or train with weights: none",
     )
 

@@ -15,8 +15,6 @@ LATEST_UNITS = 20
 """Units of a lane that its pace is measured on."""
 MIN_CHUNK, MAX_CHUNK = 16, 2048
 """Scans in a unit: a device computes about 16 at once, and the results of 2048 are written in well under a second."""
-ALIVE_SECONDS = 60.0
-"""Workers with a heartbeat this recent count as serving their lanes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def lane_pace(session: Session, lane: str) -> Pace | None:
     units, took, scans = session.execute(
         select(func.count(), func.sum(latest.c.seconds), func.sum(latest.c.scans))
     ).one()
-    alive = processes.list_alive(session, ALIVE_SECONDS)
+    alive = processes.list_alive(session, processes.ALIVE_SECONDS)
     workers = sum(process.kind == processes.WORKER and lane in process.lanes for process in alive)
     return Pace(float(took) / scans, scans / units, workers) if units and workers else None
 

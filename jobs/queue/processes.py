@@ -8,14 +8,16 @@ again under the same name is another one: what its predecessor held does not mak
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, seconds
-from jobs.tables import Process
+from jobs.tables import Json, Process
 
 DISPATCHER, WORKER = "dispatcher", "worker"
+ALIVE_SECONDS = 60.0
+"""Workers with a heartbeat this recent count as serving their lanes."""
 PRUNE_AFTER_SECONDS = 3600.0
 
 
@@ -47,6 +49,23 @@ def register(session: Session, beat: Heartbeat) -> None:
 def deregister(session: Session, name: str) -> None:
     """Remove the row of a process that stops."""
     session.execute(delete(Process).where(Process.name == name))
+
+
+def report_weights(session: Session, name: str, weights: Json) -> None:
+    """Record which weights a worker can read, as lists by pipeline. Heartbeats leave this alone, so that they stay
+    small; and nothing is written while nothing changes."""
+    changed = Process.name == name, Process.weights.is_distinct_from(weights)
+    session.execute(update(Process).where(*changed).values(weights=weights))
+
+
+def readable_weights(session: Session, lane: str, pipeline: str) -> set[str] | None:
+    """What some live worker of the lane can read for a pipeline; None where nobody knows: no worker of the lane lives,
+    or one has not said (it has just started, or is of a release before 0010)."""
+    workers = [process for process in list_alive(session, ALIVE_SECONDS) if lane in process.lanes]
+    said = [(worker.weights or {}).get(pipeline) for worker in workers]
+    if not said or None in said:
+        return None
+    return {name for names in said for name in names or ()}
 
 
 def prune(session: Session) -> None:

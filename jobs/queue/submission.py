@@ -9,16 +9,17 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW
-from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WrongState
+from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WeightsMissing, WrongState
 from jobs.events.job_events import record, wake_dispatcher
-from jobs.queue import kept
+from jobs.queue import kept, processes
 from jobs.queue.completion import finish_job_if_done
 from jobs.queue.leases import with_job_lock
 from jobs.queue.outcomes import add_counts
 from jobs.settings import Settings
 from jobs.states import PREDICTIONS, DatasetState, JobKind, JobState, Lane, ResultState
 from jobs.tables import Dataset, Job, Json, ScanResult, TenantLoad, Unit, new_id
-from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.pipeline import DEFAULT_TASK, FILE, IMAGE
+from ml.spec.registry import installed
 
 RETRIABLE = (JobState.FAILED, JobState.PARTIALLY_SUCCEEDED, JobState.CANCELLED)
 
@@ -104,7 +105,10 @@ def submit(
     Raises:
         QuotaExceeded: the tenant would exceed its quota.
         QueueFull: all tenants together would exceed the ceiling.
+        WeightsMissing: no live worker can read the weights that a training would begin from.
     """
+    if new.kind == JobKind.TRAIN:
+        _require_weights(session, new)
     job = _new_job(new, total=len(scans) or 1)
     session.add(job)
     session.flush()
@@ -226,6 +230,21 @@ def _require_quota(limit: int, queued: int, more: int, what: str) -> None:
 def _require_ceiling(quota: Quota, queued: int | None, more: int) -> None:
     if (queued or 0) + more > quota.ceiling:
         raise QueueFull
+
+
+# --- weights ---
+
+
+def _require_weights(session: Session, new: NewJob) -> None:
+    """Where nobody knows what workers can read, such as while none lives, the job is accepted and waits for them."""
+    spec = installed().get(new.pipeline)
+    needed = spec.stored.needed_weights(new.params or {}) if spec else None
+    readable = processes.readable_weights(session, new.lane, new.pipeline) if needed else None
+    if needed is None or readable is None or needed.name in readable:
+        return
+    shown = ", ".join(sorted(name for name in readable if not name.startswith(FILE))) or "none"
+    detail = f"weights: no live worker can read {needed.name}; what they can read: {shown}. {needed.remedy}"
+    raise WeightsMissing(detail, "/params/weights")
 
 
 # --- rows ---

@@ -6,11 +6,11 @@ from sqlalchemy import (
     Boolean,
     String,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
-from jobs.tables.columns import COUNTERS, time_of_insert
+from jobs.tables.columns import COUNTERS, Json, time_of_insert
 
 
 class Process(Base):
@@ -24,3 +24,4 @@ class Process(Base):
     lanes: Mapped[list[str]] = mapped_column(ARRAY(String(20)), default=list)
     broker_reachable: Mapped[bool] = mapped_column(Boolean, default=False)
     seen_at: Mapped[dt.datetime] = time_of_insert()
+    weights: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # by pipeline; null: it has not said

@@ -6,6 +6,7 @@ Without torch, so that the help and a wrong option answer at once.
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ def config_of(file: Path | None, data: str | None, out: Path | None) -> Pipeline
 
 def _scans(paths: DataIngestion) -> str | None:
     return str(paths.local_data_file) if paths.local_data_file.exists() else paths.source_url
+
+
+def weights_folder() -> Path:
+    """Where workers look for weights: RENALQ_WEIGHTS_DIR, else the folder `weights` in RENALQ_HOME."""
+    given = os.environ.get("RENALQ_WEIGHTS_DIR")
+    return Path(given) if given else Path(os.environ.get("RENALQ_HOME", ".renalq")) / "weights"
 
 
 def _existing(option: str, file: Path | None, usual: Path) -> Path | None:

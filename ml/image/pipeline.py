@@ -49,6 +49,12 @@ class ImagePipeline(Pipeline):
         inspection = {**asdict(found.inspection), "passed_over": list(found.passed_over)}
         return DatasetCheck(found.classes, found.digest, found.problems, (*warnings, *found.warnings), inspection)
 
+    def readable_weights(self, folder: Path) -> list[str]:
+        """See `ml.image.networks.weights.readable`."""
+        from ml.image.networks.weights import readable
+
+        return readable(folder)
+
     def train(self, job: TrainingJob, emit: Emit) -> None:
         """All four stages (see `ml.image.stages`)."""
         from ml.image.stages import runner

@@ -210,6 +210,14 @@ class Pipeline(ABC):
         """What `Predictor.predict` takes. `keep`: it will be looked at more than once."""
         return Item(id_, source)
 
+    def readable_weights(self, folder: Path) -> Sequence[str] | None:
+        """The weights on this machine, or within its reach, that a training could begin from, by the names of the
+        spec's `needed_weights`. None where the pipeline does not say; the default. Workers ask every few seconds.
+
+        `folder`: of the workers' weights; perhaps it does not exist.
+        """
+        return None
+
     def explainer(self, model: Path, options: Mapping[str, Any]) -> Explainer:
         """Load a model file to explain with; raises as `open`."""
         raise NotImplementedError

@@ -22,8 +22,15 @@ _DRIVE_REFUSED = "source_url: Google Drive did not hand out the file: is it shar
 OnProgress = Callable[[float], None]
 
 
-def fetch(url: str, target: Path, max_bytes: int = MAX_BYTES, on_progress: OnProgress | None = None) -> None:
+def fetch(
+    url: str,
+    target: Path,
+    max_bytes: int = MAX_BYTES,
+    on_progress: OnProgress | None = None,
+    timeout: tuple[float, float] = _TIMEOUT,
+) -> None:
     """Download `url` to `target`. `on_progress` is called with the fraction done, if the source sends its size.
+    `timeout`: seconds to connect, and between two chunks.
 
     DownloadFailed, without leaving a file, if the source cannot be reached, refuses, or sends more than `max_bytes`.
     """
@@ -34,7 +41,7 @@ def fetch(url: str, target: Path, max_bytes: int = MAX_BYTES, on_progress: OnPro
         if drive_id:
             _fetch_drive(drive_id, partial, max_bytes, on_progress)
         else:
-            _fetch_http(url, partial, max_bytes, on_progress)
+            _fetch_http(url, partial, max_bytes, on_progress, timeout)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -49,11 +56,21 @@ def google_drive_id(url: str) -> str | None:
     return in_path.group(1) if in_path else next(iter(parse_qs(parts.query).get("id", [])), None)
 
 
-def _fetch_http(url: str, partial: Path, max_bytes: int, on_progress: OnProgress | None) -> None:
+def is_reachable(url: str, seconds: float = 3.0) -> bool:
+    """Whether the server answers a HEAD of this address with success, within a few seconds."""
+    try:
+        return requests.head(url, timeout=(seconds, seconds), allow_redirects=True).ok
+    except requests.RequestException:
+        return False
+
+
+def _fetch_http(
+    url: str, partial: Path, max_bytes: int, on_progress: OnProgress | None, timeout: tuple[float, float]
+) -> None:
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadFailed("source_url: only http, https and Google Drive links can be downloaded.")
     try:
-        with requests.get(url, stream=True, timeout=_TIMEOUT) as response:
+        with requests.get(url, stream=True, timeout=timeout) as response:
             response.raise_for_status()
             total = int(response.headers.get("Content-Length") or 0)
             _write(response, partial, total, max_bytes, on_progress)

@@ -114,7 +114,7 @@ class Params(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="largest norm of all gradients together; null: any")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label that is spread over all classes")
     standardize: Literal["auto"] | bool = Field(
-        "auto", description="features to mean 0, std 1; auto: when weights is none"
+        "auto", description="features to mean 0, one spread; auto: of untrained weights, or large below a new head"
     )
     fine_tune_epochs: int = Field(0, ge=0, le=1000, description="epochs that follow with the top blocks unfrozen")
     fine_tune_blocks: int = Field(1, ge=1, le=13, description="how many of the backbone's top blocks these unfreeze")
@@ -132,9 +132,11 @@ class Params(BaseModel):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of split, head, shuffling, dropout and augmentation")
 
     @property
-    def standardizes(self) -> bool:
-        """Whether the features are standardized with the training set's mean and std."""
-        return self.weights == "none" if self.standardize == "auto" else self.standardize
+    def standardizes(self) -> bool | None:
+        """Whether the features are standardized with the training set's mean and std; None: their scale decides."""
+        if self.standardize != "auto":
+            return self.standardize
+        return True if self.weights == "none" else None
 
     @property
     def window(self) -> tuple[float, float] | None:

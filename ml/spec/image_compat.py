@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml.spec.image import head_kind
+from ml.spec.pipeline import FILE, NeededWeights
 
 NETWORK = "vgg16"
 """The default of `network`, and what every version was before there was a choice."""
+IMAGENET = "imagenet"
+"""The default of `weights`."""
 RENAMED = {"held_out": "test_size"}
 _VERSION = re.compile(r"version:([1-9][0-9]{0,8})")
 _FILE = re.compile(r"file:(.+)")
@@ -52,3 +55,17 @@ def base_file(params: Mapping[str, Any]) -> str | None:
     """NAME of `weights: file:NAME`."""
     found = _FILE.fullmatch(str(params.get("weights", "")))
     return found[1] if found else None
+
+
+def needed_weights(params: Mapping[str, Any]) -> NeededWeights | None:
+    """ImageNet's of the network, or a file; None where the workers need nothing of their own."""
+    begins = str(params.get("weights", IMAGENET))
+    if begins == IMAGENET:
+        chosen = network(params)
+        remedy = f"Run renalq weights fetch {chosen} where the workers run, or train from scratch with weights: none."
+        return NeededWeights(f"{IMAGENET}:{chosen}", remedy)
+    if (file := base_file(params)) is None:
+        return None
+    return NeededWeights(
+        f"{FILE}{file}", "Put it into the workers' folder RENALQ_WEIGHTS_DIR, or set weights: imagenet or none."
+    )

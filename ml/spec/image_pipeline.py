@@ -113,6 +113,7 @@ SPEC = PipelineSpec(
         current=image_compat.current,
         base_version=image_compat.base_version,
         base_file=image_compat.base_file,
+        needed_weights=image_compat.needed_weights,
         architecture=image_compat.network,
     ),
     renamed_params=image_compat.RENAMED,

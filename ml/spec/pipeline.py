@@ -124,17 +124,30 @@ class Card(_Declaration):
     rows: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda details: {"Classes": ", ".join(details["classes"])}
 
 
+FILE = "file:"
+"""How the names of a site's own files begin among readable weights: clients are not told which files there are."""
+
+
+class NeededWeights(NamedTuple):
+    """Weights that a training begins from and that lie on the workers: their name, as in `readable_weights` of
+    `ml.pipelines.Pipeline`, and what to do where no worker has them."""
+
+    name: str
+    remedy: str
+
+
 class StoredParams(_Declaration):
     """How a training's parameters are read from a row, where an earlier version may have written them.
 
     `current`: under the names of today. `base_version`, `base_file`: what the training begins from, a model version's
-    number or the name of a file in the workers' folder of weights. `architecture`: what a version must share with the
-    training that begins from it.
+    number or the name of a file in the workers' folder of weights. `needed_weights`: what a worker must be able to read
+    for it. `architecture`: what a version must share with the training that begins from it.
     """
 
     current: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     base_version: Callable[[Mapping[str, Any]], int | None] = lambda params: None
     base_file: Callable[[Mapping[str, Any]], str | None] = lambda params: None
+    needed_weights: Callable[[Mapping[str, Any]], NeededWeights | None] = lambda params: None
     architecture: Callable[[Mapping[str, Any]], str | None] = lambda params: None
 
 

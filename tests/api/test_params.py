@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from api.http.pipelines.schemas import schema_of
 from api.resources.jobs.train import TrainRequest
 from jobs.db import Sessions
+from jobs.queue import processes
 from jobs.tables import Job, ModelVersion
 from ml.runtime.config import parse_params
 from ml.runtime.errors import BadParams
@@ -320,6 +321,20 @@ def test_the_old_name_of_a_parameter_leads_to_the_new_one(client: FlaskClient) -
 
 def test_a_weights_file_is_named_without_a_path(client: FlaskClient) -> None:
     assert refusal(client, {"weights": "file:../a.pth"}) == {"pointer": "/params/weights", "detail": WEIGHTS}
+
+
+def test_weights_that_no_live_worker_has_are_422_with_what_to_do(client: FlaskClient, sessions: Sessions) -> None:
+    asked = {**SOURCE, "params": {"network": "resnet50"}}
+    assert client.post("/jobs/train", json=asked).status_code == 202, "no worker lives that could say"
+    with sessions.begin() as session:
+        processes.register(session, processes.Heartbeat("train@one/1", processes.WORKER, ["train"]))
+        processes.report_weights(session, "train@one/1", {"image": ["imagenet:vgg16"]})
+    problem = assert_problem(client.post("/jobs/train", json=asked), 422, "WEIGHTS_MISSING")
+    (found,) = problem["errors"]
+    assert found["pointer"] == "/params/weights"
+    for part in ("imagenet:resnet50", "can read: imagenet:vgg16", "renalq weights fetch resnet50"):
+        assert part in problem["detail"]
+    assert client.post("/jobs/train", json=SOURCE).status_code == 202
 
 
 def test_openapi_describes_a_parameter_of_each_kind(client: FlaskClient) -> None:

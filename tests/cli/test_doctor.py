@@ -63,7 +63,8 @@ def test_weights_are_found_where_the_setting_says(tmp_path: Path) -> None:
     settings = Settings(weights_dir=tmp_path)
     missing = doctor.weights(settings, {})
     assert (missing.level, str(tmp_path) in missing.remedy) == (Level.WARNING, True)
-    (tmp_path / doctor.IMAGENET_FILE).touch()
+    assert "renalq weights fetch vgg16" in missing.remedy
+    (tmp_path / "vgg16-397923af.pth").touch()
     assert doctor.weights(settings, {}).level == Level.OK
 
 

@@ -44,7 +44,9 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
 @PAGE
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    benches = {f"bench-{file.stem.replace('_', '-')}" for file in (ROOT / "bench").glob("*.py")}
+    files, rooms = (ROOT / "bench").glob("*.py"), (ROOT / "bench").glob("*/__main__.py")
+    names = {*(file.stem for file in files), *(file.parent.name for file in rooms)}
+    benches = {f"bench-{name.replace('_', '-')}" for name in names}
     assert [name for name in TARGET.findall(page.read_text()) if name not in targets | benches] == []
 
 

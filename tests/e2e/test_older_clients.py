@@ -63,10 +63,13 @@ def test_it_asks_for_the_model(base: str, trained: dict[str, Any]) -> None:
 
 def test_it_triggers_a_training(base: str, client: Client, trained: dict[str, Any]) -> None:
     answer = OlderClient(base).train()
+    if answer.status_code == 422:  # the default weights are not on every machine
+        assert (answer.json()["code"], "renalq weights fetch" in answer.text) == ("WEIGHTS_MISSING", True)
+        return
     assert answer.status_code == 202, answer.text
     job = answer.json()
     assert job["kind"] == "train"
-    assert client.post(job["links"]["cancel"]).status_code == 202, "the default weights are not on every machine"
+    assert client.post(job["links"]["cancel"]).status_code == 202
 
 
 def test_many_images_and_a_heatmap(base: str, trained: dict[str, Any], scans: list[str]) -> None:

@@ -48,7 +48,8 @@ def training(processes: Stack, epochs: int = 3, **params: object) -> uuid.UUID:
     with processes.sessions.begin() as session:
         dataset = builders.make_dataset(session)
         session.get_one(Dataset, dataset.id).archive_sha256 = blob.sha256
-        new = NewJob(TENANT, JobKind.TRAIN, Lane.TRAIN, params={"epochs": epochs, **params}, dataset_id=dataset.id)
+        params = {"epochs": epochs, "weights": "none", **params}
+        new = NewJob(TENANT, JobKind.TRAIN, Lane.TRAIN, params=params, dataset_id=dataset.id)
         return submit(session, new).id
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml.image.networks import network
+from ml.image.networks import network, weights
 from ml.image.networks.architectures import ARCHITECTURES, cut
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
@@ -101,10 +101,10 @@ def test_names_and_shapes_are_torchvisions_but_for_the_head(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_published_weights_and_the_grad_cam_layer_are_there(name):
-    of = ARCHITECTURES[name]
-    assert str(of.published().url).rpartition("/")[2].startswith(name.partition("_google")[0])
+    of, published = ARCHITECTURES[name], torchvision().models.get_model_weights(name).IMAGENET1K_V1
+    assert published.url == weights.SITE + weights.PUBLISHED[name]
     assert isinstance(made(name).get_submodule(of.cam), nn.Module)
-    meta = of.published().transforms()
+    meta = published.transforms()
     assert (tuple(meta.mean), tuple(meta.std)) in {(of.mean, of.std), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 

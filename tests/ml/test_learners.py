@@ -222,3 +222,52 @@ def test_a_feature_that_never_moved_is_not_blown_up():
     unseen = features.clone()
     unseen[:, 5] = 1.1
     assert float(standardization(unseen)[:, 5].abs().max()) < 2.0
+
+
+LARGE = 300.0
+"""|x|² is then 2.7 million, as of ImageNet's VGG16."""
+
+
+@pytest.mark.parametrize(
+    ("scale", "new_head", "standardized"), [(LARGE, True, True), (1.0, True, False), (LARGE, False, False)]
+)
+def test_auto_standardizes_large_features_below_a_new_head(scale, new_head, standardized):
+    auto, features = Standardization(None, new_head), features_of(0) * scale
+    auto.fit(features)
+    assert bool(auto.state()) is standardized
+    if standardized:
+        assert 0.5 < float(auto(features).std(0).min()) <= float(auto(features).std(0).max()) <= 1.0
+    assert torch.equal(auto(features), features) is not standardized
+
+
+def test_the_first_window_decides_for_all_and_a_checkpoint_keeps_the_decision():
+    auto, again = Standardization(None), Standardization(None)
+    auto.fit(features_of(0))
+    again.restore(auto.state())
+    for one in (auto, again):
+        one.fit(features_of(1) * LARGE)
+        assert one.state() == {}
+    large, resumed = Standardization(None), Standardization(None)
+    large.fit(features_of(0) * LARGE)
+    resumed.restore(large.state())
+    assert torch.equal(resumed(features_of(1)), large(features_of(1)))
+
+
+@pytest.mark.parametrize("make", [make_head, make_tail])
+def test_at_the_default_rate_a_new_head_learns_from_large_features(make):
+    params = make_params(learning_rate=0.001, weights="imagenet", epochs=3)
+    classifier, losses = learned_from(make, params, LARGE)
+    assert max(losses) < 2 * losses[0], "the loss does not go up first"
+    assert classifier(features_of(0) * LARGE).shape == (ROWS, 3), "the network that is left takes raw features"
+    assert max(learned_from(make, make_params(learning_rate=0.001, standardize=False), LARGE)[1]) > 5 * losses[0]
+
+
+def learned_from(make, params: Params, scale: float) -> tuple[nn.Sequential, list[float]]:
+    """A classifier with the initial weights of VGG16's head after some epochs, and the loss of each batch."""
+    classifier, losses = make_classifier(), []
+    learner = make(params, Criterion(), classifier)
+    learner.enter_window(features_of(0) * scale)
+    for epoch in range(3):
+        losses += [learner.learn(batch)[1] for batch in batches_of(params, epoch)]
+    learner.finish()
+    return classifier, losses

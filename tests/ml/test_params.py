@@ -109,9 +109,9 @@ def test_the_command_line_takes_a_path_of_weights():
 
 @pytest.mark.parametrize(
     ("weights", "standardize", "expected"),
-    [("none", "auto", True), ("imagenet", "auto", False), ("imagenet", True, True), ("none", False, False)],
+    [("none", "auto", True), ("imagenet", "auto", None), ("imagenet", True, True), ("none", False, False)],
 )
-def test_auto_standardizes_untrained_features_only(weights, standardize, expected):
+def test_auto_standardizes_untrained_features_and_leaves_others_to_their_scale(weights, standardize, expected):
     assert parse_params({"weights": weights, "standardize": standardize}).standardizes is expected
 
 

@@ -9,15 +9,13 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from PIL import Image
 
 from ml.image.dataset.scans import load_manifest
-from ml.image.networks import network
-from ml.image.networks.architectures import Architecture
+from ml.image.networks import network, weights
 from ml.image.serving.predictor import Predictor, ScanInput
 from ml.image.stages import runner
 from ml.image.stages.run import Run, RunEnvironment
@@ -39,8 +37,6 @@ from ml.spec.image_pipeline import STAGES
 from tests.depth import rest_in_full
 from tests.ml.builders import make_files, write_folder, write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
-
-VGG16 = "vgg16-397923af.pth"
 
 
 def write_params(folder: Path, **fields: object) -> Path:
@@ -184,7 +180,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
 
 
 def test_without_imagenet_weights_the_stage_says_what_to_put_where(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Architecture, "published", lambda self: SimpleNamespace(url=f"http://127.0.0.1:9/{VGG16}"))
+    monkeypatch.setattr(weights, "SITE", "http://127.0.0.1:9/")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     config = load_config(write_config(tmp_path, small_run.archive))
     environment = RunEnvironment(weights_dir=tmp_path / "weights")

@@ -17,7 +17,8 @@ from ml.image.pixels.transforms import Transform
 from ml.runtime.errors import BadParams, DownloadFailed, ModelFileError, WeightsMissing, as_pipeline_error
 from tests.ml.builders import CLASSES
 
-RESNET = ARCHITECTURES["resnet18"]
+NET = "resnet18"
+RESNET = ARCHITECTURES[NET]
 PUBLISHED = "resnet18-f37072fd.pth"
 
 
@@ -31,7 +32,7 @@ def downloads(monkeypatch, tmp_path) -> list[str]:
         raise DownloadFailed("source_url: the server cannot be reached (ConnectionError).")
 
     monkeypatch.setattr(weights, "fetch", refuse)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return asked
 
 
@@ -56,14 +57,14 @@ def make_model(name: str = "resnet18", head: str = "gap") -> Model:
 
 def test_the_file_that_is_looked_for_is_the_one_that_torchvision_publishes(downloads, tmp_path):
     with pytest.raises(WeightsMissing, match=PUBLISHED):
-        weights.find_imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(NET, tmp_path)
     assert downloads == [f"https://download.pytorch.org/models/{PUBLISHED}"]
 
 
 def test_a_sites_own_file_with_its_hash_is_taken_and_nothing_is_downloaded(downloads, tmp_path):
     published = make_published()
     path = put(published.state_dict(), tmp_path / "weights")
-    found = weights.find_imagenet_weights(RESNET, tmp_path / "weights")
+    found = weights.find_imagenet_weights(NET, tmp_path / "weights")
     assert found == path
     model = make_model()
     before = {name: value.clone() for name, value in model.network.fc.state_dict().items()}
@@ -78,10 +79,10 @@ def test_a_sites_own_file_with_its_hash_is_taken_and_nothing_is_downloaded(downl
 
 def test_torchs_own_cache_is_looked_into_too(tmp_path, monkeypatch, downloads):
     monkeypatch.setattr(weights, "hash_matches", lambda path: True)  # the published content is not here
-    cached = tmp_path / "torch" / "checkpoints" / PUBLISHED
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / PUBLISHED
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"x")
-    assert weights.find_imagenet_weights(RESNET) == cached
+    assert weights.find_imagenet_weights(NET) == cached
     assert downloads == []
 
 
@@ -91,9 +92,9 @@ def test_a_download_lands_in_torchs_cache_and_is_checked(tmp_path, monkeypatch):
         target.write_bytes(b"another file")
 
     monkeypatch.setattr(weights, "fetch", fetch)
-    cached = tmp_path / "torch" / "checkpoints" / PUBLISHED
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / PUBLISHED
     with pytest.raises(WeightsMissing, match=rf"content of {PUBLISHED} has not the hash"):
-        weights.find_imagenet_weights(RESNET)
+        weights.find_imagenet_weights(NET)
     assert not cached.exists()
 
 
@@ -101,26 +102,26 @@ def test_a_file_with_the_wrong_hash_is_named(tmp_path):
     path = put(make_published().state_dict(), tmp_path)
     wrong = path.rename(tmp_path / "resnet18-00000000.pth")
     with pytest.raises(WeightsMissing, match=rf"put torchvision's {PUBLISHED} into .*{wrong.name} has not the hash"):
-        weights.find_imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(NET, tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path):
     path = put(make_published().state_dict(), tmp_path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(WeightsMissing, match=rf"content of {path.name} has not the hash of its name: copy it again"):
-        weights.find_imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(NET, tmp_path)
 
 
 def test_a_good_file_is_found_beside_a_damaged_one(tmp_path):
     (tmp_path / "resnet18-00000000.pth").write_bytes(b"torn")
     path = put(make_published().state_dict(), tmp_path)
-    assert weights.find_imagenet_weights(RESNET, tmp_path) == path
+    assert weights.find_imagenet_weights(NET, tmp_path) == path
 
 
 def test_files_of_other_networks_are_not_looked_at(tmp_path):
     put(make_published("resnet50").state_dict(), tmp_path, "resnet50")
     with pytest.raises(WeightsMissing, match="of resnet18 are in no cache"):
-        weights.find_imagenet_weights(RESNET, tmp_path)
+        weights.find_imagenet_weights(NET, tmp_path)
 
 
 # --- what is in the file ---------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def test_a_model_of_ours_gives_backbone_head_and_lineage(tmp_path):
     kept = Model(theirs.network, CLASSES, theirs.transform, {"lineage": ["p", "q"]}, "resnet18", "gap")
     network.save(kept, tmp_path / "model.safetensors")
     model = Model(network.build(2, 5, "resnet18", "gap"), CLASSES, Transform(64, 64), {}, "resnet18", "gap")
-    assert network.load_file_weights(model, tmp_path / "model.safetensors") == ("p", "q")
+    assert network.load_file_weights(model, tmp_path / "model.safetensors") == (("p", "q"), True)
     state, expected = model.network.state_dict(), theirs.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
@@ -231,7 +232,7 @@ def test_a_state_dict_of_torchvisions_can_be_named_as_a_file(tmp_path):
     published = make_published()
     torch.save(published.state_dict(), tmp_path / "own.pth")
     model = make_model()
-    assert network.load_file_weights(model, tmp_path / "own.pth") == ()
+    assert network.load_file_weights(model, tmp_path / "own.pth") == ((), False)
     assert torch.equal(model.network.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
 
 
@@ -248,3 +249,45 @@ def test_include_top_takes_vgg16s_hidden_layers(tmp_path):
             assert same == include_top
         assert built.classifier[6].weight.shape == (2, 4096)
         assert torch.equal(built.features[28].weight, published.features[28].weight)
+
+
+# --- what workers report ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """Records when torchvision's site is tried, which does not answer."""
+    tried: list[str] = []
+    monkeypatch.setattr(weights, "is_reachable", lambda url: bool(tried.append(url)))
+    weights._can_download.cache_clear()
+    return tried
+
+
+def test_whole_files_are_readable_and_damaged_ones_are_not(tmp_path, asked):
+    folder = tmp_path / "weights"
+    assert weights.readable(folder) == []
+    path = put({"a": torch.zeros(1)}, folder)
+    (folder / "vgg16-397923af.pth").write_bytes(b"cut off")
+    (folder / ".hidden").touch()
+    (folder / "own.safetensors").touch()
+    (folder / "sub").mkdir()
+    files = ["file:own.safetensors", f"file:{path.name}", "file:vgg16-397923af.pth"]
+    assert weights.readable(folder) == ["imagenet:resnet18", *files]
+    path.write_bytes(path.read_bytes() + b"x")
+    assert weights.readable(folder) == files
+    assert len(asked) == 1, "a request every few seconds would be a nuisance"
+
+
+def test_where_the_site_answers_all_networks_can_be_had(tmp_path, monkeypatch):
+    weights._can_download.cache_clear()
+    monkeypatch.setattr(weights, "is_reachable", lambda url: True)
+    assert weights.readable(tmp_path) == sorted(f"imagenet:{name}" for name in ARCHITECTURES)
+    weights._can_download.cache_clear()
+
+
+def test_torchs_cache_is_where_torch_has_it(monkeypatch, tmp_path):
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert weights.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"
+        monkeypatch.delenv(name)
+    assert weights.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"

@@ -116,3 +116,18 @@ def test_only_specs_and_the_interface_of_pipelines_are_imported_from_ml() -> Non
         if not module.startswith(interfaces) or module.startswith("ml.spec.image")
     }
     assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({}, "imagenet:vgg16"),
+        ({"network": "resnet18", "weights": "imagenet"}, "imagenet:resnet18"),
+        ({"weights": "file:a.pth"}, "file:a.pth"),
+        ({"weights": "none"}, None),
+        ({"weights": "version:3"}, None),
+    ],
+)
+def test_what_a_training_needs_of_its_worker(params: dict[str, str], name: str | None) -> None:
+    needed = spec_of("image").stored.needed_weights(params)
+    assert (needed and needed.name) == name

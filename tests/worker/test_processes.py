@@ -235,9 +235,9 @@ def test_a_job_submitted_while_redis_is_away_runs_when_it_is_back(
 
 def test_bad_params_and_broken_weights_end_the_job_with_a_code(processes: Stack, archive: Path) -> None:
     dataset = ready_dataset(processes, archive)
-    closed = processes.settings.home / "no-weights"
-    closed.mkdir()
+    processes.stop("train")  # a worker that lives says that it has none, and the job would be refused
     wanted = train(processes, dataset, weights="imagenet")
+    processes.ensure("train")
     job = processes.wait_for(wanted, 90)
     assert job.error is not None
     assert job.error["code"] == "WEIGHTS_MISSING", processes.logs()

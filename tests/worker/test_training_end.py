@@ -7,11 +7,14 @@ from io import BytesIO
 import pytest
 from sqlalchemy import select
 
+from jobs.errors import WeightsMissing
 from jobs.models import promotion, reproduction
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
+from jobs.queue import processes as queue_processes
 from jobs.results import queries
+from jobs.states import Lane
 from jobs.storage.blobs import BlobStore
 from jobs.tables import JobEvent, ModelEvaluation, ModelVersion
 from ml.spec.registry import spec_of
@@ -25,13 +28,19 @@ from worker.tracking.provenance import environment
 
 
 @pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Sabotage:
+    """Trainings learn nothing and soon end."""
+    made = Sabotage(tmp_path_factory.mktemp("training-end"))
+    made.training(seconds=0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
 def shared(
-    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+    databases: Databases, redis_url: str, plan: Sabotage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Database, Stack]]:
     """A dispatcher, and a worker whose trainings learn nothing and soon end; with their database."""
-    folder = tmp_path_factory.mktemp("training-end")
-    plan = Sabotage(folder)
-    plan.training(seconds=0.3)
+    folder = tmp_path_factory.mktemp("home")
     with databases.borrow() as database:
         settings = small_settings(folder, database.url, redis_url)
         with stack(settings, database.sessions(20), "dispatcher") as started:
@@ -67,8 +76,28 @@ def test_a_training_is_reproduced_and_compared_with_what_it_was(processes: Stack
         assert types[-2:] == ["reproduced", "succeeded"]
 
 
-def test_weights_that_are_not_there_end_the_job_with_the_remedy(processes: Stack) -> None:
+def _reported(processes: Stack, name: str) -> bool:
+    """Whether the live worker says that it can read these weights; None where it has said nothing yet."""
+    with processes.sessions() as session:
+        return name in (queue_processes.readable_weights(session, Lane.TRAIN, "image") or ())
+
+
+def test_weights_that_no_live_worker_has_are_refused_at_submit(processes: Stack) -> None:
+    folder = processes.settings.weights
+    folder.mkdir(exist_ok=True)
+    (folder / "yours.pth").write_bytes(b"w")
+    eventually(lambda: _reported(processes, "file:yours.pth"), 30, processes.logs)
+    with pytest.raises(WeightsMissing, match=r"no live worker can read file:mine\.pth.*RENALQ_WEIGHTS_DIR") as raised:
+        training(processes, weights="file:mine.pth")
+    assert "yours.pth" not in str(raised.value)
+    accepted = training(processes, weights="file:yours.pth")
+    assert processes.wait_for(accepted).state == "succeeded", processes.logs()
+
+
+def test_weights_that_the_worker_has_not_end_the_job_with_the_remedy(processes: Stack, plan: Sabotage) -> None:
+    processes.stop("train")  # nobody says what workers can read
     job_id: uuid.UUID = training(processes, weights="file:mine.pth")
+    processes.start("train", environ=plan.environ())
     job = processes.wait_for(job_id)
     assert job.state == "failed"
     assert job.error is not None

@@ -91,11 +91,13 @@ def test_a_missing_weights_file_says_where_to_put_it(hold: Hold, tmp_path: Path,
     assert str(settings.weights_dir) not in error["detail"], "a client has no business with the workers' folders"
 
 
-def test_without_a_folder_of_weights_it_says_so(hold: Hold, tmp_path: Path, resources: Resources) -> None:
+def test_without_the_setting_the_folder_lies_in_the_home(hold: Hold, tmp_path: Path, resources: Resources) -> None:
     resources.settings.weights_dir = None
-    error = refused(hold(weights="file:mine.pth"), tmp_path / "own")
-    assert error["code"] == "WEIGHTS_MISSING"
-    assert "RENALQ_WEIGHTS_DIR" in error["detail"]
+    folder = resources.settings.home / "weights"
+    assert "RENALQ_HOME/weights" in refused(hold(weights="file:mine.pth"), tmp_path / "own")["detail"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.pth").write_bytes(b"w")
+    assert told(hold(weights="file:mine.pth"), tmp_path / "other").base_model == folder.resolve() / "mine.pth"
 
 
 @pytest.mark.parametrize("name", ["../secret.pth", "/etc/hostname", "..", "weights/../../secret.pth"])

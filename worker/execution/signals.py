@@ -15,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs import logs
 from jobs.queue import processes
 from jobs.settings import Settings
-from worker.execution import instance, workspaces
+from jobs.states import Lane
+from worker.execution import instance, weights, workspaces
 
 if TYPE_CHECKING:
     from worker.execution.resources import Resources
@@ -58,6 +59,8 @@ def _report_alive(sender: Any, **_: Any) -> None:
     lanes = [queue.name for queue in sender.task_consumer.queues]
     sign = processes.Heartbeat(instance.worker_name(), processes.WORKER, lanes)
     threading.Thread(target=_keep_alive, args=(sign,), name="alive", daemon=True).start()
+    if str(Lane.TRAIN) in lanes:
+        threading.Thread(target=_report_weights, args=(sign.name,), name="weights", daemon=True).start()
 
 
 def _keep_alive(sign: processes.Heartbeat) -> None:
@@ -73,6 +76,22 @@ def _keep_alive(sign: processes.Heartbeat) -> None:
             registered = True
         except SQLAlchemyError as error:
             structlog.get_logger().warning("process_heartbeat_failed", error=type(error).__name__)
+        if _stopping.wait(opened.settings.process_seconds):
+            return
+
+
+def _report_weights(worker: str) -> None:
+    """Beside the heartbeats, which must not wait: a file's content is hashed once, and a site may take seconds."""
+    from worker.execution.resources import resources
+
+    opened = resources()
+    while True:
+        found = weights.readable(opened.settings.weights)
+        try:
+            with opened.autocommit.begin() as session:
+                processes.report_weights(session, worker, found)
+        except SQLAlchemyError as error:
+            structlog.get_logger().warning("weights_not_reported", error=type(error).__name__)
         if _stopping.wait(opened.settings.process_seconds):
             return
 

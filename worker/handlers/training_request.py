@@ -132,7 +132,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         champion=_fetch_weights(unit, champion.weights_sha256, folder) if champion else None,
         cache=settings.feature_cache if settings.feature_cache_bytes else None,
         cache_bytes=settings.feature_cache_bytes,
-        weights_dir=settings.weights_dir,
+        weights_dir=settings.weights,
         revision=code_revision(),
     )
     file = folder / "job.json"
@@ -147,7 +147,7 @@ def _base_weights(unit: UnitLease, request: TrainingRequest, folder: Path) -> Pa
             return weights
         raise WorkFailed("MODEL_MISSING", "The weights of the version to begin from cannot be read. Train it again.")
     name = request.spec.stored.base_file(request.params)
-    return None if name is None else _weights_file(name, unit.resources.settings.weights_dir)
+    return None if name is None else _weights_file(name, unit.resources.settings.weights)
 
 
 def _fetch_weights(unit: UnitLease, sha256: str, folder: Path) -> Path | None:
@@ -159,13 +159,12 @@ def _fetch_weights(unit: UnitLease, sha256: str, folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _weights_file(name: str, folder: Path | None) -> Path:
+def _weights_file(name: str, folder: Path) -> Path:
     # A name with a path in it would let a client read other files. The API refuses it as well.
-    plain = Path(name).name == name
-    if plain and folder is not None and (folder / name).is_file():
-        return folder.absolute() / name
-    where = "the folder that RENALQ_WEIGHTS_DIR names" if folder else "a folder, and its path into RENALQ_WEIGHTS_DIR"
+    if Path(name).name == name and (folder / name).is_file():
+        return folder / name
     detail = (
-        f"weights: the workers have no file {Path(name).name}. Put it into {where}, or set weights: imagenet or none."
+        f"weights: the workers have no file {Path(name).name}. Put it into the folder that RENALQ_WEIGHTS_DIR names "
+        "(by default RENALQ_HOME/weights), or set weights: imagenet or none."
     )
     raise WorkFailed(WeightsMissing.code, detail)

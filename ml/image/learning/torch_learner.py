@@ -32,7 +32,8 @@ from ml.spec.image import Params
 
 
 class TorchLearner:
-    """See `ml.image.learning.learner.Learner`. `above`: the layers to train, changed in place."""
+    """See `ml.image.learning.learner.Learner`. `above`: the layers to train, changed in place. `new_head`: the head
+    among them has learned nothing yet."""
 
     def __init__(
         self,
@@ -41,13 +42,14 @@ class TorchLearner:
         phase: Phase,
         criterion: Criterion,
         group: ProcessGroup = SINGLE_PROCESS,
+        new_head: bool = True,
     ) -> None:
         self.device = group.device() if group.size > 1 else training_device()
         self._above = above.to(self.device).requires_grad_(True)
         self._criterion, self._clip, self._group = criterion, params.clip_norm, group
         self._module: nn.Module = _distributed(self._above) if group.size > 1 else self._above
         self._optimizer = _optimizer(params, list(self._above.parameters()))
-        self._standardize = Standardization(params.standardizes and phase.top == 0)
+        self._standardize = Standardization(params.standardizes if phase.top == 0 else False, new_head)
         self._bf16 = params.precision != "fp32" and (phase.top > 0 or self.device.type == "cuda") and device_has_bf16()
         self._window: torch.Tensor | None = None
 

@@ -155,11 +155,12 @@ def _learner(config: TrainConfig, data: TrainData, phase: Phase) -> Learner:
     params, model = config.params, config.model
     _, above = model.cut(phase.top)
     criterion = Criterion(class_weights(params, data), params.label_smoothing)
+    new_head = bool(model.metadata.get("new_head", True))
     if (phase.top, model.head, params.optimizer, config.group.size) == (0, "vgg", "sgd", 1):
         head = above[0]
         assert isinstance(head, nn.Sequential)
-        return VggHeadLearner(head, params, criterion)
-    return TorchLearner(above, params, phase, criterion, config.group)
+        return VggHeadLearner(head, params, criterion, new_head)
+    return TorchLearner(above, params, phase, criterion, config.group, new_head)
 
 
 def class_weights(params: Params, data: TrainData) -> torch.Tensor | None:

@@ -25,9 +25,10 @@ from ml.spec.image import Params
 
 
 class VggHeadLearner:
-    """See `ml.image.learning.learner.Learner`. `classifier`: Linear, ReLU, then anything; changed in place."""
+    """See `ml.image.learning.learner.Learner`. `classifier`: Linear, ReLU, then anything; changed in place. `new_head`:
+    it has learned nothing yet."""
 
-    def __init__(self, classifier: nn.Sequential, params: Params, criterion: Criterion) -> None:
+    def __init__(self, classifier: nn.Sequential, params: Params, criterion: Criterion, new_head: bool = True) -> None:
         self.device = training_device()
         self._classifier, self._criterion = classifier.to(self.device), criterion
         self._linear = cast(nn.Linear, classifier[0])
@@ -37,7 +38,7 @@ class VggHeadLearner:
         self._optimizer = torch.optim.SGD(
             self._rest.parameters(), 1.0, params.momentum, weight_decay=params.weight_decay, fused=True
         )
-        self._standardize = Standardization(params.standardizes)
+        self._standardize = Standardization(params.standardizes, new_head)
 
     @property
     def in_window(self) -> bool:

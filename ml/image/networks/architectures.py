@@ -3,7 +3,7 @@
 All are torchvision's, under torchvision's names. Each is described as a sequence of blocks from bottom to top, a
 pooling, and a head: `network(x) = head(pool(block(…block(x))))`. Training cuts this sequence in two: layers below the
 cut are frozen and computed once, layers above it learn. torchvision publishes ImageNet weights for all of them
-(IMAGENET1K_V1).
+(see `ml.image.networks.weights`).
 
 | network | paper | parameters | features (pooled) | blocks |
 |---|---|---|---|---|
@@ -41,8 +41,8 @@ class Architecture:
 
     `head`: the attribute with the head. `pooled`: features per scan with head gap. `blocks`, `pool`: functions of the
     network. `cam`: the layer whose maps Grad-CAM weights, as a path of attributes. `cells`: distance in pixels between
-    cells of these maps, and the centre of the first cell's receptive field. `weights`: torchvision's enum. `mean`,
-    `std`: of the input normalization. `options`: for torchvision's builder.
+    cells of these maps, and the centre of the first cell's receptive field. `mean`, `std`: of the input normalization.
+    `options`: for torchvision's builder.
     """
 
     name: str
@@ -52,7 +52,6 @@ class Architecture:
     pool: Pool
     cam: str
     cells: tuple[float, float]
-    weights: str
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     options: dict[str, Any] = field(default_factory=dict)
@@ -60,10 +59,6 @@ class Architecture:
     def features(self, head: HeadKind) -> int:
         """The number of features per scan below a head."""
         return self.pooled * MAP_SIDE**2 if (self.name, head) == ("vgg16", "vgg") else self.pooled
-
-    def published(self) -> Any:
-        """torchvision's entry for the ImageNet weights, with its url."""
-        return getattr(torchvision().models, self.weights).IMAGENET1K_V1
 
     def build(self) -> nn.Module:
         """The untrained network with 1000 outputs, initialized by torch's global generator."""
@@ -165,21 +160,21 @@ class ClassToken(nn.Module):
 ARCHITECTURES = {
     each.name: each
     for each in (
-        Architecture("vgg16", "classifier", 512, _vgg_blocks, _pooled, "features.29", (16, 7.5), "VGG16_Weights"),
-        Architecture("resnet18", "fc", 512, _resnet_blocks, _pooled, "layer4", (32, 0), "ResNet18_Weights"),
-        Architecture("resnet50", "fc", 2048, _resnet_blocks, _pooled, "layer4", (32, 0), "ResNet50_Weights"),
+        Architecture("vgg16", "classifier", 512, _vgg_blocks, _pooled, "features.29", (16, 7.5)),
+        Architecture("resnet18", "fc", 512, _resnet_blocks, _pooled, "layer4", (32, 0)),
+        Architecture("resnet50", "fc", 2048, _resnet_blocks, _pooled, "layer4", (32, 0)),
         Architecture(
-            "inception_v3", "fc", 2048, _inception_blocks, _pooled, "Mixed_7c", (32, 37), "Inception_V3_Weights",
+            "inception_v3", "fc", 2048, _inception_blocks, _pooled, "Mixed_7c", (32, 37),
             # Its ImageNet weights expect pixels in [-1, 1]; the auxiliary head is only used for training.
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), options={"aux_logits": False, "init_weights": True},
         ),
         Architecture(
             "efficientnet_b0", "classifier", 1280, lambda network: list(network.features), _pooled,
-            "features.8", (32, 0), "EfficientNet_B0_Weights",
+            "features.8", (32, 0),
         ),
         Architecture(
             "vit_b_16", "heads", 768, _vit_blocks, lambda network: ClassToken(network.encoder.ln),
-            "encoder.layers.encoder_layer_11.ln_1", (16, 7.5), "ViT_B_16_Weights",
+            "encoder.layers.encoder_layer_11.ln_1", (16, 7.5),
         ),
     )
 }  # fmt: skip

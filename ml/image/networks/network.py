@@ -24,6 +24,7 @@ from ml.runtime.errors import BadParams, ModelFileError
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "renalq"
+_TOP = ("classifier.0.", "classifier.3.")  # VGG16's hidden layers
 
 
 @dataclass(frozen=True)
@@ -114,36 +115,49 @@ def calibrate_batch_norms(network: nn.Module, images: Iterable[torch.Tensor]) ->
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Initial weights: `source` as in the parameter `weights`, the file's `sha256`, and the `lineage` of its scans."""
+    """Initial weights: `source` as in the parameter `weights`, the file's `sha256`, the `lineage` of its scans, and
+    `with_head`: whether hidden layers of the head, or all of it, came with them."""
 
     source: str = "none"
     sha256: str | None = None
     lineage: tuple[str, ...] = ()
+    with_head: bool = False
 
 
 def load_published_weights(network: nn.Module, architecture: Architecture, weights: Path, include_top: bool) -> None:
-    """Load the backbone from torchvision's ImageNet state dict; with `include_top` also VGG16's two hidden layers."""
-    kept = ("classifier.0.", "classifier.3.") if include_top else ()
-    _load_state(network, _backbone_of(read_state_dict(weights), architecture, kept), architecture)
+    """Load the backbone from torchvision's ImageNet state dict; with `include_top` also VGG16's two hidden layers.
+
+    Raises:
+        ModelFileError: the file is of another network, or has no hidden layers.
+    """
+    state = read_state_dict(weights)
+    if include_top and not has_top(state):
+        raise ModelFileError("The ImageNet weights here have no classifier; include_top needs torchvision's file.")
+    _load_state(network, _backbone_of(state, architecture, _TOP if include_top else ()), architecture)
 
 
-def load_file_weights(model: Model, path: Path) -> tuple[str, ...]:
+def has_top(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a VGG16's state dict has its two hidden layers. A converted one has convolutions alone."""
+    return all(f"{layer}weight" in state for layer in _TOP)
+
+
+def load_file_weights(model: Model, path: Path) -> tuple[tuple[str, ...], bool]:
     """Load the weights of a RenalQ model file, with the head if it fits, or the backbone of a torchvision state dict.
 
-    Returns the lineage of the scans that these weights have learned from.
+    Returns the lineage of the scans that these weights have learned from, and whether the head fitted.
     BadParams if the file is of another network, ModelFileError if it cannot be read.
     """
     architecture = ARCHITECTURES[model.architecture]
     if path.suffix in (".pth", ".pt"):
         _load_state(model.network, _backbone_of(read_state_dict(path), architecture), architecture)
-        return ()
+        return (), False
     source = load(path)
     if source.architecture != model.architecture:
         raise BadParams(f"weights: they are of {source.architecture}, but network is {model.architecture}.")
     same_head = source.head == model.head and source.classes == model.classes
     state = source.network.state_dict()
     _load_state(model.network, state if same_head else _backbone_of(state, architecture), architecture)
-    return tuple(source.metadata.get("lineage", ()))
+    return tuple(source.metadata.get("lineage", ())), same_head
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

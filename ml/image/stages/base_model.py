@@ -41,6 +41,7 @@ def build_base_model(run: Run) -> Model:
         "dataset_digest": report.digest,
         "weights": {"source": initial.source, "sha256": initial.sha256},
         "begun_lineage": list(initial.lineage),
+        "new_head": not initial.with_head,
     }
     return replace(model, metadata=metadata)
 
@@ -58,11 +59,12 @@ def _load_weights(run: Run, model: Model) -> InitialWeights:
         network.calibrate_batch_norms(model.network, _calibration_images(run))
         return InitialWeights()
     if params.weights == "imagenet":
-        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
+        path = weights.find_imagenet_weights(architecture.name, run.environment.weights_dir)
         network.load_published_weights(model.network, architecture, path, params.include_top)
-        return InitialWeights("imagenet", weights.sha256(path))
+        return InitialWeights("imagenet", weights.sha256(path), with_head=params.include_top)
     path = _weights_file(run)
-    return InitialWeights(params.weights, weights.sha256(path), network.load_file_weights(model, path))
+    lineage, with_head = network.load_file_weights(model, path)
+    return InitialWeights(params.weights, weights.sha256(path), lineage, with_head)
 
 
 def _weights_file(run: Run) -> Path:
@@ -88,7 +90,8 @@ def _original_network(run: Run) -> Model:
     outputs = IMAGENET_OUTPUTS
     built = network.build(len(outputs), params.seed, params.network, params.head_kind, params.dropout)
     if params.weights == "imagenet":
-        path = weights.find_imagenet_weights(architecture, run.environment.weights_dir)
-        include_top = params.network == "vgg16" and params.head_kind == "vgg"
+        path = weights.find_imagenet_weights(architecture.name, run.environment.weights_dir)
+        vgg = params.network == "vgg16" and params.head_kind == "vgg"
+        include_top = vgg and network.has_top(network.read_state_dict(path))
         network.load_published_weights(built, architecture, path, include_top)
     return Model(built.eval(), outputs, run.transform, {"weights": params.weights}, params.network, params.head_kind)
