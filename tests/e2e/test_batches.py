@@ -78,7 +78,7 @@ def test_every_form_of_scan_is_right_or_has_its_own_error(
         "ct.dcm": dicom("CT_small.dcm"),
         "jpeg2000.dcm": dicom("JPEG2000.dcm"),
         "deflated.dcm": dicom("image_dfl.dcm"),
-        "frames.dcm": dicom("rtdose.dcm"),
+        "frames.dcm": dicom("SC_rgb_rle_2frame.dcm"),
     }
     syntaxes = ("", "_implicit", "_bigendian", "_RLE", "_jpeg_ls_lossless", "_jp2klossless")
     slices = {f"MR_small{syntax}.dcm": dicom(f"MR_small{syntax}.dcm") for syntax in syntaxes}
@@ -88,6 +88,7 @@ def test_every_form_of_scan_is_right_or_has_its_own_error(
         "half.png": (encoded(picture)[:-500], "BAD_IMAGE"),
         "half.dcm": (dicom("CT_small.dcm")[:-5000], "BAD_IMAGE"),
         "structure.dcm": (dicom("rtstruct.dcm"), "NOT_AN_IMAGE"),
+        "dose.dcm": (dicom("rtdose.dcm"), "NOT_AN_IMAGE"),
     }
     job = predicted(client, {**alike, **fine, **slices, **{name: content for name, (content, _) in broken.items()}})
     assert job["state"] == "partially_succeeded"

@@ -13,7 +13,7 @@ from tests.e2e.conftest import PARAMS, SHARED, Client
 
 FIELD = SHARED / "field"
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not FIELD.exists(), reason="shared/data/field is not beside the project"),
 ]
