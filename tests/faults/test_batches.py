@@ -32,7 +32,8 @@ def test_a_worker_killed_twice_in_the_middle_of_chunks(processes: Stack, plan: S
     job = processes.wait_for(job_id)
     assert (job.state, job.succeeded) == ("succeeded", 100), processes.logs()
     assert labels(processes, job_id) == expected(scans)
-    assert sorted(attempts(processes, job_id))[-2:] == [2, 2], "one chunk died with each worker"
+    # Of one chunk or of two: the second worker may find the first one's again, if it takes long to start.
+    assert sum(attempt - 1 for attempt in attempts(processes, job_id)) == 2, "one attempt died with each worker"
     assert wrong(processes) == []
 
 

@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psycopg2
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook
 
 from jobs.db import listening, session_factory
@@ -32,7 +30,6 @@ MAX_PARALLEL_PER_TENANT = 4
 """Deliveries in flight at once for one tenant."""
 SHUTDOWN_SECONDS = 3.0
 """Seconds to wait for deliveries in flight at the end. Slower ones are sent again by the next dispatcher."""
-DATABASE_ERRORS = (SQLAlchemyError, psycopg2.Error)
 
 
 @contextmanager
@@ -96,12 +93,14 @@ class WebhookSender:
 
     def _send(self, due: DueDelivery) -> None:
         attempt = self._attempt(due)
-        del self._busy[due.webhook_id]  # before NOTIFY announces the next one
         try:
             with self._sessions.begin() as session:
                 deliveries.record_attempt(session, due, attempt, self._settings.webhook_retries)
-        except DATABASE_ERRORS as error:  # it is sent again when the claim expires
-            log.warning("database_lost", error=type(error).__name__)
+                # Before the commit, whose NOTIFY announces the next one. Until then a disabled webhook's row is locked.
+                del self._busy[due.webhook_id]
+        except Exception as error:  # it is sent again when the claim expires
+            self._busy.pop(due.webhook_id, None)
+            log.warning("delivery_not_recorded", error=type(error).__name__)
 
     def _attempt(self, due: DueDelivery) -> Attempt:
         """Send it. Neither the URL, which may contain a password, nor the response is logged."""
