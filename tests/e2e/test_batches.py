@@ -66,10 +66,11 @@ def test_every_form_of_scan_is_right_or_has_its_own_error(
         "print.tiff": encoded(picture.convert("CMYK"), "TIFF"),
         "plain.bmp": encoded(picture, "BMP"),
         "lossless.webp": encoded(picture.convert("RGB"), "WEBP", lossless=True),
+        # Of two frames the middle one is the second.
         "animated.webp": encoded(
-            picture.convert("RGB"), "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (200, 160))]
+            Image.new("RGB", (200, 160)), "WEBP", lossless=True, save_all=True, append_images=[picture.convert("RGB")]
         ),
-        "pages.tiff": encoded(picture, "TIFF", save_all=True, append_images=[Image.new("L", (200, 160))]),
+        "pages.tiff": encoded(Image.new("L", (200, 160)), "TIFF", save_all=True, append_images=[picture]),
         "turned.png": encoded(picture.transpose(Image.Transpose.ROTATE_90), exif=turned),
     }
     fine = {
@@ -98,6 +99,10 @@ def test_every_form_of_scan_is_right_or_has_its_own_error(
     assert all(found[name]["error"]["detail"] for name in broken)
     tumor = {name: found[name]["probabilities"]["Tumor"] for name in alike}
     assert tumor == pytest.approx(dict.fromkeys(alike, tumor["plain.png"]), abs=0.02), "the same picture"
+    assert {name for name in found if (found[name].get("output") or {}).get("frames")} >= {
+        "animated.webp",
+        "pages.tiff",
+    }
     of_slice = {found[name]["probabilities"]["Tumor"] for name in slices}
     assert max(of_slice) - min(of_slice) < 1e-6, "one slice in six transfer syntaxes"
     assert abs(found["camera.jpg"]["probabilities"]["Tumor"] - tumor["plain.png"]) < 0.1

@@ -180,6 +180,7 @@ def test_a_network_comes_back_from_its_file(name, tmp_path):
     network.save(model, tmp_path / "model.safetensors")
     loaded = network.load(tmp_path / "model.safetensors")
     assert (loaded.architecture, loaded.head, loaded.transform) == (name, "gap", model.transform)
-    assert torch.equal(loaded.network(images_for(name)), built(images_for(name)))
+    # Not bit by bit: kernels differ by where the weights lie in memory.
+    torch.testing.assert_close(loaded.network(images_for(name)), built(images_for(name)), rtol=1e-5, atol=0)
     assert last_linear(loaded).out_features == 2
     assert loaded.network.get_submodule(of.head)[0].p == 0.25
