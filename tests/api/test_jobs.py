@@ -18,6 +18,7 @@ from jobs.tables import Artifact, Job, ModelVersion
 from tests import builders
 from tests.api.conftest import Finish, file, png
 from tests.api.test_errors import assert_problem
+from tests.processes import eventually
 
 KEYS = {
     "id", "kind", "pipeline", "task", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress",
@@ -359,6 +360,6 @@ def test_who_waits_holds_no_database_connection(app: Flask, client: FlaskClient,
     next(pieces)
     next(pieces)
     assert app.extensions["renalq"].listener.waiting == 1
-    assert app.extensions["renalq"].sessions.kw["bind"].pool.checkedout() == 0
+    eventually(lambda: app.extensions["renalq"].sessions.kw["bind"].pool.checkedout() == 0, 5)
     answer.close()
     assert app.extensions["renalq"].listener.waiting == 0

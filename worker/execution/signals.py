@@ -56,8 +56,11 @@ def _prepare(sender: Any, **_: Any) -> None:
 
 @signals.worker_ready.connect
 def _report_alive(sender: Any, **_: Any) -> None:
+    from worker.execution.resources import resources
+
     lanes = [queue.name for queue in sender.task_consumer.queues]
     sign = processes.Heartbeat(instance.worker_name(), processes.WORKER, lanes)
+    resources()  # opened here, once: two threads that ask for them at the same time would open them twice
     threading.Thread(target=_keep_alive, args=(sign,), name="alive", daemon=True).start()
     if str(Lane.TRAIN) in lanes:
         threading.Thread(target=_report_weights, args=(sign.name,), name="weights", daemon=True).start()
