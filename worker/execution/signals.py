@@ -60,16 +60,14 @@ def _report_alive(sender: Any, **_: Any) -> None:
 
     lanes = [queue.name for queue in sender.task_consumer.queues]
     sign = processes.Heartbeat(instance.worker_name(), processes.WORKER, lanes)
-    resources()  # opened here, once: two threads that ask for them at the same time would open them twice
-    threading.Thread(target=_keep_alive, args=(sign,), name="alive", daemon=True).start()
+    opened = resources()  # once: two threads that ask for them at the same time would open them twice
+    threading.Thread(target=_keep_alive, args=(opened, sign), name="alive", daemon=True).start()
     if str(Lane.TRAIN) in lanes:
-        threading.Thread(target=_report_weights, args=(sign.name,), name="weights", daemon=True).start()
+        threading.Thread(target=_report_weights, args=(opened, sign.name), name="weights", daemon=True).start()
 
 
-def _keep_alive(sign: processes.Heartbeat) -> None:
-    from worker.execution.resources import resources
-
-    opened, registered = resources(), False
+def _keep_alive(opened: "Resources", sign: processes.Heartbeat) -> None:
+    registered = False
     while True:
         try:
             with opened.autocommit.begin() as session:
@@ -83,11 +81,8 @@ def _keep_alive(sign: processes.Heartbeat) -> None:
             return
 
 
-def _report_weights(worker: str) -> None:
+def _report_weights(opened: "Resources", worker: str) -> None:
     """Beside the heartbeats, which must not wait: a file's content is hashed once, and a site may take seconds."""
-    from worker.execution.resources import resources
-
-    opened = resources()
     while True:
         found = weights.readable(opened.settings.weights)
         try:
