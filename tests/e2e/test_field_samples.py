@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ml.synthetic import phantom_files
-from tests.e2e.conftest import PARAMS, SHARED, Client
+from tests.e2e.conftest import PARAMS, Client
+from tests.field import FIELD, ZIPS
 
-FIELD = SHARED / "field"
 pytestmark = [
     pytest.mark.full,
     pytest.mark.timeout(900),
@@ -86,17 +86,7 @@ def test_what_cannot_be_shown_is_refused_with_the_cause(rows: Rows, name: str) -
     assert REFUSED[name] in error["detail"]
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "warning"),
-    [
-        ("train-test-folders", {"Normal": 16, "Tumor": 16}, "sides of a split"),
-        ("hidden-checkpoints-folder", {"Normal": 8, "Tumor": 8}, "passed over: 4, of which 4 are pictures"),
-        ("utf8-names-without-flag-nfd", {"Läsion": 6, "Normal": 6}, ""),
-        ("dicom-named-by-uid", {"Normal": 6, "Tumor": 12}, ""),
-        ("license-beside-classes", {"Normal": 6, "Tumor": 6}, "passed over: 1"),
-        ("narrow-space-in-names", {"Normal": 6, "Tumor": 6}, ""),
-    ],
-)
+@pytest.mark.parametrize(("name", "classes", "warning"), ZIPS)
 def test_a_zip_holds_the_right_classes(client: Client, name: str, classes: dict[str, int], warning: str) -> None:
     dataset = uploaded(client, FIELD / "zips" / f"{name}.zip")
     assert (dataset["state"], dataset["classes"], dataset["problems"]) == ("ready", classes, [])

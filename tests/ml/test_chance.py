@@ -13,8 +13,9 @@ import pytest
 from ml.image.stages import runner
 from ml.runtime.config import load_config, parse_params
 from ml.runtime.events import Evaluated, Event
-from tests.ml.builders import encode, make_dicom, write_zip
+from tests.ml.builders import write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
+from tests.ml.patient_sets import anonymous_studies, folders_alone, names_of_slices, unknown
 
 PATIENTS, SLICES = 40, 8
 LABELS = ("Normal", "Tumor")
@@ -22,7 +23,7 @@ LABELS = ("Normal", "Tumor")
 
 def slice_of(patient: int, index: int) -> np.ndarray:
     """A patient's own coarse pattern with some noise, int16 [SIDE, SIDE]."""
-    pattern = np.random.default_rng(patient).integers(-200, 300, (8, 8))
+    pattern = np.random.default_rng(patient).integers(-190, 190, (8, 8))
     noise = np.random.default_rng(1000 * patient + index).integers(-60, 60, (SIDE, SIDE))
     return (np.kron(pattern, np.ones((SIDE // 8, SIDE // 8))) + noise).astype(np.int16)
 
@@ -32,34 +33,11 @@ def label_of(patient: int) -> str:
     return LABELS[np.random.default_rng(5).permutation(PATIENTS)[patient] % 2]
 
 
-def names_of_slices(patient: int, index: int) -> tuple[str, bytes]:
-    """Names that count slices, and right PatientIDs."""
-    return f"{patient:02}IM_p{index + 1}.dcm", make_dicom(slice_of(patient, index), PatientID=f"UKE{1000 + patient}")
-
-
-def anonymous_studies(patient: int, index: int) -> tuple[str, bytes]:
-    """PatientID is a placeholder; the studies have their own UIDs."""
-    study = f"1.2.826.0.1.3680043.8.498.{9000 + patient}"
-    content = make_dicom(slice_of(patient, index), PatientID="ANONYMOUS", StudyInstanceUID=study)
-    return f"s{patient:02}{index}_p{index + 1}.dcm", content
-
-
-def folders_alone(patient: int, index: int) -> tuple[str, bytes]:
-    """Pictures in a folder for each patient."""
-    shown = (slice_of(patient, index) // 3 + 128).clip(0, 255).astype(np.uint8)
-    return f"{patient + 1:02}/IM_p{index + 1}.png", encode(shown)
-
-
-def unknown(patient: int, index: int) -> tuple[str, bytes]:
-    """Nothing tells the patients."""
-    return f"{patient * SLICES + index}.png", folders_alone(patient, index)[1]
-
-
-def scores(tmp_path, kind: Callable[[int, int], tuple[str, bytes]]) -> Evaluated:
+def scores(tmp_path, kind: Callable[[int, int, np.ndarray], tuple[str, bytes]]) -> Evaluated:
     files = {}
     for patient in range(PATIENTS):
         for index in range(SLICES):
-            name, content = kind(patient, index)
+            name, content = kind(patient, index, slice_of(patient, index))
             files[f"{label_of(patient)}/{name}"] = content
     assert len(files) == PATIENTS * SLICES
     events: list[Event] = []

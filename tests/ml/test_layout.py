@@ -18,9 +18,8 @@ from ml.image.stages.run import Run
 from ml.runtime.archives import extract_zip
 from ml.runtime.config import PipelineConfig, parse_params
 from ml.runtime.errors import BadDataset, BadParams
-from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder, write_zip
-
-FIELD = DATA / "field" / "zips"
+from tests.field import FIELD, ZIPS
+from tests.ml.builders import encode, make_dicom, make_files, make_pixels, write_folder, write_zip
 
 
 def checked(tmp_path, files: dict[str, bytes]) -> DatasetReport:
@@ -409,19 +408,9 @@ def test_different_windows_of_ct_files_are_warned_of(tmp_path):
 
 
 @pytest.mark.skipif(not FIELD.exists(), reason="shared/data is not here")
-@pytest.mark.parametrize(
-    ("name", "classes", "warning"),
-    [
-        ("train-test-folders", {"Normal": 16, "Tumor": 16}, "sides of a split"),
-        ("hidden-checkpoints-folder", {"Normal": 8, "Tumor": 8}, "passed over: 4, of which 4 are pictures"),
-        ("utf8-names-without-flag-nfd", {"Läsion": 6, "Normal": 6}, ""),
-        ("dicom-named-by-uid", {"Normal": 6, "Tumor": 12}, ""),
-        ("license-beside-classes", {"Normal": 6, "Tumor": 6}, "passed over: 1"),
-        ("narrow-space-in-names", {"Normal": 6, "Tumor": 6}, ""),
-    ],
-)
+@pytest.mark.parametrize(("name", "classes", "warning"), ZIPS)
 def test_zips_of_the_field(tmp_path, name, classes, warning):
-    assert extract_zip(FIELD / f"{name}.zip", tmp_path / "out") == ()
+    assert extract_zip(FIELD / "zips" / f"{name}.zip", tmp_path / "out") == ()
     report = check_dataset(tmp_path / "out")
     assert (report.classes, report.problems) == (classes, ())
     assert any(warning in one for one in report.warnings)

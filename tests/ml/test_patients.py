@@ -15,6 +15,7 @@ from ml.image.dataset.scans import DatasetReport, check_dataset
 from ml.image.dataset.splits import Split, fold_splits, split_scans
 from ml.runtime.errors import BadDataset
 from tests.ml.builders import encode, make_dicom, make_files, make_pixels, write_folder
+from tests.ml.patient_sets import KINDS, anonymous_studies, one_identity, unknown
 
 LABELS = ("Normal", "Tumor")
 
@@ -27,69 +28,9 @@ def noise(patient: int, index: int) -> np.ndarray:
     return np.random.default_rng(100 * patient + index).integers(-200, 200, (40, 40)).astype(np.int16)
 
 
-def shown(patient: int, index: int) -> bytes:
-    return encode((noise(patient, index) // 2 + 128).astype(np.uint8))
-
-
 def folder_of(patient: int, index: int) -> str:
     """Both labels for each patient: half of the slices each, by lot."""
     return LABELS[int(np.random.default_rng(7 * patient + index).integers(2))]
-
-
-def names_of_slices(patient: int, index: int) -> tuple[str, bytes]:
-    """(a) names that count slices, and right PatientIDs."""
-    content = make_dicom(noise(patient, index), PatientID=f"UKE{1000 + patient}")
-    return f"{folder_of(patient, index)}/{patient:02}IM_p{index + 1}.dcm", content
-
-
-def anonymous_studies(patient: int, index: int) -> tuple[str, bytes]:
-    """(b) PatientID is a placeholder; the studies have their own UIDs."""
-    study = f"1.2.826.0.1.3680043.8.498.{9000 + patient}"
-    content = make_dicom(noise(patient, index), PatientID="ANONYMOUS", StudyInstanceUID=study)
-    return f"{folder_of(patient, index)}/s{patient:02}{index}_p{index + 1}.dcm", content
-
-
-def folders_alone(patient: int, index: int) -> tuple[str, bytes]:
-    """(c) pictures in a folder for each patient, with names that count slices."""
-    return f"{folder_of(patient, index)}/{patient + 1:02}/IM_p{index + 1}.png", shown(patient, index)
-
-
-def series_only(patient: int, index: int) -> tuple[str, bytes]:
-    """PatientID is empty, and only the series has a UID; names count slices with a word for patients."""
-    series = f"1.2.826.0.1.3680043.8.498.{7000 + patient}"
-    content = make_dicom(noise(patient, index), PatientID="", SeriesInstanceUID=series)
-    return f"{folder_of(patient, index)}/{patient:02}-{index} case_{index + 1}.dcm", content
-
-
-def one_identity(patient: int, index: int) -> tuple[str, bytes]:
-    """PatientID is the name of the project."""
-    study = f"1.2.826.0.1.3680043.8.498.{6000 + patient}"
-    content = make_dicom(noise(patient, index), PatientID="KIDNEY-2026", StudyInstanceUID=study)
-    return f"{folder_of(patient, index)}/{patient:02}{index}.dcm", content
-
-
-def numbered_volumes(patient: int, index: int) -> tuple[str, bytes]:
-    """Names as in LiTS."""
-    return f"{folder_of(patient, index)}/volume-{patient}_slice-{index}.png", shown(patient, index)
-
-
-def series_in_folders(patient: int, index: int) -> tuple[str, bytes]:
-    """A folder for each patient, and in it one for each series."""
-    name = f"{folder_of(patient, index)}/export/{1000 + patient}/T{index % 2 + 1}/IM{index:04}.png"
-    return name, shown(patient, index)
-
-
-def identity_of_each_file(patient: int, index: int) -> tuple[str, bytes]:
-    """PatientID was made anew for each file; the studies are right."""
-    study = f"1.2.826.0.1.3680043.8.498.{5000 + patient}"
-    content = make_dicom(noise(patient, index), PatientID=f"{patient}{index}X", StudyInstanceUID=study)
-    return f"{folder_of(patient, index)}/{patient:02}{index}.dcm", content
-
-
-KINDS = [
-    identity_of_each_file,
-    names_of_slices, anonymous_studies, folders_alone, series_only, one_identity, numbered_volumes, series_in_folders
-]  # fmt: skip
 
 
 def dataset(tmp_path, kind, patients: int = 40, slices: int = 8) -> tuple[DatasetReport, list[int]]:
@@ -97,8 +38,9 @@ def dataset(tmp_path, kind, patients: int = 40, slices: int = 8) -> tuple[Datase
     truth, files = {}, {}
     for patient in range(patients):
         for index in range(slices):
-            name, files[name] = kind(patient, index)
-            truth[name] = patient
+            below, content = kind(patient, index, noise(patient, index))
+            name = f"{folder_of(patient, index)}/{below}"
+            files[name], truth[name] = content, patient
     assert len(files) == patients * slices
     report = check_dataset(write_folder(files, tmp_path))
     return report, [truth[scan.path] for scan in report.scans]
@@ -122,9 +64,6 @@ def test_no_split_divides_a_patient_and_no_leak_is_counted(tmp_path, kind):
 
 
 def test_where_nothing_tells_the_patients_it_is_said(tmp_path):
-    def unknown(patient: int, index: int) -> tuple[str, bytes]:
-        return f"{folder_of(patient, index)}/{patient}_p{index + 1}.png", shown(patient, index)
-
     report, truth = dataset(tmp_path, unknown)
     assert {scan.patient for scan in report.scans} == {None}
     assert "Nothing tells the patients" in report.warnings[-1]
@@ -145,9 +84,8 @@ def test_a_patient_id_of_the_whole_dataset_is_warned_of(tmp_path):
 
 
 def test_one_patient_is_not_split_by_its_study(tmp_path):
-    def same_study(patient: int, index: int) -> tuple[str, bytes]:
-        content = make_dicom(noise(patient, index), PatientID="", StudyInstanceUID="1.2.3.4")
-        return f"{folder_of(patient, index)}/{patient}-{index}.dcm", content
+    def same_study(patient: int, index: int, values: np.ndarray) -> tuple[str, bytes]:
+        return f"{patient}-{index}.dcm", make_dicom(values, PatientID="", StudyInstanceUID="1.2.3.4")
 
     report, _ = dataset(tmp_path, same_study, 5)
     with pytest.raises(BadDataset, match=r"too few studies \(1\)"):

@@ -13,7 +13,7 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, p
 
 from ml.image.pixels.decoding import frames, read
 from ml.runtime.errors import ImageError
-from tests.ml.builders import DATA
+from tests.field import FIELD
 
 FOLDER = Path(pydicom.data.__file__).parent
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
@@ -106,7 +106,7 @@ def test_most_files_of_pydicom_are_looked_at():
 
 # --- the field samples -----------------------------------------------------------------------------------------------
 
-SCANS = DATA / "field" / "scans"
+SCANS = FIELD / "scans"
 SAMPLES = {path.name: path for path in sorted(SCANS.glob("*")) if ".expected." not in path.name}
 REFUSED = {
     "photometricinterpretation-missing.dcm": "lacks PhotometricInterpretation",
