@@ -10,7 +10,7 @@ from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
 from api.http import auth, problems, request_log, versioning
-from api.http.body_spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
+from api.http.body.spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
 from api.http.fields import VERSION, parse_uuid

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from flask import Flask
 
 from api import create_app
-from api.http.body_spool import SPOOL_FOLDER
+from api.http.body.spool import SPOOL_FOLDER
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
 from jobs.db import Sessions, session_factory

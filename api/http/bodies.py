@@ -16,7 +16,7 @@ from werkzeug.datastructures import FileStorage, MultiDict
 
 from api.http.body.content_coding import ACCEPTED
 from api.http.body.multipart import MULTIPART
-from api.http.body_spool import JSON_BYTES, UploadRequest
+from api.http.body.spool import JSON_BYTES, UploadRequest
 from api.http.fields import File, find_unstorable, pointer_step
 from api.http.problems import MEDIA_TYPE, InvalidFields, ProblemSchema
 from api.http.responses import CSV, JSON, NDJSON

@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from api.http.body.content_coding import ACCEPTED
-from api.http.body_spool import JSON_BYTES
+from api.http.body.spool import JSON_BYTES
 from api.http.fields import one_of
 from api.http.versioning import PREFIX
 from jobs.error_codes import ERROR_CODES

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
-from api.http.body_spool import SPOOL_FOLDER
+from api.http.body.spool import SPOOL_FOLDER
 from api.http.context import admit, services, tenant, transaction
 from jobs.datasets import from_feedback
 from jobs.datasets.from_feedback import LabelledScan

@@ -12,7 +12,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from api.http.body.content_coding import BLOCK, Received, body_stream
-from api.http.body_spool import JSON_BYTES
+from api.http.body.spool import JSON_BYTES
 from jobs.db import Sessions
 from jobs.errors import MalformedBody
 from jobs.settings import Settings

@@ -12,7 +12,7 @@ from werkzeug.test import TestResponse
 
 from api import create_app
 from api.http.auth import public
-from api.http.body_spool import JSON_BYTES
+from api.http.body.spool import JSON_BYTES
 from jobs import logs
 from jobs.db import Sessions
 from jobs.error_codes import ERROR_CODES
@@ -294,7 +294,7 @@ def test_a_client_may_bring_its_own_request_id(client: FlaskClient) -> None:
 
 
 def test_ten_thousand_parts_need_no_memory_and_one_descriptor(settings: Settings) -> None:
-    from api.http.body_spool import Spool
+    from api.http.body.spool import Spool
 
     spool = Spool(settings.home / "incoming")
     for number in range(1000):

@@ -12,12 +12,11 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 from werkzeug.sansio.multipart import Data, Event, Field, File, MultipartDecoder, NeedData, State
 
+from api.http.body.content_coding import BLOCK
 from api.http.body.part import Part
 from jobs.errors import MalformedBody, TooLarge
 
 MULTIPART = "multipart/form-data"
-BLOCK = 64 * 1024
-"""Bytes read at a time."""
 TEXT_BYTES = 32 * 1024 * 1024
 """Most bytes of all texts of a body together: they are held in memory."""
 BY_HAND = "Let your HTTP library write `Content-Type` and body together."
