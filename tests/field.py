@@ -1,8 +1,8 @@
 """What other people's trouble is made of: `data/field` of the shared folder, which is not part of the project."""
 
-from tests.processes import ROOT
+from tests.processes import DATA
 
-FIELD = ROOT.parent / "shared" / "data" / "field"
+FIELD = DATA / "field"
 ZIPS = [
     ("train-test-folders", {"Normal": 16, "Tumor": 16}, "sides of a split"),
     ("hidden-checkpoints-folder", {"Normal": 8, "Tumor": 8}, "passed over: 4, of which 4 are pictures"),

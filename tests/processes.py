@@ -20,6 +20,8 @@ from jobs.settings import Settings
 from jobs.tables import Job
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+"""Real scans and tables beside the project, which not every machine has."""
 T = TypeVar("T")
 
 

@@ -14,11 +14,10 @@ import requests
 
 from cli.commands import demo
 from ml.synthetic import phantom_files
-from tests.databases import ROOT
 from tests.depth import ALL, depth
+from tests.processes import DATA
 from tests.whole_stack import RunningStack
 
-SHARED = ROOT.parent / "shared" / "data"
 PARAMS = {"weights": "none", "epochs": 5, "learning_rate": 0.01, "augmentation": False}
 PARAMS |= depth({"image_size": [64, 64, 3]}, {})
 
@@ -71,7 +70,7 @@ def client(whole_stack: RunningStack) -> Client:
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic CT. For all tests: the real scans where they are beside the project, or as many as in `renalq demo`."""
-    real = SHARED / "mri-465.zip"
+    real = DATA / "mri-465.zip"
     if ALL and real.exists():
         return real
     made = tmp_path_factory.mktemp("data") / "phantom.zip"

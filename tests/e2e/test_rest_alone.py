@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydicom.data import get_testdata_file
 
-from tests.e2e.conftest import PARAMS, SHARED, Client
+from tests.e2e.conftest import PARAMS, Client
+from tests.processes import DATA
 
 pytestmark = [pytest.mark.slow, pytest.mark.scaled, pytest.mark.timeout(900)]
 
@@ -54,9 +55,9 @@ def test_its_artifacts_can_be_fetched(client: Client, trained: dict[str, Any]) -
     assert picture.headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real scans are not beside the project")
+@pytest.mark.skipif(not DATA.exists(), reason="the real scans are not beside the project")
 def test_a_real_ct_slice_is_predicted_while_the_client_waits(client: Client, trained: dict[str, Any]) -> None:
-    result = _predict(client, SHARED / "kidney-ct-one.jpg")
+    result = _predict(client, DATA / "kidney-ct-one.jpg")
     assert result["model_version"] == trained["model_version"]
 
 

@@ -32,7 +32,6 @@ CLASSES = ("Normal", "Tumor")
 LIGHT_NETWORKS = ("vgg16", "resnet18")
 """Of the six, those that most tests take: the default, and the one that takes least time."""
 FEATURES = 2048  # per scan, if a `CountingBackbone` computes them
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def last_linear(model: Model) -> nn.Linear:

@@ -17,7 +17,8 @@ from ml.image.dataset.inspection import Inspection, Spread
 from ml.image.dataset.perceptual_hash import group_near_duplicates, hash_image, match_any
 from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
 from ml.runtime.archives import extract_zip
-from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder
+from tests.ml.builders import encode, make_dicom, make_files, make_pixels, write_folder
+from tests.processes import DATA
 
 NOTHING_TELLS = "Nothing tells the patients"
 

@@ -18,7 +18,8 @@ from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import CachedScan, Predictor, ScanInput, predict
 from ml.runtime.errors import ImageError, ModelFileError
 from ml.runtime.prefetch import batched_for_streams
-from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels
+from tests.ml.builders import encode, make_dicom, make_files, make_pixels
+from tests.processes import DATA
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ml.image.dataset.scans import DatasetReport, check_dataset
 from ml.image.dataset.splits import Split, fold_splits, split_scans
 from ml.runtime.archives import extract_zip
 from ml.runtime.errors import BadDataset, ModelFileError
-from tests.ml.builders import DATA
+from tests.processes import DATA
 
 KIDNEY = ("Cyst", "Normal", "Stone", "Tumor")
 
