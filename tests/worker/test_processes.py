@@ -68,7 +68,8 @@ def processes(shared: tuple[Database, Stack]) -> Stack:
 
 CONNECTIONS = """
 SELECT application_name IN ('renalq-worker', 'renalq-beat', 'renalq-claim') AS workers, count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name LIKE 'renalq-%' GROUP BY workers
+WHERE datname = current_database() AND application_name LIKE 'renalq-%' AND application_name <> 'renalq-api'
+GROUP BY workers
 """
 
 
