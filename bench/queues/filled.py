@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from api import create_app
 from api.http.context import EXTENSION
 from bench.queues.databases import Backend, Statements, migrated
-from bench.queues.product import WORKERS, Planner, waiting_state
+from bench.queues.product import KIND, WORKERS, Planner, waiting_state
 from jobs import keys
 from jobs.db import Sessions, async_commit_sessions, session_factory
 from jobs.events import deliveries
@@ -39,10 +39,10 @@ FILL = (
         SELECT uuidv7(), 'tenant-' || n % :tenants, 'ingest', 'batch', 'queued', '{}', '{}',
             CASE WHEN n = 0 THEN :length / 10 ELSE 1 END
         FROM generate_series(0, :length) AS n""",
-    """INSERT INTO units (id, tenant_id, job_id, ordinal, lane, state, attempt, failures, rings, not_before)
+    f"""INSERT INTO units (id, tenant_id, job_id, ordinal, lane, state, attempt, failures, rings, not_before{KIND})
         SELECT uuidv7(), tenant_id, jobs.id, n, 'batch', :state, 0, 0, 0,
-            clock_timestamp() + make_interval(secs => :ahead)
-        FROM jobs CROSS JOIN LATERAL generate_series(0, total - 1) AS n""",
+            clock_timestamp() + make_interval(secs => :ahead){KIND}
+        FROM jobs CROSS JOIN LATERAL generate_series(0, total - 1) AS n""",  # noqa: S608
     "INSERT INTO tenant_loads (tenant_id, scans, batches) SELECT tenant_id, sum(total), 0 FROM jobs GROUP BY tenant_id",
     """INSERT INTO processes (name, kind, lanes, broker_reachable, seen_at)
         SELECT 'bench-' || n || '@host/1', 'worker', '{urgent,batch}', true, clock_timestamp() + interval '1 day'

@@ -12,9 +12,12 @@ from sqlalchemy.orm import Session
 from jobs.queue import completion, dispatch
 from jobs.settings import Settings
 from jobs.states import UnitState
+from jobs.tables import Unit
 from worker.dispatcher.scheduler import FairScheduler, Plan
 
 WORKERS = 100
+KIND = ", kind" if hasattr(Unit, "kind") else ""
+"""A column of units, which has the name of the one of jobs that it repeats."""
 
 
 class Planner:

@@ -3,14 +3,14 @@ at once if they are few, otherwise in batches by the leading dispatcher, so that
 
 import uuid
 
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from jobs.db import PreparedStatement
 from jobs.events import webhooks
 from jobs.queue.leases import with_job_lock
 from jobs.states import UNCLAIMED
-from jobs.tables import Job, Json, ScanResult, Unit
+from jobs.tables import IS_CANCELLING, Job, Json, ScanResult, Unit
 
 INLINE_ROWS = 1000
 """Results that one request or one worker ends, about 50 ms."""
@@ -120,7 +120,7 @@ def cancel_batch(session: Session) -> bool:
     Jobs that are locked are skipped, so that one of them delays no other.
     """
     left = select(Unit.id).where(Unit.job_id == Job.id, Unit.finished_at.is_(None), Unit.state.in_(UNCLAIMED))
-    cancelled = select(Job.id).where(Job.cancel_requested_at.is_not(None), Job.finished_at.is_(None), left.exists())
+    cancelled = select(Job.id).where(text(IS_CANCELLING), left.exists())
     job_id = session.scalar(with_job_lock(cancelled.order_by(Job.id).limit(1), skip_locked=True))
     if job_id is None:
         return False

@@ -9,7 +9,6 @@ The cost does not grow with the queue: partial indexes over unfinished rows answ
 """
 
 import json
-import re
 import time
 import uuid
 from collections import Counter
@@ -22,6 +21,8 @@ from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
+from jobs.events.job_events import PLACE
+from jobs.queue.leases import is_cancelling
 from jobs.states import JobKind, Lane, UnitState
 from jobs.tables import Unit
 
@@ -82,59 +83,58 @@ FULL_SECONDS = 10.0
 """A reader reads the whole queue so often (s), in case that it was not told of something."""
 
 # Full ($5): a "loose index scan" jumps from one tenant with claimable units to the next, and all dispatched and running
-# units are read. Otherwise only the queues in $6 to $9, from their first claimable units on, those of the jobs in $10,
-# and the units in $11. Each tenant has a queue of predictions and one of explanations. Units that wait for a time are
-# not in the index, and finished jobs are never read. Whole rows are compared: with `lane = …` the planner may walk the
-# primary key instead. The job is read by a scalar subquery, which the planner cannot turn into a join over all jobs;
-# OFFSET keeps it from being asked twice.
-SNAPSHOT = PreparedStatement(
-    "snapshot",
-    "float8, int, float8, float8, bool, text[], text[], bool[], uuid[], uuid[], uuid[]",
-    """
+# units are read. Otherwise only the queues in $6 to $10, from their first claimable units on (job, ordinal), those of
+# the jobs in $11 from the ordinals in $12 on, and the units in $13. Each tenant has a queue of predictions and one of
+# explanations. Units that wait for a time are not in the index, and jobs are not read, for which see `leases.CLAIM`.
+# Whole rows are compared: with `lane = …` the planner may walk the primary key instead. OFFSET keeps a unit's kind from
+# being asked for twice.
+READ = """
 WITH RECURSIVE alive AS MATERIALIZED (
     SELECT name, lanes FROM processes
     WHERE kind = 'worker' AND seen_at > clock_timestamp() - make_interval(secs => $3)
 ), active AS MATERIALIZED (
     SELECT units.*, split_part(worker, '/', 1) || '/' || split_part(worker, '/', 2) AS holder FROM (
-        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
+        SELECT id, job_id, lane, tenant_id, kind, state, rings, dispatched_at, yield_requested_at, worker
         FROM units WHERE $5 AND state = 'running'
         UNION ALL
-        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
+        SELECT id, job_id, lane, tenant_id, kind, state, rings, dispatched_at, yield_requested_at, worker
         FROM units WHERE $5 AND state = 'dispatched'
         UNION ALL
-        SELECT id, job_id, lane, tenant_id, state, rings, dispatched_at, yield_requested_at, worker
-        FROM units WHERE NOT $5 AND id = ANY ($11) AND state IN ('dispatched', 'running')) AS units
+        SELECT id, job_id, lane, tenant_id, kind, state, rings, dispatched_at, yield_requested_at, worker
+        FROM units WHERE NOT $5 AND id = ANY ($13) AND state IN ('dispatched', 'running')) AS units
 ), idle AS MATERIALIZED (
     SELECT count(*) AS workers FROM alive WHERE NOT EXISTS (
         SELECT FROM active WHERE state = 'running' AND holder = alive.name)
 ), found AS (
-    (SELECT lane, tenant_id, explains IS NOT NULL AS explains, job_id AS first FROM units
+    (SELECT lane, tenant_id, explains IS NOT NULL AS explains, job_id AS first, ordinal FROM units
     WHERE $5 AND state IN ('queued', 'dispatched')
     ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1)
     UNION ALL
     SELECT following.* FROM found CROSS JOIN LATERAL (
-        SELECT lane, tenant_id, explains IS NOT NULL, job_id FROM units
+        SELECT lane, tenant_id, explains IS NOT NULL, job_id, ordinal FROM units
         WHERE state IN ('queued', 'dispatched')
             AND (lane, tenant_id, (explains IS NOT NULL)) > (found.lane, found.tenant_id, found.explains)
         ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS following
 ), known AS MATERIALIZED (
-    SELECT DISTINCT ON (lane, tenant_id, explains) lane, tenant_id, explains, first FROM (
-        SELECT * FROM unnest($6, $7, $8, $9) AS key (lane, tenant_id, explains, first)
+    SELECT DISTINCT ON (lane, tenant_id, explains) lane, tenant_id, explains, first, ordinal FROM (
+        SELECT * FROM unnest($6, $7, $8, $9, $10) AS key (lane, tenant_id, explains, first, ordinal)
         UNION ALL
-        SELECT lane, tenant_id, explains, id FROM jobs CROSS JOIN (VALUES (false), (true)) AS both_queues (explains)
-        WHERE id = ANY ($10)) AS keys
-    WHERE NOT $5 ORDER BY lane, tenant_id, explains, first
+        SELECT lane, tenant_id, explains, job_id, ordinal
+        FROM unnest($11, $12) AS noticed (job_id, ordinal) CROSS JOIN LATERAL (
+            SELECT lane, tenant_id FROM units WHERE units.job_id = noticed.job_id AND units.ordinal = 0 OFFSET 0
+        ) AS unit CROSS JOIN (VALUES (false), (true)) AS both_queues (explains)) AS keys
+    WHERE NOT $5 ORDER BY lane, tenant_id, explains, first, ordinal
 ), queues AS MATERIALIZED (
     SELECT * FROM found
     UNION ALL
-    SELECT lane, tenant_id, explains, (
-        SELECT job_id FROM units
+    SELECT lane, tenant_id, explains, following.first, following.ordinal
+    FROM known LEFT JOIN LATERAL (
+        SELECT job_id AS first, ordinal FROM units
         WHERE state IN ('queued', 'dispatched')
-            AND (lane, tenant_id, (explains IS NOT NULL), job_id)
-                >= (known.lane, known.tenant_id, known.explains, known.first)
+            AND (lane, tenant_id, (explains IS NOT NULL), job_id, ordinal)
+                >= (known.lane, known.tenant_id, known.explains, known.first, known.ordinal)
             AND (lane, tenant_id, (explains IS NOT NULL)) <= (known.lane, known.tenant_id, known.explains)
-        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS first
-    FROM known
+        ORDER BY lane, tenant_id, (explains IS NOT NULL), job_id, ordinal LIMIT 1) AS following ON true
 ), share AS MATERIALIZED (
     SELECT $2 + ceil((SELECT workers FROM idle) / greatest(count(first), 1)::float8)::int AS units FROM queues
 ), waiting AS (
@@ -143,12 +143,12 @@ WITH RECURSIVE alive AS MATERIALIZED (
         AS units
     FROM queues CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT id, scans, state, rings,
-                (SELECT kind FROM jobs WHERE jobs.id = units.job_id AND cancel_requested_at IS NULL) AS kind
+            SELECT id, scans, state, rings, CASE WHEN NOT {is_cancelling_unit}
+                THEN coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = units.job_id)) END AS kind
             FROM units
             WHERE state IN ('queued', 'dispatched')
-                AND (lane, tenant_id, (explains IS NOT NULL), job_id)
-                    >= (queues.lane, queues.tenant_id, queues.explains, queues.first)
+                AND (lane, tenant_id, (explains IS NOT NULL), job_id, ordinal)
+                    >= (queues.lane, queues.tenant_id, queues.explains, queues.first, queues.ordinal)
                 AND (lane, tenant_id, (explains IS NOT NULL)) <= (queues.lane, queues.tenant_id, queues.explains)
                 AND CASE WHEN state = 'queued' THEN not_before <= clock_timestamp()
                     ELSE rings = 0 OR dispatched_at < clock_timestamp()
@@ -159,19 +159,24 @@ WITH RECURSIVE alive AS MATERIALIZED (
     WHERE queues.first IS NOT NULL
 )
 SELECT waiting.units AS waiting,
-    (SELECT jsonb_agg(jsonb_build_array(lane, tenant_id, explains, first))
+    (SELECT jsonb_agg(jsonb_build_array(lane, tenant_id, explains, first, ordinal))
         FROM queues WHERE first IS NOT NULL) AS queues,
     (SELECT jsonb_agg(jsonb_build_array(id, lane, rings > 0,
             dispatched_at < clock_timestamp() - make_interval(secs => $4)))
         FROM active WHERE state = 'dispatched') AS dispatched,
-    (SELECT jsonb_agg(jsonb_build_array(active.id, active.lane, active.tenant_id, holder,
-            kind = 'predict_batch' AND yield_requested_at IS NULL AND cancel_requested_at IS NULL,
+    (SELECT jsonb_agg(jsonb_build_array(id, lane, tenant_id, holder,
+            coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = active.job_id)) = 'predict_batch'
+                AND yield_requested_at IS NULL AND NOT {is_cancelling_active},
             yield_requested_at IS NOT NULL))
-        FROM active JOIN jobs ON jobs.id = active.job_id WHERE active.state = 'running') AS running,
+        FROM active WHERE state = 'running') AS running,
     (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers,
     (SELECT units FROM share) AS share
 FROM waiting
-""",
+"""
+SNAPSHOT = PreparedStatement(
+    "snapshot",
+    "float8, int, float8, float8, bool, text[], text[], bool[], uuid[], int[], uuid[], int[], uuid[]",
+    READ.format(is_cancelling_unit=is_cancelling("units.job_id"), is_cancelling_active=is_cancelling("active.job_id")),
 )
 
 
@@ -181,24 +186,25 @@ class QueueReader:
     As long as any transaction is older (a backup, a long report), Postgres keeps the index entries of units that have
     ended since, and whoever reads an index from its front steps over all of them. So the reader remembers where each
     tenant's first claimable unit is, and which units are dispatched or running; what is queued behind its back is
-    notified with the job's id (`notice`). Every `FULL_SECONDS` it reads everything.
+    notified with the job's id and the unit's ordinal (`notice`). Every `FULL_SECONDS` it reads everything.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._full_at = -FULL_SECONDS
-        self._queues: list[tuple[str, str, bool, str]] = []  # lane, tenant, explains, first job
+        self._queues: list[tuple[str, str, bool, str, int]] = []  # lane, tenant, explains, first job and ordinal
         self._active: set[str] = set()
-        self._jobs: set[str] = set()
+        self._noticed: dict[str, int] = {}  # the lowest ordinal of each job
 
     def notice(self, payloads: Iterable[str]) -> None:
-        """What notifications of the units' channel said: ids of jobs with new claimable units, or other words. An empty
-        one may mean anything: it comes from a process of an older release."""
+        """What notifications of the units' channel said: where new claimable units are (`job_events.place`), or other
+        words. An empty one may mean anything: it comes from a process of an older release."""
         for payload in payloads:
             if not payload:
                 self._full_at = -FULL_SECONDS
-            elif _JOB_ID.fullmatch(payload):
-                self._jobs.add(payload)
+            elif place := PLACE.fullmatch(payload):
+                job_id, ordinal = place["job"], int(place["ordinal"] or 0)
+                self._noticed[job_id] = min(ordinal, self._noticed.get(job_id, ordinal))
 
     def read(
         self, session: Session, redispatch_seconds: float, alive_seconds: float, per_tenant: int = 64
@@ -216,19 +222,17 @@ class QueueReader:
         now = self._clock()
         full = now - self._full_at >= FULL_SECONDS
         limits = redispatch_seconds, per_tenant, alive_seconds, LATE_SECONDS
-        columns = [_array(column) for column in zip(*self._queues, strict=True)] or ["{}"] * 4
-        row = SNAPSHOT(session, *limits, full, *columns, _array(self._jobs), _array(self._active)).one()
+        queues = [_array(column) for column in zip(*self._queues, strict=True)] or ["{}"] * 5
+        noticed = _array(self._noticed), _array(self._noticed.values())
+        row = SNAPSHOT(session, *limits, full, *queues, *noticed, _array(self._active)).one()
         self._full_at = now if full else self._full_at
-        self._queues, self._jobs = [tuple(queue) for queue in row.queues or ()], set()
+        self._queues, self._noticed = [tuple(queue) for queue in row.queues or ()], {}
         self._active = {unit[0] for unit in [*(row.dispatched or ()), *(row.running or ())]}
         return _snapshot(row)
 
     def marked(self, unit_ids: Iterable[uuid.UUID]) -> None:
         """These units were dispatched or reserved since the last read."""
         self._active.update(map(str, unit_ids))
-
-
-_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _snapshot(row: Any) -> QueueSnapshot:

@@ -49,14 +49,13 @@ def class_slugs(classes: Iterable[str]) -> dict[str, str]:
     return slugs
 
 
-def enqueue(session: Session, claim: Claim) -> None:
+def enqueue(session: Session, claim: Claim) -> int | None:
     """Append a unit that explains the results of this one, if it has any and its job was not cancelled. The job's row
-    must be locked."""
+    must be locked. Returns the new unit's ordinal."""
     goes_on = select(Job.id).where(Job.id == claim.job_id, Job.cancel_requested_at.is_(None)).exists()
     results = ScanResult.unit_id == claim.unit_id, ScanResult.state == ResultState.SUCCEEDED
     found = session.scalar(select(func.count()).select_from(ScanResult).where(*results, goes_on))
-    if found:
-        add_unit(session, claim, scans=found, explains=claim.unit_id)
+    return add_unit(session, claim, scans=found, explains=claim.unit_id)[1] if found else None
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from sqlalchemy.orm import Session
 from jobs.db import PreparedStatement
 from jobs.errors import LeaseLost
 from jobs.states import JobKind, Lane, UnitState
-from jobs.tables import Job, Unit, new_id
+from jobs.tables import IS_CANCELLING, IS_QUEUED, Job, Unit, new_id
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A unit under lease. `explains`: it computes explanations of another unit's results, not predictions.
+    """A unit under lease. `explains`: it computes explanations of another unit's results, not predictions. `ordinal`:
+    its place among the units of its job, or any lower number.
 
     Every later write is guarded by `fence` and `worker`. The fence alone would suffice, except after a crash of
     Postgres that lost the claim: the sequence may then give the same number again.
@@ -29,6 +30,7 @@ class Claim:
     fence: int
     worker: str
     explains: bool = False
+    ordinal: int = 0
 
 
 def with_job_lock(statement: Any, skip_locked: bool = False) -> Any:
@@ -71,14 +73,14 @@ def update_held(session: Session, claim: Claim, *guards: ColumnElement[bool], **
         raise LeaseLost
 
 
-def add_unit(session: Session, claim: Claim, **values: Any) -> uuid.UUID:
-    """Append a unit to the job and return its id."""
+def add_unit(session: Session, claim: Claim, **values: Any) -> tuple[uuid.UUID, int]:
+    """Append a unit to the job. Returns its id and ordinal."""
     of_job = select(func.max(Unit.ordinal) + 1, func.max(Unit.lane)).where(Unit.job_id == claim.job_id)
     ordinal, lane = session.execute(of_job).one()
     unit_id = new_id()
     own = {"id": unit_id, "tenant_id": claim.tenant_id, "job_id": claim.job_id, "ordinal": ordinal, "lane": lane}
-    session.execute(insert(Unit).values(**own, **values))
-    return unit_id
+    session.execute(insert(Unit).values(**own, kind=claim.kind, **values))
+    return unit_id, ordinal
 
 
 @dataclass(frozen=True)
@@ -90,53 +92,71 @@ class UnitStatus:
     yield_requested: bool = False
 
 
-# Locks the job, then the unit, like every verb. After waiting for a lock, UPDATE checks the latest row again. The job's
-# row is written by its first claim and by the first of each further attempt; of all others neither a new version of the
-# row nor an event says anything that the unit's row does not. IS TRUE hides conditions from the planner: it would walk
-# the partial indexes of all such rows, since they are small whenever it plans for an empty queue.
+def is_cancelling(job_id: str) -> str:
+    """SQL: the job with the id that this expression has is to be cancelled."""
+    return f"EXISTS (SELECT FROM jobs WHERE jobs.id = {job_id} AND {IS_CANCELLING})"
+
+
+# The job's row is written, and so locked before the unit's, by its first claim and by further attempts of a unit. All
+# other claims leave it alone: of them neither a new version of the row nor an event says anything that the unit's row
+# does not. They do not even read it: a batch's row has a new version for each unit that ended, and as long as any
+# transaction is older than those, whoever looks for the latest one steps over all of them. Whether a job still waits,
+# and whether it was cancelled, is known from an index of such jobs only (ix_jobs_queued, ix_jobs_cancelling). A cancel
+# that commits meanwhile finds the unit claimed, and its worker will poll, or ends it: the unit's row decides.
+# IS TRUE hides conditions from the planner: it would walk the partial indexes of all such rows, since they are small
+# whenever it plans for an empty queue.
 CLAIM = """
-WITH wanted AS ({wanted}), job AS MATERIALIZED (
-    SELECT jobs.id, jobs.kind, jobs.tenant_id, jobs.state = 'queued' AS starts, wanted.id AS unit_id
-    FROM wanted JOIN jobs ON jobs.id = wanted.job_id
-    WHERE (jobs.finished_at IS NULL) IS TRUE AND jobs.cancel_requested_at IS NULL
+WITH wanted AS MATERIALIZED (
+    SELECT id, job_id, tenant_id, attempt FROM units {wanted}
+), due AS MATERIALIZED (
+    SELECT wanted.id, job_id, attempt > 0 OR {is_queued} AS writes_job
+    FROM wanted WHERE NOT {is_cancelling}
+), job AS MATERIALIZED (
+    SELECT jobs.id, jobs.state = 'queued' AS starts, jobs.attempt FROM due JOIN jobs ON jobs.id = due.job_id
+    WHERE writes_job AND (jobs.finished_at IS NULL) IS TRUE AND jobs.cancel_requested_at IS NULL
     FOR NO KEY UPDATE OF jobs{skip}
 ), claimed AS (
-    UPDATE units SET state = 'running', attempt = attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
+    UPDATE units SET state = 'running', attempt = units.attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
-    FROM job
-    WHERE units.id = (SELECT unit_id FROM job) AND (state IN ('queued', 'dispatched')) IS TRUE
-        AND not_before <= clock_timestamp()
-    RETURNING units.id AS unit_id, job.id AS job_id, job.tenant_id, job.kind, attempt, fence, worker,
-        explains IS NOT NULL AS explains, starts
+    FROM due LEFT JOIN job ON true
+    WHERE units.id = (SELECT id FROM due) AND (job.id IS NOT NULL OR NOT writes_job)
+        AND (units.state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
+    RETURNING units.*, coalesce(starts, false) AS starts, job.attempt AS attempt_before
 ), started AS (
-    UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
+    UPDATE jobs SET state = 'running', started_at = coalesce(jobs.started_at, clock_timestamp()),
         attempt = greatest(jobs.attempt, claimed.attempt)
-    FROM claimed WHERE jobs.id = claimed.job_id AND (starts OR jobs.attempt < claimed.attempt)
+    FROM claimed WHERE jobs.id = claimed.job_id AND (starts OR attempt_before < claimed.attempt)
 ), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
     WHERE starts OR attempt > 1
 )
-SELECT unit_id, job_id, tenant_id, kind, attempt, fence, worker, explains FROM claimed
+SELECT id, job_id, tenant_id, coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = claimed.job_id)) AS kind,
+    attempt, fence, worker, explains IS NOT NULL AS explains, ordinal
+FROM claimed
 """
+OF_ITS_JOB = {
+    "is_queued": f"EXISTS (SELECT FROM jobs WHERE jobs.id = wanted.job_id AND {IS_QUEUED})",
+    "is_cancelling": is_cancelling("wanted.job_id"),
+}
 CLAIM_UNIT = PreparedStatement(
     "claim_unit",
     "uuid, text, float8",
-    CLAIM.format(wanted="SELECT id, job_id FROM units WHERE id = $1", skip=""),
+    CLAIM.format(wanted="WHERE id = $1", skip="", **OF_ITS_JOB),
 )
 # Only among those of the last seconds: they are reserved for fractions of a second, what is older is dispatched by a
 # message, and index entries of ended units, which Postgres keeps while any transaction is older, are not stepped over.
+# Nothing is waited for, neither the unit nor its job.
 NEXT_RESERVED = """
-SELECT id, job_id FROM units
-WHERE state = 'dispatched' AND rings = 0
-    AND (lane, dispatched_at) > ($1, now() - interval '10 seconds') AND (lane, dispatched_at) < ($1, 'infinity')
-ORDER BY lane, dispatched_at, id LIMIT 1
+    WHERE state = 'dispatched' AND rings = 0
+        AND (lane, dispatched_at) > ($1, now() - interval '10 seconds') AND (lane, dispatched_at) < ($1, 'infinity')
+    ORDER BY lane, dispatched_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
 """
 CLAIM_NEXT = PreparedStatement(
     "claim_next",
     "text, text, float8",
-    CLAIM.format(wanted=NEXT_RESERVED, skip=" SKIP LOCKED"),
+    CLAIM.format(wanted=NEXT_RESERVED, skip=" SKIP LOCKED", **OF_ITS_JOB),
 )
 
 
@@ -153,26 +173,26 @@ def claim_next(session: Session, lane: Lane, worker: str, lease: float) -> Claim
 def _claimed(row: Any) -> Claim | None:
     if row is None:
         return None
-    ids = uuid.UUID(str(row.unit_id)), uuid.UUID(str(row.job_id))
-    return Claim(*ids, row.tenant_id, JobKind(row.kind), row.attempt, row.fence, row.worker, row.explains)
+    ids = uuid.UUID(str(row.id)), uuid.UUID(str(row.job_id))
+    kind = JobKind(row.kind)
+    return Claim(*ids, row.tenant_id, kind, row.attempt, row.fence, row.worker, row.explains, row.ordinal)
 
 
 # One round trip, since each worker polls several times a second. Only the unit's row is locked, and only to renew the
 # lease, so that a busy job never delays it.
-POLL = PreparedStatement(
-    "poll_unit",
-    "uuid, int8, text, float8",
-    """
+POLLED = """
 WITH renewed AS (
     UPDATE units SET lease_expires_at = clock_timestamp() + make_interval(secs => $4)
     WHERE id = $1 AND fence = $2 AND worker = $3 AND state = 'running' AND $4 > 0
     RETURNING id
 )
-SELECT jobs.cancel_requested_at IS NOT NULL, units.yield_requested_at IS NOT NULL
-FROM units JOIN jobs ON jobs.id = units.job_id
+SELECT {is_cancelling}, units.yield_requested_at IS NOT NULL
+FROM units
 WHERE units.id = $1 AND units.fence = $2 AND units.worker = $3 AND units.state = 'running'
     AND ($4 = 0 OR EXISTS (SELECT FROM renewed))
-""",
+"""
+POLL = PreparedStatement(
+    "poll_unit", "uuid, int8, text, float8", POLLED.format(is_cancelling=is_cancelling("units.job_id"))
 )
 
 
@@ -182,7 +202,7 @@ def beat(session: Session, claim: Claim, lease: float) -> UnitStatus:
 
 
 def poll_status(session: Session, claim: Claim) -> UnitStatus:
-    """The unit's status for its holder: a read by two primary keys."""
+    """The unit's status for its holder: a read by its primary key."""
     return _poll(session, claim, 0)
 
 

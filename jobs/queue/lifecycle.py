@@ -8,9 +8,9 @@ There are no deadlocks, since every transaction takes its locks in this order:
         → model versions → counts → tenant's load → webhook → deliveries
 
 A transaction waits for the lock of one job at most, and of its units only under that lock or for a single one (a
-heartbeat). Whatever takes several jobs, or several units without their job, skips locked rows (`claim_next`, dispatch,
-`enqueue_due`, prunes). The one exception is the deletion of a dataset, which waits for its jobs one after another: no
-transaction waits for a dataset while it holds one of them.
+heartbeat, a claim). Whatever takes several jobs, or several units without their job, skips locked rows (`claim_next`,
+dispatch, `enqueue_due`, prunes). The one exception is the deletion of a dataset, which waits for its jobs one after
+another: no transaction waits for a dataset while it holds one of them.
 """
 
 import json
@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
 from jobs.errors import JobNotFound, LeaseLost, WrongState
-from jobs.events.job_events import CANCELLATION, record, wake_dispatcher
+from jobs.events.job_events import CANCELLATION, place, record, wake_dispatcher
 from jobs.queue import explanations
 from jobs.queue.completion import INLINE_ROWS, cancel_units, finish_job_if_done
 from jobs.queue.leases import Claim, is_held, lock_job, update_held, with_job_lock
@@ -135,9 +135,8 @@ def succeed(
     if SUCCEED(session, *fence, succeeded, failed, device_seconds, metrics_json, engines).first() is None:
         raise LeaseLost
     write_outcomes(session, claim, outcomes, counted=True)
-    if enqueue_explanations:
-        explanations.enqueue(session, claim)
-        wake_dispatcher(session, str(claim.job_id))
+    if enqueue_explanations and (ordinal := explanations.enqueue(session, claim)) is not None:
+        wake_dispatcher(session, place(claim.job_id, ordinal))
     finish_job_if_done(session, claim.job_id)
 
 
@@ -231,7 +230,7 @@ def _after_requeue(session: Session, claim: Claim, error: Json) -> None:
     cancelled = select(Job.cancel_requested_at.is_not(None)).where(Job.id == claim.job_id)
     if session.scalar(cancelled):
         cancel_units(session, claim.job_id)
-    wake_dispatcher(session, str(claim.job_id))
+    wake_dispatcher(session, place(claim.job_id, claim.ordinal))
 
 
 def confirm_cancel(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome] = ()) -> None:
@@ -282,12 +281,11 @@ WITH due AS (
     SELECT id FROM units WHERE state = 'scheduled' AND not_before <= now()
     ORDER BY not_before LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 )
-UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING job_id
+UPDATE units SET state = 'queued' WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING job_id, ordinal
 """,
 )
 
 
 def enqueue_due(session: Session, limit: int = 1000) -> list[str]:
-    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their jobs' ids, one
-    for each unit."""
-    return [str(row.job_id) for row in ENQUEUE_DUE(session, limit)]
+    """Queue up to `limit` units whose time has come, for the dispatcher that plans next. Returns their places."""
+    return [place(row.job_id, row.ordinal) for row in ENQUEUE_DUE(session, limit)]

@@ -36,7 +36,7 @@ def split(session: Session, claim: Claim, failures: int) -> None:
         update(Unit).where(Unit.id == claim.unit_id).values(**values).execution_options(synchronize_session=False)
     )
     for part in parts[1:]:
-        unit_id = add_unit(session, claim, scans=len(part), failures=failures)
+        unit_id, _ = add_unit(session, claim, scans=len(part), failures=failures)
         session.execute(
             update(ScanResult)
             .where(ScanResult.job_id == claim.job_id, ScanResult.ordinal.in_(part))

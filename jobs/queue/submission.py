@@ -261,6 +261,7 @@ def _unit(job: Job, ordinal: int, scans: int) -> Json:
         "id": new_id(),
         "tenant_id": job.tenant_id,
         "job_id": job.id,
+        "kind": job.kind,
         "ordinal": ordinal,
         "lane": job.lane,
         "scans": max(1, scans),

@@ -7,7 +7,16 @@ migrations. Every row that belongs to a tenant has `tenant_id`.
 from jobs.tables.blob import ReleasedBlob
 from jobs.tables.columns import Json, new_id
 from jobs.tables.dataset import Dataset
-from jobs.tables.job import TERMINAL_EVENTS, Artifact, Checkpoint, Job, JobEvent, TenantLoad
+from jobs.tables.job import (
+    IS_CANCELLING,
+    IS_QUEUED,
+    TERMINAL_EVENTS,
+    Artifact,
+    Checkpoint,
+    Job,
+    JobEvent,
+    TenantLoad,
+)
 from jobs.tables.key import ApiKey, IdempotencyKey
 from jobs.tables.model import (
     ModelEvaluation,
@@ -25,6 +34,8 @@ from jobs.tables.unit import Unit
 from jobs.tables.webhook import Delivery, DeliveryState, Webhook
 
 __all__ = [
+    "IS_CANCELLING",
+    "IS_QUEUED",
     "NOT_SUCCEEDED",
     "TERMINAL_EVENTS",
     "ApiKey",

@@ -49,6 +49,12 @@ NOT_SHOWN = frozenset(
 """Columns of a job that no response of the API depends on."""
 
 
+IS_QUEUED = "(state = 'queued') IS TRUE"
+IS_CANCELLING = "(cancel_requested_at IS NOT NULL AND finished_at IS NULL) IS TRUE"
+"""SQL: the job waits for its first claim; it is to be cancelled. So worded, each is answered from the small index of
+its name or by the primary key: IS TRUE keeps the planner from other indexes of which it would walk the whole."""
+
+
 class Job(Base):
     """One request for work. A trigger increments `revision`, the ETag, and notifies, whenever a column changes that is
     not `NOT_SHOWN`."""
@@ -101,12 +107,10 @@ class Job(Base):
             postgresql_ops={"metadata": "jsonb_path_ops"},
             postgresql_with={"fastupdate": "off"},
         ),
-        # For the leader, which ends the units of large cancelled jobs.
-        Index(
-            "ix_jobs_cancelling",
-            "id",
-            postgresql_where=text("cancel_requested_at IS NOT NULL AND finished_at IS NULL"),
-        ),
+        # For claims: whether it is the first of its job.
+        Index("ix_jobs_queued", "id", postgresql_where=text(IS_QUEUED)),
+        # For claims and heartbeats, and for the leader, which ends the units of large cancelled jobs.
+        Index("ix_jobs_cancelling", "id", postgresql_where=text(IS_CANCELLING)),
         {"postgresql_with": HOT_TABLE},
     )
 

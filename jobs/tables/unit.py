@@ -65,6 +65,7 @@ class Unit(Base):
     id: Mapped[uuid.UUID] = id_column()
     tenant_id: Mapped[str] = mapped_column(String(63))
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    kind: Mapped[str | None] = mapped_column(String(20))  # of its job; null: made by a release that did not write it
     ordinal: Mapped[int] = mapped_column(Integer)
     lane: Mapped[str] = mapped_column(String(20))
     scans: Mapped[int] = mapped_column(Integer, default=1, server_default="1")  # its size, for fair scheduling

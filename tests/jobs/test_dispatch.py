@@ -1,13 +1,14 @@
 """The dispatcher's queries and writes."""
 
 from datetime import timedelta
+from statistics import median
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, Sessions, listening
-from jobs.events.job_events import UNITS_CHANNEL
+from jobs.events.job_events import UNITS_CHANNEL, place
 from jobs.queue import dispatch, leases, lifecycle, pace, processes
 from jobs.queue.dispatch import QueueReader, QueueSnapshot
 from jobs.queue.leases import Claim
@@ -228,7 +229,7 @@ def test_dispatcher_queries_use_indexes(sessions: Sessions) -> None:
         dispatch.dispatch(session, [], 15)
         leases.claim_next(session, Lane.TRAIN, "w", 45)
         questions = [
-            "EXECUTE snapshot (15, 64, 15, 1, true, '{}', '{}', '{}', '{}', '{}', '{}')",
+            "EXECUTE snapshot (15, 64, 15, 1, true, '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}')",
             f"EXECUTE dispatch ('{{{job.id}}}', 15)",
             f"EXECUTE reserve ('{{{job.id}}}')",
             f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
@@ -320,6 +321,20 @@ def test_reader_follows_a_unit_from_waiting_to_running_and_back(sessions: Sessio
         assert reading.read().running == []
 
 
+def test_reader_that_is_told_of_a_later_unit_still_finds_the_earlier_ones(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=4, chunk=1)
+        units = [str(unit.id) for unit in units_of(session, job)]
+        reading = Reading(session)
+        assert reading.waiting() == units
+        assert reading.waiting(place(job.id, 2)) == units
+        claim(session, units_of(session, job)[0])
+        assert reading.waiting("ended") == units[1:], "it goes on from the second unit from now on"
+        session.execute(text("UPDATE units SET state = 'queued', lease_expires_at = NULL WHERE state = 'running'"))
+        assert reading.waiting(place(job.id, 2)) == units[1:]
+        assert reading.waiting(place(job.id, 3), place(job.id)) == units
+
+
 def test_reader_knows_a_unit_that_a_busy_worker_claimed_by_itself(sessions: Sessions) -> None:
     with sessions.begin() as session:
         make_job(session)
@@ -339,13 +354,13 @@ def test_verbs_tell_the_reader_which_job_has_new_claimable_units(sessions: Sessi
             job = make_job(session, JobKind.PREDICT_BATCH, scans=20, chunk=10)
         heard += notifications.wait(5)
         assert heard == [str(job.id)]
-        for end in (_requeue, _fail, _explain):
+        for end, ordinal in ((_requeue, 0), (_fail, 0), (_explain, 2)):
             with sessions.begin() as session:
                 end(
                     session,
                     claim(session, next(u for u in units_of(session, job) if u.state in ("queued", "scheduled"))),
                 )
-            assert str(job.id) in notifications.wait(5), end.__name__
+            assert place(job.id, ordinal) in notifications.wait(5), end.__name__
 
 
 def _requeue(session: Session, held: Claim) -> None:
@@ -385,5 +400,34 @@ def test_a_look_does_not_step_over_units_that_ended_while_a_transaction_is_open(
 def _pages_of_a_look(reading: Reading) -> int:
     """How many pages the next look asks for."""
     before = pages_read(reading.session)
-    assert len(reading.read().waiting) == 1
+    assert reading.read().waiting
     return pages_read(reading.session) - before
+
+
+UNITS = 400
+
+
+def test_the_queue_does_not_step_over_ended_units_of_a_batch_while_a_transaction_is_open(
+    settings: Settings, sessions: Sessions
+) -> None:
+    """Nor over the versions of the batch's row, of which each end leaves one: looks, claims and heartbeats."""
+    pages: dict[str, list[int]] = {"look": [], "claim": [], "beat": []}
+    with sessions.begin() as session:
+        units = units_of(session, make_job(session, JobKind.PREDICT_BATCH, scans=UNITS + 80, chunk=1))
+    with planning_connection(settings.database_url) as own, own.begin() as looking, sessions() as backup:
+        backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        backup.execute(text("SELECT count(*) FROM units"))
+        reading = Reading(looking)
+        for unit in units[:UNITS]:
+            pages["look"].append(_pages_of_a_look(reading))
+            reading.reader.marked(dispatch.dispatch(looking, [unit.id], 15))
+            before = pages_read(looking)
+            held = claim(looking, unit, "predict@here/a1/41")
+            claimed = pages_read(looking)
+            leases.beat(looking, held, 45)
+            pages["claim"].append(claimed - before)
+            pages["beat"].append(pages_read(looking) - claimed)
+            with sessions.begin() as session:
+                lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
+    for question, read in pages.items():
+        assert median(read[-20:]) <= 1.2 * median(read[10:30]), (question, read[10:30], read[-20:])

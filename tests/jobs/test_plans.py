@@ -50,7 +50,8 @@ def test_the_end_of_a_unit_does_not_step_over_those_that_ended_while_a_transacti
     pages: list[int] = []
     with sessions.begin() as session:
         units = units_of(session, make_job(session, JobKind.PREDICT_BATCH, scans=200, chunk=1))
-    with sessions() as backup, sessions() as worker:
+    # One connection, whose pages are counted: a session may take another one of the pool after each commit.
+    with sessions() as backup, sessions.kw["bind"].connect() as own, sessions(bind=own) as worker:
         backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         backup.execute(text("SELECT count(*) FROM units"))
         for unit in units:
