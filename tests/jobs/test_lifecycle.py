@@ -2,6 +2,7 @@
 
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy.orm import Session
 from jobs.db import PreparedStatement, Sessions
 from jobs.errors import JobNotFound, LeaseLost, WrongState
 from jobs.events import job_events
-from jobs.queue import leases, lifecycle, reaping
+from jobs.queue import dispatch, leases, lifecycle, reaping
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import TERMINAL, TRANSITIONS, JobKind, JobState, Lane, UnitState
@@ -81,6 +82,57 @@ def test_claim_starts_the_job_and_increments_the_attempt(sessions: Sessions) -> 
         session.refresh(job)
         assert (job.state, job.attempt, held.attempt) == ("running", 1, 1)
         assert job.started_at is not None
+
+
+def test_claims_at_the_same_time_start_their_job_once(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=8, chunk=1)
+        units = [unit.id for unit in units_of(session, job)]
+    start = threading.Barrier(len(units))
+
+    def claim_one(unit: uuid.UUID) -> bool:
+        start.wait()
+        with sessions.begin() as session:
+            return leases.claim(session, unit, "worker", 45) is not None
+
+    with ThreadPoolExecutor(len(units)) as pool:
+        assert all(pool.map(claim_one, units))
+    with sessions() as session:
+        assert _events(session, session.get_one(Job, job.id)) == ["submitted", "claimed"]
+
+
+def test_further_claims_do_not_wait_for_their_job(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=3, chunk=1)
+        first, second, third = units_of(session, job)
+        claim(session, first)
+        dispatch.reserve(session, [third.id])
+    with sessions() as ending, sessions.begin() as session:
+        leases.lock_job(ending, job.id)
+        session.execute(text("SET LOCAL lock_timeout = '1s'"))
+        claim(session, second)
+        held = leases.claim_next(session, Lane.BATCH, "worker", 45)
+    assert held is not None
+    assert held.unit_id == third.id
+
+
+def test_reserved_units_are_claimed_at_the_same_time(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        units = units_of(session, make_job(session, JobKind.PREDICT_BATCH, scans=3, chunk=1))
+        claim(session, units[0])
+        dispatch.reserve(session, [unit.id for unit in units[1:]])
+    with sessions() as first, sessions() as second:
+        held = [leases.claim_next(session, Lane.BATCH, "worker", 45) for session in (first, second)]
+    assert [one and one.ordinal for one in held] == [1, 2]
+
+
+def test_a_unit_that_an_older_release_made_has_the_kind_of_its_job(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        unit = units_of(session, make_job(session, JobKind.PREDICT_BATCH, scans=1))[0]
+        session.execute(update(Unit).values(kind=None))
+        read = dispatch.QueueReader().read(session, redispatch_seconds=15, alive_seconds=15)
+        assert [waiting.kind for waiting in read.waiting] == [JobKind.PREDICT_BATCH]
+        assert claim(session, unit).kind == JobKind.PREDICT_BATCH
 
 
 def test_beat_renews_the_lease_and_poll_status_reports_a_cancel(sessions: Sessions) -> None:
