@@ -121,7 +121,7 @@ def cancel_batch(session: Session) -> bool:
     """
     left = select(Unit.id).where(Unit.job_id == Job.id, Unit.finished_at.is_(None), Unit.state.in_(UNCLAIMED))
     cancelled = select(Job.id).where(text(IS_CANCELLING), left.exists())
-    job_id = session.scalar(with_job_lock(cancelled.order_by(Job.id).limit(1), skip_locked=True))
+    job_id = session.scalar(with_job_lock(cancelled.order_by(Job.lane, Job.id).limit(1), skip_locked=True))
     if job_id is None:
         return False
     cancel_units(session, job_id, BATCH_ROWS)

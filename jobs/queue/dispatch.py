@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement, seconds
 from jobs.events.job_events import PLACE
-from jobs.queue.leases import is_cancelling
+from jobs.queue.leases import job_is
 from jobs.states import JobKind, Lane, UnitState
-from jobs.tables import Unit
+from jobs.tables import IS_CANCELLING, Unit
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ WITH RECURSIVE alive AS MATERIALIZED (
         AS units
     FROM queues CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT id, scans, state, rings, CASE WHEN NOT {is_cancelling_unit}
+            SELECT id, scans, state, rings, CASE WHEN NOT ({unit_is_cancelled})
                 THEN coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = units.job_id)) END AS kind
             FROM units
             WHERE state IN ('queued', 'dispatched')
@@ -166,7 +166,7 @@ SELECT waiting.units AS waiting,
         FROM active WHERE state = 'dispatched') AS dispatched,
     (SELECT jsonb_agg(jsonb_build_array(id, lane, tenant_id, holder,
             coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = active.job_id)) = 'predict_batch'
-                AND yield_requested_at IS NULL AND NOT {is_cancelling_active},
+                AND yield_requested_at IS NULL AND NOT ({active_is_cancelled}),
             yield_requested_at IS NOT NULL))
         FROM active WHERE state = 'running') AS running,
     (SELECT jsonb_agg(jsonb_build_array(name, lanes)) FROM alive) AS workers,
@@ -176,7 +176,7 @@ FROM waiting
 SNAPSHOT = PreparedStatement(
     "snapshot",
     "float8, int, float8, float8, bool, text[], text[], bool[], uuid[], int[], uuid[], int[], uuid[]",
-    READ.format(is_cancelling_unit=is_cancelling("units.job_id"), is_cancelling_active=is_cancelling("active.job_id")),
+    READ.format(unit_is_cancelled=job_is(IS_CANCELLING, "units"), active_is_cancelled=job_is(IS_CANCELLING, "active")),
 )
 
 

@@ -92,9 +92,11 @@ class UnitStatus:
     yield_requested: bool = False
 
 
-def is_cancelling(job_id: str) -> str:
-    """SQL: the job with the id that this expression has is to be cancelled."""
-    return f"EXISTS (SELECT FROM jobs WHERE jobs.id = {job_id} AND {IS_CANCELLING})"
+def job_is(condition: str, of: str) -> str:
+    """SQL: the job of a unit, a row of `of`, is one of these (`IS_QUEUED`, `IS_CANCELLING`), by the index of such jobs
+    alone. Whole rows are compared and put in order: no other index, and no scan of the table, could give that."""
+    rows = f"(jobs.lane, jobs.id) >= ({of}.lane, {of}.job_id) AND (jobs.lane, jobs.id) <= ({of}.lane, {of}.job_id)"
+    return f"(SELECT true FROM jobs WHERE {condition} AND {rows} ORDER BY lane, id LIMIT 1) IS TRUE"  # noqa: S608
 
 
 # The job's row is written, and so locked before the unit's, by its first claim and by further attempts of a unit. All
@@ -107,14 +109,15 @@ def is_cancelling(job_id: str) -> str:
 # whenever it plans for an empty queue.
 CLAIM = """
 WITH wanted AS MATERIALIZED (
-    SELECT id, job_id, tenant_id, attempt FROM units {wanted}
+    SELECT id, job_id, lane, attempt FROM units {wanted}
 ), due AS MATERIALIZED (
     SELECT wanted.id, job_id, attempt > 0 OR {is_queued} AS writes_job
     FROM wanted WHERE NOT {is_cancelling}
 ), job AS MATERIALIZED (
-    SELECT jobs.id, jobs.state = 'queued' AS starts, jobs.attempt FROM due JOIN jobs ON jobs.id = due.job_id
-    WHERE writes_job AND (jobs.finished_at IS NULL) IS TRUE AND jobs.cancel_requested_at IS NULL
-    FOR NO KEY UPDATE OF jobs{skip}
+    SELECT id, state = 'queued' AS starts, attempt FROM jobs
+    WHERE id = (SELECT job_id FROM due WHERE writes_job) AND (finished_at IS NULL) IS TRUE
+        AND cancel_requested_at IS NULL
+    FOR NO KEY UPDATE{skip}
 ), claimed AS (
     UPDATE units SET state = 'running', attempt = units.attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
@@ -124,9 +127,9 @@ WITH wanted AS MATERIALIZED (
         AND (units.state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
     RETURNING units.*, coalesce(starts, false) AS starts, job.attempt AS attempt_before
 ), started AS (
-    UPDATE jobs SET state = 'running', started_at = coalesce(jobs.started_at, clock_timestamp()),
-        attempt = greatest(jobs.attempt, claimed.attempt)
-    FROM claimed WHERE jobs.id = claimed.job_id AND (starts OR attempt_before < claimed.attempt)
+    UPDATE jobs SET state = 'running', started_at = coalesce(started_at, clock_timestamp()),
+        attempt = greatest(jobs.attempt, (SELECT attempt FROM claimed))
+    WHERE id = (SELECT job_id FROM claimed WHERE starts OR attempt_before < attempt)
 ), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT job_id, tenant_id, 'claimed', jsonb_build_object('attempt', attempt, 'worker', $2) FROM claimed
@@ -137,8 +140,8 @@ SELECT id, job_id, tenant_id, coalesce(kind, (SELECT kind FROM jobs WHERE jobs.i
 FROM claimed
 """
 OF_ITS_JOB = {
-    "is_queued": f"EXISTS (SELECT FROM jobs WHERE jobs.id = wanted.job_id AND {IS_QUEUED})",
-    "is_cancelling": is_cancelling("wanted.job_id"),
+    "is_queued": job_is(IS_QUEUED, "wanted"),
+    "is_cancelling": job_is(IS_CANCELLING, "wanted"),
 }
 CLAIM_UNIT = PreparedStatement(
     "claim_unit",
@@ -192,7 +195,7 @@ WHERE units.id = $1 AND units.fence = $2 AND units.worker = $3 AND units.state =
     AND ($4 = 0 OR EXISTS (SELECT FROM renewed))
 """
 POLL = PreparedStatement(
-    "poll_unit", "uuid, int8, text, float8", POLLED.format(is_cancelling=is_cancelling("units.job_id"))
+    "poll_unit", "uuid, int8, text, float8", POLLED.format(is_cancelling=job_is(IS_CANCELLING, "units"))
 )
 
 

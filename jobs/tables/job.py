@@ -51,8 +51,8 @@ NOT_SHOWN = frozenset(
 
 IS_QUEUED = "(state = 'queued') IS TRUE"
 IS_CANCELLING = "(cancel_requested_at IS NOT NULL AND finished_at IS NULL) IS TRUE"
-"""SQL: the job waits for its first claim; it is to be cancelled. So worded, each is answered from the small index of
-its name or by the primary key: IS TRUE keeps the planner from other indexes of which it would walk the whole."""
+"""SQL: the job waits for its first claim; it is to be cancelled. IS TRUE keeps the planner from all indexes but the
+small one of this name."""
 
 
 class Job(Base):
@@ -108,9 +108,9 @@ class Job(Base):
             postgresql_with={"fastupdate": "off"},
         ),
         # For claims: whether it is the first of its job.
-        Index("ix_jobs_queued", "id", postgresql_where=text(IS_QUEUED)),
+        Index("ix_jobs_queued", "lane", "id", postgresql_where=text(IS_QUEUED)),
         # For claims and heartbeats, and for the leader, which ends the units of large cancelled jobs.
-        Index("ix_jobs_cancelling", "id", postgresql_where=text(IS_CANCELLING)),
+        Index("ix_jobs_cancelling", "lane", "id", postgresql_where=text(IS_CANCELLING)),
         {"postgresql_with": HOT_TABLE},
     )
 

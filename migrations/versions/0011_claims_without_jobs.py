@@ -27,7 +27,7 @@ def upgrade() -> None:
         op.execute("SET lock_timeout = 0")
         for name, condition in CONDITIONS.items():
             op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
-            op.execute(f"CREATE INDEX CONCURRENTLY {name} ON jobs (id) WHERE {condition}")
+            op.execute(f"CREATE INDEX CONCURRENTLY {name} ON jobs (lane, id) WHERE {condition}")
 
 
 def downgrade() -> None:

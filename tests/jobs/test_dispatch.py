@@ -418,7 +418,10 @@ def test_the_queue_does_not_step_over_ended_units_of_a_batch_while_a_transaction
         backup.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         backup.execute(text("SELECT count(*) FROM units"))
         reading = Reading(looking)
-        for unit in units[:UNITS]:
+        for number, unit in enumerate(units[:UNITS]):
+            if number in (40, UNITS - 40):  # as autovacuum does: everything is planned anew
+                with sessions.begin() as session:
+                    session.execute(text("ANALYZE units, jobs"))
             pages["look"].append(_pages_of_a_look(reading))
             reading.reader.marked(dispatch.dispatch(looking, [unit.id], 15))
             before = pages_read(looking)
@@ -430,4 +433,4 @@ def test_the_queue_does_not_step_over_ended_units_of_a_batch_while_a_transaction
             with sessions.begin() as session:
                 lifecycle.succeed(session, held, outcomes=outcomes_of(session, held))
     for question, read in pages.items():
-        assert median(read[-20:]) <= 1.2 * median(read[10:30]), (question, read[10:30], read[-20:])
+        assert median(read[-20:]) <= 1.2 * median(read[50:70]), (question, read[50:70], read[-20:])
