@@ -12,6 +12,7 @@ from jobs.tables.key import ApiKey, IdempotencyKey
 from jobs.tables.model import (
     ModelEvaluation,
     ModelVersion,
+    OperatingPointChange,
     PredictionCount,
     Promotion,
     PromotionMethod,
@@ -39,6 +40,7 @@ __all__ = [
     "Json",
     "ModelEvaluation",
     "ModelVersion",
+    "OperatingPointChange",
     "PredictionCount",
     "Process",
     "Promotion",
