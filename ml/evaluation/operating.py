@@ -19,12 +19,17 @@ DIGITS = 9
 
 
 def calibrate_at(
-    operate_at: OperateAt, labels: np.ndarray, logits: np.ndarray, positive: Sequence[int], groups: np.ndarray
+    operate_at: OperateAt,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    positive: Sequence[int],
+    groups: np.ndarray,
+    chosen_on: str = "validation",
 ) -> tuple[Calibration, OperatingPoint | None]:
     """Temperature and threshold by validation or out-of-fold scans, and what the threshold gives on them.
 
-    `labels`, `groups`: int [M]; `logits`: [M, classes]; `positive`: indices of the positive classes; without any there
-    is no operating point.
+    `chosen_on`: validation or out_of_fold. `labels`, `groups`: int [M]; `logits`: [M, classes]; `positive`: indices of
+    the positive classes; without any there is no operating point.
 
     Raises:
         BadParams: none of the scans is of the kind that `operate_at` counts.
@@ -34,7 +39,7 @@ def calibrate_at(
         return calibration, None
     with _naming_the_parameter():
         scored = scored_scans(labels, calibration.probabilities(logits), positive, groups)
-        point = operating_point(operate_at, scored, calibration.threshold)
+        point = operating_point(operate_at, scored, calibration.threshold, chosen_on)
     return replace(calibration, threshold=point.threshold), point
 
 
