@@ -324,12 +324,18 @@ def test_the_finding_and_the_point_of_a_training_are_those_of_its_model_file(tmp
     assert scores["recall"] == found / kept["test"]["label"].count(0)
 
 
-def test_names_that_leave_the_finding_open_fail_the_first_stage(tmp_path):
-    archive = write_zip(make_files(6, ("Cyst", "Tumor"), SIDE), tmp_path / "data.zip")
-    with pytest.raises(BadParams, match=r"^positive: .*Cyst, Tumor"):
-        run_of(tmp_path, archive, network="resnet18")
-    with pytest.raises(BadParams, match=r"^positive: .*no class Mass"):
-        run_of(tmp_path, archive, network="resnet18", positive="Mass")
+@pytest.mark.parametrize(
+    ("classes", "fields", "said"),
+    [
+        (("Cyst", "Tumor"), {}, r"^positive: .*Cyst, Tumor"),
+        (("Cancer", "Healthy"), {"positive": "Mass"}, r"^positive: .*no class Mass"),
+        (("Cyst", "Normal", "Tumor"), {"operate_at": {"sensitivity": 0.9}}, r"^operate_at: .*Cyst, Normal, Tumor"),
+    ],
+)
+def test_what_does_not_fit_the_classes_fails_the_first_stage(tmp_path, classes, fields, said):
+    config = load_config(write_config(tmp_path, write_zip(make_files(6, classes, SIDE), tmp_path / "data.zip")))
+    with pytest.raises(BadParams, match=said):
+        runner.run_stage(STAGES[0], Run(config, parse_params(SMALL | fields), lambda event: None))
 
 
 @pytest.mark.slow

@@ -97,6 +97,11 @@ class Run:
         """The positive classes of the dataset, by the parameters or the names. BadParams if neither tells."""
         return resolve(self.report.names, self.params.asked_positive)
 
+    def require_fitting_params(self) -> None:
+        """BadParams if a parameter does not fit the dataset's classes."""
+        for name, message in self.params.misfits(self.report.names):
+            raise BadParams(f"{name}: {message}")
+
     def load_model(self, path: Path) -> Model:
         """The model of the previous stage, from memory or from `path`."""
         self.report  # noqa: B018 - if there is no dataset either, that is the error to report

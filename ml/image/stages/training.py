@@ -42,6 +42,7 @@ def training(run: Run) -> None:
     """Run the stage; see the module's docstring."""
     started = time.perf_counter()
     model = _with_positive(run, run.load_model(run.config.prepare_base_model.updated_base_model_path))
+    run.require_fitting_params()
     require_choice(run.params.operate_at, run.report.labels[run.split.validation], model.findings)
     if not run.in_one_process:
         network.own_memory(model)
