@@ -8,7 +8,9 @@ import datetime as dt
 from typing import Any
 
 from jobs.models.cards import ModelCardData
+from jobs.models.operating_points import positive_classes
 from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
+from ml.spec.operating_point import sentence
 from ml.spec.pipeline import Card
 from ml.spec.registry import spec_of
 
@@ -39,7 +41,8 @@ def build_card(story: ModelCardData) -> Json:
         "factors": list(declared.factors),
         "training_data": _training_data(story),
         "evaluation": _evaluation(version, story.evaluations),
-        "calibration": {name: metrics.get(name) for name in CALIBRATION},
+        "calibration": {name: metrics.get(name) for name in CALIBRATION} | {"positive": _positive(metrics)},
+        "operating_point": _operating_point(story),
         "limits": _limits(version),
         "engines": metrics.get("engines") or {},
         "gate": version.gate,
@@ -96,7 +99,7 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
         "test_digest": metrics.get("test_digest"),
         "scans": metrics.get("held_out"),
         "independent_groups": metrics.get("independent"),
-        "positive": metrics.get("positive"),
+        "positive": _positive(metrics),
         "figures": {name: _figure(metrics, name) for name in FIGURES if metrics.get(name) is not None},
         "per_class": metrics.get("per_class") or {},
         "sensitivity_at_specificity": metrics.get("sensitivity_at_specificity") or {},
@@ -107,6 +110,17 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
             _other_test_set(row) for row in evaluations if row.test_digest != metrics.get("test_digest")
         ],
     }
+
+
+def _positive(metrics: Json) -> str | None:
+    """The positive classes as one text; null where there is none."""
+    return " or ".join(positive_classes(metrics) or ()) or None
+
+
+def _operating_point(story: ModelCardData) -> Json | None:
+    point = story.version.metrics.get("operating_point")
+    changes = [{"at": _time(row.at), "reason": row.reason, "point": row.point} for row in story.point_changes]
+    return point and {**point, "sentence": sentence(point), "history": changes}
 
 
 def _figure(metrics: Json, name: str) -> Json:

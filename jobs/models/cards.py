@@ -7,8 +7,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from jobs.events.job_events import UNITS_CHANNEL
+from jobs.models import operating_points
 from jobs.paging import Page, page
-from jobs.tables import Dataset, Job, ModelEvaluation, ModelVersion, Promotion
+from jobs.tables import Dataset, Job, ModelEvaluation, ModelVersion, OperatingPointChange, Promotion
 
 REGISTRY_SYNC = "mirror"
 """Payload of the notification that makes the dispatcher sync MLflow's registry at once."""
@@ -19,13 +20,14 @@ MAX_ROWS = 20
 @dataclass(frozen=True)
 class ModelCardData:
     """A version with its related rows. `dataset` is None if it was deleted, `base` if the training started from no
-    version. Evaluations and promotions: the newest `MAX_ROWS`, oldest first."""
+    version. Evaluations, promotions and changes of the operating point: the newest `MAX_ROWS`, oldest first."""
 
     version: ModelVersion
     dataset: Dataset | None
     base: ModelVersion | None
     evaluations: Sequence[ModelEvaluation]
     promotions: Sequence[Promotion]
+    point_changes: Sequence[OperatingPointChange] = ()
 
 
 def list_versions(
@@ -58,6 +60,7 @@ def model_card_data(session: Session, version: ModelVersion) -> ModelCardData:
         session.get(ModelVersion, base_id) if base_id else None,
         session.scalars(evaluations).all()[::-1],
         session.scalars(promotions).all()[::-1],
+        operating_points.changes(session, version, MAX_ROWS),
     )
 
 

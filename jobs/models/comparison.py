@@ -65,11 +65,21 @@ def save_scores(session: Session, version: ModelVersion, paired: PairedScores | 
     own = version.metrics.get("test_digest")
     if own is not None and not any((version.metrics.get("leaks") or {}).values()):
         _upsert(session, version, version.id, own, int(version.metrics.get("held_out") or 0), version.metrics)
-    if paired is None or paired.test_digest is None:
+    if (
+        paired is None
+        or paired.test_digest is None
+        or _is_outdated(session.get(ModelVersion, paired.champion_id), paired)
+    ):
         return
     for model_id, metrics in ((version.id, paired.candidate), (paired.champion_id, paired.champion)):
         if metrics is not None:
             _upsert(session, version, model_id, paired.test_digest, paired.scans, metrics)
+
+
+def _is_outdated(champion: ModelVersion | None, paired: PairedScores) -> bool:
+    """Whether the champion was scored at another threshold than it has now."""
+    now, then = (each.get("threshold") for each in (champion.metrics if champion else {}, paired.champion or {}))
+    return None not in (now, then) and now != then
 
 
 def _upsert(
@@ -118,6 +128,8 @@ def missing_reason(champion: ModelVersion | None, paired: PairedScores | None) -
         return None
     if paired is None or paired.champion_id != champion.id:
         return "the champion changed while it trained, and no test scans were scored with both"
+    if _is_outdated(champion, paired):
+        return "the champion's operating point was set anew while it trained"
     return paired.why or None
 
 

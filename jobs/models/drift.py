@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, load_only
 from jobs.events import webhooks
 from jobs.models import feedback
 from jobs.models.feedback import ConfusionCounts
+from jobs.models.figures import CONFIDENCE
 from jobs.queue.outcomes import CLASS, DISPOSITION, REJECTED
 from jobs.settings import Settings
 from jobs.tables import ModelVersion, PredictionCount
@@ -235,10 +236,16 @@ def _day(version: ModelVersion, policy: DriftPolicy, counted: DayCounts, day: dt
     classes, dispositions = _words(mine, CLASS), _words(mine, DISPOSITION)
     rejected = dispositions.get(REJECTED, 0) / sum(dispositions.values()) if dispositions else None
     plain = Day(day, sum(classes.values()), classes, dispositions, rejected, judged)
-    since, pooled = _pooled(counted, day, policy.least_scans)
+    decided = (version.reference or {}).get("decided_since", "")
+    same = {
+        each: counts for each, counts in counted.items() if (each.isoformat() > decided) == (day.isoformat() > decided)
+    }
+    since, pooled = _pooled(same, day, policy.least_scans)
     if not mine or since is None or not version.reference:
         return plain
     reference = _reference(version)
+    if day.isoformat() <= decided:  # what was predicted then had another threshold than the reference has now
+        reference = {name: counts for name, counts in reference.items() if name not in (CLASS, CONFIDENCE)}
     found = {name: _bins(pooled, name, version, len(counts)) for name, counts in reference.items()}
     return replace(plain, since=since, figures=figures(reference, found, policy.bound))
 

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
+from jobs.models.operating_points import positive_classes
 from jobs.queue import kept
 from jobs.queue.outcomes import REJECTED
 from jobs.results.cache import COMPUTED
@@ -24,8 +25,8 @@ from jobs.tables import ModelVersion, ScanResult, Truth
 
 @dataclass(frozen=True)
 class ConfusionCounts:
-    """Predictions with a known true label, and how many were right. With two classes also by the true class: positive
-    and negative scans, and how many of each were predicted as such."""
+    """Predictions with a known true label, and how many were right. With positive classes also by the true class:
+    positive and negative scans, and how many of each were predicted as such."""
 
     known: int = 0
     right: int = 0
@@ -171,17 +172,17 @@ def counts_by_day(session: Session, version: ModelVersion, first: dt.date) -> di
     day = cast(func.timezone("UTC", last.c.predicted_at), Date).label("day")
     counted = select(day, last.c.label, last.c.predicted, func.count().label("scans"))
     counted = counted.where(day >= first, last.c.disposition.is_distinct_from(REJECTED))
-    positive, found = version.metrics.get("positive"), dict[dt.date, ConfusionCounts]()
+    positive, found = positive_classes(version.metrics) or [], dict[dt.date, ConfusionCounts]()
     for row in session.execute(counted.group_by(day, last.c.label, last.c.predicted)):
         found[row.day] = found.get(row.day, ConfusionCounts()) + _counts(row.label, row.predicted, row.scans, positive)
     return found
 
 
-def _counts(label: str, predicted: str, scans: int, positive: str | None) -> ConfusionCounts:
+def _counts(label: str, predicted: str, scans: int, positive: Sequence[str]) -> ConfusionCounts:
     right = scans if label == predicted else 0
-    if positive is None:
+    if not positive:
         return ConfusionCounts(scans, right)
-    called = scans if predicted == positive else 0
-    if label == positive:
+    called = scans if predicted in positive else 0
+    if label in positive:
         return ConfusionCounts(scans, right, positives=scans, true_positives=called)
     return ConfusionCounts(scans, right, negatives=scans, true_negatives=scans - called)

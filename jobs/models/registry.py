@@ -28,6 +28,7 @@ class NewModel:
     environment: Json = field(default_factory=dict)
     mlflow_run_id: str | None = None
     reference: Json | None = None
+    scan_scores: Json | None = None
 
 
 def lock(session: Session, tenant_id: str) -> None:

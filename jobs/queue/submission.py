@@ -40,6 +40,7 @@ class NewJob:
     source_url: str | None = None
     model_id: uuid.UUID | None = None
     model_version: int | None = None
+    operating_point: Json | None = None
     base_model_id: uuid.UUID | None = None
     promote: str = "auto"
     created_by: uuid.UUID | None = None

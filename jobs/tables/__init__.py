@@ -21,6 +21,7 @@ from jobs.tables.key import ApiKey, IdempotencyKey
 from jobs.tables.model import (
     ModelEvaluation,
     ModelVersion,
+    OperatingPointChange,
     PredictionCount,
     Promotion,
     PromotionMethod,
@@ -50,6 +51,7 @@ __all__ = [
     "Json",
     "ModelEvaluation",
     "ModelVersion",
+    "OperatingPointChange",
     "PredictionCount",
     "Process",
     "Promotion",

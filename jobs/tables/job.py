@@ -131,6 +131,9 @@ class Job(Base):
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
     model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
     model_version: Mapped[int | None] = mapped_column(Integer)
+    operating_point: Mapped[Json | None] = mapped_column(
+        JSONB(none_as_null=True)
+    )  # of the model at submit: {"positive": [...], "threshold": t}; null: no positive class, or an older row
     base_model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # what a training starts from: `weights: version:N`
     promote: Mapped[str] = mapped_column(String(10), default="auto", server_default="auto")
     cancel_requested_at: Mapped[dt.datetime | None] = optional_time()

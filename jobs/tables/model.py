@@ -74,6 +74,9 @@ class ModelVersion(Base):
     reference: Mapped[Json | None] = mapped_column(
         JSONB(none_as_null=True)
     )  # histograms of its test scans; see jobs/models/drift.py
+    scan_scores: Mapped[Json | None] = mapped_column(
+        JSONB(none_as_null=True), deferred=True
+    )  # of its validation and test scans; see ml/evaluation/operating.py. Large: read by jobs/models/operating_points
     created_at: Mapped[dt.datetime] = time_of_insert()
     promoted_at: Mapped[dt.datetime | None] = optional_time()
 
@@ -127,6 +130,22 @@ class Promotion(Base):
     how: Mapped[str] = mapped_column(String(20))
     reason: Mapped[str | None] = mapped_column(Text)
     verdict: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # the gate's: {"promoted", "reasons"}
+    by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    at: Mapped[dt.datetime] = time_of_insert()
+
+
+class OperatingPointChange(Base):
+    """A version's operating point was set anew, without a training: what to, from what, why. Append-only."""
+
+    __tablename__ = "operating_point_changes"
+    __table_args__ = (Index("ix_operating_point_changes_model_id", "model_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
+    point: Mapped[Json] = mapped_column(JSONB)  # see ml.spec.operating_point.OperatingPoint
+    replaced: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
+    reason: Mapped[str] = mapped_column(Text)
     by_key: Mapped[uuid.UUID | None] = mapped_column(Uuid)
     at: Mapped[dt.datetime] = time_of_insert()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from ml.evaluation.calibration import (
     softmax,
     top_label,
 )
-from ml.evaluation.intervals import Decisions, figures, intervals, per_class
+from ml.evaluation.intervals import Decisions, Interval, figures, intervals, per_class
+from ml.evaluation.positive import indices, resolve
 from ml.runtime.errors import BadParams
 
-_POSITIVE = ("tumor", "tumour")
 SPECIFICITIES = (0.90, 0.95)
 
 
@@ -33,7 +33,8 @@ class ModelOutputs:
     """Logits float [N, classes] and labels int [N] of test scans, and the same of M validation scans.
 
     M may be 0. `groups`: int [N], equal for test scans of one patient or picture; None: each scan is its own group.
-    `seed`: of the bootstrap. ValueError if shapes do not match; BadParams if a logit is not finite.
+    `seed`: of the bootstrap. `positive`: the positive classes; None: those that the names tell. ValueError if shapes do
+    not match; BadParams if a logit is not finite, or if the names do not tell.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +44,7 @@ class ModelOutputs:
     validation_logits: np.ndarray = field(default_factory=_none)
     groups: np.ndarray | None = None
     seed: int = 0
+    positive: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for labels, logits in (
@@ -55,25 +57,27 @@ class ModelOutputs:
                 raise BadParams("learning_rate: the network's outputs are not finite numbers; choose a smaller one.")
         if not len(self.test_labels):
             raise ValueError("there are no test scans")
+        if self.positive is None:
+            object.__setattr__(self, "positive", resolve(self.classes))
         if self.groups is not None and len(self.groups) != len(self.test_labels):
             raise ValueError(f"{len(self.groups)} groups for {len(self.test_labels)} test scans")
 
     @property
-    def positive(self) -> int | None:
-        """Index of the positive class; None for more than two classes."""
-        return positive_index(self.classes)
+    def findings(self) -> list[int]:
+        """Indices of the positive classes."""
+        return indices(self.classes, self.positive or ())
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores, 0–1; losses are mean cross-entropies in nats. `confusion_matrix[true][predicted]` counts test scans.
 
-    With two classes, precision, recall (sensitivity), f1, specificity and the areas are those of the class `positive`,
-    predicted from `threshold` on. With more they are macro means, and `positive`, `threshold` and `specificity` are
-    None. Undefined figures (an AUC with test scans of one class) are None, never NaN; precision, recall and f1 are then
-    0. `ece_chance`: calibration error of a perfectly calibrated network on these scans. `independent`: number of
-    groups of test scans (patients, if known). `interval_methods`: bootstrap or wilson. `with_context` sets the fields
-    from `counts` on.
+    With classes `positive`, precision, recall (sensitivity), f1, specificity and the areas are those of a finding,
+    which is predicted from `threshold` of the sum of their probabilities on. Without, they are macro means over the
+    classes, and `threshold` and `specificity` are None. Undefined figures (an AUC with test scans of one class) are
+    None, never NaN; precision, recall and f1 are then 0. `ece_chance`: calibration error of a perfectly calibrated
+    network on these scans. `independent`: number of groups of test scans (patients, if known). `interval_methods`:
+    bootstrap or wilson. `with_context` sets the fields from `counts` on.
     """
 
     accuracy: float
@@ -98,7 +102,7 @@ class Scores:
     interval_methods: dict[str, str]
     confusion_matrix: list[list[int]]
     classes: list[str]
-    positive: str | None
+    positive: list[str]
     held_out: int
     independent: int
     counts: dict[str, int] | None = None
@@ -138,40 +142,35 @@ class Mistake:
     confidence: float
 
 
-def positive_class(classes: tuple[str, ...]) -> str | None:
-    """The class of a positive finding: Tumor if there is one, else the last of two; None for more than two classes."""
-    if len(classes) != 2:
-        return None
-    return next((name for name in classes if name.lower() in _POSITIVE), classes[-1])
+def score(
+    outputs: ModelOutputs, calibration: Calibration | None = None, deciding: Sequence[int] | None = None
+) -> Scores:
+    """All scores of the test scans. Without `calibration`, it is chosen on the validation scans.
 
-
-def positive_index(classes: tuple[str, ...]) -> int | None:
-    """The index of `positive_class` among the network's outputs."""
-    name = positive_class(classes)
-    return None if name is None else classes.index(name)
-
-
-def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scores:
-    """All scores of the test scans. Without `calibration`, it is chosen on the validation scans."""
+    `deciding`: indices of the classes that `calibration`'s threshold is for, where they are other ones than those that
+    the figures are of.
+    """
     calibration = calibration or calibration_of(outputs)
-    decisions, labels = decide(outputs, calibration), outputs.test_labels
+    decisions, labels = decide(outputs, calibration, deciding), outputs.test_labels
+    of_finding = finding(decisions, outputs, calibration)
     computed: dict[str, Any] = {
-        **_headline_figures(decisions),
+        **_headline_figures(of_finding),
+        "accuracy": float((decisions.predicted == labels).mean()),
         **_each_class(decisions, outputs.classes),
-        **_intervals(decisions, outputs.seed),
+        **_intervals(decisions, of_finding, outputs.seed),
         **_calibration_errors(outputs, calibration),
     }
     return Scores(
         **computed,
         loss=cross_entropy(labels, outputs.test_logits),
         loss_calibrated=cross_entropy(labels, outputs.test_logits, calibration.temperature),
-        sensitivity_at_specificity={f"{wanted:.2f}": _sensitivity_at(decisions, wanted) for wanted in SPECIFICITIES},
+        sensitivity_at_specificity={f"{wanted:.2f}": _sensitivity_at(of_finding, wanted) for wanted in SPECIFICITIES},
         threshold=calibration.threshold,
         temperature=calibration.temperature,
         calibration=calibration.reason,
         confusion_matrix=_confusion(decisions),
         classes=list(outputs.classes),
-        positive=positive_class(outputs.classes),
+        positive=list(outputs.positive or ()),
         held_out=len(labels),
         independent=len(np.unique(decisions.groups)),
     )
@@ -179,23 +178,39 @@ def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scor
 
 def calibration_of(outputs: ModelOutputs) -> Calibration:
     """Temperature and threshold by the validation scans; predictions of this network must use them too."""
-    return calibrate(outputs.validation_labels, outputs.validation_logits, outputs.positive)
+    return calibrate(outputs.validation_labels, outputs.validation_logits, outputs.findings)
 
 
-def decide(outputs: ModelOutputs, calibration: Calibration) -> Decisions:
-    """The network's decisions for the test scans."""
+def decide(outputs: ModelOutputs, calibration: Calibration, deciding: Sequence[int] | None = None) -> Decisions:
+    """The network's decisions for the test scans. `deciding`: see `score`."""
     groups = np.arange(len(outputs.test_labels)) if outputs.groups is None else outputs.groups
-    predicted = calibration.decide(outputs.test_logits, outputs.positive)
+    findings = outputs.findings
+    predicted = calibration.decide(outputs.test_logits, findings if deciding is None else deciding)
     margins = log_odds(outputs.test_logits, calibration.temperature)
-    return Decisions(outputs.test_labels, predicted, margins, groups, outputs.positive)
+    of_two = findings[0] if len(outputs.classes) == 2 and findings else None
+    return Decisions(outputs.test_labels, predicted, margins, groups, of_two)
 
 
-def log_odds(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """log(p / (1 − p)) of each class, float64 [N, classes].
+def finding(decisions: Decisions, outputs: ModelOutputs, calibration: Calibration) -> Decisions:
+    """The same decisions as between two classes, the negative and the positive ones; unchanged where there are but two,
+    or no positive ones."""
+    findings = outputs.findings
+    if decisions.positive is not None or not findings:
+        return decisions
+    odds = log_odds(outputs.test_logits, calibration.temperature, findings)
+    labels, predicted = (np.isin(each, findings).astype(np.int64) for each in (decisions.labels, decisions.predicted))
+    return Decisions(labels, predicted, np.stack([-odds, odds], axis=1), decisions.groups, 1)
+
+
+def log_odds(logits: np.ndarray, temperature: float = 1.0, together: Sequence[int] = ()) -> np.ndarray:
+    """log(p / (1 − p)) of each class, float64 [N, classes], or of the classes `together`, float64 [N].
 
     A ranking by log-odds separates scans whose probabilities round to the same 1.0.
     """
     scaled = logits.astype(np.float64) / temperature
+    if together:
+        ours, others = scaled[:, list(together)], np.delete(scaled, list(together), axis=1)
+        return np.asarray(np.logaddexp.reduce(ours, axis=1) - np.logaddexp.reduce(others, axis=1))
     result = np.empty_like(scaled)
     for index in range(scaled.shape[1]):
         others = np.delete(scaled, index, axis=1)
@@ -216,10 +231,10 @@ def sensitivity_at(truth: np.ndarray, ranking: np.ndarray, specificity: float) -
     return float((ranking[truth] > above).mean())
 
 
-def worst_mistakes(outputs: ModelOutputs, most: int = 12) -> list[Mistake]:
-    """The test scans that were misclassified with the highest probability, worst first."""
-    calibration = calibration_of(outputs)
-    predicted = calibration.decide(outputs.test_logits, outputs.positive)
+def worst_mistakes(outputs: ModelOutputs, calibration: Calibration | None = None, most: int = 12) -> list[Mistake]:
+    """The test scans that were misclassified with the highest probability, worst first. `calibration`: see `score`."""
+    calibration = calibration or calibration_of(outputs)
+    predicted = calibration.decide(outputs.test_logits, outputs.findings)
     confidence = calibration.probabilities(outputs.test_logits)[np.arange(len(predicted)), predicted]
     wrong = np.flatnonzero(predicted != outputs.test_labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
@@ -262,8 +277,10 @@ def _each_class(decisions: Decisions, classes: tuple[str, ...]) -> dict[str, Any
     }
 
 
-def _intervals(decisions: Decisions, seed: int) -> dict[str, Any]:
-    known = intervals(decisions, seed)
+def _intervals(decisions: Decisions, of_finding: Decisions, seed: int) -> dict[str, Any]:
+    known: dict[str, Interval | None] = intervals(of_finding, seed)
+    if of_finding is not decisions:
+        known["accuracy"] = intervals(decisions, seed)["accuracy"]
     return {
         "intervals": {name: None if found is None else [found.low, found.high] for name, found in known.items()},
         "interval_methods": {name: found.method for name, found in known.items() if found is not None},

@@ -6,7 +6,7 @@ datasets loads no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class ImagePipeline(Pipeline):
             checkpoints=CheckpointPlan(job.checkpoints, job.checkpoint_seconds, job.resume),
             revision=job.revision,
             champion=job.champion,
+            champion_threshold=job.champion_threshold,
         )
         runner.run_all(_config(job), parse_params(dict(job.params)), emit, environment)
 
@@ -90,12 +91,14 @@ class ImagePipeline(Pipeline):
 
         return _Overlays(GradCam.load(model, options.get("precision", "auto")))
 
-    def dispose(self, prediction: Prediction, low: float, high: float) -> Disposition | None:
+    def dispose(
+        self, prediction: Prediction, low: float, high: float, positive: Sequence[str] | None = None
+    ) -> Disposition | None:
         """See `ml.image.serving.disposition`."""
         from ml.image.serving.disposition import disposition_of, of_file
 
         found = disposition_of(
-            prediction.probabilities, prediction.ood_score, low, high, prediction.ood_reason, prediction.label
+            prediction.probabilities, prediction.ood_score, low, high, prediction.ood_reason, prediction.label, positive
         )
         return of_file(found, prediction.output)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,8 @@ class TrainingJob:
     `params` are complete and checked. The dataset is `archive` (a zip), or is to be fetched from `source_url`; what is
     written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
     goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
-    score on the same test items. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
+    score on the same test items, with `champion_threshold` where it was set anew. `cache`: a folder for what the next
+    training can use again, of `cache_bytes` at most.
     """
 
     pipeline: str
@@ -40,6 +41,7 @@ class TrainingJob:
     resume: Path | None = None
     base_model: Path | None = None
     champion: Path | None = None
+    champion_threshold: float | None = None
     cache: Path | None = None
     cache_bytes: int = 0
     weights_dir: Path | None = None
@@ -117,6 +119,24 @@ class Prediction:
     ood_reason: str | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     output: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Decider:
+    """How a model version's probabilities become a class: from `threshold` of the sum of the `positive` classes'
+    probabilities on the likeliest of these, below it the likeliest of the others."""
+
+    positive: tuple[str, ...]
+    threshold: float
+
+    def decide(self, prediction: Prediction) -> Prediction:
+        """The prediction with the label and confidence of this threshold; unchanged if it has no probabilities."""
+        values = prediction.probabilities
+        if not {*self.positive} < values.keys():
+            return prediction
+        is_found = sum(values[name] for name in self.positive) >= self.threshold
+        label = max((name for name in values if (name in self.positive) == is_found), key=values.__getitem__)
+        return replace(prediction, label=label, confidence=values[label])
 
 
 REJECTED, INDETERMINATE = "rejected", "indeterminate"
@@ -222,9 +242,12 @@ class Pipeline(ABC):
         """Load a model file to explain with; raises as `open`."""
         raise NotImplementedError
 
-    def dispose(self, prediction: Prediction, low: float, high: float) -> Disposition | None:
+    def dispose(
+        self, prediction: Prediction, low: float, high: float, positive: Sequence[str] | None = None
+    ) -> Disposition | None:
         """What may be done with a prediction, by the policy of now: `low` and `high` are the limits of what is called
-        indeterminate. None where the pipeline does not say; the default."""
+        indeterminate. `positive`: the model's positive classes, where it is known that it has any. None where the
+        pipeline does not say; the default."""
         return None
 
 

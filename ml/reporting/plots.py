@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ml.evaluation.calibration import BINS, reliability, softmax, top_label
+from ml.evaluation.calibration import BINS, Calibration, reliability, softmax, top_label
 from ml.evaluation.intervals import ranked
-from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, calibration_of, decide, worst_mistakes
+from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, log_odds, worst_mistakes
+from ml.evaluation.positive import indices
 from ml.runtime.events import Epoch
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -66,12 +67,14 @@ def all_plots(
     epochs: Sequence[Epoch],
     best_epoch: int | None,
     pixels_of: Callable[[np.ndarray], np.ndarray],
+    calibration: Calibration | None = None,
 ) -> list[Plot]:
     """All plots; that of cross-validation only if there were folds.
 
-    `pixels_of`: positions among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3].
+    `pixels_of`: positions among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3]. `calibration`:
+    see `ml.evaluation.metrics.score`.
     """
-    worst = worst_mistakes(outputs)
+    worst = worst_mistakes(outputs, calibration)
     pixels = pixels_of(np.array([one.index for one in worst], np.int64)) if worst else np.empty((0, 1, 1, 3), np.uint8)
     folds = cross_validation(scores)
     return [
@@ -176,8 +179,7 @@ def roc(outputs: ModelOutputs, scores: Scores) -> Plot:
         axes = canvas.add_subplot()
         for name, truth, ranking, look in _one_against_rest(outputs, scores, "roc_auc"):
             hits, false = (np.append(0, counts[0]) for counts in ranked(np.ones((1, len(truth))), truth, ranking))
-            label = f"AUC {scores.per_class[name]['roc_auc']:.3f}: {_shown(name)}"
-            axes.plot(false / false[-1], hits / hits[-1], label=label, **look)
+            axes.plot(false / false[-1], hits / hits[-1], label=f"AUC {name}", **look)
         axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="by chance")
         if scores.specificity is not None:
             _operating_point(axes, 1 - scores.specificity, scores.recall, scores)
@@ -196,10 +198,9 @@ def precision_recall(outputs: ModelOutputs, scores: Scores) -> Plot:
         for name, truth, ranking, look in _one_against_rest(outputs, scores, "pr_auc"):
             hits, false = (counts[0] for counts in ranked(np.ones((1, len(truth))), truth, ranking))
             recall, precision = np.append(0, hits / hits[-1]), hits / (hits + false)
-            label = f"AP {scores.per_class[name]['pr_auc']:.3f}: {_shown(name)}"
-            axes.plot(recall, np.append(precision[0], precision), drawstyle="steps-pre", label=label, **look)
+            axes.plot(recall, np.append(precision[0], precision), drawstyle="steps-pre", label=f"AP {name}", **look)
             axes.axhline(truth.mean(), color=look["color"], lw=0.8, ls=":")
-        if scores.positive is not None:
+        if scores.positive:
             _operating_point(axes, scores.recall, scores.precision, scores)
         axes.set(xlabel="Recall (sensitivity)", ylabel="Precision", title="Precision and recall")
         _square(axes, "lower left")
@@ -211,14 +212,17 @@ def precision_recall(outputs: ModelOutputs, scores: Scores) -> Plot:
 def _one_against_rest(
     outputs: ModelOutputs, scores: Scores, figure: str
 ) -> Iterable[tuple[str, np.ndarray, np.ndarray, dict[str, Any]]]:
-    """(class, truth, ranking, line style) of the positive class or, with more than two, of the worst classes."""
-    decisions = decide(outputs, calibration_of(outputs))
+    """(area and class, truth, ranking, line style) of the positive classes or, without any, of the worst ones."""
     defined = {name: area for name, one in scores.per_class.items() if (area := one[figure]) is not None}
-    chosen = [scores.positive] if scores.positive else sorted(defined, key=lambda name: defined[name])[:MAX_CURVES]
-    for number, name in enumerate(name for name in chosen if name in defined):
+    chosen: list[tuple[str, ...]] = [(name,) for name in sorted(defined, key=lambda name: defined[name])[:MAX_CURVES]]
+    if scores.positive:
+        chosen = [tuple(scores.positive)] if getattr(scores, figure) is not None else []
+    for number, names in enumerate(chosen):
         look = {"color": _COLOURS[number % len(_COLOURS)], "ls": _STYLES[number % len(_STYLES)], "lw": 1.6}
-        index = outputs.classes.index(name)
-        yield name, outputs.test_labels == index, decisions.margins[:, index], look
+        found = indices(outputs.classes, names)
+        area = getattr(scores, figure) if scores.positive else defined[names[0]]
+        ranking = log_odds(outputs.test_logits, scores.temperature, found)
+        yield f"{area:.3f}: {_shown(' or '.join(names))}", np.isin(outputs.test_labels, found), ranking, look
 
 
 def _operating_point(axes: Any, x: float, y: float, scores: Scores) -> None:

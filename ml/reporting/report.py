@@ -17,6 +17,7 @@ from ml.evaluation.metrics import Scores
 from ml.reporting.pdf import write_pdf
 from ml.reporting.plots import Plot
 from ml.reporting.sections import Section, Table
+from ml.spec.operating_point import sentence
 
 NOT_A_DEVICE = (
     "RenalQ is not a medical device: no figure here says how the network performs on patients of another site."
@@ -38,8 +39,8 @@ class ReportInputs:
 
     `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.findings.dataset_warnings`); other
     keys are ignored. `made_at` is the only date in both files. `leak_reasons`: sentences of
-    `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. Unknown values are None, and
-    shown as such.
+    `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. `operating_point`: see
+    `ml.spec.operating_point`. Unknown values are None, and shown as such.
     """
 
     scores: Scores
@@ -61,6 +62,7 @@ class ReportInputs:
     versions: Mapping[str, str] = field(default_factory=dict)
     leak_reasons: Sequence[str] = ()
     split_notes: Sequence[str] = ()
+    operating_point: Mapping[str, Any] | None = None
     title: str = "Training report"
 
 
@@ -85,7 +87,7 @@ def sections(inputs: ReportInputs) -> list[Section]:
     scores = inputs.scores
     return [
         Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
-        Section("Figures on the test scans", _reading(scores), (_figures(scores), _classes(scores), _more(scores))),
+        Section("Figures on the test scans", _reading(inputs), (_figures(scores), _classes(scores), _more(scores))),
         Section("Plots", plots=tuple(inputs.plots)),
         Section("Split and test scans", tuple(_split(inputs)), tuple(_counts(scores))),
         Section("Dataset", tuple(_warnings(inputs.dataset)), (_dataset(inputs),)),
@@ -96,11 +98,12 @@ def sections(inputs: ReportInputs) -> list[Section]:
 
 def verdict(scores: Scores, leak_reasons: Sequence[str] = ()) -> Iterator[str]:
     """Sentences that summarize the scores and their limits."""
-    of = f"for class {scores.positive}" if scores.positive else "on average over the classes"
+    finding = _finding(scores)
+    of = f"for class {finding}" if finding else "on average over the classes"
     yield f"On {scores.held_out} test scans, F1 {of} is {_with_interval(scores, 'f1')}."
-    if scores.positive is not None:
+    if finding:
         found, missed, alarms = _hits(scores)
-        yield f"Of {found + missed} scans of {scores.positive} it found {found} and missed {missed};"
+        yield f"Of {found + missed} scans of {finding} it found {found} and missed {missed};"
         yield f"of the {scores.held_out - found - missed} others it raised {alarms} false alarms."
     known = scores.intervals.get("f1")
     if known:
@@ -122,18 +125,26 @@ def _patients(scores: Scores) -> Iterator[str]:
 
 
 def _hits(scores: Scores) -> tuple[int, int, int]:
-    positive = scores.classes.index(scores.positive or "")
-    found, missed = (scores.confusion_matrix[positive][index] for index in (positive, 1 - positive))
-    return found, missed, scores.confusion_matrix[1 - positive][positive]
+    counts = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+    for true, row in zip(scores.classes, scores.confusion_matrix, strict=True):
+        for predicted, scans in zip(scores.classes, row, strict=True):
+            counts[true in scores.positive, predicted in scores.positive] += scans
+    return counts[True, True], counts[True, False], counts[False, True]
 
 
-def _reading(scores: Scores) -> tuple[str, ...]:
+def _finding(scores: Scores) -> str:
+    return " or ".join(scores.positive)
+
+
+def _reading(inputs: ReportInputs) -> tuple[str, ...]:
+    scores, point = inputs.scores, inputs.operating_point
     errors = f"{scores.ece_before:.3f} before temperature scaling and {scores.ece:.3f} after"
     return (
         "About 95 of 100 such intervals contain the true figure. They are computed by bootstrap over groups of scans "
         "that belong together, or by Wilson's method if all scans are correct. They do not cover other sites or "
         "scanners.",
         f"{scores.calibration} The calibration error is {errors}; {scores.ece_chance:.3f} is expected by chance.",
+        *((sentence(point),) if point else ()),
     )
 
 
@@ -141,10 +152,10 @@ def _figures(scores: Scores) -> Table:
     rows = []
     for name, title in NAMES.items():
         value, known = getattr(scores, name), scores.intervals.get(name)
-        if name != "specificity" or scores.positive is not None:
+        if name != "specificity" or scores.positive:
             between = f"{known[0]:.3f} to {known[1]:.3f}" if known else "not defined"
             rows.append((title, _number(value), between, scores.interval_methods.get(name, "–")))
-    caption = f"Of class {scores.positive}." if scores.positive else "Accuracy, and macro means over the classes."
+    caption = f"Of class {_finding(scores)}." if scores.positive else "Accuracy, and macro means over the classes."
     return Table(("Figure", "Value", "95 % interval", "Method"), tuple(rows), caption)
 
 

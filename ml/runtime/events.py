@@ -113,13 +113,15 @@ class Evaluated:
     """The scores on the held-out scans: see `ml.evaluation.metrics.Scores.as_dict`.
 
     `reference`: what the test scans are like, for drift (see ml.image.serving.drift_reference). `champion`: how the
-    champion that the run was given did on the same scans (see ml.image.stages.champion).
+    champion that the run was given did on the same scans (see ml.image.stages.champion). `scan_scores`: for
+    choosing another operating point (see ml.evaluation.operating.kept_scores).
     """
 
     event: ClassVar[str] = "evaluated"
     metrics: dict[str, Any]
     reference: dict[str, Any] | None = None
     champion: dict[str, Any] | None = None
+    scan_scores: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _row(name: str, schema: dict[str, Any]) -> Row:
     words = tuple(word for kind in kinds for word in _words(kind))
     default = json.dumps(schema["default"]) if "default" in schema else "required"
     examples = [f"`{example}`" for example in schema.get("examples", [])]
-    ranges = [f"`{word}`" for word in words] or examples or [range_of(kind) for kind in kinds]
+    ranges = examples or [f"`{word}`" for word in words] or [range_of(kind) for kind in kinds]
     return Row(name, default, words, ", ".join(ranges), schema.get("description", ""))
 
 

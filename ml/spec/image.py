@@ -3,11 +3,14 @@ worker's check and the table in docs/api.md are made from `Params`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
+
+from ml.spec import operating_point, positive_class
+from ml.spec.operating_point import OperateAt
 
 NetworkName = Literal["vgg16", "resnet18", "resnet50", "inception_v3", "efficientnet_b0", "vit_b_16"]
 NETWORKS: tuple[str, ...] = get_args(NetworkName)
@@ -43,6 +46,8 @@ def head_kind(network: str, head: HeadName) -> Head:
 
 Side = Annotated[int, Field(ge=32, le=1024)]
 ImageSize = Annotated[tuple[Side, Side, Literal[3]], BeforeValidator(_as_tuple)]
+ClassName = Annotated[str, Field(min_length=1, max_length=100)]
+ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=999), BeforeValidator(_as_tuple)]
 
 
 class Params(BaseModel):
@@ -74,6 +79,12 @@ class Params(BaseModel):
     # The scans.
     classes: int | None = Field(
         None, ge=2, le=1000, description="if given, the dataset must have this many class folders"
+    )
+    positive: ClassName | ClassNames | None = Field(
+        None,
+        description="the class, or classes, of the finding; null: of two, the one beside normal, healthy, no_… or such",
+        examples=["NAME", "[NAME, NAME]"],
+        json_schema_extra={"api": {"message": "Must be the name of a class, a list of such names, or null."}},
     )
     window_center: float | None = Field(
         None, ge=-2000, le=5000, description="centre of the CT window in Hounsfield units; null: the file's own window"
@@ -126,10 +137,21 @@ class Params(BaseModel):
     )
     keep: Literal["best", "last"] = Field("best", description="which epoch's network is evaluated and saved")
     patience: int = Field(0, ge=0, le=1000, description="stop after so many epochs without gain; 0: never")
+    operate_at: OperateAt = Field(
+        "f1",
+        description="what chooses the threshold on validation scans: the best F1, a least figure, or its own number",
+        examples=["f1", "{sensitivity: 0.95}", "{specificity: 0.9}", "{threshold: 0.3}"],
+        json_schema_extra={"api": {"message": operating_point.EXPECTED}},
+    )
     # The machine.
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device multiplies it")
     devices: int = Field(1, ge=1, le=64, description="GPUs of this machine (without any: processes) that share a batch")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of split, head, shuffling, dropout and augmentation")
+
+    @property
+    def asked_positive(self) -> tuple[str, ...] | None:
+        """The classes that `positive` names."""
+        return (self.positive,) if isinstance(self.positive, str) else self.positive
 
     @property
     def standardizes(self) -> bool | None:
@@ -179,6 +201,16 @@ class Params(BaseModel):
             left = "With test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
             yield "validation_size", left
         yield from self._wrong_size()
+
+    def misfits(self, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(field, what is wrong and what to do) for fields that do not fit a dataset's classes."""
+        try:
+            positive = positive_class.resolve(classes, self.asked_positive)
+        except positive_class.Unclear as error:
+            yield "positive", str(error)
+            return
+        if not positive and self.operate_at != operating_point.F1:
+            yield "operate_at", f"No class is positive: set positive to one or several of {', '.join(classes)}."
 
     def _wrong_size(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size[:2]

@@ -62,7 +62,8 @@ def test_a_version_says_how_it_sees_decides_and_was_split(client: FlaskClient, s
     assert (found["network"], found["head"]) == ("resnet18", "gap")
     assert found["transform"] == {"height": 224, "width": 192, "window": [40.0, 400.0], "spacing_mm": 1.5}
     assert found["split"] == {"train": 300, "validation": 40, "test": 93}
-    calibration = {"temperature": 1.3, "threshold": 0.4, "positive": "Tumor", "ece": 0.04, "ece_chance": 0.03}
+    calibration = {"temperature": 1.3, "threshold": 0.4, "positive": "Tumor", "positives": ["Tumor"], "ece": 0.04}
+    calibration["ece_chance"] = 0.03
     assert found["calibration"] == calibration
     parts = {name: f"/models/1/{name}" for name in ("card", "weights", "drift")}
     assert found["links"] == {"self": "/models/1", "job": f"/jobs/{found['job_id']}", **parts}

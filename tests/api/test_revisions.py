@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "reproduction": {"of": str(new_id())},
     "params": {"epochs": 9},
     "metrics": {"f1": 0.9},
+    "operating_point": {"positive": ["Tumor"], "threshold": 0.3},
     "metadata": {"study": "7"},
 }
 

@@ -22,7 +22,7 @@ from jobs.models.drift import DriftPolicy, chance_limit, drift_limit, psi
 from jobs.models.feedback import ConfusionCounts
 from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
-from jobs.queue.outcomes import ScanOutcome
+from jobs.queue.outcomes import CLASS, DISPOSITION, ScanOutcome
 from jobs.settings import Settings
 from jobs.states import JobKind
 from jobs.tables import Delivery, Json, ModelVersion, PredictionCount, Webhook
@@ -490,3 +490,35 @@ def test_feedback_on_rejected_scans_is_not_counted(sessions: Sessions, champion:
     assert list(found.values()) == [
         ConfusionCounts(known=2, right=1, positives=1, true_positives=1, negatives=1, true_negatives=0)
     ]
+
+
+def test_a_new_threshold_is_no_drift_and_begins_its_count_anew(sessions: Sessions, champion: ModelVersion) -> None:
+    """All 200 scans of each of four days were called Normal; from two days ago on the reference expects that."""
+    today = dt.datetime.now(dt.UTC).date()
+    with sessions.begin() as session:
+        mine = referred(session, champion)
+        for days_ago in (0, 1, 2, 3):
+            for what, bin_ in ((CLASS, "Normal"), (DISPOSITION, "normal")):
+                day = today - dt.timedelta(days=days_ago)
+                key = {"model_id": mine.id, "tenant_id": mine.tenant_id, "what": what, "bin": bin_, "day": day}
+                session.add(PredictionCount(**key, scans=200))
+        session.flush()
+        assert all("class" in day.drifted for day in seen(session, mine).days)
+        mine.reference = {**reference(), "classes": {"Normal": 100, "Tumor": 0}}
+        mine.reference["decided_since"] = (today - dt.timedelta(days=2)).isoformat()
+        days = seen(session, mine).days
+    assert [day.drifted for day in days] == [[]] * 4
+    assert ["class" in day.figures for day in days] == [False, False, True, True]
+
+
+def test_days_before_a_new_threshold_are_not_pooled_with_those_after(
+    sessions: Sessions, champion: ModelVersion
+) -> None:
+    today = dt.datetime.now(dt.UTC).date()
+    with sessions.begin() as session:
+        mine = referred(session, champion)
+        day_of(session, mine, 1, POLICY.least_scans)
+        day_of(session, mine, 0, POLICY.least_scans // 2)
+        assert seen(session, mine).days[-1].since == today - dt.timedelta(days=1)
+        mine.reference = {**reference(), "decided_since": (today - dt.timedelta(days=1)).isoformat()}
+        assert seen(session, mine).days[-1].since is None

@@ -4,6 +4,7 @@ import random
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -488,3 +489,15 @@ def test_paired_scores_of_another_champion_are_ignored(session: Session) -> None
         comparison.missing_reason(first, PairedScores(first.id, "its file cannot be read")) == "its file cannot be read"
     )
     assert comparison.missing_reason(None, None) is None
+
+
+def test_scores_of_a_champion_whose_point_was_set_anew_meanwhile_decide_nothing(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        first = trained(session, scores(0.95, threshold=0.5))
+        beside = measured(first, 0.97, 0.95)
+        beside = replace(beside, champion={**scores(0.95, OTHER_SET), "threshold": 0.5})
+        first.metrics = {**first.metrics, "threshold": 0.3}
+        session.flush()
+        second = trained(session, scores(0.97, "3" * 64), beside)
+    assert second.gate["promoted"] is False
+    assert "operating point was set anew while it trained" in second.gate["reasons"][0]

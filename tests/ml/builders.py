@@ -161,7 +161,7 @@ class CountingBackbone:
 def make_data(backbone: CountingBackbone | None = None, group: ProcessGroup = SINGLE_PROCESS) -> TrainData:
     """44 scans in two separable classes, for a `NarrowModel`."""
     features = Features(backbone or CountingBackbone(), make_scans(), group)
-    return TrainData(lambda top: features, np.arange(SCANS) % 2, make_split(), positive=1)
+    return TrainData(lambda top: features, np.arange(SCANS) % 2, make_split(), positive=(1,))
 
 
 class TinyModel(Model):
@@ -208,7 +208,7 @@ def make_tuned_data(model: Model, group: ProcessGroup = SINGLE_PROCESS) -> Train
     def features(top: int) -> Features:
         return Features(TorchEngine(model.cut(top)[0], model.transform, "cpu", "fp32"), pixels, group)
 
-    return TrainData(features, np.arange(SCANS) % 2, make_split(), positive=1)
+    return TrainData(features, np.arange(SCANS) % 2, make_split(), positive=(1,))
 
 
 def make_params(**fields: object) -> Params:

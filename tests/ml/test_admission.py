@@ -22,7 +22,7 @@ LABELS = np.array([0, 0, 1, 1])
 
 
 def trial(form: str, logits: np.ndarray) -> admission.Trial:
-    return admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, REFERENCE).trial(form, logits)
+    return admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, [1], REFERENCE).trial(form, logits)
 
 
 def moved(row: int, by: float) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_int8_is_refused_where_a_probability_moves_by_more_than_a_twentieth():
 
 def test_a_label_that_changes_is_refused_even_where_the_probability_hardly_moved(monkeypatch):
     near = np.array([[2.0, -2.0], [0.001, 0.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
-    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, near)
+    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, [1], near)
     other = near.copy()
     other[1, 1] = 0.002
     assert judge.trial("bf16", other).reason == "1 labels changed"
@@ -69,7 +69,7 @@ def test_a_label_that_changes_is_refused_even_where_the_probability_hardly_moved
 
 def test_int8_may_change_a_label_for_the_better():
     wrong = np.array([[2.0, -2.0], [0.0, 0.001], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
-    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, 1, wrong)
+    judge = admission.ReferenceComparison(Calibration(threshold=0.5), LABELS, [1], wrong)
     right = wrong.copy()
     right[1, 0] = 0.002
     found = judge.trial("int8", right)

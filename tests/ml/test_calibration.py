@@ -89,7 +89,7 @@ def test_answers_that_are_all_wrong_leave_the_temperature_within_bounds():
 @pytest.mark.parametrize("scans", [0, 1, 9])
 def test_too_few_scans_choose_nothing(scans):
     labels, logits = make_answers(20)
-    chosen = calibrate(labels[:scans], logits[:scans], positive=1)
+    chosen = calibrate(labels[:scans], logits[:scans], positive=[1])
     assert (chosen.temperature, chosen.threshold) == (1.0, 0.5)
     assert f"{scans} validation scans" in chosen.reason
 
@@ -142,19 +142,19 @@ def test_equal_probabilities_leave_the_threshold_alone():
 
 
 def test_more_than_two_classes_have_no_threshold():
-    assert calibrate(np.zeros(0, np.int64), np.zeros((0, 3)), positive=None).threshold is None
+    assert calibrate(np.zeros(0, np.int64), np.zeros((0, 3)), positive=[]).threshold is None
 
 
 @pytest.mark.parametrize(("positive", "expected"), [(1, [0, 1, 1]), (0, [0, 0, 1])])
 def test_a_scan_is_positive_from_the_threshold_on(positive, expected):
     probabilities = np.array([[0.75, 0.25], [0.7, 0.3], [0.2, 0.8]])
     threshold = 0.3 if positive == 1 else 0.7
-    decided = Calibration(1.0, threshold - 1e-9).decide(np.log(probabilities), positive)
+    decided = Calibration(1.0, threshold - 1e-9).decide(np.log(probabilities), [positive])
     assert decided.tolist() == expected
 
 
 def test_without_a_threshold_the_most_probable_class_is_called():
-    assert Calibration(2.0).decide(np.array([[0.0, 3.0, 1.0]]), None).tolist() == [1]
+    assert Calibration(2.0).decide(np.array([[0.0, 3.0, 1.0]]), []).tolist() == [1]
 
 
 # --- calibration error ---
@@ -193,7 +193,7 @@ def _calibrated(scans: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @given(st.permutations(range(60)))
 def test_the_order_of_the_scans_does_not_matter(order):
     labels, logits = make_answers(60, scale=2, lean=-1)
-    first, second = calibrate(labels, logits, 1), calibrate(labels[order], logits[order], 1)
+    first, second = calibrate(labels, logits, [1]), calibrate(labels[order], logits[order], [1])
     assert second.temperature == pytest.approx(first.temperature, rel=1e-6)
     assert second.threshold == pytest.approx(first.threshold, rel=1e-6)
 
@@ -211,7 +211,7 @@ def test_an_overfitted_network_is_less_sure_after_calibration_and_rightly_so():
     labels = (np.arange(scans) + (random.random(scans) < 0.2)) % 2
     train_scans, validation, test = np.arange(80), np.arange(80, 240), np.arange(240, scans)
     features = Features(CountingBackbone(), make_scans(scans))
-    data = TrainData(lambda top: features, labels, Split(train_scans, validation, test), positive=1)
+    data = TrainData(lambda top: features, labels, Split(train_scans, validation, test), positive=(1,))
     params = make_params(epochs=60, learning_rate=0.003, keep="last", augmentation=False)
     history = list(train(TrainConfig(model, params), data))
     assert history[-1].train_accuracy == 1.0, "it was learnt by heart"

@@ -97,6 +97,28 @@ def test_a_network_is_as_good_as_itself(small_run: SmallRun, run: Run, candidate
     assert found.champion == found.candidate
 
 
+def test_the_champion_is_scored_at_the_threshold_that_was_set_anew(run: Run, candidate: Model, tmp_path: Path) -> None:
+    path, threshold = saved(rival(), tmp_path), 0.001
+    run.environment = RunEnvironment(champion=path, champion_threshold=threshold)
+    found = champion.compare_with_champion(run, candidate, _model_outputs(run, candidate), lambda fraction: None)
+    assert found is not None
+    assert found.champion is not None
+    assert (found.champion["threshold"], found.champion["temperature"]) == (threshold, 1.5)
+    assert (found.champion["recall"], found.champion["specificity"]) == (1.0, 0.0), "all are called Tumor"
+
+
+def test_a_champion_with_another_positive_class_is_scored_on_the_candidates_finding(
+    run: Run, candidate: Model, tmp_path: Path
+) -> None:
+    """It calls nearly everything Normal, its positive class, and is told how many tumours it misses by that."""
+    low = {"calibration": {"temperature": 1.0, "threshold": 1e-9}, "positive": ["Normal"]}
+    found = beside(run, candidate, saved(rival(**low), tmp_path))
+    assert found is not None
+    assert found.champion is not None
+    assert (found.champion["positive"], found.champion["recall"]) == (["Tumor"], 0.0)
+    assert found.champion["specificity"] == 1.0
+
+
 @pytest.mark.parametrize("side", [SIDE, 96])
 def test_the_champion_is_scored_by_its_predictions(run: Run, candidate: Model, tmp_path: Path, side: int) -> None:
     path = saved(rival(side), tmp_path)

@@ -225,7 +225,7 @@ def train_resnet(params: Params, pixels: Path, folder: Path, **where: object) ->
     cached = Cached(Cache(folder / "cache", 2**30), "key")
     resume, start = where.get("resume"), where.get("start", ResumePoint())
     with training_group(
-        params, model, pixels=pixels, labels=labels, split=split, positive=1, resume=resume, folder=folder
+        params, model, pixels=pixels, labels=labels, split=split, positive=(1,), resume=resume, folder=folder
     ) as group:
         opened: dict[int, Features] = {}
 

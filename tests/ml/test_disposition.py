@@ -96,6 +96,23 @@ def test_the_positive_class_may_stand_first():
     assert disposition_of({"Tumor": 0.1, "Healthy": 0.9}, None, 0.3, 0.7).word == "healthy"
 
 
+@pytest.mark.parametrize(
+    ("normal", "tumor", "word"),
+    [(0.75, 0.2, "normal"), (0.65, 0.3, "indeterminate"), (0.05, 0.75, "tumor"), (0.1, 0.5, "indeterminate")],
+)
+def test_of_many_classes_both_the_finding_and_the_class_must_be_sure(normal, tumor, word):
+    """The last is a sure finding, of which nobody knows what it is."""
+    many = {"Cyst": 1 - normal - tumor, "Normal": normal, "Tumor": tumor}
+    assert disposition_of(many, None, 0.3, 0.7, positive=["Cyst", "Tumor"]).word == word
+    assert disposition_of(many, None, 0.1, 0.7, positive=["Cyst", "Tumor"]).word != "normal"
+
+
+def test_the_models_positive_class_counts():
+    found = disposition_of({"Cancer": 0.25, "Healthy": 0.75}, None, 0.2, 0.7, positive=["Cancer"])
+    assert found.word == "indeterminate"
+    assert disposition_of({"Cancer": 0.25, "Healthy": 0.75}, None, 0.2, 0.7).word == "healthy", "an older model's rule"
+
+
 def test_of_many_classes_the_likeliest_is_taken_where_it_is_likely_enough():
     many = {"Cyst": 0.5, "Normal": 0.2, "Stone": 0.3}
     assert disposition_of(many, None, 0.3, 0.5) == Disposition("cyst")

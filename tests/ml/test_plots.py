@@ -35,7 +35,7 @@ def make_outputs(classes: tuple[str, ...] = ("Normal", "Tumor"), scans: int = 40
     labels = np.arange(scans) % len(classes)
     logits = random.normal(size=(scans, len(classes))).astype(np.float32)
     logits[np.arange(scans), labels] += signal
-    return ModelOutputs(classes, labels, logits)
+    return ModelOutputs(classes, labels, logits, positive=classes[1:] if len(classes) == 2 else ())
 
 
 def drawn(plot: Plot) -> Figure:
@@ -88,7 +88,7 @@ def test_many_classes_have_a_curve_each_up_to_eight(count):
 
 
 def test_test_scans_of_one_class_have_no_curve_but_a_plot():
-    outputs = ModelOutputs(("a", "b"), np.zeros(5, np.int64), make_outputs(scans=5).test_logits)
+    outputs = ModelOutputs(("0", "1"), np.zeros(5, np.int64), make_outputs(scans=5).test_logits)
     assert "AUC" not in words(roc(outputs, score(outputs)))
 
 
@@ -115,7 +115,7 @@ def test_any_number_of_epochs_is_drawn(count):
 
 
 def test_the_confusion_matrix_shows_counts_and_shares_of_the_row():
-    scores = score(ModelOutputs(("a", "b"), np.array([0, 0, 0, 0, 1]), np.eye(2)[[0, 0, 0, 1, 1]] * 3.0))
+    scores = score(ModelOutputs(("0", "1"), np.array([0, 0, 0, 0, 1]), np.eye(2)[[0, 0, 0, 1, 1]] * 3.0))
     text = words(confusion_matrix(scores))
     assert all(cell in text for cell in ("3\n75%", "1\n25%", "0\n0%", "1\n100%"))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -232,7 +233,7 @@ def test_four_classes_with_a_small_head_folds_and_blocks_that_learn(tmp_path):
     events = run_of(tmp_path, archive, **fields, learning_rate=0.001)
     scores = scores_of(events)
     assert [event.phase for event in events if isinstance(event, Epoch)] == ["head", "head", "fine_tune"]
-    assert (scores["classes"], scores["positive"]) == (["Cyst", "Normal", "Stone", "Tumor"], None)
+    assert (scores["classes"], scores["positive"]) == (["Cyst", "Normal", "Stone", "Tumor"], [])
     assert sum(fold["test"] for fold in scores["cross_validation"]["folds"]) == 48
     assert "cross_validation.png" in events[-1].artifacts
 
@@ -302,3 +303,51 @@ def test_sigterm_ends_a_training_at_once_and_leaves_no_half_written_file(small_r
     assert time.monotonic() - started < 5
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
     assert not (tmp_path / "training" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_finding_and_the_point_of_a_training_are_those_of_its_model_file(tmp_path):
+    archive = write_zip(make_files(20, ("Cancer", "Healthy"), SIDE), tmp_path / "data.zip")
+    events = run_of(tmp_path, archive, network="resnet18", operate_at={"sensitivity": 0.9}, folds=2)
+    scores, model = scores_of(events), network.load(Path(events[-1].model_path))
+    assert scores["positive"] == list(model.positive) == ["Cancer"]
+    point = model.metadata["operating_point"]
+    assert scores["operating_point"] == point
+    assert point["threshold"] == model.metadata["calibration"]["threshold"] == scores["threshold"]
+    assert (point["rule"], point["wanted"]) == ("sensitivity", 0.9)
+    assert "the highest with a sensitivity of 0.9" in Path(events[-1].artifacts["report.html"]).read_text()
+    assert scores["calibration"] == model.metadata["calibration"]["reason"]
+    kept = next(event.scan_scores for event in events if isinstance(event, Evaluated))
+    assert (kept["positive"], len(kept["test"]["label"]), kept["classes"]) == (["Cancer"], 8, ["Cancer", "Healthy"])
+    called = [score >= scores["threshold"] for score in kept["test"]["score"]]
+    found = sum(call for call, label in zip(called, kept["test"]["label"], strict=True) if label == 0)
+    assert scores["recall"] == found / kept["test"]["label"].count(0)
+
+
+@pytest.mark.parametrize(
+    ("classes", "fields", "said"),
+    [
+        (("Cyst", "Tumor"), {}, r"^positive: .*Cyst, Tumor"),
+        (("Cancer", "Healthy"), {"positive": "Mass"}, r"^positive: .*no class Mass"),
+        (("Cyst", "Normal", "Tumor"), {"operate_at": {"sensitivity": 0.9}}, r"^operate_at: .*Cyst, Normal, Tumor"),
+    ],
+)
+def test_what_does_not_fit_the_classes_fails_the_first_stage(tmp_path, classes, fields, said):
+    config = load_config(write_config(tmp_path, write_zip(make_files(6, classes, SIDE), tmp_path / "data.zip")))
+    with pytest.raises(BadParams, match=said):
+        runner.run_stage(STAGES[0], Run(config, parse_params(SMALL | fields), lambda event: None))
+
+
+@pytest.mark.slow
+def test_an_evaluation_alone_reads_the_models_own_threshold(small_run, tmp_path):
+    """It used to choose one of its own, which no prediction used."""
+    config = load_config(write_config(tmp_path, small_run.archive))
+    params, events = parse_params(SMALL | {"augmentation": False, "epochs": 1}), list[Event]()
+    for stage in STAGES[:3]:
+        runner.run_stage(stage, Run(config, params, events.append))
+    trained = network.load(config.training.trained_model_path)
+    changed = {**trained.metadata, "calibration": {"temperature": 2.0, "threshold": 0.123, "reason": "Its own."}}
+    network.save(replace(trained, metadata=changed), config.training.trained_model_path)
+    runner.run_stage(STAGES[3], Run(config, params, events.append))
+    scores = scores_of(events)
+    assert (scores["threshold"], scores["temperature"], scores["calibration"]) == (0.123, 2.0, "Its own.")

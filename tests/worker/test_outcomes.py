@@ -3,7 +3,7 @@
 from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from ml.image.pipeline import ImagePipeline
-from ml.pipelines import Prediction
+from ml.pipelines import Decider, Prediction
 from worker.handlers.outcomes import UNPLACED, DispositionPolicy
 
 KIDNEYS = ("Normal", "Tumor")
@@ -71,3 +71,34 @@ def test_the_positive_class_does_not_depend_on_how_postgres_sorts_the_classes() 
     known = CachedResult("Stone", 0.9, {"Stone": 0.9, "Healthy": 0.1})
     assert stone.from_cached(known).disposition == "stone"
     assert list(stone.from_cached(known).probabilities or ()) == ["Healthy", "Stone"]
+
+
+def test_the_models_positive_class_counts_and_not_its_name() -> None:
+    """By the names alone Healthy was positive: a sure cancer was `healthy` between the limits of the other."""
+    classes, sure = ("Cancer", "Healthy"), {"Cancer": 0.75, "Healthy": 0.25}
+    policy = DispositionPolicy.of(
+        Settings(indeterminate_above=0.1, indeterminate_below=0.7), ImagePipeline(), classes, "x", ["Cancer"]
+    )
+    assert policy.from_prediction(Prediction("1", "Cancer", 0.75, sure)).disposition == "cancer"
+    low = {"Cancer": 0.2, "Healthy": 0.8}
+    outcome = policy.from_prediction(Prediction("1", "Healthy", 0.8, low))
+    assert outcome.disposition == "indeterminate"
+    assert outcome.reason == "The network is unsure: Cancer 0.20 lies between 0.10 and 0.70."
+
+
+def test_a_jobs_threshold_decides_new_and_cached_predictions_alike() -> None:
+    values, decider = {"Normal": 0.8, "Tumor": 0.2}, Decider(("Tumor",), 0.15)
+    policy = DispositionPolicy.of(Settings(), ImagePipeline(), KIDNEYS, "x", ["Tumor"], decider)
+    new = policy.from_prediction(Prediction("7", "Normal", 0.8, values))
+    cached = policy.from_cached(CachedResult("Normal", 0.8, values))
+    for outcome in (new, cached):
+        assert (outcome.label, outcome.confidence, outcome.disposition) == ("Tumor", 0.2, "indeterminate")
+
+
+def test_of_several_positive_classes_the_likeliest_is_the_label_from_the_threshold_of_their_sum_on() -> None:
+    values = {"Cyst": 0.2, "Normal": 0.45, "Stone": 0.05, "Tumor": 0.3}
+    for threshold, label in ((0.5, "Tumor"), (0.51, "Normal")):
+        decided = Decider(("Cyst", "Tumor"), threshold).decide(Prediction("1", "Stone", 0.05, values))
+        assert (decided.label, decided.confidence) == (label, values[label])
+    unknown = Prediction("1", "A", 0.9, {"A": 0.9, "B": 0.1})
+    assert Decider(("Cyst",), 0.5).decide(unknown) == unknown

@@ -89,3 +89,32 @@ def test_a_later_champion_does_not_predict_in_place_of_the_pinned_version(
     ours, theirs = (next(Predictor.load(path).predict([ScanInput("a", SCAN)])).probabilities for path in networks)
     assert ours["Tumor"] < 0.2 < 0.8 < theirs["Tumor"]
     assert stored(resources, job.id) == pytest.approx(ours, abs=1e-4)
+
+
+def test_a_batch_keeps_the_threshold_that_it_was_submitted_with(resources: Resources, networks: list[Path]) -> None:
+    """Also where the result of the scan is in the cache, from under another threshold."""
+    blob = resources.artifacts.put_file(networks[0])
+    (probabilities,) = (each.probabilities for each in Predictor.load(networks[0]).predict([ScanInput("1", SCAN)]))
+    low, high = probabilities["Tumor"] * 0.9, probabilities["Tumor"] * 1.1
+    metrics = {"positive": ["Tumor"], "threshold": high}
+    with resources.sessions.begin() as session:
+        held = builders.claim(session, builders.units_of(session, builders.make_job(session))[0])
+        new = NewModel(blob.sha256, list(CLASSES), {}, metrics, None, None)
+        model = promotion.register(session, held, new, GatePolicy())
+    sha256 = resources.artifacts.put(io.BytesIO(SCAN)).sha256
+    with resources.sessions.begin() as session:
+        scan = builders.make_scan(session, sha256=sha256).id
+    found = []
+    for threshold in (high, low, None):
+        point = {"positive": ["Tumor"], "threshold": threshold} if threshold else None
+        kind = JobKind.PREDICT_BATCH
+        new_job = NewJob(TENANT, kind, builders.LANES[kind], model_id=model.id, operating_point=point)
+        with resources.sessions.begin() as session:
+            job = submit(session, new_job, [NewResult(scan)], 10)
+            unit = UnitLease(builders.claim(session, builders.units_of(session, job)[0]), resources)
+        predict_chunk(unit)
+        with resources.sessions.begin() as session:
+            result = session.scalars(select(ScanResult).where(ScanResult.job_id == job.id)).one()
+            found.append((result.label, result.confidence, result.cached))
+    tumor, normal = (pytest.approx(probabilities[name]) for name in ("Tumor", "Normal"))
+    assert found == [("Normal", normal, False), ("Tumor", tumor, True), ("Normal", normal, True)]

@@ -14,6 +14,7 @@ from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.settings import Settings
+from jobs.tables import ModelVersion
 from ml.pipelines import TrainingJob
 from tests import builders
 from tests.worker.conftest import Hold
@@ -151,6 +152,17 @@ def test_the_champion_of_the_trainings_start_is_named(
     assert champion.read_bytes() == b"champion"
     order = unit.in_transaction(lambda session: training_request.read(session, unit))
     assert order.champion == training_request.Champion(version, blob.sha256)
+
+
+def test_the_child_scores_the_champion_at_the_threshold_of_now(
+    hold: Hold, tmp_path: Path, sessions: Sessions, resources: Resources
+) -> None:
+    version = made(hold, sessions, resources.artifacts.put(io.BytesIO(b"champion")).sha256, f1=0.9)
+    assert told(hold(), tmp_path / "before").champion_threshold is None
+    with sessions.begin() as session:
+        found = session.get_one(ModelVersion, version)
+        found.metrics = {**found.metrics, "threshold": 0.2}
+    assert told(hold(), tmp_path / "after").champion_threshold == 0.2
 
 
 def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(

@@ -7,7 +7,7 @@ from jobs.queue.outcomes import ScanOutcome
 from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from jobs.tables import Json
-from ml.pipelines import REJECTED, Disposition, Pipeline, Prediction
+from ml.pipelines import REJECTED, Decider, Disposition, Pipeline, Prediction
 
 UNPLACED = -1
 """The ordinal of an outcome that has no place in the job yet: the same scan may stand at several."""
@@ -19,6 +19,8 @@ class DispositionPolicy:
 
     Args:
         classes: in the model's order.
+        positive: the model's positive classes; None: they are not known.
+        decider: the operating point that the job is pinned to; None: the model file's own.
         low: and `high`: see `ml.pipelines.Pipeline.dispose`.
     """
 
@@ -27,18 +29,33 @@ class DispositionPolicy:
     engine: str
     low: float
     high: float
+    positive: Sequence[str] | None = None
+    decider: Decider | None = None
 
     @classmethod
-    def of(cls, settings: Settings, pipeline: Pipeline, classes: Sequence[str], engine: str) -> "DispositionPolicy":
+    def of(
+        cls,
+        settings: Settings,
+        pipeline: Pipeline,
+        classes: Sequence[str],
+        engine: str,
+        positive: Sequence[str] | None = None,
+        decider: Decider | None = None,
+    ) -> "DispositionPolicy":
         """The policy of the settings."""
-        return cls(pipeline, classes, engine, settings.indeterminate_above, settings.indeterminate_below)
+        limits = settings.indeterminate_above, settings.indeterminate_below
+        return cls(pipeline, classes, engine, *limits, positive, decider)
+
+    def _decided(self, prediction: Prediction) -> tuple[Prediction, Disposition | None]:
+        decided = self.decider.decide(prediction) if self.decider else prediction
+        return decided, self.pipeline.dispose(decided, self.low, self.high, self.positive)
 
     def from_prediction(self, prediction: Prediction) -> ScanOutcome:
         """The outcome of a new prediction."""
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
             return ScanOutcome(UNPLACED, error={**error, "retryable": prediction.retryable})
-        found = self.pipeline.dispose(prediction, self.low, self.high)
+        prediction, found = self._decided(prediction)
         return ScanOutcome(
             UNPLACED,
             prediction.label,
@@ -59,11 +76,11 @@ class DispositionPolicy:
         same = Prediction(
             "", known.label, known.confidence, probabilities, ood_score=known.ood_score, output=known.output
         )
-        found = self.pipeline.dispose(same, self.low, self.high)
+        decided, found = self._decided(same)
         return ScanOutcome(
             UNPLACED,
-            known.label,
-            known.confidence,
+            decided.label,
+            decided.confidence,
             probabilities or None,
             self.engine,
             cached=True,

@@ -156,7 +156,8 @@ def _scans(unit: UnitLease, chunk: Chunk, folder: Path, keep: bool) -> list[Any]
 
 def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequence[Any]) -> Iterator[ScanOutcome]:
     pipeline, classes = pipeline_of(chunk.model.pipeline), chunk.model.classes
-    policy = DispositionPolicy.of(unit.resources.settings, pipeline, classes, predictor.engine.name)
+    model, settings = chunk.model, unit.resources.settings
+    policy = DispositionPolicy.of(settings, pipeline, classes, predictor.engine.name, model.positive, model.decider)
     known = _known(unit, chunk, policy.engine)
     left: dict[str, tuple[Any, ScanSource]] = {}
     for source, scan in zip(chunk.scans, scans, strict=True):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from jobs.models import registry
+from jobs.models import operating_points, registry
 from jobs.tables import Job
+from ml.pipelines import Decider
 from ml.runtime.errors import ItemError, ModelFileError
 from worker.execution.resources import Resources
 from worker.execution.unit import WorkFailed
@@ -60,12 +61,15 @@ def load_scan(resources: Resources, source: ScanSource, folder: Path) -> bytes |
 
 @dataclass(frozen=True)
 class PinnedModel:
-    """The model version that a job was pinned to when it was submitted. `sha256`: of its file."""
+    """The model version that a job was pinned to when it was submitted. `sha256`: of its file; `positive` and
+    `decider`: see `worker.handlers.outcomes.DispositionPolicy`."""
 
     id: uuid.UUID
     pipeline: str
     sha256: str
     classes: Sequence[str]
+    positive: Sequence[str] | None = None
+    decider: Decider | None = None
 
 
 def pinned_model(session: Session, job: Job) -> PinnedModel:
@@ -78,7 +82,9 @@ def pinned_model(session: Session, job: Job) -> PinnedModel:
         raise WorkFailed("MODEL_MISSING", "The job names no model. Submit it again.")
     version = registry.by_id(session, job.model_id)
     installed_spec(version.pipeline)
-    return PinnedModel(version.id, version.pipeline, version.weights_sha256, version.classes)
+    positive, threshold = operating_points.pinned(job, version)
+    decider = Decider(tuple(positive), threshold) if positive and threshold is not None else None
+    return PinnedModel(version.id, version.pipeline, version.weights_sha256, version.classes, positive, decider)
 
 
 @contextmanager

@@ -244,6 +244,7 @@ def _new_model(
         environment=_trained_on(request, finished),
         mlflow_run_id=run_id,
         reference=evaluated.reference,
+        scan_scores=evaluated.scan_scores,
     )
 
 

@@ -23,10 +23,11 @@ from worker.tracking.provenance import code_revision
 
 @dataclass(frozen=True)
 class Champion:
-    """The tenant's champion when the training began: the new network is compared with it."""
+    """The tenant's champion when the training began: the new network is compared with it, as it predicts then."""
 
     id: uuid.UUID
     weights_sha256: str
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _base(session: Session, job: Job) -> str | None:
 
 def _champion(session: Session, job: Job) -> Champion | None:
     found = registry.find_champion(session, job.tenant_id, job.pipeline, job.task)
-    return Champion(found.id, found.weights_sha256) if found else None
+    return Champion(found.id, found.weights_sha256, found.metrics.get("threshold")) if found else None
 
 
 # --- for the child ---
@@ -130,6 +131,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         resume=resume,
         base_model=_base_weights(unit, request, folder),
         champion=_fetch_weights(unit, champion.weights_sha256, folder) if champion else None,
+        champion_threshold=champion.threshold if champion else None,
         cache=settings.feature_cache if settings.feature_cache_bytes else None,
         cache_bytes=settings.feature_cache_bytes,
         weights_dir=settings.weights,

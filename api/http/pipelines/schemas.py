@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import marshmallow as ma
 from marshmallow import fields, validate
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from api.http.fields import Boolean, Float
 from ml.spec.describe import range_of
@@ -23,7 +24,7 @@ def schema_of(model: type[BaseModel], renamed: Mapping[str, str] = MappingProxyT
 
     Loading checks each value alone, then the model as a whole and its `contradictions`; what was left out stays out.
     Integers, numbers, booleans, texts, words (Literal), booleans or words, lists, tuples of one kind, and all of them
-    or null have a field.
+    or null have a field. A union with a `message` of its own is checked by the model alone.
 
     Args:
         renamed: earlier names of fields; the answer to one of them gives the present name.
@@ -63,10 +64,16 @@ def _complaints(model: type[BaseModel], data: Json) -> Iterator[tuple[str, str]]
     try:
         params = model.model_validate(data)
     except ValidationError as error:
-        for each in error.errors(include_url=False, include_input=False):
-            yield str(next(iter(each["loc"]), "_schema")), f"{each['msg']}."
+        found = error.errors(include_url=False, include_input=False)
+        # Of a union each kind has an error of its own, and one message stands for all of them.
+        yield from dict.fromkeys((str(next(iter(each["loc"]), "_schema")), _words_of(model, each)) for each in found)
     else:
         yield from contradictions(params)
+
+
+def _words_of(model: type[BaseModel], error: ErrorDetails) -> str:
+    schema = model.model_json_schema().get("properties", {}).get(next(iter(error["loc"]), ""), {})
+    return str(schema.get("api", {}).get("message", f"{error['msg']}."))
 
 
 def _field(name: str, schema: Json, required: bool) -> fields.Field[Any]:
@@ -85,6 +92,8 @@ def _field(name: str, schema: Json, required: bool) -> fields.Field[Any]:
 def _field_of(kinds: list[Json], api: Json) -> fields.Field[Any]:
     if {"type": "boolean"} in kinds and len(kinds) > 1:
         return WordOrBoolean([word for kind in kinds if kind["type"] != "boolean" for word in _words(kind)])
+    if len(kinds) > 1 and "message" in api:
+        return Union(kinds)
     (kind,) = kinds
     make = _list if kind["type"] == "array" else _scalar
     return make(kind, api)
@@ -116,6 +125,13 @@ class WordOrBoolean(fields.Field[Any]):
         if value in self.words or isinstance(value, bool):
             return value
         raise ma.ValidationError(f"Must be {', '.join(f'`{word}`' for word in self.words)}, true or false.")
+
+
+class Union(fields.Raw):
+    """A value of one of several kinds, which the parameters' model tells apart."""
+
+    def __init__(self, kinds: list[Json]) -> None:
+        super().__init__(metadata={"anyOf": kinds})
 
 
 def _scalar(kind: Json, api: Json) -> fields.Field[Any]:

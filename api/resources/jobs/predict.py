@@ -22,7 +22,7 @@ from api.intake.upload_store import from_upload
 from api.resources.jobs.explanations import Explain
 from jobs.datasets import catalog
 from jobs.errors import BadArchive, Invalid
-from jobs.models import registry
+from jobs.models import operating_points, registry
 from jobs.queue import pace
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.states import JobKind, Lane
@@ -256,6 +256,7 @@ def _submit(
         dataset_id=dataset_id,
         model_id=model.id,
         model_version=model.version,
+        operating_point=operating_points.pin(model),
         created_by=principal().key_id,
         idempotency_key=key(),
         warnings=list(warnings),

@@ -84,6 +84,13 @@ JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "re
 ArtifactLinks = links_schema("ArtifactLinks", ("self",))
 
 
+class PinnedPointSchema(ma.Schema):
+    """From which probability of the positive classes together on a scan of this prediction is positive."""
+
+    positive = fields.List(fields.String())
+    threshold = fields.Float()
+
+
 class JobSchema(Answer):
     """A job. `terminal` says whether it has ended; `progress` runs from 0 to 1."""
 
@@ -115,6 +122,12 @@ class JobSchema(Answer):
     reproduction_of = fields.UUID(attribute="job.reproduction_of", allow_none=True)
     reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
+    operating_point = fields.Nested(
+        PinnedPointSchema,
+        attribute="job.operating_point",
+        allow_none=True,
+        metadata={"description": "Its model's at submission; null: a training, or a model without positive classes."},
+    )
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = Part(
         ErrorSchema,

@@ -11,11 +11,13 @@ from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
 from api.http.pipelines.fields import PipelineName, PipelineParams, TaskName, spec_of
 from jobs.datasets import catalog
+from jobs.errors import Invalid
 from jobs.models import registry
 from jobs.queue.submission import NewJob, submit
 from jobs.states import JobKind, Lane
-from jobs.tables import ModelVersion
-from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from jobs.tables import Dataset, ModelVersion
+from ml.spec.params import misfits
+from ml.spec.pipeline import DEFAULT_TASK, IMAGE, PipelineSpec
 
 Body = dict[str, Any]
 
@@ -46,9 +48,20 @@ def train_one(body: Body) -> uuid.UUID:
     """
     with transaction() as session:
         if "dataset_id" in body:
-            catalog.ready(session, tenant(), body["dataset_id"], spec_of(body).name)
+            dataset = catalog.ready(session, tenant(), body["dataset_id"], spec_of(body).name)
+            refuse_misfits(spec_of(body), body.get("params", {}), dataset)
         base = registry.base_model(session, tenant(), body.get("params", {}), spec_of(body).name)
         return submit(session, _training(body, base), quota=quota()).id
+
+
+def refuse_misfits(spec: PipelineSpec, params: Body, dataset: Dataset) -> None:
+    """Refuse parameters that do not fit the dataset's classes.
+
+    Raises:
+        Invalid: points at the first of them.
+    """
+    for field, message in misfits(spec.params.model_validate(params), sorted(dataset.classes or ())):
+        raise Invalid(message, f"/params/{field}")
 
 
 def train_on_newest(body: Body) -> uuid.UUID:

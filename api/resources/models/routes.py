@@ -19,6 +19,7 @@ from api.resources.models.schemas import (
     ModelSchema,
     ModelsPage,
     ModelsQuery,
+    PatchRequest,
     PromoteRequest,
     PromotionsPage,
     RollbackRequest,
@@ -26,7 +27,7 @@ from api.resources.models.schemas import (
 from api.views import model_card, model_card_markdown
 from jobs.errors import ModelNotFound, NoChampion
 from jobs.keys import Scope
-from jobs.models import cards, comparison, promotion, registry
+from jobs.models import cards, comparison, operating_points, promotion, registry
 from jobs.models.comparison import Comparison
 from jobs.models.gate import GatePolicy
 from jobs.paging import Page
@@ -99,6 +100,18 @@ def get_model(query: dict[str, Any], version: str) -> ModelVersion:
     """Show a model version; `champion` is the default of predictions."""
     with transaction() as session:
         return find_version(session, version, **query)
+
+
+@blueprint.route("/<version:version>", methods=["PATCH"])
+@needs(Scope.MODELS_WRITE)
+@accepts_body(json=PatchRequest)
+@blueprint.response(200, ModelSchema)
+@blueprint.doc(operationId="patchModel")
+def patch_model(body: dict[str, Any], version: str) -> ModelVersion:
+    """Set a version's operating point anew, without a training. Jobs that were submitted before keep theirs."""
+    with transaction() as session:
+        find_version(session, version)
+        return operating_points.set_point(session, tenant(), version, **body, key_id=principal().key_id)
 
 
 @blueprint.route("/<version:version>/promote", methods=["POST"])

@@ -11,7 +11,9 @@ from api.http.paging import NumberedQuery, PageSchema
 from api.http.pipelines.fields import PipelineName, TaskName
 from api.http.versioning import address
 from jobs.models.cards import mlflow_model_name
-from jobs.tables import ModelVersion, PromotionMethod
+from jobs.models.operating_points import positive_classes
+from jobs.tables import Json, ModelVersion, PromotionMethod
+from ml.spec import operating_point
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
 
@@ -46,11 +48,41 @@ class CalibrationSchema(ma.Schema):
     threshold = fields.Float(
         allow_none=True, metadata={"description": "Decision threshold of the positive class, if there are two classes."}
     )
-    positive = fields.String(allow_none=True)
+    positive = fields.Function(
+        lambda metrics: only_positive(metrics),
+        metadata={"type": ["string", "null"], "description": "The positive class; null if there are several, or none."},
+    )
+    positives = fields.Function(
+        lambda metrics: positive_classes(metrics) or [],
+        metadata={"type": "array", "items": {"type": "string"}, "description": "The positive classes."},
+    )
     ece = fields.Float(allow_none=True, metadata={"description": "Expected calibration error."})
     ece_chance = fields.Float(
         allow_none=True, metadata={"description": "Calibration error that chance alone would cause."}
     )
+
+
+class ShareSchema(ma.Schema):
+    """A share of scans; no interval where the groups (patients) are too few."""
+
+    value = fields.Float(allow_none=True)
+    low = fields.Float(allow_none=True, metadata={"description": "Lower end of its 95 % interval."})
+    high = fields.Float(allow_none=True)
+    groups = fields.Integer()
+
+
+class OperatingPointSchema(ma.Schema):
+    """The threshold in force, the rule that chose it, and what it gave on the scans that it was chosen on."""
+
+    rule = fields.String(metadata={"enum": ["f1", "sensitivity", "specificity", "threshold"]})
+    wanted = fields.Float(allow_none=True, metadata={"description": "The rule's number."})
+    threshold = fields.Float()
+    sensitivity = fields.Nested(ShareSchema)
+    specificity = fields.Nested(ShareSchema)
+    scans = fields.Integer()
+    chosen_on = fields.String()
+    best_f1 = fields.Float(metadata={"description": "The threshold that the rule f1 would choose."})
+    changes = fields.Integer(dump_default=0, metadata={"description": "How often it was set anew."})
 
 
 class SplitSchema(ma.Schema):
@@ -81,6 +113,7 @@ class ModelSchema(Answer):
     head = fields.Function(lambda row: declared(row).get("head"), metadata={"type": "string"})
     transform = Part(TransformSchema, lambda row: declared(row).get("transform"), allow_none=True)
     calibration = Part(CalibrationSchema, lambda row: row.metrics, allow_none=True)
+    operating_point = Part(OperatingPointSchema, lambda row: row.metrics.get("operating_point"), allow_none=True)
     split = Part(SplitSchema, lambda row: row.metrics.get("counts"), allow_none=True)
     params = fields.Dict()
     metrics = fields.Dict()
@@ -92,6 +125,12 @@ class ModelSchema(Answer):
     created_at = Time()
     promoted_at = Time(allow_none=True)
     links = Part(ModelLinks, lambda row: links(row))
+
+
+def only_positive(metrics: Json) -> str | None:
+    """The positive class, where there is just one."""
+    named = positive_classes(metrics) or []
+    return named[0] if len(named) == 1 else None
 
 
 def declared(row: ModelVersion) -> dict[str, Any]:
@@ -174,9 +213,19 @@ class ComparisonSchema(ma.Schema):
 class Reason(fields.String):
     """Reason for a change of the champion; stored with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, required: bool = False) -> None:
         checks = [validate.Length(max=1000), validate.Regexp(r"\s*\S", error="Must not be blank.")]
-        super().__init__(validate=checks, load_default=None, allow_none=True)
+        if required:
+            super().__init__(validate=checks, required=True)
+        else:
+            super().__init__(validate=checks, load_default=None, allow_none=True)
+
+
+def _is_rule(value: Any) -> None:
+    try:
+        operating_point.parse(value)
+    except ValueError as error:
+        raise ma.ValidationError(str(error)) from None
 
 
 class PromoteRequest(ma.Schema):
@@ -189,6 +238,13 @@ class PromoteRequest(ma.Schema):
     def _force_has_reason(self, data: dict[str, Any], **kwargs: Any) -> None:
         if data["force"] and data["reason"] is None:
             raise ma.ValidationError("Say why the gate is passed over.", "reason")
+
+
+class PatchRequest(ma.Schema):
+    """What to change of a version: its operating point, with the reason."""
+
+    operate_at = fields.Raw(required=True, validate=_is_rule, metadata=operating_point.json_schema())
+    reason = Reason(required=True)
 
 
 class RollbackRequest(ma.Schema):

@@ -8,7 +8,7 @@ than 0.01. With int8, neither F1 nor sensitivity may fall by more than 0.005, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -17,7 +17,6 @@ from torch import nn
 
 from ml.evaluation.calibration import Calibration, softmax
 from ml.evaluation.intervals import Decisions, figures
-from ml.evaluation.metrics import positive_index
 from ml.image.engines.backends import engine_name, open_engine
 from ml.image.engines.engine import Dtype, Precision, outputs_of
 from ml.image.engines.graphs import Ranges, activation_ranges, graph_of
@@ -100,7 +99,7 @@ def admit(
     classes = len(model.classes)
     ood = _with_shifts(ood, {dtype: each[:, classes:] for dtype, each in on_seen.items()}, fitted_in)
     score_shifts = _score_shifts(ood, {dtype: each[:, classes:] for dtype, each in on_test.items()})
-    comparison = ReferenceComparison(calibration, labels, positive_index(model.classes), on_test["fp32"][:, :classes])
+    comparison = ReferenceComparison(calibration, labels, model.findings, on_test["fp32"][:, :classes])
     trials = {
         engine_name(dtype): _checked_score(comparison.trial(dtype, outputs[:, :classes]), score_shifts[dtype])
         for dtype, outputs in on_test.items()
@@ -183,7 +182,7 @@ class ReferenceComparison:
 
     calibration: Calibration
     labels: np.ndarray
-    positive: int | None
+    positive: Sequence[int]
     reference: np.ndarray
 
     def trial(self, dtype: Dtype, logits: np.ndarray) -> Trial:
@@ -215,5 +214,6 @@ class ReferenceComparison:
         return self.calibration.decide(logits, self.positive)
 
     def _figure(self, name: str, logits: np.ndarray) -> float:
-        decisions = Decisions(self.labels, self._decide(logits), logits, np.arange(len(logits)), self.positive)
+        of_two = self.positive[0] if len(self.positive) == 1 and logits.shape[1] == 2 else None
+        decisions = Decisions(self.labels, self._decide(logits), logits, np.arange(len(logits)), of_two)
         return float(np.nan_to_num(figures(np.ones((1, len(logits))), decisions)[name][0]))

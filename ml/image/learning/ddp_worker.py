@@ -43,7 +43,7 @@ class WorkerTraining:
     params: Params
     labels: np.ndarray
     split: Split
-    positive: int | None = None
+    positive: tuple[int, ...] = ()
     resume: Path | None = None
 
     def load(self) -> Callable[[ProcessGroup], None]:
@@ -74,7 +74,7 @@ def training_group(
     pixels: Path,
     labels: np.ndarray,
     split: Split,
-    positive: int | None = None,
+    positive: tuple[int, ...] = (),
     resume: Path | None = None,
     folder: Path | None = None,
 ) -> Iterator[ProcessGroup]:

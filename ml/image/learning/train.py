@@ -72,7 +72,7 @@ class TrainData:
     features: Callable[[int], Features]
     labels: np.ndarray
     split: Split
-    positive: int | None = None  # the class whose F1 is reported; None: the mean over all classes
+    positive: tuple[int, ...] = ()  # the classes whose F1, as of one finding, is reported; none: the mean over all
 
 
 def train(config: TrainConfig, data: TrainData) -> Iterator[Epoch]:
@@ -245,11 +245,11 @@ def logits_of(
 
 
 def _f1(labels: torch.Tensor, predicted: torch.Tensor, data: TrainData) -> float:
-    classes = range(int(data.labels.max()) + 1) if data.positive is None else [data.positive]
+    groups = [data.positive] if data.positive else [(one,) for one in range(int(data.labels.max()) + 1)]
     found = []
-    for one in classes:
-        hits = float(((predicted == one) & (labels == one)).sum())
-        total = float((predicted == one).sum() + (labels == one).sum())
+    for classes in groups:
+        ours, true = (torch.isin(each, torch.tensor(classes)) for each in (predicted, labels))
+        hits, total = float((ours & true).sum()), float(ours.sum() + true.sum())
         found.append(2 * hits / total if total else 0.0)
     return sum(found) / len(found)
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ml.evaluation.positive import indices, of_model
 from ml.image.networks.architectures import ARCHITECTURES, Architecture, HeadKind, cut, set_head
 from ml.image.pixels.transforms import Transform
 from ml.runtime import tensorfile
@@ -37,6 +38,16 @@ class Model:
     metadata: dict[str, Any] = field(default_factory=dict)
     architecture: str = "vgg16"
     head: HeadKind = "vgg"
+
+    @property
+    def positive(self) -> tuple[str, ...]:
+        """The positive classes; none where no class is a finding."""
+        return of_model(self.metadata, self.classes)
+
+    @property
+    def findings(self) -> list[int]:
+        """Indices of the positive classes."""
+        return indices(self.classes, self.positive)
 
     def cut(self, top: int = 0) -> tuple[nn.Sequential, nn.Sequential]:
         """Below and above the `top` uppermost blocks; see `ml.image.networks.architectures.cut`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ml.evaluation.metrics import positive_class
+from ml.evaluation.positive import by_first_rule
 from ml.image.pixels.picture import GREY, Origin, foreign, is_blank
 from ml.image.pixels.statistics import in_colour
 from ml.pipelines import INDETERMINATE, REJECTED, Disposition
@@ -38,18 +38,21 @@ def disposition_of(
     high: float,
     ood_reason: str | None = None,
     label: str | None = None,
+    positive: Sequence[str] | None = None,
 ) -> Disposition:
     """The disposition of a prediction under the limits `low` and `high`, probabilities 0 to 1.
 
     With two classes: the negative class if the probability of the positive one is at most `low`, the positive class if
-    it is at least `high`. With more: the most probable class if its probability is at least `high`. An `ood_score`
-    above 1 rejects the scan, and `ood_reason` (see `Prediction`) explains why. `label`: the network's own decision. Its
-    threshold may lie outside of `low` and `high`; if the two disagree, the result is indeterminate.
+    it is at least `high`. With more: the most probable class if its probability is at least `high`, and if the classes
+    `positive` together have at most `low` or at least `high`. `positive`: those of the model; None: of an older model,
+    whose classes tell (see `ml.evaluation.positive`). An `ood_score` above 1 rejects the scan, and `ood_reason` (see
+    `Prediction`) explains why. `label`: the network's own decision. Its threshold may lie outside of `low` and `high`;
+    if the two disagree, the result is indeterminate.
     """
     if ood_score is not None and ood_score > 1:
         return Disposition(REJECTED, _rejection(ood_score, ood_reason))
-    positive = positive_class(tuple(probabilities))
-    found = _of_many(probabilities, high) if positive is None else _of_two(probabilities, positive, low, high)
+    findings = by_first_rule(tuple(probabilities)) if positive is None else tuple(positive)
+    found = _of_classes(probabilities, findings, low, high)
     if label is None or found.word in (INDETERMINATE, label.lower()):
         return found
     shown = probabilities[label]
@@ -86,16 +89,16 @@ def _times(ood_score: float) -> str:
     return f"{ood_score:.1f} times the limit" if ood_score >= 1.05 else "just above the limit"
 
 
-def _of_two(probabilities: Mapping[str, float], positive: str, low: float, high: float) -> Disposition:
-    value = probabilities[positive]
-    if value <= low:
-        return Disposition(next(name for name in probabilities if name != positive).lower())
-    if value >= high:
-        return Disposition(positive.lower())
-    shown = _rounded(value, low, high)
-    return Disposition(
-        INDETERMINATE, f"The network is unsure: {positive} {shown} lies between {low:.2f} and {high:.2f}."
-    )
+def _of_classes(probabilities: Mapping[str, float], positive: Sequence[str], low: float, high: float) -> Disposition:
+    value = sum(probabilities[name] for name in positive)
+    if positive and low < value < high:
+        shown, names = _rounded(value, low, high), " or ".join(positive)
+        unsure = f"The network is unsure: {names} {shown} lies between {low:.2f} and {high:.2f}."
+        return Disposition(INDETERMINATE, unsure)
+    if len(probabilities) > 2 or not positive:
+        return _of_many(probabilities, high)
+    is_found = value >= high
+    return Disposition(next(name for name in probabilities if (name in positive) == is_found).lower())
 
 
 def _of_many(probabilities: Mapping[str, float], high: float) -> Disposition:

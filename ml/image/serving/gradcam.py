@@ -30,7 +30,6 @@ from PIL import Image
 from torch import nn
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import positive_index
 from ml.image.engines.admission import choose_float_dtype
 from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import Precision, outputs_of
@@ -84,7 +83,7 @@ class Explainer:
         dtype = choose_float_dtype(model.metadata, precision)
         self.classes, self.transform = model.classes, model.transform
         self._architecture = ARCHITECTURES[model.architecture]
-        self._calibration = Calibration.from_metadata(model.metadata)
+        self._calibration, self._positive = Calibration.from_metadata(model.metadata), model.findings
         below, above, self._maps = _cut_at_maps(model)
         with naming_out_of_memory():
             # One scan at a time: with VGG16 it takes 153 ms, but 214 ms if a second stream has half of the cores.
@@ -152,7 +151,7 @@ class Explainer:
     @torch.inference_mode()
     def _decide(self, features: torch.Tensor) -> int:
         logits = self._above(features).cpu().numpy()
-        return int(self._calibration.decide(logits, positive_index(self.classes))[0])
+        return int(self._calibration.decide(logits, self._positive)[0])
 
     def _upscale(self, cells: np.ndarray, height: int, width: int, spacing: Spacing = None) -> np.ndarray:
         """The heat of each pixel of the scan: float32 [height, width], 0 to 1; 0 where the network does not look."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import positive_index
+from ml.evaluation.positive import by_first_rule, indices
 from ml.image.engines.admission import choose_dtype
 from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import Engine, Precision
@@ -76,7 +76,8 @@ class Predictor:
 
     `engine` returns logits and feature descriptor (see ml.image.networks.feature_descriptor). `calibration`:
     temperature and threshold, chosen on the model's validation scans. `ood`: the OOD detector for this engine.
-    `learnt`: the kinds of scans that the model has learnt from; none in older files.
+    `learnt`: the kinds of scans that the model has learnt from; none in older files. `positive`: the positive classes;
+    None: an older file, whose classes tell (see `ml.evaluation.positive`).
     """
 
     classes: tuple[str, ...]
@@ -85,6 +86,7 @@ class Predictor:
     calibration: Calibration = field(default_factory=Calibration)
     ood: OodDetector | None = None
     learnt: frozenset[Origin] = frozenset()
+    positive: tuple[str, ...] | None = None
 
     @classmethod
     def load(cls, path: Path, precision: Precision = "auto") -> Predictor:
@@ -106,7 +108,8 @@ class Predictor:
         detector = OodDetector.from_metadata(model.metadata)
         ood = detector.for_dtype(dtype) if detector is not None else None
         learnt = frozenset(Origin(**each) for each in model.metadata.get("origins", ()))
-        return cls(model.classes, model.transform, engine, Calibration.from_metadata(model.metadata), ood, learnt)
+        calibration = Calibration.from_metadata(model.metadata)
+        return cls(model.classes, model.transform, engine, calibration, ood, learnt, model.positive)
 
     def logits(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits float32 [n, classes] of batches of resized pictures, uint8 [n, height, width, 3]."""
@@ -162,7 +165,8 @@ class Predictor:
 
     def _readable_predictions(self, scans: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
         logits, descriptors = np.split(outputs, [len(self.classes)], axis=1)
-        decided = self.calibration.decide(logits, positive_index(self.classes))
+        positive = by_first_rule(self.classes) if self.positive is None else self.positive
+        decided = self.calibration.decide(logits, indices(self.classes, positive))
         statistics = [one.statistics for one in scans]
         scores = self.ood.scores(descriptors, statistics).tolist() if self.ood else [None] * len(scans)
         rows = zip(scans, decided, self.calibration.probabilities(logits), scores, strict=True)

@@ -42,6 +42,7 @@ def build_base_model(run: Run) -> Model:
         "weights": {"source": initial.source, "sha256": initial.sha256},
         "begun_lineage": list(initial.lineage),
         "new_head": not initial.with_head,
+        "positive": list(run.positive),
     }
     return replace(model, metadata=metadata)
 

@@ -88,6 +88,9 @@ def _load(path: Path) -> Model:
 def _compare(
     run: Run, model: Model, outputs: ModelOutputs, champion: Model, on_progress: Callable[[float], None]
 ) -> Comparison:
+    threshold = run.environment.champion_threshold
+    if threshold is not None:
+        champion = replace(champion, metadata={**champion.metadata, "calibration": _at(champion, threshold)})
     if champion.classes != model.classes:
         raise NotComparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
     positions = _unseen_by_both(run, model, outputs, champion)
@@ -96,6 +99,10 @@ def _compare(
     theirs = _score(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
     digest = run.report.digest_of(scans)
     return Comparison(True, "", digest, len(scans), champion=theirs.as_dict(), candidate=ours.as_dict())
+
+
+def _at(champion: Model, threshold: float) -> dict[str, Any]:
+    return asdict(replace(Calibration.from_metadata(champion.metadata), threshold=threshold))
 
 
 # --- which scans -----------------------------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ def _score(
 ) -> Scores:
     """The network's scores on these scans, whose labels and groups are in `outputs`."""
     predicted = replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
-    return score(predicted, Calibration.from_metadata(model.metadata))
+    return score(predicted, Calibration.from_metadata(model.metadata), model.findings)
 
 
 def _predicted_logits(run: Run, model: Model, scans: np.ndarray, on_progress: Callable[[float], None]) -> np.ndarray:

@@ -54,7 +54,7 @@ def _fold(run: Run, split: Split, on_progress: Callable[[float], None]) -> dict[
     labels = data.labels
     outputs = ModelOutputs(
         model.classes, labels[split.test], logits(split.test), labels[split.validation], logits(split.validation),
-        seed=run.params.seed,
+        seed=run.params.seed, positive=run.positive,
     )  # fmt: skip
     scores = score(outputs).as_dict()
     return {name: scores[name] for name in FIGURES} | {"test": len(split.test)}

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, score
+from ml.evaluation.operating import kept_scores
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.learning.schedules import best_epoch
@@ -45,7 +46,8 @@ def evaluation(run: Run) -> None:
     outputs, folds = _test(run, model, lambda fraction: on_progress(own_share * fraction))
     _cache_features(run)
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
-    scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
+    calibration = _calibration(model, outputs)
+    scores = score(outputs, calibration).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
     comparison = champion.compare_with_champion(
         run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
     )
@@ -54,11 +56,19 @@ def evaluation(run: Run) -> None:
         "test_digest": run.report.digest_of(run.split.test),
         "engines": model.metadata.get("engines", {}),
         "origins": model.metadata.get("origins", []),
+        "operating_point": model.metadata.get("operating_point"),
     }
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)
     reference = _reference(run, model, outputs)
-    run.emit(Evaluated(metrics, reference, comparison.as_dict() if comparison else None))
+    kept = kept_scores(outputs, calibration, group_scans([run.report.scans[scan] for scan in run.split.validation]))
+    run.emit(Evaluated(metrics, reference, comparison.as_dict() if comparison else None, kept))
+
+
+def _calibration(model: Model, outputs: ModelOutputs) -> Calibration:
+    """The model's own, which its predictions use."""
+    own = "calibration" in model.metadata
+    return Calibration.from_metadata(model.metadata) if own else calibration_of(outputs)
 
 
 def _test(run: Run, model: Model, on_progress: Callable[[float], None]) -> tuple[ModelOutputs, dict[str, Any] | None]:
@@ -87,7 +97,7 @@ def _model_outputs(run: Run, model: Model) -> ModelOutputs:
     tested = len(split.test)
     return ModelOutputs(
         model.classes, report.labels[split.test], logits[:tested],
-        report.labels[split.validation], logits[tested:], groups, run.params.seed,
+        report.labels[split.validation], logits[tested:], groups, run.params.seed, model.positive,
     )  # fmt: skip
 
 
@@ -96,7 +106,7 @@ def _reference(run: Run, model: Model, outputs: ModelOutputs) -> dict[str, Any]:
     scans = run.split.test
     calibration, ood = Calibration.from_metadata(model.metadata), OodDetector.from_metadata(model.metadata)
     statistics = [input_statistics(run.pixels[scan]) for scan in scans]
-    decided = calibration.decide(outputs.test_logits, outputs.positive)
+    decided = calibration.decide(outputs.test_logits, outputs.findings)
     confidences = calibration.probabilities(outputs.test_logits)[np.arange(len(decided)), decided]
     rejected = int((ood.scores(scan_descriptors(run, model, scans), statistics) > 1).sum()) if ood else None
     labels = [model.classes[index] for index in decided]
@@ -137,7 +147,8 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
     best = best_epoch(params, epochs)
     for old in root.glob("*.png"):  # of an earlier run, which may have had more of them
         old.unlink()
-    all_plots = plots.all_plots(outputs, scores, epochs, best, lambda positions: run.pixels[run.split.test[positions]])
+    served, tested = _calibration(model, outputs), run.split.test
+    all_plots = plots.all_plots(outputs, scores, epochs, best, lambda chosen: run.pixels[tested[chosen]], served)
     for plot in all_plots:
         plot.save(root)
     inputs = ReportInputs(
@@ -164,6 +175,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         versions={"python": python_version(), **installed_versions(PACKAGES)},
         leak_reasons=leaked.reasons(),
         split_notes=_split_notes(run),
+        operating_point=model.metadata.get("operating_point"),
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 

@@ -53,6 +53,7 @@ def data_ingestion(run: Run) -> None:
         if key is not None:
             _store(run, key)
     run.__dict__.pop("report", None)
+    run.require_fitting_params()
     found = {"warnings": list(run.report.warnings), "inspection": asdict(run.report.inspection)}
     write_json(paths.report_path, {"classes": run.report.classes, "images": run.report.images, **found})
 

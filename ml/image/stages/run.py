@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ml.evaluation.positive import resolve
 from ml.image.dataset.scans import DatasetReport, load_manifest
 from ml.image.dataset.splits import Split, split_by_folders, split_scans
 from ml.image.engines.backends import open_engine, training_precision
@@ -32,7 +33,8 @@ class RunEnvironment:
 
     `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
-    is scored on the same test scans as the new network.
+    is scored on the same test scans as the new network. `champion_threshold`: the one that it predicts with, where that
+    is another one than its file's.
     """
 
     weights_dir: Path | None = None
@@ -41,6 +43,7 @@ class RunEnvironment:
     checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     revision: str | None = None
     champion: Path | None = None
+    champion_threshold: float | None = None
 
 
 @dataclass
@@ -88,6 +91,16 @@ class Run:
         if params.split == "folders":
             return split_by_folders(self.report, params.seed, params.validation_size)
         return split_scans(self.report, params.seed, params.test_size, params.validation_size)
+
+    @cached_property
+    def positive(self) -> tuple[str, ...]:
+        """The positive classes of the dataset, by the parameters or the names. BadParams if neither tells."""
+        return resolve(self.report.names, self.params.asked_positive)
+
+    def require_fitting_params(self) -> None:
+        """BadParams if a parameter does not fit the dataset's classes."""
+        for name, message in self.params.misfits(self.report.names):
+            raise BadParams(f"{name}: {message}")
 
     def load_model(self, path: Path) -> Model:
         """The model of the previous stage, from memory or from `path`."""

@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from ml.evaluation.calibration import Calibration, calibrate
-from ml.evaluation.metrics import positive_index
+from ml.evaluation.calibration import Calibration
+from ml.evaluation.operating import calibrate_at, require_choice
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import lineage
 from ml.image.dataset.splits import Split
@@ -32,6 +32,7 @@ from ml.image.pixels.statistics import input_statistics
 from ml.image.stages.run import Run, write_json
 from ml.runtime.events import Resumed, Steps, reporter
 from ml.runtime.process_group import ProcessGroup
+from ml.spec.operating_point import OperatingPoint
 
 STEPS_EVERY = 0.5  # seconds between two `steps` events
 OOD_SCANS = 512  # scans of a side, at most, that the OOD detector is fitted to; more take time and change little
@@ -40,15 +41,18 @@ OOD_SCANS = 512  # scans of a side, at most, that the OOD detector is fitted to;
 def training(run: Run) -> None:
     """Run the stage; see the module's docstring."""
     started = time.perf_counter()
-    model = run.load_model(run.config.prepare_base_model.updated_base_model_path)
+    model = _with_positive(run, run.load_model(run.config.prepare_base_model.updated_base_model_path))
+    run.require_fitting_params()
+    require_choice(run.params.operate_at, run.report.labels[run.split.validation], model.findings)
     if not run.in_one_process:
         network.own_memory(model)
     with _process_group(run, model) as group:
         _train(run, model, group)
     _drop_stale_features(run, group)
-    calibration, ood = _calibrate(run, model), _fit_ood(run, model)
+    (calibration, point), ood = _calibrate(run, model), _fit_ood(run, model)
     admission = _admit(run, model, calibration, ood)
     metadata = _training_metadata(run, model, calibration) | admission.as_dict()
+    metadata["operating_point"] = point and point.as_dict()
     run.model = replace(model, metadata={**model.metadata, **metadata})
     run.device_seconds += time.perf_counter() - started
     network.save(run.model, run.config.training.trained_model_path)
@@ -60,7 +64,7 @@ def _process_group(run: Run, model: Model) -> AbstractContextManager[ProcessGrou
     return training_group(
         run.params, model,
         pixels=run.config.data_ingestion.pixels_path, labels=run.report.labels, split=run.split,
-        positive=positive_index(model.classes), resume=run.environment.checkpoints.resume,
+        positive=tuple(model.findings), resume=run.environment.checkpoints.resume,
         folder=run.config.data_ingestion.root_dir,
     )  # fmt: skip
 
@@ -80,9 +84,7 @@ def _train(run: Run, model: Model, group: ProcessGroup) -> None:
 
 def train_data(run: Run, model: Model, split: Split, group: ProcessGroup) -> TrainData:
     """The features, labels and split that this model is trained with."""
-    return TrainData(
-        lambda top: run.features(model, top, group), run.report.labels, split, positive_index(model.classes)
-    )
+    return TrainData(lambda top: run.features(model, top, group), run.report.labels, split, tuple(model.findings))
 
 
 def head_forward(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -117,10 +119,15 @@ def scan_descriptors(run: Run, model: Model, scans: np.ndarray) -> np.ndarray:
     return np.concatenate([feature_descriptors(model, features.plain(part)) for part in parts])
 
 
-def _calibrate(run: Run, model: Model) -> Calibration:
+def _with_positive(run: Run, model: Model) -> Model:
+    return replace(model, metadata={**model.metadata, "positive": list(run.positive)})
+
+
+def _calibrate(run: Run, model: Model) -> tuple[Calibration, OperatingPoint | None]:
     """Temperature and threshold by the validation scans; predictions of this network use both."""
-    scans = run.split.validation
-    return calibrate(run.report.labels[scans], scan_logits(run, model, scans), positive_index(model.classes))
+    scans, rule = run.split.validation, run.params.operate_at
+    groups = group_scans([run.report.scans[scan] for scan in scans])
+    return calibrate_at(rule, run.report.labels[scans], scan_logits(run, model, scans), model.findings, groups)
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
@@ -151,7 +158,7 @@ def _training_metadata(run: Run, model: Model, calibration: Calibration) -> dict
         "params": run.params.model_dump(mode="json"),  # if stages run alone, they may have different parameters
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
         "origins": _origins(run),
-        "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
+        "calibration": asdict(calibration),
         "precision": training_precision(run.params),
         "engine": run.features(model, 0).engine.name,
         "device": device_name(),
