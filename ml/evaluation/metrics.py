@@ -17,7 +17,7 @@ from ml.evaluation.calibration import (
     softmax,
     top_label,
 )
-from ml.evaluation.intervals import Decisions, figures, intervals, per_class
+from ml.evaluation.intervals import Decisions, figures, groups_per_class, intervals, per_class
 from ml.runtime.errors import BadParams
 
 _POSITIVE = ("tumor", "tumour")
@@ -72,8 +72,8 @@ class Scores:
     predicted from `threshold` on. With more they are macro means, and `positive`, `threshold` and `specificity` are
     None. Undefined figures (an AUC with test scans of one class) are None, never NaN; precision, recall and f1 are then
     0. `ece_chance`: calibration error of a perfectly calibrated network on these scans. `independent`: number of
-    groups of test scans (patients, if known). `interval_methods`: bootstrap or wilson. `with_context` sets the fields
-    from `counts` on.
+    groups of test scans (patients, if known), `independent_per_class` those of each class. With too few of
+    them `intervals` are None (see `ml.evaluation.intervals`). `with_context` sets the fields from `counts` on.
     """
 
     accuracy: float
@@ -101,6 +101,7 @@ class Scores:
     positive: str | None
     held_out: int
     independent: int
+    independent_per_class: dict[str, int]
     counts: dict[str, int] | None = None
     patients_known: bool | None = None
     leaks: dict[str, int] | None = None
@@ -174,6 +175,7 @@ def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scor
         positive=positive_class(outputs.classes),
         held_out=len(labels),
         independent=len(np.unique(decisions.groups)),
+        independent_per_class=dict(zip(outputs.classes, groups_per_class(decisions), strict=True)),
     )
 
 
