@@ -15,8 +15,8 @@ MIN_GROUPS = 10
 """Independent groups of each class that an interval needs; with fewer, none was found that holds what it says."""
 PSEUDO = 0.2
 """Weight of a class's pseudo-groups, one right and one wrong, in groups."""
-QUARTILE = 0.25
-"""A pseudo-group that is wrong ranks at this quantile of the class that it is taken for."""
+CONFUSED_RANK = 0.4
+"""A pseudo-group that is wrong ranks at this quantile of the class that it is taken for, not beyond all of it."""
 MAX_BLOCKS = 200
 """Groups of a class are left out one by one; of more groups, as many random blocks are."""
 RESAMPLES = 2000
@@ -251,14 +251,14 @@ def _with_pseudo_groups(
 
 
 def _pseudo_margins(decisions: Decisions, label: int, taken_for: int) -> np.ndarray:
-    """As far apart as any scan's; a wrong one's ranks among the outer quarters of both classes, not beyond them."""
+    """As far apart as any scan's; those of a wrong one rank amid the classes that it confuses."""
     margins = decisions.margins.min(axis=0)
     if label == taken_for:
         margins[label] = decisions.margins[:, label].max()
         return margins
     others, theirs = decisions.labels != label, decisions.labels == taken_for
-    margins[label] = np.quantile(decisions.margins[others, label], 1 - QUARTILE)
-    margins[taken_for] = np.quantile(decisions.margins[theirs, taken_for], QUARTILE)
+    margins[label] = np.quantile(decisions.margins[others, label], 1 - CONFUSED_RANK)
+    margins[taken_for] = np.quantile(decisions.margins[theirs, taken_for], CONFUSED_RANK)
     return np.asarray(margins)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.metrics import ModelOutputs, decide, score
+from ml.evaluation.paired import paired
 from ml.image.dataset.lineage import unseen_test_scans
 from ml.image.networks import network
 from ml.image.networks.network import Model
@@ -45,7 +46,7 @@ class NotComparable(Exception):
 class Comparison:
     """Metrics of both networks on the same `scans` test scans, which `test_digest` identifies.
 
-    If they are not `comparable`, `why` gives the reason and the rest is empty.
+    `paired`: see `ml.evaluation.paired`. If they are not `comparable`, `why` gives the reason and the rest is empty.
     """
 
     comparable: bool
@@ -54,6 +55,7 @@ class Comparison:
     scans: int = 0
     champion: dict[str, Any] | None = None
     candidate: dict[str, Any] | None = None
+    paired: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the `evaluated` event."""
@@ -92,10 +94,13 @@ def _compare(
         raise NotComparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
     positions = _unseen_by_both(run, model, outputs, champion)
     scans, subset = run.split.test[positions], _subset(outputs, positions)
-    ours = _score(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
-    theirs = _score(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
-    digest = run.report.digest_of(scans)
-    return Comparison(True, "", digest, len(scans), champion=theirs.as_dict(), candidate=ours.as_dict())
+    ours = _outputs(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
+    theirs = _outputs(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
+    calibrations = [Calibration.from_metadata(each.metadata) for each in (model, champion)]
+    of_both = list(zip((ours, theirs), calibrations, strict=True))
+    candidate, other = (score(outputs, calibration).as_dict() for outputs, calibration in of_both)
+    test = paired(*(decide(outputs, calibration) for outputs, calibration in of_both), run.params.seed)
+    return Comparison(True, "", run.report.digest_of(scans), len(scans), other, candidate, test)
 
 
 # --- which scans -----------------------------------------------------------------------------------------------------
@@ -133,12 +138,11 @@ def _subset(outputs: ModelOutputs, positions: np.ndarray) -> ModelOutputs:
 # --- what each network predicts --------------------------------------------------------------------------------------
 
 
-def _score(
+def _outputs(
     run: Run, model: Model, scans: np.ndarray, outputs: ModelOutputs, on_progress: Callable[[float], None]
-) -> Scores:
-    """The network's scores on these scans, whose labels and groups are in `outputs`."""
-    predicted = replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
-    return score(predicted, Calibration.from_metadata(model.metadata))
+) -> ModelOutputs:
+    """The network's outputs for these scans, whose labels and groups are in `outputs`."""
+    return replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
 
 
 def _predicted_logits(run: Run, model: Model, scans: np.ndarray, on_progress: Callable[[float], None]) -> np.ndarray:
