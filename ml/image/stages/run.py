@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ml.image.dataset.scans import DatasetReport, load_manifest
-from ml.image.dataset.splits import Split, split_by_folders, split_scans
+from ml.image.dataset.splits import LOCKED, Split, split_by_folders, split_locked, split_scans
 from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import checksum
@@ -32,7 +32,8 @@ class RunEnvironment:
 
     `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
-    is scored on the same test scans as the new network.
+    is scored on the same test scans as the new network. `locked_test`: a zip of the scans to test on, if these are not
+    to be drawn from the dataset (`ml.image.stages.locked_test`).
     """
 
     weights_dir: Path | None = None
@@ -41,6 +42,7 @@ class RunEnvironment:
     checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     revision: str | None = None
     champion: Path | None = None
+    locked_test: Path | None = None
 
 
 @dataclass
@@ -85,6 +87,8 @@ class Run:
     def split(self) -> Split:
         """The training, validation and test scans."""
         params = self.params
+        if any(scan.side == LOCKED for scan in self.report.scans):
+            return split_locked(self.report, params.seed, params.validation_size)
         if params.split == "folders":
             return split_by_folders(self.report, params.seed, params.validation_size)
         return split_scans(self.report, params.seed, params.test_size, params.validation_size)
