@@ -145,7 +145,7 @@ def _reading(scores: Scores) -> tuple[str, ...]:
 
 
 def _of_intervals(scores: Scores) -> str:
-    """What was simulated for as many groups (`bench/coverage.py`)."""
+    """What was simulated for as many groups (`bench/coverage`)."""
     fewest = min(scores.independent_per_class.values())
     if fewest < MIN_GROUPS:
         return f"{TOO_FEW} The test scans are of {fewest} of the rarest class."

@@ -16,7 +16,9 @@ from ml.command.console import dataset_table
 from ml.image.dataset.inspection import Inspection, Spread
 from ml.image.dataset.perceptual_hash import group_near_duplicates, hash_image, match_any
 from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
+from ml.image.dataset.splits import split_scans
 from ml.runtime.archives import extract_zip
+from ml.runtime.errors import BadDataset
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder
 
 NOTHING_TELLS = "Nothing tells the patients"
@@ -352,3 +354,13 @@ def test_real_slices_hold_copies_but_no_giant_group(tmp_path):
     assert (report.images, report.problems, found.duplicates, found.conflicts) == (465, (), 36, 0)
     assert (found.near_duplicate_groups, found.near_duplicates, found.largest_group) == (17, 37, 3)
     assert found.near_conflicts == 0
+
+
+def test_fifty_blank_pictures_are_no_dataset_and_so_no_champion(tmp_path):
+    blank = encode(np.full((64, 64, 3), 7, np.uint8))
+    report = inspected(
+        tmp_path, {f"{label}/{number}.png": blank for label in ("Normal", "Tumor") for number in range(25)}
+    )
+    assert any("blank" in problem for problem in report.problems), report.problems
+    with pytest.raises(BadDataset):
+        split_scans(report, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.coverage import LEAST, MOST, SIZES, Network, Size, coverage, drawn, truth
+from bench.coverage.simulation import LEAST, MOST, SIZES, Network, Size, coverage, drawn, truth
 from ml.evaluation.intervals import MAX_BLOCKS, MIN_GROUPS, Decisions, figures, groups_per_class, intervals, t_quantile
 
 TRIALS = 150

@@ -4,28 +4,20 @@ Scores are binormal: of a patient's slices, `rho` of the variance is the patient
 are drawn anew for each test set, so that a row is a mean over networks from poor to nearly perfect (Agresti and Coull
 1998 compare intervals by this mean; with few groups no interval holds 95 % at each single truth). The truth is known in
 closed form, but for macro means of three classes, which come from 30,000 patients.
-
-    make bench-coverage              every size, about a quarter of an hour
-    python -m bench.coverage 200     fewer test sets a size
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 from scipy.special import ndtr
 
 from ml.evaluation.intervals import Decisions, figures, intervals
 
-OUT = Path("bench/out/coverage.json")
-TRIALS, LEAST, MOST = 1000, 92.0, 98.0
+LEAST, MOST = 92.0, 98.0
+"""Percent of intervals that shall contain the truth."""
 
 
 @dataclass(frozen=True)
@@ -146,24 +138,3 @@ def coverage(size: Size, trials: int, seed: int = 0) -> dict[str, Row]:
             if found is not None:
                 row.add(found.low, found.high, true[name])
     return rows
-
-
-def _lines(trials: int) -> Iterator[dict[str, object]]:
-    for size in SIZES:
-        started = time.perf_counter()
-        rows = coverage(size, trials)
-        cells = " ".join(f"{name} {_cell(row)}" for name, row in sorted(rows.items()))
-        print(f"{size!s:32} {cells}  ({time.perf_counter() - started:.0f} s)", flush=True)
-        yield {"size": asdict(size), **{name: asdict(row) | {"coverage": row.coverage} for name, row in rows.items()}}
-
-
-def _cell(row: Row) -> str:
-    if row.coverage is None:
-        return "-"
-    return f"{row.coverage:.1f}{'' if LEAST <= row.coverage <= MOST else '!'} ({row.width:.2f})"
-
-
-if __name__ == "__main__":
-    lines = list(_lines(int(sys.argv[1]) if sys.argv[1:] else TRIALS))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(lines, indent=1))
