@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from jobs.models import registry
-from jobs.models.gate import ChampionComparison
+from jobs.models.gate_rules import NOT_SHARED, ChampionComparison
 from jobs.models.reproduction import differences
 from jobs.tables import Json, ModelEvaluation, ModelVersion
 from ml.spec.registry import spec_of
@@ -149,7 +149,7 @@ def compare_with_champion(
         return None
     found = shared_scores(session, version, champion, paired_first=True)
     if found is None:
-        return ChampionComparison(champion.version, **({"why": why} if why else {}))
+        return ChampionComparison(champion.version, why=why or NOT_SHARED)
     return ChampionComparison(
         champion.version, found.scans, found.a, found.b,
         paired=found.paired, reported=_reported(champion), test_digest=found.test_digest,

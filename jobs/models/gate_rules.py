@@ -15,6 +15,7 @@ LEAKS = {
     "near_duplicates": ("looks", "look", "almost the same as scans that the network has learnt from"),
 }
 REMEDY = "Train anew, or promote it with `force` and a `reason`."
+NOT_SHARED = "no test scans were scored with both"
 MORE_PATIENTS = "Add patients, or raise test_size."
 
 
@@ -56,7 +57,7 @@ class ChampionComparison:
     scans: int = 0
     candidate: Json | None = None
     champion: Json | None = None
-    why: str = "no test scans were scored with both"
+    why: str = NOT_SHARED
     paired: Json | None = None
     reported: float | None = None
     test_digest: str | None = None

@@ -191,7 +191,7 @@ def _spreads(decisions: Decisions, seed: int) -> dict[str, tuple[float, float, f
     added = np.tile((np.arange(len(weights)) < real).astype(np.float64), (len(weights) - real + 1, 1))
     added[1:, real:] += np.diag(sizes)
     changes = {name: (values[1:] - values[0]) ** 2 for name, values in figures(added, whole).items()}
-    by_class = []
+    by_class: list[tuple[int, dict[str, float]]] = []
     for label, its_groups in members.items():
         blocks = np.array_split(random.permutation(its_groups), min(len(its_groups), MAX_BLOCKS))
         least = weights[real:] / sizes * (whole.labels[real:] == label)

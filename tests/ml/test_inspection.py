@@ -358,9 +358,8 @@ def test_real_slices_hold_copies_but_no_giant_group(tmp_path):
 
 def test_fifty_blank_pictures_are_no_dataset_and_so_no_champion(tmp_path):
     blank = encode(np.full((64, 64, 3), 7, np.uint8))
-    report = inspected(
-        tmp_path, {f"{label}/{number}.png": blank for label in ("Normal", "Tumor") for number in range(25)}
-    )
-    assert any("blank" in problem for problem in report.problems), report.problems
+    names = [f"{label}/{number}.png" for label in ("Normal", "Tumor") for number in range(25)]
+    report = inspected(tmp_path, dict.fromkeys(names, blank))
+    assert any("50 of 50 scans show nothing" in problem for problem in report.problems), report.problems
     with pytest.raises(BadDataset):
         split_scans(report, 0)

@@ -97,9 +97,9 @@ def _compare(
     ours = _outputs(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
     theirs = _outputs(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
     calibrations = [Calibration.from_metadata(each.metadata) for each in (model, champion)]
-    of_both = list(zip((ours, theirs), calibrations, strict=True))
-    candidate, other = (score(outputs, calibration).as_dict() for outputs, calibration in of_both)
-    test = paired(*(decide(outputs, calibration) for outputs, calibration in of_both), run.params.seed)
+    candidate, other = (score(*each).as_dict() for each in zip((ours, theirs), calibrations, strict=True))
+    mine, its = (decide(*each) for each in zip((ours, theirs), calibrations, strict=True))
+    test = paired(mine, its, run.params.seed)
     return Comparison(True, "", run.report.digest_of(scans), len(scans), other, candidate, test)
 
 
