@@ -16,9 +16,7 @@ from ml.command.console import dataset_table
 from ml.image.dataset.inspection import Inspection, Spread
 from ml.image.dataset.perceptual_hash import group_near_duplicates, hash_image, match_any
 from ml.image.dataset.scans import DatasetReport, check_dataset, load_manifest, save_manifest
-from ml.image.dataset.splits import split_scans
 from ml.runtime.archives import extract_zip
-from ml.runtime.errors import BadDataset
 from tests.ml.builders import DATA, encode, make_dicom, make_files, make_pixels, write_folder
 
 NOTHING_TELLS = "Nothing tells the patients"
@@ -361,5 +359,3 @@ def test_fifty_blank_pictures_are_no_dataset_and_so_no_champion(tmp_path):
     names = [f"{label}/{number}.png" for label in ("Normal", "Tumor") for number in range(25)]
     report = inspected(tmp_path, dict.fromkeys(names, blank))
     assert any("50 of 50 scans show nothing" in problem for problem in report.problems), report.problems
-    with pytest.raises(BadDataset):
-        split_scans(report, 0)
