@@ -204,18 +204,18 @@ def _spreads(decisions: Decisions, seed: int) -> dict[str, tuple[float, float, f
 def jackknife(decisions: Decisions, weights: np.ndarray, groups: np.ndarray, blocks: Sequence[np.ndarray]) -> Figures:
     """The variance of each figure between the samples that lack one block of one class's groups each.
 
-    The class keeps its weight. `groups`: int [n], of the first n of `weights` [N]; pseudo-groups follow them.
+    `groups`: int [n], of the first n of `weights` [N], behind which pseudo-groups follow.
     """
     block_of = np.full(groups.max() + 1, -1)
     for number, block in enumerate(blocks):
         block_of[block] = number
     of_scan = np.concatenate([block_of[groups], np.full(len(weights) - len(groups), -1)])
-    share, parts = weights * (of_scan >= 0), []
+    sizes, parts = np.array([len(block) for block in blocks]), []
     rows = max(1, CHUNK // len(weights))
     for start in range(0, len(blocks), rows):
         numbers = np.arange(start, min(start + rows, len(blocks)))[:, None]
         kept = np.where(of_scan == numbers, 0.0, weights)
-        scale = share.sum() / (share.sum() - (weights * (of_scan == numbers)).sum(axis=1, keepdims=True))
+        scale = sizes.sum() / (sizes.sum() - sizes[numbers])
         parts.append(figures(np.where(of_scan >= 0, kept * scale, kept), decisions))
     left_out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     factor = (len(blocks) - 1) ** 2 / len(blocks)
