@@ -196,7 +196,9 @@ def _spreads(decisions: Decisions, seed: int) -> dict[str, tuple[float, float, f
         blocks = np.array_split(random.permutation(its_groups), min(len(its_groups), MAX_BLOCKS))
         least = weights[real:] / sizes * (whole.labels[real:] == label)
         without = jackknife(whole, weights, groups, blocks)
-        by_class.append((len(blocks) - 1, {name: max(v, float(changes[name] @ least)) for name, v in without.items()}))
+        by_class.append(
+            (len(blocks) - 1, {name: max(float(v), float(changes[name] @ least)) for name, v in without.items()})
+        )
     centres = figures(weights[None], whole)
     return {name: (float(centre[0]), *_pooled(by_class, name)) for name, centre in centres.items()}
 
