@@ -187,6 +187,35 @@ class Settings(BaseSettings):
         le=1,
         description="Limit of a champion's calibration error beyond chance, unless promoted with `force`.",
     )
+    promote_min_sensitivity_low: float = Field(
+        0.70,
+        ge=0,
+        le=1,
+        description="The lower end of a champion's 95 % interval of sensitivity must reach this. 0: it need not have "
+        "one.",
+    )
+    promote_min_class_recall: float = Field(
+        0.60, ge=0, le=1, description="With more than two classes, a champion's recall of each must reach this."
+    )
+    promote_min_positives: int = Field(
+        20,
+        ge=0,
+        description="Independent patients (else groups) of the positive class that a champion's test needs; of each "
+        "class, where none is the positive one.",
+    )
+    promote_min_negatives: int = Field(
+        20, ge=0, description="Independent patients (else groups) of the other classes that a champion's test needs."
+    )
+    promote_margin: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="The 95 % interval of F1 less the champion's must lie above minus this. "
+        "1: any difference is allowed.",
+    )
+    promote_unknown_patients: bool = Field(
+        True, description="Whether a version may become champion, with a warning, if nothing tells the patients."
+    )
     indeterminate_above: float = Field(
         0.3,
         ge=0,

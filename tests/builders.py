@@ -25,9 +25,21 @@ LANES = {
     JobKind.PREDICT_BATCH: Lane.BATCH,
 }
 BROKEN = {"code": "BROKEN", "detail": "It broke.", "retryable": False}
-SCORES: Json = {"f1": 0.97, "recall": 0.96, "ece": 0.04, "ece_chance": 0.03}
+SCORES: Json = {
+    "f1": 0.97, "recall": 0.96, "ece": 0.04, "ece_chance": 0.03, "intervals": {"recall": [0.86, 0.99]},
+    "positive": "Tumor", "independent_per_class": {"Normal": 48, "Tumor": 45},
+}  # fmt: skip
 """Metrics that the gate takes for a first champion."""
 TRANSIENT = {"code": "SHAKY", "detail": "Try again.", "retryable": True}
+
+
+def paired(ours: float | None, theirs: float | None, reach: float = 0.03) -> Json:
+    """The paired tests of two networks with these F1; `reach`: half of the width of the difference's interval."""
+    if ours is None or theirs is None:
+        return {"groups": 60, "differences": {}, "mcnemar": {"statistic": 0.0, "p": 1.0}, "delong": None}
+    gap = ours - theirs
+    f1 = {"ours": ours, "theirs": theirs, "difference": gap, "low": gap - reach, "high": gap + reach}
+    return {"groups": 60, "differences": {"f1": f1}, "mcnemar": {"statistic": 0.5, "p": 0.48}, "delong": None}
 
 
 def make_scan(session: Session, tenant_id: str = TENANT, sha256: str | None = None) -> Scan:
@@ -128,7 +140,10 @@ def make_model(
     job = make_job(session, tenant_id=tenant_id, dataset_id=dataset.id if dataset else None)
     held = claim(session, units_of(session, job)[0])
     champion = registry.find_champion(session, tenant_id)
-    measured = PairedScores(champion.id, "", "c" * 64, 93, metrics, champion.metrics) if champion else None
+    measured = None
+    if champion:
+        tests = paired(metrics["f1"], champion.metrics["f1"])
+        measured = PairedScores(champion.id, "", "c" * 64, 93, metrics, champion.metrics, tests)
     given = {"classes": ["Normal", "Tumor"], "params": {}, "dataset_digest": "d" * 64, "code_revision": "abc"}
     made = NewModel(**{"weights_sha256": "a" * 64, "metrics": metrics, **given, **new})
     version = promotion.register(session, held, made, GatePolicy(), measured)

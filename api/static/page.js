@@ -222,6 +222,11 @@ function showChampion(model) {
   at("champion-version").textContent = `version ${model.version}`;
   figure("f1", model.metrics);
   figure("recall", model.metrics);
+  at("champion-warning").hidden = model.metrics.patients_known !== false;
+  const reported = model.gate?.reported;
+  const selected = reported?.choices > 1 && typeof reported.value === "number";
+  at("champion-choices").hidden = !selected;
+  at("champion-choices").textContent = selected ? `Its test scans were used for ${reported.choices} such choices. Without the luck of selection, F1 is ${reported.value.toFixed(3)}.` : "";
   const since = at("champion-since");
   since.dateTime = model.promoted_at ?? "";
   since.textContent = model.promoted_at ? time.format(new Date(model.promoted_at)) : "an unknown time";

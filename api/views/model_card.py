@@ -99,6 +99,9 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
         "test_digest": metrics.get("test_digest"),
         "scans": metrics.get("held_out"),
         "independent_groups": metrics.get("independent"),
+        "independent_per_class": metrics.get("independent_per_class"),
+        "reported": version.gate.get("reported"),
+        "warning": _warning(metrics),
         "positive": _positive(metrics),
         "figures": {name: _figure(metrics, name) for name in FIGURES if metrics.get(name) is not None},
         "per_class": metrics.get("per_class") or {},
@@ -154,6 +157,13 @@ def _patients(known: bool | None) -> str:
     if known:
         return "The patients are known, and each is on one side of the split only."
     return "The patients are not all known: one patient's scans may lie on both sides, which makes figures too good."
+
+
+def _warning(metrics: Json) -> str | None:
+    """What stands before all figures."""
+    if metrics.get("patients_known") is not False:
+        return None
+    return "WARNING: the figures may be too good."
 
 
 def _out_of_distribution(reference: Json | None) -> str:

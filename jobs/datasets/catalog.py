@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, Invalid, NoDataset
@@ -151,7 +151,8 @@ def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> None:
     dataset = session.scalar(mine)
     if dataset is None:
         raise DatasetNotFound
-    if session.scalar(select(exists().where(Job.dataset_id == dataset_id, Job.state.not_in(TERMINAL)))):
+    needs = or_(Job.dataset_id == dataset_id, Job.test_dataset_id == dataset_id)
+    if session.scalar(select(exists().where(needs, Job.state.not_in(TERMINAL)))):
         raise DatasetInUse
     session.delete(dataset)
     session.flush()

@@ -9,16 +9,19 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from jobs.models import registry
-from jobs.models.gate import ChampionComparison
+from jobs.models.gate_rules import NOT_SHARED, ChampionComparison
 from jobs.models.reproduction import differences
 from jobs.tables import Json, ModelEvaluation, ModelVersion
 from ml.spec.registry import spec_of
+
+PAIRED, AGAINST = "paired", "against"
+"""Keys of a version's scores: the paired tests, and the id of the version that they are against."""
 
 
 @dataclass(frozen=True)
 class PairedScores:
     """Metrics of the champion at a training's start and of the new network, on the same `scans` test scans, which
-    neither was trained on. If there are none, `why` gives the reason."""
+    neither was trained on, and the paired tests on them. If there are none, `why` gives the reason."""
 
     champion_id: uuid.UUID
     why: str = ""
@@ -26,16 +29,18 @@ class PairedScores:
     scans: int = 0
     candidate: Json | None = None
     champion: Json | None = None
+    paired: Json | None = None
 
 
 @dataclass(frozen=True)
 class SharedScores:
-    """Two versions' metrics on the same test scans."""
+    """Two versions' metrics on the same test scans, and the paired tests of a against b, if they were computed."""
 
     test_digest: str
     scans: int
     a: Json
     b: Json
+    paired: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,11 @@ def save_scores(session: Session, version: ModelVersion, paired: PairedScores | 
         or _is_outdated(session.get(ModelVersion, paired.champion_id), paired)
     ):
         return
+    tests = {PAIRED: {**paired.paired, AGAINST: str(paired.champion_id)}} if paired.paired else {}
     for model_id, metrics in ((version.id, paired.candidate), (paired.champion_id, paired.champion)):
         if metrics is not None:
-            _upsert(session, version, model_id, paired.test_digest, paired.scans, metrics)
+            more = tests if model_id == version.id else {}
+            _upsert(session, version, model_id, paired.test_digest, paired.scans, {**metrics, **more})
 
 
 def _is_outdated(champion: ModelVersion | None, paired: PairedScores) -> bool:
@@ -97,17 +104,51 @@ def _upsert(
     )
 
 
-def shared_scores(session: Session, a: ModelVersion, b: ModelVersion) -> SharedScores | None:
-    """Both versions' metrics on the largest set of test scans that both were scored on."""
+def shared_scores(
+    session: Session, a: ModelVersion, b: ModelVersion, paired_first: bool = False
+) -> SharedScores | None:
+    """Both versions' metrics on the largest set of test scans that both were scored on.
+
+    `paired_first`: a set with paired tests of the two comes before larger ones.
+    """
     of_a, of_b = aliased(ModelEvaluation), aliased(ModelEvaluation)
-    row = session.execute(
+    rows = session.execute(
         select(of_a.test_digest, of_a.scans, of_a.metrics.label("a"), of_b.metrics.label("b"))
         .join(of_b, of_b.test_digest == of_a.test_digest)
         .where(of_a.model_id == a.id, of_b.model_id == b.id)
         .order_by(of_a.scans.desc(), of_a.created_at.desc())
-        .limit(1)
-    ).first()
-    return None if row is None else SharedScores(row.test_digest, row.scans, row.a, row.b)
+    )
+    found = [SharedScores(row.test_digest, row.scans, row.a, row.b, _tests(a, b, row.a, row.b)) for row in rows]
+    with_tests = [each for each in found if each.paired]
+    return next(iter((with_tests if paired_first else []) + found), None)
+
+
+def _tests(a: ModelVersion, b: ModelVersion, of_a: Json, of_b: Json) -> Json | None:
+    """The paired tests of a against b, whichever of the two was trained beside the other."""
+    tests, reverse = of_a.get(PAIRED) or {}, of_b.get(PAIRED) or {}
+    if tests.get(AGAINST) == str(b.id):
+        return tests
+    if reverse.get(AGAINST) == str(a.id):
+        return {**reverse, "differences": {name: _reversed(one) for name, one in reverse["differences"].items()}}
+    return None
+
+
+def _reversed(difference: Json) -> Json:
+    low, high = (None if value is None else -value for value in (difference["high"], difference["low"]))
+    ours, theirs = difference["theirs"], difference["ours"]
+    return {"ours": ours, "theirs": theirs, "difference": ours - theirs, "low": low, "high": high}
+
+
+def choices(session: Session, version: ModelVersion, test_digest: str | None) -> int:
+    """How often these test scans have chosen among the versions of its pipeline and task, this version included."""
+    others = select(func.count()).where(
+        ModelVersion.tenant_id == version.tenant_id,
+        ModelVersion.pipeline == version.pipeline,
+        ModelVersion.task == version.task,
+        ModelVersion.id != version.id,
+        ModelVersion.gate["reported"]["test_digest"].astext == test_digest,
+    )
+    return 1 + (0 if test_digest is None else session.scalar(others) or 0)
 
 
 def compare_with_champion(
@@ -116,10 +157,18 @@ def compare_with_champion(
     """What the gate compares the version with. `why`: the reason to give if there are no shared scores."""
     if champion is None:
         return None
-    found = shared_scores(session, version, champion)
+    found = shared_scores(session, version, champion, paired_first=True)
     if found is None:
-        return ChampionComparison(champion.version, why=why) if why else ChampionComparison(champion.version)
-    return ChampionComparison(champion.version, found.scans, found.a, found.b)
+        return ChampionComparison(champion.version, why=why or NOT_SHARED)
+    return ChampionComparison(
+        champion.version, found.scans, found.a, found.b,
+        paired=found.paired, reported=_reported(champion), test_digest=found.test_digest,
+    )  # fmt: skip
+
+
+def _reported(champion: ModelVersion) -> float | None:
+    value: float | None = (champion.gate.get("reported") or {}).get("value")
+    return value
 
 
 def missing_reason(champion: ModelVersion | None, paired: PairedScores | None) -> str | None:

@@ -14,7 +14,7 @@ from jobs.events import webhooks
 from jobs.events.webhooks import EventType
 from jobs.models import cards, comparison, registry
 from jobs.models.comparison import PairedScores
-from jobs.models.gate import GatePolicy, gate
+from jobs.models.gate import ChampionComparison, GatePolicy, Verdict, gate
 from jobs.models.registry import NewModel
 from jobs.paging import Page, page
 from jobs.queue.leases import Claim, lock_held
@@ -40,7 +40,7 @@ def register(
     comparison.save_scores(session, version, paired)
     champion = registry.find_champion(session, claim.tenant_id, version.pipeline, version.task)
     versus = comparison.compare_with_champion(session, version, champion, comparison.missing_reason(champion, paired))
-    verdict = gate(new.metrics, versus, job.promote, policy, spec_of(version.pipeline).gate)
+    verdict = _verdict(session, version, versus, job.promote, policy)
     version.gate = verdict.as_dict()
     job.model_id, job.model_version = version.id, version.version
     session.flush()
@@ -50,6 +50,14 @@ def register(
         before = current_promotion(session, champion)
         set_champion(session, version, PromotionMethod.GATE, before.id if before else None, verdict=version.gate)
     return version
+
+
+def _verdict(
+    session: Session, version: ModelVersion, versus: ChampionComparison | None, wanted: str, policy: GatePolicy
+) -> Verdict:
+    compared = versus.test_digest if versus else None
+    choices = comparison.choices(session, version, compared or version.metrics.get("test_digest"))
+    return gate(version.metrics, versus, wanted, policy, spec_of(version.pipeline).gate, choices)
 
 
 def promote(
@@ -79,7 +87,7 @@ def promote(
     if champion is not None and champion.id == version.id:
         return champion
     versus = comparison.compare_with_champion(session, version, champion)
-    verdict = gate(version.metrics, versus, "auto", policy, spec_of(version.pipeline).gate)
+    verdict = _verdict(session, version, versus, "auto", policy)
     if not verdict.promoted and not force:
         raise PromotionRefused(version.version, verdict.reasons)
     before = current_promotion(session, champion)

@@ -56,6 +56,7 @@ def reproduce(
         params=spec_of(old.pipeline).stored.current(_params_of(session, old.id, old.params)),
         metadata=old.labels,
         dataset_id=old.dataset_id,
+        test_dataset_id=old.test_dataset_id,
         source_url=old.source_url,
         base_model_id=old.base_model_id,
         promote="never",
@@ -67,10 +68,12 @@ def reproduce(
 
 
 def _require_data(session: Session, old: Job) -> None:
-    """Lock the dataset against deletion until the transaction ends."""
-    if old.source_url is not None:
-        return
+    """Lock the datasets against deletion until the transaction ends."""
     try:
+        if old.test_dataset_id is not None:
+            catalog.ready(session, old.tenant_id, old.test_dataset_id)
+        if old.source_url is not None:
+            return
         if old.dataset_id is None:
             raise DatasetGone
         catalog.ready(session, old.tenant_id, old.dataset_id)

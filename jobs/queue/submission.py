@@ -37,6 +37,7 @@ class NewJob:
     params: Json | None = None
     metadata: Json | None = None
     dataset_id: uuid.UUID | None = None
+    test_dataset_id: uuid.UUID | None = None
     source_url: str | None = None
     model_id: uuid.UUID | None = None
     model_version: int | None = None

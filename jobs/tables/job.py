@@ -129,6 +129,7 @@ class Job(Base):
     )  # SQLAlchemy reserves the attribute `metadata`
     source_url: Mapped[str | None] = mapped_column(Text)
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id", ondelete="SET NULL"), index=True)
+    test_dataset_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # a training is tested on it, and on nothing else
     model_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # pinned at submit, or made by this training
     model_version: Mapped[int | None] = mapped_column(Integer)
     operating_point: Mapped[Json | None] = mapped_column(

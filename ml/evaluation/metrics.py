@@ -17,7 +17,7 @@ from ml.evaluation.calibration import (
     softmax,
     top_label,
 )
-from ml.evaluation.intervals import Decisions, Interval, figures, intervals, per_class
+from ml.evaluation.intervals import Decisions, Interval, figures, groups_per_class, intervals, per_class
 from ml.evaluation.positive import indices, resolve
 from ml.runtime.errors import BadParams
 
@@ -76,8 +76,9 @@ class Scores:
     which is predicted from `threshold` of the sum of their probabilities on. Without, they are macro means over the
     classes, and `threshold` and `specificity` are None. Undefined figures (an AUC with test scans of one class) are
     None, never NaN; precision, recall and f1 are then 0. `ece_chance`: calibration error of a perfectly calibrated
-    network on these scans. `independent`: number of groups of test scans (patients, if known). `interval_methods`:
-    bootstrap or wilson. `with_context` sets the fields from `counts` on.
+    network on these scans. `independent`: number of groups of test scans (patients, if known), `independent_per_class`
+    those of each class. With too few of them `intervals` are None (see `ml.evaluation.intervals`). `with_context` sets
+    the fields from `counts` on.
     """
 
     accuracy: float
@@ -105,6 +106,7 @@ class Scores:
     positive: list[str]
     held_out: int
     independent: int
+    independent_per_class: dict[str, int]
     counts: dict[str, int] | None = None
     patients_known: bool | None = None
     leaks: dict[str, int] | None = None
@@ -173,6 +175,7 @@ def score(
         positive=list(outputs.positive or ()),
         held_out=len(labels),
         independent=len(np.unique(decisions.groups)),
+        independent_per_class=dict(zip(outputs.classes, groups_per_class(decisions), strict=True)),
     )
 
 

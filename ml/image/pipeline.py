@@ -70,6 +70,7 @@ class ImagePipeline(Pipeline):
             revision=job.revision,
             champion=job.champion,
             champion_threshold=job.champion_threshold,
+            locked_test=job.test_archive,
         )
         runner.run_all(_config(job), parse_params(dict(job.params)), emit, environment)
 

@@ -27,8 +27,8 @@ class TrainingJob:
     `params` are complete and checked. The dataset is `archive` (a zip), or is to be fetched from `source_url`; what is
     written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
     goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
-    score on the same test items, with `champion_threshold` where it was set anew. `cache`: a folder for what the next
-    training can use again, of `cache_bytes` at most.
+    score on the same test items, with `champion_threshold` where it was set anew. `test_archive`: a zip of the items to
+    test on, and on nothing else. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
     """
 
     pipeline: str
@@ -42,12 +42,16 @@ class TrainingJob:
     base_model: Path | None = None
     champion: Path | None = None
     champion_threshold: float | None = None
+    test_archive: Path | None = None
     cache: Path | None = None
     cache_bytes: int = 0
     weights_dir: Path | None = None
     revision: str | None = None
 
-    _PATHS = ("folder", "archive", "checkpoints", "resume", "base_model", "champion", "cache", "weights_dir")
+    _PATHS = (
+        *("folder", "archive", "checkpoints", "resume", "base_model", "champion"),
+        *("test_archive", "cache", "weights_dir"),
+    )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; paths are absolute."""

@@ -84,11 +84,21 @@ SPEC = PipelineSpec(
         refusal="This is not an image that can be read: send PNG, JPEG or DICOM.",
     ),
     gate=Gate(
-        unknown_patients="Neither names nor DICOM tell the patients: one patient's scans may be in both training and "
-        "test set, and F1 too good.",
+        by_groups=True,
+        unknown_patients="WARNING: the figures may be too good. Neither names nor DICOM tell the patients, so one "
+        "patient's scans may be in both training and test set. Only copies and near-duplicates count as one.",
         leads=Bound(figure="f1", title="F1", setting="promote_min_f1", least=0.85),
         always=(
             Bound(figure="recall", title="Sensitivity", setting="promote_min_sensitivity", least=0.80),
+            Bound(
+                figure="recall",
+                title="The lower end of sensitivity's 95 % interval",
+                lower_end=True,
+                setting="promote_min_sensitivity_low",
+                least=0.70,
+                unknown="Sensitivity has no interval, for there are too few patients to say; its lower end must be "
+                "≥ {bound:.2f}.",
+            ),
             Bound(
                 figure="ece",
                 minus="ece_chance",

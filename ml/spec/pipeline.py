@@ -82,7 +82,8 @@ class Inputs(_Declaration):
 class Bound(_Declaration):
     """A figure of the evaluation that a new version must keep: at least `least`, or at most `most`.
 
-    `minus` names a figure that is subtracted first. `setting` names the setting whose value takes the bound's place.
+    `minus` names a figure that is subtracted first. `lower_end`: the lower end of the figure's 95 % interval counts;
+    `least` 0 asks for none. `setting` names the setting whose value takes the bound's place.
     `unknown`: the sentence for a version without the figure; `{bound}` stands for the number.
     """
 
@@ -91,6 +92,7 @@ class Bound(_Declaration):
     least: float | None = None
     most: float | None = None
     minus: str | None = None
+    lower_end: bool = False
     setting: str | None = None
     unknown: str | None = None
 
@@ -98,12 +100,15 @@ class Bound(_Declaration):
 class Gate(_Declaration):
     """What the promotion gate goes by: `leads` decides against the champion, and has a bound for the first champion.
 
-    `always` are bounds for every version. `unknown_patients`: a note beside the reasons where the figures may be too
-    good because nothing tells the patients (`patients_known` is false).
+    `always` are bounds for every version. `by_groups`: the evaluation counts independent groups of each class and
+    compares with the champion by groups (`ml.evaluation.paired`), so floors of groups and of each class's recall apply,
+    and the difference's interval decides against the champion. `unknown_patients`: a warning before the reasons where
+    the figures may be too good because nothing tells the patients (`patients_known` is false).
     """
 
     leads: Bound
     always: tuple[Bound, ...] = ()
+    by_groups: bool = False
     unknown_patients: str | None = None
 
 

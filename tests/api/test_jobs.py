@@ -23,7 +23,7 @@ from tests.processes import eventually
 KEYS = {
     "id", "kind", "pipeline", "task", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress",
     "eta_seconds", "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of",
-    "reproduction", "model_version", "operating_point", "metrics", "error", "warnings", "metadata",
+    "test_dataset_id", "reproduction", "model_version", "operating_point", "metrics", "error", "warnings", "metadata",
     "created_at", "started_at", "finished_at", "results_expired_at", "device_seconds", "scans_per_second", "engines",
     "links",
 }  # fmt: skip
@@ -60,6 +60,11 @@ def test_a_training_needs_a_dataset_that_is_ready(client: FlaskClient, sessions:
     answer = client.post("/jobs/train", json={"dataset_id": str(ready)})
     assert answer.get_json()["dataset_id"] == str(ready)
     assert_problem(client.post("/jobs/train", json={"dataset_id": str(checking)}), 409, "DATASET_NOT_READY")
+    same = client.post("/jobs/train", json={"dataset_id": str(ready), "test_dataset_id": str(ready)})
+    assert_problem(same, 422)
+    for test, status in ((checking, 409), (foreign, 404)):
+        body = {"dataset_id": str(ready), "test_dataset_id": str(test)}
+        assert_problem(client.post("/jobs/train", json=body), status)
     assert_problem(client.post("/jobs/train", json={"dataset_id": str(foreign)}), 404)
     assert_problem(client.post("/jobs/train", json={"dataset_id": str(builders.unknown_id())}), 404)
 

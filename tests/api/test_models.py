@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {
     "temperature": 1.3, "calibration": "Temperature 1.3.", "ece_before": 0.09, "positive": "Tumor",
     "classes": ["Normal", "Tumor"], "held_out": 93, "independent": 80, "patients_known": False,
     "counts": {"train": 300, "validation": 40, "test": 93}, "test_digest": "e" * 64,
-    "intervals": {"f1": [0.91, 0.99], "pr_auc": None}, "interval_methods": {"f1": "bootstrap"},
+    "intervals": {"f1": [0.91, 0.99], "pr_auc": None, "recall": [0.86, 0.99]}, "interval_methods": {"f1": "jackknife"},
     "per_class": {"Normal": {"precision": 0.9, "recall": 0.95, "f1": 0.93, "roc_auc": None, "support": 48}},
     "confusion_matrix": [[45, 3], [2, 43]], "sensitivity_at_specificity": {"0.90": 0.98},
     "leaks": {"patients": 0, "duplicates": 2, "near_duplicates": 0},
@@ -98,7 +98,7 @@ def test_a_version_that_the_gate_refuses_is_promoted_by_force_alone(client: Flas
     make_model(sessions, {"f1": 0.90})
     refused = client.post("/models/2/promote", json={})
     problem = assert_problem(refused, 409, "PROMOTION_REFUSED")
-    assert any("0.9000 < the champion's 0.9700" in reason for reason in problem["reasons"])
+    assert any("F1 0.9000, the champion's 0.9700" in reason for reason in problem["reasons"])
     assert "force" in problem["detail"]
     assert client.get("/models/champion").get_json()["version"] == "1"
 
@@ -298,6 +298,7 @@ def test_a_card_tells_all_in_markdown(client: FlaskClient, sessions: Sessions, d
         "F1 0.9200, standard deviation 0.0200",
         "| Threshold | 0.4000 |",
         "2 test scans are copies",
+        "**WARNING: the figures may be too good.**",
         "patients are not all known",
         "Of its own 93 test scans, 2 would be rejected",
         "| openvino-int8 | no |",
@@ -316,7 +317,7 @@ def test_a_card_comes_as_json_too(client: FlaskClient, sessions: Sessions, datas
     client.post("/models/rollback", json={"reason": "Seen."})
     card = client.get("/models/champion/card", headers={"Accept": "application/json"}).get_json()
     assert card["details"]["version"] == "1"
-    assert card["evaluation"]["figures"]["f1"] == {"value": 0.97, "low": 0.91, "high": 0.99, "method": "bootstrap"}
+    assert card["evaluation"]["figures"]["f1"] == {"value": 0.97, "low": 0.91, "high": 0.99, "method": "jackknife"}
     assert "pr_auc" not in card["evaluation"]["figures"], "what is not defined is no figure"
     (elsewhere,) = card["evaluation"]["other_test_sets"]
     assert (elsewhere["test_digest"], elsewhere["scans"], elsewhere["f1"]) == ("c" * 64, 93, 0.97)

@@ -74,7 +74,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if ALL and real.exists():
         return real
     made = tmp_path_factory.mktemp("data") / "phantom.zip"
-    patients, slices = depth((60, 2), (demo.PATIENTS, demo.SLICES))
+    patients, slices = depth((demo.PATIENTS, 1), (demo.PATIENTS, demo.SLICES))
     phantom_files.write_zip(made, patients=patients, slices=slices, seed=demo.SEED)
     return made
 

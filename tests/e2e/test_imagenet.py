@@ -26,7 +26,7 @@ REPORT_SECONDS = 60
 def dataset(client: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Synthetic CT, checked."""
     archive = tmp_path_factory.mktemp("data") / "phantom.zip"
-    phantom_files.write_zip(archive, patients=120, slices=3, seed=11)
+    phantom_files.write_zip(archive, patients=240, slices=2, seed=11)
     with archive.open("rb") as file:
         made: dict[str, Any] = client.post("/datasets", files={"file": (archive.name, file)}).json()
     client.ended(client.get(f"/jobs/{made['job_id']}").json())

@@ -14,8 +14,12 @@ from ml.image.engines.backends import engine_name
 from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
 from ml.image.serving.predictor import Predictor
+from ml.image.stages import training
+from ml.image.stages.run import Run
+from ml.runtime.config import load_config, parse_params
 from ml.runtime.errors import EngineNotAdmitted
 from tests.ml.builders import make_pixels, make_scans
+from tests.ml.conftest import SMALL
 
 REFERENCE = np.array([[2.0, -2.0], [1.0, -1.0], [-1.0, 1.0], [-2.0, 2.0]], np.float32)
 LABELS = np.array([0, 0, 1, 1])
@@ -144,3 +148,14 @@ def test_each_supported_dtype_is_admitted_for_a_real_network(small_run):
     assert [found.trials[engine_name(form)].admitted for form in supported_dtypes()] == [True] * len(
         supported_dtypes()
     ), found.trials
+
+
+def test_engines_are_tried_on_validation_scans_and_never_on_test_scans(small_run, monkeypatch):
+    run = Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL), lambda event: None)
+    tried = []
+    monkeypatch.setattr(training, "admit", lambda model, calibration, *scans: tried.append(scans))
+    training._admit(run, network.load(small_run.model_path), Calibration(threshold=0.5), None)
+    ((pictures, labels, seen, *_),) = tried
+    assert np.array_equal(pictures, run.pixels[run.split.validation])
+    assert np.array_equal(labels, run.report.labels[run.split.validation])
+    assert len(seen) == min(len(run.split.train), admission.RANGE_SCANS)

@@ -83,6 +83,10 @@ def test_both_are_scored_on_the_same_scans(run: Run, candidate: Model, tmp_path:
     assert found.candidate is not None
     assert found.candidate["held_out"] == found.champion["held_out"] == 20
     assert (found.champion["temperature"], found.champion["threshold"]) == (1.5, 0.4), "its own"
+    assert found.paired is not None
+    assert found.paired["groups"] == len(np.unique(_model_outputs(run, candidate).groups))
+    f1 = found.paired["differences"]["f1"]
+    assert f1["difference"] == pytest.approx(found.candidate["f1"] - found.champion["f1"])
     assert told == sorted(told)
     assert told[-1] == 1.0
 

@@ -353,3 +353,10 @@ def test_real_slices_hold_copies_but_no_giant_group(tmp_path):
     assert (report.images, report.problems, found.duplicates, found.conflicts) == (465, (), 36, 0)
     assert (found.near_duplicate_groups, found.near_duplicates, found.largest_group) == (17, 37, 3)
     assert found.near_conflicts == 0
+
+
+def test_fifty_blank_pictures_are_no_dataset_and_so_no_champion(tmp_path):
+    blank = encode(np.full((64, 64, 3), 7, np.uint8))
+    names = [f"{label}/{number}.png" for label in ("Normal", "Tumor") for number in range(25)]
+    report = inspected(tmp_path, dict.fromkeys(names, blank))
+    assert any("50 of 50 scans show nothing" in problem for problem in report.problems), report.problems

@@ -11,7 +11,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml.evaluation.intervals import Decisions, intervals, resamples, wilson
+from ml.evaluation.intervals import Decisions, resamples, wilson
 from ml.evaluation.metrics import ModelOutputs, log_odds, score, sensitivity_at, worst_mistakes
 from ml.runtime.errors import BadParams
 
@@ -221,25 +221,9 @@ def test_an_interval_holds_its_figure_and_lies_between_0_and_1(scans, classes, s
             assert 0 <= found[0] <= getattr(scores, name) <= found[1] <= 1, name
 
 
-def test_all_right_is_not_told_as_exactly_one():
-    scores = score(make_outputs(93, signal=99))
-    low, high = wilson(1.0, 93)
-    assert scores.f1 == scores.roc_auc == 1.0
-    assert scores.intervals["accuracy"] == pytest.approx([low, high])
-    assert 0.9 < scores.intervals["f1"][0] < 0.95  # 46 of the rarer class
-    assert set(scores.interval_methods.values()) == {"wilson"}
-
-
 def test_wilsons_interval_is_the_textbooks():
     assert wilson(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert wilson(0.0, 10)[0] == 0
-
-
-def test_patients_widen_the_intervals():
-    # All slices of a patient are right or wrong together: 200 scans say no more than 20.
-    apart, together = (intervals(make_decisions(80, 20, per_group), 0)["accuracy"] for per_group in (1, 10))
-    assert apart.high - apart.low == pytest.approx(0.11, abs=0.02)
-    assert together.high - together.low > 2.5 * (apart.high - apart.low)
 
 
 def test_a_resample_takes_whole_groups_and_as_many_of_each_class():
@@ -251,36 +235,14 @@ def test_a_resample_takes_whole_groups_and_as_many_of_each_class():
     assert (weights[:, 6:].sum(axis=1) == 6).all()
 
 
-def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
-    first, again, other = (
-        score(make_outputs(seed=0)),
-        score(make_outputs(seed=0)),
-        score(_with_seed(make_outputs(), 7)),
-    )
-    assert first.intervals == again.intervals
-    assert first.intervals != other.intervals
-    assert first.intervals["f1"] == pytest.approx(other.intervals["f1"], abs=0.02)
+def test_the_seed_decides_nothing_where_each_group_is_left_out_once():
+    first, other = score(make_outputs(seed=0)), score(_with_seed(make_outputs(), 7))
+    for name, bounds in first.intervals.items():
+        assert bounds == pytest.approx(other.intervals[name]), name
 
 
 def _with_seed(outputs: ModelOutputs, seed: int) -> ModelOutputs:
     return ModelOutputs(outputs.classes, outputs.test_labels, outputs.test_logits, seed=seed)
-
-
-@pytest.mark.parametrize(("scans", "per_group", "rho", "least"), [(93, 1, 0.0, 0.89), (300, 10, 0.5, 0.85)])
-def test_the_intervals_hold_the_truth_about_as_often_as_they_say(scans, per_group, rho, least):
-    random = np.random.default_rng(0)
-    held: dict[str, list[bool]] = {name: [] for name in ("accuracy", "f1", "roc_auc")}
-    truth = {"accuracy": 0.9332, "f1": 0.9332, "roc_auc": 0.9831}  # of normal distributions 3 apart
-    for _ in range(100):
-        groups = np.arange(scans) // per_group
-        labels = groups % 2
-        patient = random.normal(size=scans)[groups] * np.sqrt(rho)
-        seen = 3.0 * labels - 1.5 + patient + random.normal(size=scans) * np.sqrt(1 - rho)
-        made = Decisions(labels, (seen > 0).astype(np.int64), np.stack([-seen, seen], axis=1), groups, 1)
-        found = intervals(made, 0)
-        for name, values in held.items():
-            values.append(found[name].low <= truth[name] <= found[name].high)
-    assert {name: np.mean(values) >= least for name, values in held.items()} == dict.fromkeys(held, True)
 
 
 def test_two_thousand_scans_take_no_minutes():

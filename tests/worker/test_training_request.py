@@ -14,7 +14,7 @@ from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import lifecycle
 from jobs.settings import Settings
-from jobs.tables import ModelVersion
+from jobs.tables import Dataset, Job, ModelVersion
 from ml.pipelines import TrainingJob
 from tests import builders
 from tests.worker.conftest import Hold
@@ -170,3 +170,20 @@ def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(
 ) -> None:
     made(hold, sessions, "f" * 64, f1=0.9)
     assert told(hold(), tmp_path / "own").champion is None
+
+
+def test_the_child_gets_the_locked_test_set_as_a_second_zip(
+    hold: Hold, tmp_path: Path, sessions: Sessions, resources: Resources
+) -> None:
+    unit = hold()
+    blob = resources.artifacts.put(io.BytesIO(b"another zip"))
+    with sessions.begin() as session:
+        dataset = builders.make_dataset(session)
+        dataset.archive_sha256 = blob.sha256
+        session.get_one(Job, unit.claim.job_id).test_dataset_id = dataset.id
+    test = told(unit, tmp_path / "own").test_archive
+    assert test is not None
+    assert test.read_bytes() == b"another zip"
+    with sessions.begin() as session:
+        session.delete(session.get_one(Dataset, dataset.id))
+    assert "to test on was deleted" in refused(unit, tmp_path / "gone")["detail"]

@@ -255,7 +255,7 @@ def _shared_scores(request: TrainingRequest, comparison: Json | None) -> PairedS
     if comparison is None:
         return PairedScores(request.champion.id, "its weights are not stored any more")
     scores = {name: comparison[name] for name in ("test_digest", "scans", "candidate", "champion")}
-    return PairedScores(request.champion.id, comparison["why"], **scores)
+    return PairedScores(request.champion.id, comparison["why"], **scores, paired=comparison.get("paired"))
 
 
 def _trained_on(request: TrainingRequest, finished: events.Finished) -> Json:

@@ -41,6 +41,7 @@ class TrainingRequest:
     source_url: str | None
     base_sha256: str | None  # weights of the version to start from
     champion: Champion | None
+    test_sha256: str | None  # of the locked test set
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
 
@@ -64,6 +65,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         source_url=job.source_url,
         base_sha256=_base(session, job),
         champion=_champion(session, job),
+        test_sha256=_locked_test(session, job),
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
     )
@@ -100,6 +102,15 @@ def _base(session: Session, job: Job) -> str | None:
     return base.weights_sha256 if base else None
 
 
+def _locked_test(session: Session, job: Job) -> str | None:
+    if job.test_dataset_id is None:
+        return None
+    dataset = session.get(Dataset, job.test_dataset_id)
+    if dataset is None:
+        raise WorkFailed("BAD_DATASET", "The dataset to test on was deleted before the training began.")
+    return dataset.archive_sha256
+
+
 def _champion(session: Session, job: Job) -> Champion | None:
     found = registry.find_champion(session, job.tenant_id, job.pipeline, job.task)
     return Champion(found.id, found.weights_sha256, found.metrics.get("threshold")) if found else None
@@ -120,6 +131,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
     checkpoints_folder.mkdir()
     if request.archive_sha256 is not None:
         archive.symlink_to(store.fetch(request.archive_sha256, folder))
+    test = store.fetch(request.test_sha256, folder) if request.test_sha256 is not None else None
     job = TrainingJob(
         pipeline=request.spec.name,
         params=request.params,
@@ -132,6 +144,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         base_model=_base_weights(unit, request, folder),
         champion=_fetch_weights(unit, champion.weights_sha256, folder) if champion else None,
         champion_threshold=champion.threshold if champion else None,
+        test_archive=test,
         cache=settings.feature_cache if settings.feature_cache_bytes else None,
         cache_bytes=settings.feature_cache_bytes,
         weights_dir=settings.weights,

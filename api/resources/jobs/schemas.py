@@ -118,6 +118,7 @@ class JobSchema(Answer):
     counts = Part(CountsSchema, lambda view: counts(view))
     params = fields.Dict(attribute="job.params")
     dataset_id = fields.UUID(attribute="job.dataset_id", allow_none=True)
+    test_dataset_id = fields.UUID(attribute="job.test_dataset_id", allow_none=True)
     retry_of = fields.UUID(attribute="job.retry_of", allow_none=True)
     reproduction_of = fields.UUID(attribute="job.reproduction_of", allow_none=True)
     reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)

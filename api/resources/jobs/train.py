@@ -27,6 +27,9 @@ class TrainRequest(ma.Schema):
 
     dataset_id = fields.UUID()
     source_url = HttpUrl()
+    test_dataset_id = fields.UUID(
+        metadata={"description": "A dataset that is tested on and decides nothing else; then dataset_id only trains."}
+    )
     pipeline = PipelineName(load_default=IMAGE)
     task = TaskName(load_default=DEFAULT_TASK)
     params = PipelineParams()
@@ -50,6 +53,10 @@ def train_one(body: Body) -> uuid.UUID:
         if "dataset_id" in body:
             dataset = catalog.ready(session, tenant(), body["dataset_id"], spec_of(body).name)
             refuse_misfits(spec_of(body), body.get("params", {}), dataset)
+        if "test_dataset_id" in body:
+            if body["test_dataset_id"] == body.get("dataset_id"):
+                raise Invalid("Name another dataset than the one to learn from.", "/test_dataset_id")
+            catalog.ready(session, tenant(), body["test_dataset_id"], spec_of(body).name)
         base = registry.base_model(session, tenant(), body.get("params", {}), spec_of(body).name)
         return submit(session, _training(body, base), quota=quota()).id
 
@@ -87,6 +94,7 @@ def _training(body: Body, base: ModelVersion | None) -> NewJob:
         params=body.get("params", {}),
         metadata=body["metadata"],
         dataset_id=body.get("dataset_id"),
+        test_dataset_id=body.get("test_dataset_id"),
         source_url=body.get("source_url"),
         base_model_id=base.id if base else None,
         promote=body["promote"],

@@ -18,11 +18,24 @@ from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
 
 
+class ReportedSchema(ma.Schema):
+    """The leading figure without what selection on one test set adds to it."""
+
+    figure = fields.String()
+    value = fields.Float(
+        allow_none=True,
+        metadata={"description": "The champion's before it, unless its own was better beyond chance."},
+    )
+    choices = fields.Integer(metadata={"description": "How often these test scans have chosen, this time included."})
+    test_digest = fields.String(allow_none=True)
+
+
 class GateSchema(ma.Schema):
     """The promotion gate's verdict."""
 
     promoted = fields.Boolean()
     reasons = fields.List(fields.String())
+    reported = fields.Nested(ReportedSchema, metadata={"description": "Absent for versions of earlier releases."})
 
 
 class TransformSchema(ma.Schema):

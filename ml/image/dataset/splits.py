@@ -16,6 +16,9 @@ from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import DatasetReport
 from ml.runtime.errors import BadDataset
 
+LOCKED = "locked"
+"""The side of scans of a locked test set."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -95,6 +98,25 @@ def split_by_folders(report: DatasetReport, seed: int, validation_size: float = 
         train, validation = _indices(rest + blank), _indices(drawn)
     split = _without_blanks(report, train, validation, test)
     _require_classes(report, split, 3 if validation_size else 2, "split folders")
+    return split
+
+
+def split_locked(report: DatasetReport, seed: int, validation_size: float = 0.1) -> Split:
+    """The scans of a locked test set test, and nothing else does; validation is drawn from the others, as above.
+
+    Others that belong together with a locked scan (a patient, a copy, a near-duplicate) are on no side.
+    BadDataset if a class has too few groups left to learn from.
+    """
+    belongs = group_scans(report.scans)
+    test = [index for index, scan in enumerate(report.scans) if scan.side == LOCKED]
+    known = set(belongs[test].tolist())
+    among = {index for index, group in enumerate(belongs) if int(group) not in known}
+    groups, blank, totals = _groups(report, seed, among)
+    sides = 2 if validation_size else 1
+    _require(report, groups, sides, f"beside the locked test set {sides} are needed to learn from: add more.")
+    validation, train = _draw(groups, totals, validation_size, leave=1) if validation_size else ([], groups)
+    split = _without_blanks(report, _indices(train + blank), _indices(validation), test)
+    _require_classes(report, split, 3 if validation_size else 2, "a locked test set")
     return split
 
 

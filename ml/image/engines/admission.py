@@ -1,4 +1,4 @@
-"""Which dtypes a network may predict in: each is tried on the network's own test scans and compared with fp32.
+"""Which dtypes a network may predict in: each is tried on the network's validation scans and compared with fp32.
 
 Rounding is harmless for most networks and ruins some, which cannot be predicted. So a dtype that is faster than fp32 is
 only admitted if its outputs are nearly the same. With bf16, no label may change and no probability may differ by more
@@ -27,7 +27,7 @@ from ml.image.networks.ood import OodDetector
 from ml.runtime.errors import EngineNotAdmitted
 
 TRIAL_SCANS = 64
-"""Test scans per trial, at most; more take time and change little."""
+"""Validation scans per trial, at most; more take time and change little."""
 RANGE_SCANS = 32
 """Training scans that determine the activation ranges of int8; their mean hardly changes with more."""
 MAX_PROBABILITY_SHIFT = {"bf16": 0.01, "int8": 0.05}
@@ -39,7 +39,7 @@ MAX_OOD_SHIFT = 0.1
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of trying an engine on `scans` test scans."""
+    """The result of trying an engine on `scans` validation scans."""
 
     admitted: bool
     reason: str
@@ -83,7 +83,7 @@ def admit(
     Args:
         model: the trained network.
         calibration: its temperature and threshold.
-        pictures: test scans, uint8 [n, height, width, 3].
+        pictures: validation scans, uint8 [n, height, width, 3].
         labels: their class indices, int [n].
         seen: training scans, uint8 [m, height, width, 3], for int8's ranges and the shifts of descriptors.
         ood: the OOD detector, if there is one.
@@ -191,7 +191,7 @@ class ReferenceComparison:
         difference = float(np.abs(ours - theirs).max())
         changed = int((self._decide(logits) != self._decide(self.reference)).sum())
         refusal = self._refusal(dtype, logits, changed, difference)
-        reason = refusal or ("the reference" if dtype == "fp32" else f"as fp32 on {len(logits)} test scans")
+        reason = refusal or ("the reference" if dtype == "fp32" else f"as fp32 on {len(logits)} validation scans")
         return Trial(refusal is None, reason, len(logits), changed, round(difference, 6))
 
     def _refusal(self, dtype: Dtype, logits: np.ndarray, changed: int, difference: float) -> str | None:

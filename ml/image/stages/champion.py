@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.intervals import Decisions
+from ml.evaluation.metrics import ModelOutputs, decide, finding, score
+from ml.evaluation.paired import paired
 from ml.image.dataset.lineage import unseen_test_scans
 from ml.image.networks import network
 from ml.image.networks.network import Model
@@ -45,7 +47,7 @@ class NotComparable(Exception):
 class Comparison:
     """Metrics of both networks on the same `scans` test scans, which `test_digest` identifies.
 
-    If they are not `comparable`, `why` gives the reason and the rest is empty.
+    `paired`: see `ml.evaluation.paired`. If they are not `comparable`, `why` gives the reason and the rest is empty.
     """
 
     comparable: bool
@@ -54,6 +56,7 @@ class Comparison:
     scans: int = 0
     champion: dict[str, Any] | None = None
     candidate: dict[str, Any] | None = None
+    paired: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the `evaluated` event."""
@@ -95,10 +98,19 @@ def _compare(
         raise NotComparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
     positions = _unseen_by_both(run, model, outputs, champion)
     scans, subset = run.split.test[positions], _subset(outputs, positions)
-    ours = _score(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
-    theirs = _score(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
-    digest = run.report.digest_of(scans)
-    return Comparison(True, "", digest, len(scans), champion=theirs.as_dict(), candidate=ours.as_dict())
+    ours = _outputs(run, model, scans, subset, lambda fraction: on_progress(fraction / 2))
+    theirs = _outputs(run, champion, scans, subset, lambda fraction: on_progress((1 + fraction) / 2))
+    candidate, mine = _judged(model, ours)
+    other, its = _judged(champion, theirs)
+    test = paired(mine, its, run.params.seed)
+    return Comparison(True, "", run.report.digest_of(scans), len(scans), other, candidate, test)
+
+
+def _judged(model: Model, outputs: ModelOutputs) -> tuple[dict[str, Any], Decisions]:
+    """Its scores, and its decisions as the figures count them. Its threshold is for its own positive classes."""
+    calibration = Calibration.from_metadata(model.metadata)
+    decisions = finding(decide(outputs, calibration, model.findings), outputs, calibration)
+    return score(outputs, calibration, model.findings).as_dict(), decisions
 
 
 def _at(champion: Model, threshold: float) -> dict[str, Any]:
@@ -140,12 +152,11 @@ def _subset(outputs: ModelOutputs, positions: np.ndarray) -> ModelOutputs:
 # --- what each network predicts --------------------------------------------------------------------------------------
 
 
-def _score(
+def _outputs(
     run: Run, model: Model, scans: np.ndarray, outputs: ModelOutputs, on_progress: Callable[[float], None]
-) -> Scores:
-    """The network's scores on these scans, whose labels and groups are in `outputs`."""
-    predicted = replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
-    return score(predicted, Calibration.from_metadata(model.metadata), model.findings)
+) -> ModelOutputs:
+    """The network's outputs for these scans, whose labels and groups are in `outputs`."""
+    return replace(outputs, test_logits=_predicted_logits(run, model, scans, on_progress))
 
 
 def _predicted_logits(run: Run, model: Model, scans: np.ndarray, on_progress: Callable[[float], None]) -> np.ndarray:

@@ -20,6 +20,7 @@ from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, score
 from ml.evaluation.operating import kept_scores
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
+from ml.image.dataset.splits import LOCKED
 from ml.image.learning.schedules import best_epoch
 from ml.image.networks import weights
 from ml.image.networks.network import Model
@@ -182,6 +183,12 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
 
 def _split_notes(run: Run) -> list[str]:
     params, groups = run.params, len(np.unique(group_scans(run.report.scans)))
+    if any(scan.side == LOCKED for scan in run.report.scans):
+        left_out = run.report.images - sum(map(len, (run.split.train, run.split.validation, run.split.test)))
+        return [
+            "The test scans are a dataset of their own, which was locked for testing: it decides nothing else.",
+            f"{left_out} scans are on no side: they belong together with a test scan, or are blank.",
+        ]
     if params.split == "folders":
         return [
             f"The {run.report.images} scans stay on the sides that the dataset's folders or patients.csv say: "

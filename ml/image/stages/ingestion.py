@@ -16,6 +16,7 @@ import numpy as np
 from ml.image.dataset.scans import DatasetReport, check_dataset, count_images, load_manifest, save_manifest
 from ml.image.networks import weights
 from ml.image.pixels.picture import Picture
+from ml.image.stages.locked_test import add_locked_test
 from ml.image.stages.run import Run, write_json
 from ml.runtime.archives import extract_zip
 from ml.runtime.cache import key_of
@@ -53,13 +54,15 @@ def data_ingestion(run: Run) -> None:
         if key is not None:
             _store(run, key)
     run.__dict__.pop("report", None)
+    if run.environment.locked_test is not None:
+        add_locked_test(run, load_manifest(paths.manifest_path), on_progress)
     run.require_fitting_params()
     found = {"warnings": list(run.report.warnings), "inspection": asdict(run.report.inspection)}
     write_json(paths.report_path, {"classes": run.report.classes, "images": run.report.images, **found})
 
 
 def scans_folder(run: Run) -> Path:
-    """The folder of the scans; unpacked now if their pixels came from the cache."""
+    """The folder of the scans; unpacked now if their pixels came from the cache. A locked test set lies beside it."""
     folder = run.config.data_ingestion.scans_dir
     if not folder.exists():
         _unpack(run)

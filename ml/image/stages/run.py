@@ -11,7 +11,7 @@ import numpy as np
 
 from ml.evaluation.positive import resolve
 from ml.image.dataset.scans import DatasetReport, load_manifest
-from ml.image.dataset.splits import Split, split_by_folders, split_scans
+from ml.image.dataset.splits import LOCKED, Split, split_by_folders, split_locked, split_scans
 from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import checksum
@@ -34,7 +34,8 @@ class RunEnvironment:
     `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
     is scored on the same test scans as the new network. `champion_threshold`: the one that it predicts with, where that
-    is another one than its file's.
+    is another one than its file's. `locked_test`: a zip of the scans to test on, if these are not to be drawn from the
+    dataset (`ml.image.stages.locked_test`).
     """
 
     weights_dir: Path | None = None
@@ -44,6 +45,7 @@ class RunEnvironment:
     revision: str | None = None
     champion: Path | None = None
     champion_threshold: float | None = None
+    locked_test: Path | None = None
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Run:
     def split(self) -> Split:
         """The training, validation and test scans."""
         params = self.params
+        if any(scan.side == LOCKED for scan in self.report.scans):
+            return split_locked(self.report, params.seed, params.validation_size)
         if params.split == "folders":
             return split_by_folders(self.report, params.seed, params.validation_size)
         return split_scans(self.report, params.seed, params.test_size, params.validation_size)

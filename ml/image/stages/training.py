@@ -131,8 +131,12 @@ def _calibrate(run: Run, model: Model) -> tuple[Calibration, OperatingPoint | No
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
-    """Try engines on some of the test scans; int8 gets its ranges from training scans."""
-    tested, seen = _evenly(run.split.test, TRIAL_SCANS), _evenly(run.split.train, RANGE_SCANS)
+    """Try engines on some of the validation scans; int8 gets its ranges from training scans.
+
+    A test scan chooses nothing. Without validation scans the tried ones are training scans.
+    """
+    tried = run.split.validation if len(run.split.validation) else run.split.train
+    tested, seen = _evenly(tried, TRIAL_SCANS), _evenly(run.split.train, RANGE_SCANS)
     pixels, labels, fitted_in = run.pixels, run.report.labels[tested], default_dtype(training_precision(run.params))
     return admit(model, calibration, pixels[tested], labels, pixels[seen], ood, fitted_in)
 

@@ -20,7 +20,8 @@ from ml.spec.image_pipeline import STAGES
 ACT: dict[str, Any] = next(act for act in json.loads(os.environ["SABOTAGE"]) if act["do"] == "stub_training")
 SCORES = {
     **{"accuracy": 0.9, "precision": 0.9, "recall": 0.9, "f1": 0.9, "ece": 0.05, "ece_chance": 0.03},
-    **{"classes": ["Normal", "Tumor"], "test_digest": "e" * 64, "held_out": 93},
+    **{"classes": ["Normal", "Tumor"], "test_digest": "e" * 64, "held_out": 93, "positive": "Tumor"},
+    **{"independent_per_class": {"Normal": 48, "Tumor": 45}, "intervals": {"recall": [0.78, 0.96]}},
 }
 REFERENCE = {"scans": 93, "statistics": {}, "classes": {"Normal": 48, "Tumor": 45}, "rejected": 1}
 FILES = ("scores.json", "history.json", "confusion_matrix.png", "learning_curves.png", "manifest.json", "report.html")
@@ -53,9 +54,12 @@ def _beside(champion: Path | None) -> dict[str, Any] | None:
     if word == b"torn":
         told = {"comparable": False, "why": "its file cannot be read"}
         return {**told, **dict.fromkeys(("test_digest", "candidate", "champion")), "scans": 0}
-    theirs = {**SCORES, "f1": 0.85 if word == b"better" else 0.75}
-    shared = {"comparable": True, "why": "", "test_digest": "f" * 64, "scans": 40}
-    return {**shared, "candidate": {**SCORES, "f1": 0.8}, "champion": theirs}
+    ours, theirs = 0.8, 0.85 if word == b"better" else 0.75
+    gap = ours - theirs
+    f1 = {"ours": ours, "theirs": theirs, "difference": gap, "low": gap - 0.03, "high": gap + 0.03}
+    tests = {"groups": 40, "differences": {"f1": f1}, "mcnemar": {"statistic": 0.0, "p": 1.0}, "delong": None}
+    shared = {"comparable": True, "why": "", "test_digest": "f" * 64, "scans": 40, "paired": tests}
+    return {**shared, "candidate": {**SCORES, "f1": ours}, "champion": {**SCORES, "f1": theirs}}
 
 
 def _train(epochs: int, folder: Path | None, resume: Path | None) -> None:
