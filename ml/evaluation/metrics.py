@@ -33,7 +33,8 @@ class ModelOutputs:
     """Logits float [N, classes] and labels int [N] of test scans, and the same of M validation scans.
 
     M may be 0. `groups`: int [N], equal for test scans of one patient or picture; None: each scan is its own group.
-    `seed`: of the bootstrap. ValueError if shapes do not match; BadParams if a logit is not finite.
+    `seed`: of the bootstrap. `calibration`: the model's own; None: it is chosen on the validation scans. ValueError if
+    shapes do not match; BadParams if a logit is not finite.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +44,7 @@ class ModelOutputs:
     validation_logits: np.ndarray = field(default_factory=_none)
     groups: np.ndarray | None = None
     seed: int = 0
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         for labels, logits in (
@@ -116,7 +118,7 @@ class Scores:
         """The same scores with information from outside of the outputs.
 
         `counts`: scans in train, validation and test. `leaks`: test scans that share patients, duplicates or
-        near_duplicates with the training. `cross_validation`: folds (a list of figures), mean and std.
+        near_duplicates with the training. `cross_validation`: see `ml.evaluation.out_of_fold.summary`.
         """
         folds = None if cross_validation is None else dict(cross_validation)
         return replace(
@@ -152,7 +154,7 @@ def positive_index(classes: tuple[str, ...]) -> int | None:
 
 
 def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scores:
-    """All scores of the test scans. Without `calibration`, it is chosen on the validation scans."""
+    """All scores of the test scans, under another `calibration` than that of the outputs, if it is given."""
     calibration = calibration or calibration_of(outputs)
     decisions, labels = decide(outputs, calibration), outputs.test_labels
     computed: dict[str, Any] = {
@@ -178,8 +180,8 @@ def score(outputs: ModelOutputs, calibration: Calibration | None = None) -> Scor
 
 
 def calibration_of(outputs: ModelOutputs) -> Calibration:
-    """Temperature and threshold by the validation scans; predictions of this network must use them too."""
-    return calibrate(outputs.validation_labels, outputs.validation_logits, outputs.positive)
+    """The outputs' temperature and threshold; predictions of this network must use them too."""
+    return outputs.calibration or calibrate(outputs.validation_labels, outputs.validation_logits, outputs.positive)
 
 
 def decide(outputs: ModelOutputs, calibration: Calibration) -> Decisions:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.out_of_fold import DoubtfulLabel, OutOfFold, doubtful_labels, summary
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.learning.schedules import best_epoch
@@ -25,7 +27,7 @@ from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector
 from ml.image.pixels.statistics import input_statistics
 from ml.image.serving.drift_reference import drift_reference
-from ml.image.stages import champion, crossvalidation
+from ml.image.stages import champion
 from ml.image.stages.run import Run, write_json
 from ml.image.stages.training import scan_descriptors, scan_logits
 from ml.runtime.errors import BadParams
@@ -33,7 +35,6 @@ from ml.runtime.events import Epoch, Evaluated, reporter
 from ml.runtime.versions import installed_versions
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
-FOLD_SHARE = 0.9  # of the progress of testing the new network, if there are folds
 CHAMPION_SHARE = 0.5  # of the stage's progress, if there is a champion
 
 
@@ -42,7 +43,8 @@ def evaluation(run: Run) -> None:
     started, on_progress = time.perf_counter(), reporter(run.emit, "evaluation")
     own_share = 1.0 - (CHAMPION_SHARE if run.environment.champion else 0.0)
     model = run.load_model(run.config.training.trained_model_path)
-    outputs, folds = _test(run, model, lambda fraction: on_progress(own_share * fraction))
+    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(own_share * fraction)))
+    outputs, folds = _model_outputs(run, model), _folds(run, model)
     _cache_features(run)
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
     scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
@@ -61,14 +63,38 @@ def evaluation(run: Run) -> None:
     run.emit(Evaluated(metrics, reference, comparison.as_dict() if comparison else None))
 
 
-def _test(run: Run, model: Model, on_progress: Callable[[float], None]) -> tuple[ModelOutputs, dict[str, Any] | None]:
-    """The network's outputs for the test scans, and the figures of the folds, if the parameters ask for folds."""
-    begin = 1 - FOLD_SHARE if run.params.folds else 1.0
-    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(begin * fraction)))
-    outputs = _model_outputs(run, model)
+def _folds(run: Run, model: Model) -> dict[str, Any] | None:
+    """What the folds of the training tell, if there were any; the labels to doubt become an artifact."""
+    path, report = _doubtful_path(run), run.report
+    path.unlink(missing_ok=True)  # of an earlier run
     if not run.params.folds:
-        return outputs, None
-    return outputs, crossvalidation.cross_validate(run, lambda fraction: on_progress(begin + FOLD_SHARE * fraction))
+        return None
+    found = run.out_of_fold = run.out_of_fold or _out_of_fold(run)
+    write_json(path, [asdict(one) | {"path": report.scans[one.scan].path} for one in _doubtful(run, model)])
+    groups, labels = group_scans([report.scans[scan] for scan in found.scans]), report.labels[found.scans]
+    told = summary(found, labels, groups, model.classes, Calibration.from_metadata(model.metadata), run.params.seed)
+    return told | {"ensemble": run.params.ensemble == "folds"}
+
+
+def _out_of_fold(run: Run) -> OutOfFold:
+    """What the training wrote, for an evaluation that runs alone."""
+    try:
+        content = json.loads(run.config.training.out_of_fold_path.read_text(encoding="utf-8"))
+        return OutOfFold.from_dict(content)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadParams("folds: the training had none; run the stage training again.") from error
+
+
+def _doubtful(run: Run, model: Model) -> list[DoubtfulLabel]:
+    found = run.out_of_fold
+    if found is None:
+        return []
+    temperature = Calibration.from_metadata(model.metadata).temperature
+    return doubtful_labels(found, run.report.labels[found.scans], model.classes, temperature)
+
+
+def _doubtful_path(run: Run) -> Path:
+    return run.config.evaluation.root_dir / "doubtful_labels.json"
 
 
 def _cache_features(run: Run) -> None:
@@ -88,6 +114,7 @@ def _model_outputs(run: Run, model: Model) -> ModelOutputs:
     return ModelOutputs(
         model.classes, report.labels[split.test], logits[:tested],
         report.labels[split.validation], logits[tested:], groups, run.params.seed,
+        Calibration.from_metadata(model.metadata),
     )  # fmt: skip
 
 
@@ -164,6 +191,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         versions={"python": python_version(), **installed_versions(PACKAGES)},
         leak_reasons=leaked.reasons(),
         split_notes=_split_notes(run),
+        doubtful_labels=_doubtful(run, model),
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 
@@ -195,5 +223,6 @@ def artifacts(run: Run) -> dict[str, str]:
     config, root = run.config, run.config.evaluation.root_dir
     paths = [config.evaluation.scores_path, config.training.history_path]
     paths += [config.data_ingestion.manifest_path, config.data_ingestion.report_path]
-    paths += [root / "report.html", root / "report.pdf", *sorted(root.glob("*.png"))]
+    paths += [config.training.out_of_fold_path] if run.params.folds else []
+    paths += [_doubtful_path(run), root / "report.html", root / "report.pdf", *sorted(root.glob("*.png"))]
     return {path.name: str(path) for path in paths if path.exists()}

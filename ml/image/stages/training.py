@@ -1,6 +1,6 @@
-"""Stage 3, training: train the network, calibrate it, fit its OOD detector, try its engines.
+"""Stage 3, training: train the network (and the folds), calibrate it, fit its OOD detector, try its engines.
 
-Writes model.safetensors and history.json.
+Writes model.safetensors and history.json; with folds also out_of_fold.json.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ml.evaluation.calibration import Calibration, calibrate
 from ml.evaluation.metrics import positive_index
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import lineage
-from ml.image.dataset.splits import Split
 from ml.image.engines.admission import CANDIDATES, RANGE_SCANS, Admission, admit, evenly, most_telling
 from ml.image.engines.backends import default_dtype, training_precision
 from ml.image.engines.features import repetitions
 from ml.image.engines.hardware import device_name
 from ml.image.learning.checkpoints import CheckpointWriter, Origin, load_resume_checkpoint
 from ml.image.learning.ddp_worker import training_group
-from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, logits_of, train
+from ml.image.learning.train import ResumePoint, TrainConfig, logits_of, train
 from ml.image.networks import network
 from ml.image.networks.feature_descriptor import feature_descriptors
 from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector
 from ml.image.pixels.statistics import input_statistics
-from ml.image.stages.run import Run, write_json
+from ml.image.stages.crossvalidation import cross_validate, folds_of, take_mean_head
+from ml.image.stages.run import Run, train_data, write_json
 from ml.runtime.events import Resumed, Steps, reporter
 from ml.runtime.process_group import ProcessGroup
 
@@ -45,9 +45,15 @@ def training(run: Run) -> None:
     model = run.load_model(run.config.prepare_base_model.updated_base_model_path)
     if not run.in_one_process:
         network.own_memory(model)
+    on_progress, own_share = reporter(run.emit, "training"), 1 / (1 + run.params.folds)
+    if run.params.folds:
+        folds_of(run)  # refuses too few patients before anything is trained
     with _process_group(run, model) as group:
-        _train(run, model, group)
-    _drop_stale_features(run, group)
+        _train(run, model, group, lambda fraction: on_progress(own_share * fraction))
+    if group.size > 1:  # features are tied to the process group
+        run.features_by_top.clear()
+    _cross_validate(run, model, lambda fraction: on_progress(own_share + (1 - own_share) * fraction))
+    _drop_stale_features(run)
     calibration, ood = _calibrate(run, model), _fit_ood(run, model)
     admission = _admit(run, model, calibration, ood)
     metadata = _training_metadata(run, model, calibration) | admission.as_dict()
@@ -67,12 +73,12 @@ def _process_group(run: Run, model: Model) -> AbstractContextManager[ProcessGrou
     )  # fmt: skip
 
 
-def _train(run: Run, model: Model, group: ProcessGroup) -> None:
+def _train(run: Run, model: Model, group: ProcessGroup, on_progress: Callable[[float], None]) -> None:
     data = train_data(run, model, run.split, group)
     origin = Origin.from_training(run.params, run.report, model.network, data.features(0).engine.name)
     writer = CheckpointWriter(run.environment.checkpoints, origin, run.epochs, run.emit)
     start = _resume_point(run, origin)
-    steps, on_progress = _StepEvents(run), reporter(run.emit, "training")
+    steps = _StepEvents(run)
     config = TrainConfig(model, run.params, on_progress, steps, writer, start, group)
     for epoch in train(config, data):
         steps.flush()
@@ -80,11 +86,14 @@ def _train(run: Run, model: Model, group: ProcessGroup) -> None:
         run.emit(epoch)
 
 
-def train_data(run: Run, model: Model, split: Split, group: ProcessGroup) -> TrainData:
-    """The features, labels and split that this model is trained with."""
-    return TrainData(
-        lambda top: run.features(model, top, group), run.report.labels, split, positive_index(model.classes)
-    )
+def _cross_validate(run: Run, model: Model, on_progress: Callable[[float], None]) -> None:
+    """Train the folds, if the parameters ask for them; they see the backbone as it was before any fine-tuning."""
+    if not run.params.folds:
+        return
+    run.out_of_fold, heads = cross_validate(run, on_progress)
+    write_json(run.config.training.out_of_fold_path, run.out_of_fold.as_dict())
+    if heads:
+        take_mean_head(model, heads)
 
 
 def head_forward(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -120,9 +129,13 @@ def scan_descriptors(run: Run, model: Model, scans: np.ndarray) -> np.ndarray:
 
 
 def _calibrate(run: Run, model: Model) -> Calibration:
-    """Temperature and threshold by the validation scans; predictions of this network use both."""
-    scans = run.split.validation
-    return calibrate(run.report.labels[scans], scan_logits(run, model, scans), positive_index(model.classes))
+    """Temperature and threshold by the validation scans, or by all scans that a fold tested; predictions use both."""
+    if run.out_of_fold is None:
+        scans = run.split.validation
+        return calibrate(run.report.labels[scans], scan_logits(run, model, scans), positive_index(model.classes))
+    labels = run.report.labels[run.out_of_fold.scans]
+    chosen = calibrate(labels, run.out_of_fold.logits, positive_index(model.classes))
+    return replace(chosen, reason=chosen.reason.replace("validation scans", "out-of-fold scans"))
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
@@ -167,7 +180,7 @@ def _training_metadata(run: Run, model: Model, calibration: Calibration) -> dict
         "params": run.params.model_dump(mode="json"),  # if stages run alone, they may have different parameters
         "lineage": sorted({*model.metadata.get("begun_lineage", ()), *seen}),
         "origins": _origins(run),
-        "calibration": {"temperature": calibration.temperature, "threshold": calibration.threshold},
+        "calibration": asdict(calibration),
         "precision": training_precision(run.params),
         "engine": run.features(model, 0).engine.name,
         "device": device_name(),
@@ -180,15 +193,10 @@ def _origins(run: Run) -> list[dict[str, str | None]]:
     return sorted(map(asdict, found), key=str)
 
 
-def _drop_stale_features(run: Run, group: ProcessGroup) -> None:
-    """Features below unfrozen blocks stay valid, but those of the whole backbone do not if its top was fine-tuned.
-
-    After a training on several devices all are dropped, since they are tied to the process group.
-    """
-    if group.size > 1:
-        run.features_by_top.clear()
-    elif any(epoch.phase == "fine_tune" for epoch in run.epochs):
-        run.features_by_top.pop(0)
+def _drop_stale_features(run: Run) -> None:
+    """Features below unfrozen blocks stay valid, but those of the whole backbone do not if its top was fine-tuned."""
+    if any(epoch.phase == "fine_tune" for epoch in run.epochs):
+        run.features_by_top.pop(0, None)
 
 
 def _resume_point(run: Run, origin: Origin) -> ResumePoint:
