@@ -26,8 +26,8 @@ def _told(folds: Mapping[str, Any]) -> str:
     served = "The mean of their heads is what predicts. " if folds.get("ensemble") else ""
     return (
         f"{len(folds['folds'])} more networks tested {pooled['held_out']} scans of {pooled['independent']} groups, "
-        f"each scan by the one that had not seen it. {served}Temperature and threshold were chosen on these scans, none of "
-        "which is a test scan."
+        f"each scan by the one that had not seen it. {served}Temperature and threshold were chosen on these scans, "
+        "none of which is a test scan."
     )
 
 

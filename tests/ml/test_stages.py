@@ -270,7 +270,7 @@ def test_weights_of_another_network_are_named(small_run, tmp_path):
 def test_an_equal_training_in_another_process_gives_the_same_bytes(small_run, tmp_path):
     write_config(tmp_path, small_run.archive)
     child = start(tmp_path, augmentation=False)
-    output, _ = child.communicate(timeout=120)
+    output, _ = child.communicate(timeout=250)
     finished = from_json(output.splitlines()[-1])
     assert weights.sha256(Path(finished.model_path)) == weights.sha256(small_run.model_path)
 
