@@ -38,6 +38,7 @@ from ml.command.options import (
 from ml.runtime.config import CheckpointPlan
 from ml.runtime.errors import ArchiveError, ModelFileError, PipelineError, as_pipeline_error
 from ml.runtime.events import Emit, Event, Failed, to_json
+from ml.runtime.threads import sleep_while_waiting
 from ml.spec.image import NETWORKS
 from ml.spec.image_pipeline import STAGES
 
@@ -48,6 +49,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 after a `failed` event, or 143 after SIGTERM."""
+    sleep_while_waiting()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["phantom"]:
         from ml.synthetic import phantom_files

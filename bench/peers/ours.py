@@ -8,24 +8,24 @@ import resource
 import sys
 from pathlib import Path
 
-from ml.image.stages import runner
 from ml.runtime.config import PipelineConfig, load_params
 from ml.runtime.events import Epoch, Evaluated, Event
+from ml.runtime.threads import sleep_while_waiting
 
 
 def main(archive: str, params_path: str, folder: str) -> None:
     """Run; the last line of output is the scores."""
+    sleep_while_waiting()  # as `python -m ml train` does
+    from ml.image.stages import runner
+
     events: list[Event] = []
     config = PipelineConfig.below(Path(folder)).reading(archive)
     runner.run_all(config, load_params(Path(params_path)), events.append)
     scores = next(event.metrics for event in events if isinstance(event, Evaluated))
     seconds = [round(event.seconds, 2) for event in events if isinstance(event, Epoch)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        json.dumps(
-            {"peak_mb": round(peak), "accuracy": scores["accuracy"], "f1": scores["f1"], "train_seconds": seconds}
-        )
-    )
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {"accuracy": scores["accuracy"], "f1": scores["f1"], "peak_mb": round(used.ru_maxrss / 1024)}
+    print(json.dumps({**figures, "train_seconds": seconds, "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}))
 
 
 if __name__ == "__main__":

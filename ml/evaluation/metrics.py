@@ -33,8 +33,9 @@ class ModelOutputs:
     """Logits float [N, classes] and labels int [N] of test scans, and the same of M validation scans.
 
     M may be 0. `groups`: int [N], equal for test scans of one patient or picture; None: each scan is its own group.
-    `seed`: of the bootstrap. `positive`: the positive classes; None: those that the names tell. ValueError if shapes do
-    not match; BadParams if a logit is not finite, or if the names do not tell.
+    `seed`: of the bootstrap. `positive`: the positive classes; None: those that the names tell. `calibration`: the
+    model's own; None: it is chosen on the validation scans. ValueError if shapes do not match; BadParams if a logit is
+    not finite, or if the names do not tell.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +46,7 @@ class ModelOutputs:
     groups: np.ndarray | None = None
     seed: int = 0
     positive: tuple[str, ...] | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         for labels, logits in (
@@ -122,7 +124,7 @@ class Scores:
         """The same scores with information from outside of the outputs.
 
         `counts`: scans in train, validation and test. `leaks`: test scans that share patients, duplicates or
-        near_duplicates with the training. `cross_validation`: folds (a list of figures), mean and std.
+        near_duplicates with the training. `cross_validation`: see `ml.evaluation.out_of_fold.summary`.
         """
         folds = None if cross_validation is None else dict(cross_validation)
         return replace(
@@ -147,7 +149,7 @@ class Mistake:
 def score(
     outputs: ModelOutputs, calibration: Calibration | None = None, deciding: Sequence[int] | None = None
 ) -> Scores:
-    """All scores of the test scans. Without `calibration`, it is chosen on the validation scans.
+    """All scores of the test scans, under another `calibration` than that of the outputs, if it is given.
 
     `deciding`: indices of the classes that `calibration`'s threshold is for, where they are other ones than those that
     the figures are of.
@@ -180,8 +182,8 @@ def score(
 
 
 def calibration_of(outputs: ModelOutputs) -> Calibration:
-    """Temperature and threshold by the validation scans; predictions of this network must use them too."""
-    return calibrate(outputs.validation_labels, outputs.validation_logits, outputs.findings)
+    """The outputs' temperature and threshold; predictions of this network must use them too."""
+    return outputs.calibration or calibrate(outputs.validation_labels, outputs.validation_logits, outputs.findings)
 
 
 def decide(outputs: ModelOutputs, calibration: Calibration, deciding: Sequence[int] | None = None) -> Decisions:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ml.evaluation.intervals import MIN_GROUPS
 from ml.evaluation.metrics import Scores
+from ml.evaluation.out_of_fold import DoubtfulLabel
+from ml.reporting import crossvalidation
 from ml.reporting.pdf import write_pdf
 from ml.reporting.plots import Plot
 from ml.reporting.sections import Section, Table
@@ -44,7 +46,8 @@ class ReportInputs:
     `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.findings.dataset_warnings`); other
     keys are ignored. `made_at` is the only date in both files. `leak_reasons`: sentences of
     `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. `operating_point`: see
-    `ml.spec.operating_point`. Unknown values are None, and shown as such.
+    `ml.spec.operating_point`. `doubtful_labels`: see `ml.evaluation.out_of_fold`; the report names scans by their index
+    in the manifest. Unknown values are None, and shown as such.
     """
 
     scores: Scores
@@ -67,6 +70,7 @@ class ReportInputs:
     leak_reasons: Sequence[str] = ()
     split_notes: Sequence[str] = ()
     operating_point: Mapping[str, Any] | None = None
+    doubtful_labels: Sequence[DoubtfulLabel] = ()
     title: str = "Training report"
 
 
@@ -93,6 +97,7 @@ def sections(inputs: ReportInputs) -> list[Section]:
         Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
         Section("Figures on the test scans", _reading(inputs), (_figures(scores), _classes(scores), _more(scores))),
         Section("Plots", plots=tuple(inputs.plots)),
+        *crossvalidation.sections(scores.cross_validation, inputs.doubtful_labels, NAMES),
         Section("Split and test scans", tuple(_split(inputs)), tuple(_counts(scores))),
         Section("Dataset", tuple(_warnings(inputs.dataset)), (_dataset(inputs),)),
         Section("Training", tables=(_training(inputs), _mapping("Parameter", inputs.parameters))),
@@ -203,7 +208,9 @@ def _more(scores: Scores) -> Table:
 
 
 def _split(inputs: ReportInputs) -> Iterator[str]:
-    yield "Best epoch, temperature and threshold were chosen on validation scans, never on test scans."
+    folds = inputs.scores.cross_validation
+    chosen = "The best epoch was" if folds else "Best epoch, temperature and threshold were"
+    yield f"{chosen} chosen on validation scans, never on test scans."
     yield from inputs.split_notes
     yield from _patients(inputs.scores)
     yield from inputs.leak_reasons or ("No leak between test and training was found.",)

@@ -71,6 +71,11 @@ class Training(_Section):
         """One object an epoch, as in the `epoch` events."""
         return self.root_dir / "history.json"
 
+    @property
+    def out_of_fold_path(self) -> Path:
+        """What the folds gave, if there were some."""
+        return self.root_dir / "out_of_fold.json"
+
 
 class Evaluation(_Section):
     """The scores on the held-out scans; the plots lie beside them."""

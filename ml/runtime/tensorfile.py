@@ -1,26 +1,34 @@
 """Atomic safetensors files: a temporary file beside the target, fsync, rename, fsync of the folder.
 
 After a kill -9 a temporary file may remain (its name begins with a dot); the target is either the old or the new one.
+
+Equal contents give equal bytes: safetensors sorts the tensors, and writes several keys of metadata in the order of a
+hash table, which differs from process to process. So there is one key, with a JSON text in the order of its names.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write `path` atomically. OSError if the system refuses; an existing file is then unchanged."""
+def write(tensors: Mapping[str, Tensor], path: Path, key: str, metadata: Mapping[str, Any]) -> None:
+    """Write `path` atomically, with `metadata` as JSON under `key`.
+
+    OSError if the system refuses; an existing file is then unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _save(tensors, partial, metadata)
+        _save(tensors, partial, {key: json.dumps(metadata, sort_keys=True)})
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -31,7 +39,7 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        save_file(plain, str(path), metadata={"format": "pt", **metadata})
+        save_file(plain, str(path), metadata)
     except SafetensorError as error:
         raise _as_os_error(error) from error
 

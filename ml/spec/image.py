@@ -100,7 +100,12 @@ class Params(BaseModel):
     split: Literal["patients", "folders"] = Field(
         "patients", description="sides drawn anew by patients, or those of the folders train, validation and test"
     )
-    folds: int = Field(0, ge=0, le=20, description="0, or so many trainings more that test each scan once")
+    folds: int = Field(
+        0, ge=0, le=20, description="0, or so many trainings more; each scan but the test's is tested by one of them"
+    )
+    ensemble: Literal["none", "folds"] = Field(
+        "none", description="what predicts: the network, or the mean of the folds' heads (head: gap) on its backbone"
+    )
     balance: Literal["none", "weights", "sampler"] = Field(
         "none", description="rare classes count more in the loss (weights), or are drawn more often (sampler)"
     )
@@ -197,10 +202,21 @@ class Params(BaseModel):
             yield "folds", "Cross-validation needs 2 or more; 0 turns it off."
         if self.folds and self.split == "folders":
             yield "folds", "Cross-validation draws its own sides; set folds: 0, or split: patients."
+        yield from self._wrong_ensemble()
         if self.test_size + self.validation_size > 0.7:
             left = "With test_size it leaves less than 0.3 of the scans to learn from; make one smaller."
             yield "validation_size", left
         yield from self._wrong_size()
+
+    def _wrong_ensemble(self) -> Iterator[tuple[str, str]]:
+        if self.ensemble == "none":
+            return
+        if not self.folds:
+            yield "ensemble", "There are no folds to take the heads of; set folds to 2 or more, or ensemble: none."
+        if self.head_kind != "gap":
+            yield "ensemble", "Heads with hidden layers have no mean, and five of them are 2.4 GB; set head: gap."
+        if self.fine_tune_epochs:
+            yield "ensemble", "Heads of folds that fine-tune stand on different backbones; set fine_tune_epochs: 0."
 
     def misfits(self, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(field, what is wrong and what to do) for fields that do not fit a dataset's classes."""

@@ -15,7 +15,7 @@ from jobs.models.figures import figures_at, reference_at
 from jobs.tables import Job, ModelEvaluation, ModelVersion, OperatingPointChange
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import score
-from ml.evaluation.operating import calibrate_at, kept_scores
+from ml.evaluation.operating import Choosing, calibrate_at, kept_scores
 from ml.image.serving.drift_reference import drift_reference
 from tests import builders
 from tests.ml.test_operating import make_outputs
@@ -25,16 +25,20 @@ FOLLOWING = (
 )  # fmt: skip
 
 
+def choosing(outputs: Any) -> Choosing:
+    labels = outputs.validation_labels
+    return Choosing(labels, outputs.validation_logits, np.arange(len(labels)))
+
+
 def trained(session: Session, classes: int = 2, **more: Any) -> ModelVersion:
     """A version of a real evaluation, at F1's threshold."""
     outputs = make_outputs(classes)
-    groups = np.arange(len(outputs.validation_labels))
-    labels, logits = outputs.validation_labels, outputs.validation_logits
-    calibration, point = calibrate_at("f1", labels, logits, outputs.findings, groups)
+    chosen = choosing(outputs)
+    calibration, point = calibrate_at("f1", chosen, outputs.findings)
     metrics = score(outputs, calibration).as_dict() | {"test_digest": "e" * 64, "leaks": {}, "patients_known": True}
     assert point is not None
     metrics["operating_point"] = point.as_dict()
-    new: dict[str, Any] = {"classes": list(outputs.classes), "scan_scores": kept_scores(outputs, calibration, groups)}
+    new: dict[str, Any] = {"classes": list(outputs.classes), "scan_scores": kept_scores(outputs, calibration, chosen)}
     new["reference"] = reference_of(outputs, calibration)
     return builders.make_model(session, metrics, **new | more)
 
@@ -56,7 +60,7 @@ def reference_of(outputs: Any, calibration: Calibration) -> Any:
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.9, 0.999])
 def test_figures_at_another_threshold_are_those_that_an_evaluation_computes(classes: int, threshold: float) -> None:
     outputs = make_outputs(classes)
-    kept = kept_scores(outputs, Calibration(1.3, 0.5), np.arange(60))
+    kept = kept_scores(outputs, Calibration(1.3, 0.5), choosing(outputs))
     truth = score(outputs, Calibration(1.3, threshold)).as_dict()
     assert kept is not None
     found = figures_at(kept, threshold, score(outputs, Calibration(1.3, 0.5)).as_dict())
@@ -79,7 +83,7 @@ def _flat(value: Any) -> list[float | None]:
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_drift_reference_follows(classes: int) -> None:
     outputs = make_outputs(classes)
-    kept = kept_scores(outputs, Calibration(1.0, 0.5), np.arange(60)) or {}
+    kept = kept_scores(outputs, Calibration(1.0, 0.5), choosing(outputs)) or {}
     old = reference_of(outputs, Calibration(1.0, 0.5))
     assert reference_at(kept, 0.5, old) == old, "the same threshold changes nothing"
     found, truth = reference_at(kept, 0.9, old), reference_of(outputs, Calibration(1.0, 0.9))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from ml.evaluation.calibration import Calibration
-from ml.image.engines import admission
-from ml.image.engines.admission import Admission, admit, choose_dtype, choose_float_dtype
+from ml.image.engines import admission, backends
+from ml.image.engines.admission import Admission, admit, choose_dtype, choose_float_dtype, most_telling
 from ml.image.engines.backends import engine_name
+from ml.image.engines.graphs import graph_of
 from ml.image.engines.hardware import supported_dtypes
 from ml.image.networks import network
+from ml.image.pixels.transforms import Transform
 from ml.image.serving.predictor import Predictor
 from ml.image.stages import training
 from ml.image.stages.run import Run
@@ -83,6 +85,31 @@ def test_int8_may_change_a_label_for_the_better():
 
 def test_logits_that_are_not_finite_are_refused():
     assert trial("int8", np.full_like(REFERENCE, np.nan)).reason == "its answers are not finite"
+
+
+# --- on which scans --------------------------------------------------------------------------------------------------
+
+
+def logit_of(*probabilities: float) -> np.ndarray:
+    """Logits [n, 2] that give the second class these probabilities."""
+    return np.array([[0.0, np.log(p / (1 - p))] for p in probabilities])
+
+
+@pytest.mark.parametrize(
+    ("logits", "threshold", "positive", "chosen"),
+    [
+        # four nearest to 0.5 (1, 4, 6, 11), and of the other eight every second or third from first to last
+        (logit_of(.9, .5, .1, .8, .45, .2, .6, .95, .05, .7, .99, .42), 0.5, [1], [0, 1, 3, 4, 6, 7, 10, 11]),
+        # nearest to another threshold: 3, 0, 7, 9
+        (logit_of(.9, .5, .1, .8, .45, .2, .6, .95, .05, .7, .99, .42), 0.8, [1], [0, 1, 3, 4, 6, 7, 9, 11]),
+        # of few, all
+        (logit_of(.9, .1, .5), 0.5, [1], [0, 1, 2]),
+        # of several classes: where the first and the second are near to each other (8 to 11)
+        (np.array([[3.0, 0, 0]] * 8 + [[1.0, 0.9, 0]] * 4), None, [], [0, 2, 4, 7, 8, 9, 10, 11]),
+    ],
+)  # fmt: skip
+def test_half_of_the_scans_tried_are_those_that_rounding_may_decide_otherwise(logits, threshold, positive, chosen):
+    assert most_telling(logits, Calibration(threshold=threshold), positive).tolist() == chosen
 
 
 # --- which one is taken ----------------------------------------------------------------------------------------------
@@ -156,6 +183,29 @@ def test_engines_are_tried_on_validation_scans_and_never_on_test_scans(small_run
     monkeypatch.setattr(training, "admit", lambda model, calibration, *scans: tried.append(scans))
     training._admit(run, network.load(small_run.model_path), Calibration(threshold=0.5), None)
     ((pictures, labels, seen, *_),) = tried
-    assert np.array_equal(pictures, run.pixels[run.split.validation])
-    assert np.array_equal(labels, run.report.labels[run.split.validation])
+    known = run.split.validation
+    assert {each.tobytes() for each in pictures} <= {each.tobytes() for each in run.pixels[known]}
+    assert len(pictures) == len(labels) == min(len(known), admission.TRIAL_SCANS)
     assert len(seen) == min(len(run.split.train), admission.RANGE_SCANS)
+
+
+def test_a_network_is_traced_once_and_not_tried_in_int8_where_that_gains_nothing(monkeypatch):
+    traced = list[object]()
+    monkeypatch.setattr(backends, "graph_of", lambda *given: traced.append(given) or graph_of(*given))
+    net = network.build(2, 0, "efficientnet_b0", "gap").eval()
+    model = network.Model(net, ("a", "b"), Transform(64, 64), {}, "efficientnet_b0", "gap")
+    found = admit(model, Calibration(threshold=0.5), make_scans(3, 64), np.arange(3) % 2, make_scans(3, 64))
+    assert len(traced) <= 1
+    assert set(found.trials) == {engine_name(form) for form in supported_dtypes()}
+    assert found.ranges is None
+    if "int8" in supported_dtypes():
+        assert found.trials[engine_name("int8")] == admission.NO_GAIN
+        with pytest.raises(EngineNotAdmitted, match="it is no faster than bf16 for this network"):
+            choose_dtype(found.as_dict(), "int8")
+
+
+def test_a_dtype_is_tried_on_few_scans(small_run):
+    model = network.load(small_run.model_path)
+    tried = {trial["scans"] for trial in model.metadata["engines"].values()}
+    run = Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL), lambda event: None)
+    assert tried == {min(admission.TRIAL_SCANS, len(run.split.validation))}

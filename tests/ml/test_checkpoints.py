@@ -398,7 +398,7 @@ def test_a_full_disk_is_named_where_a_model_or_the_pixels_are_written(small_disk
     from ml.runtime.errors import as_pipeline_error
 
     with pytest.raises(OSError, match="No space") as full:
-        tensorfile.write({"large": torch.zeros(2**19)}, small_disk / "model.safetensors", {})
+        tensorfile.write({"large": torch.zeros(2**19)}, small_disk / "model.safetensors", "key", {})
     assert full.value.errno == errno.ENOSPC
     assert as_pipeline_error(full.value).code == "STORAGE_FULL"
     with (small_disk / "pixels.npy").open("wb") as file, pytest.raises(OSError, match="No space"):

@@ -14,6 +14,19 @@ from ml.__main__ import main
 from tests.ml.builders import encode, make_files, make_pixels, write_folder, write_zip
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(given, kept):
+    """OpenMP reads its policy when torch is loaded, so it must be set before."""
+    code = (
+        "import os, sys\nfrom ml.__main__ import main\nassert 'torch' not in sys.modules\n"
+        "main(['check', 'nowhere'])\nprint(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split()[-1] == kept
+
+
 def test_check_shows_what_a_zip_holds(tmp_path, capsys):
     assert main(["check", str(write_zip(make_files(6), tmp_path / "data.zip"))]) == 0
     assert "Tumor" in capsys.readouterr().out

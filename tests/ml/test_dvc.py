@@ -136,4 +136,4 @@ def test_dvc_runs_all_stages_and_then_only_what_has_changed(tmp_path):
     assert json.loads((tmp_path / "artifacts/evaluation/scores.json").read_text())["held_out"] == 4
     assert stages_to_run(tmp_path) == set()
     assert stages_to_run(tmp_path, EPOCHS=9) == {"training"}, "and evaluation after it, which depends on its output"
-    assert stages_to_run(tmp_path, FOLDS=2) == {"evaluation"}
+    assert stages_to_run(tmp_path, FOLDS=2) == {"training"}, "which tests them too"

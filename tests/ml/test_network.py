@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ml.image.networks import network
+from ml.image.networks import network, weights
 from ml.image.pixels.transforms import Transform
 from ml.runtime.errors import ModelFileError
 from ml.runtime.torchvision_import import torchvision
@@ -105,6 +106,16 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
         network.save(make_small(engine=object()), path)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_equal_models_give_equal_bytes_in_whatever_order_their_metadata_came(tmp_path):
+    path, small, found = tmp_path / "model.safetensors", make_small(), set()
+    for number in range(12):  # the header of a file with two keys of metadata is written in one of two orders by chance
+        fields = {"params": {"seed": 0, "epochs": 2}, "origins": []}
+        given = fields if number % 2 else {name: fields[name] for name in reversed(fields)}
+        network.save(replace(small, metadata=given), path)
+        found.add(weights.sha256(path))
+    assert len(found) == 1
 
 
 def described(**fields: object) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ml.evaluation.calibration import Calibration
+from ml.image.dataset.splits import Split
 from ml.image.engines.admission import admit
 from ml.image.engines.backends import engine_name, open_engine
 from ml.image.engines.engine import outputs_of
@@ -130,7 +131,25 @@ def test_scans_linked_by_one_outside_of_the_sample_stay_grouped(small_run, monke
     monkeypatch.setattr(training, "group_scans", lambda scans: patients[: len(scans)])
     training._fit_ood(run, network.load(small_run.model_path))
     sides = (run.split.train, run.split.validation)
-    assert [groups.tolist() for groups in seen] == [patients[training._evenly(side, 3)].tolist() for side in sides]
+    assert [groups.tolist() for groups in seen] == [patients[training.evenly(side, 3)].tolist() for side in sides]
+
+
+@pytest.mark.parametrize(
+    ("fields", "computed"),
+    [
+        ({"augmentation": False}, [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]),
+        ({"augmentation": True}, [8, 9, 11, 19]),  # one of each patient, then a second one
+        ({"augmentation": "randaugment"}, [8, 9, 11, 19]),
+        ({"augmentation": False, "fine_tune_epochs": 1}, [8, 9, 11, 19]),
+    ],
+)
+def test_few_scans_are_computed_for_the_detector_alone(monkeypatch, fields, computed):
+    """Those of another patient first: the detector needs different patients more than scans."""
+    run = Run(None, parse_params(SMALL | fields), lambda event: None)
+    run.__dict__["split"] = Split(np.arange(8, 20), np.arange(4), np.arange(4, 8))
+    groups = np.repeat(np.arange(3), [11, 8, 1])  # of the training scans: 3, 8 and 1
+    monkeypatch.setattr(training, "OOD_SCANS_ANEW", 4)
+    assert training._ood_scans(run, groups).tolist() == computed
 
 
 def test_numbers_that_never_moved_do_not_drown_the_others():
@@ -196,7 +215,7 @@ def test_shifts_are_against_the_form_that_was_fitted_in(small_run, fitted_in):
     assert set(found.shifts) == {*supported_dtypes()} - {fitted_in}, "what is not shifted is not stored"
     layers, classes = with_descriptor(model), len(model.classes)
     means = {
-        form: outputs_of(open_engine(layers, model.transform, form), seen)[:, classes:].mean(axis=0)
+        form: outputs_of(open_engine(layers, model.transform, form), seen[:4])[:, classes:].mean(axis=0)
         for form in ("fp32", fitted_in)
     }
     if fitted_in != "fp32":

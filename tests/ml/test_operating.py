@@ -11,7 +11,7 @@ from scipy import stats
 
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, score
-from ml.evaluation.operating import calibrate_at, kept_scores, require_choice
+from ml.evaluation.operating import Choosing, calibrate_at, kept_scores, require_choice
 from ml.runtime.config import parse_params
 from ml.runtime.errors import BadParams
 from ml.spec import operating_point
@@ -144,9 +144,9 @@ def make_outputs(classes: int, seed: int = 2) -> ModelOutputs:
 def test_a_training_operates_where_it_was_asked_to(rule):
     outputs = make_outputs(2)
     labels, logits, groups = outputs.validation_labels, outputs.validation_logits, np.arange(60)
-    calibration, point = calibrate_at(rule, labels, logits, outputs.findings, groups)
+    calibration, point = calibrate_at(rule, Choosing(labels, logits, groups), outputs.findings)
     assert calibration.threshold == point.threshold
-    assert point.best_f1 == calibrate_at("f1", labels, logits, [0], groups)[0].threshold
+    assert point.best_f1 == calibrate_at("f1", Choosing(labels, logits, groups), [0])[0].threshold
     called = calibration.decide(logits, [0])
     assert point.sensitivity.value == pytest.approx((called[labels == 0] == 0).mean())
     assert point.specificity.value == pytest.approx((called[labels == 1] == 1).mean())
@@ -167,8 +167,8 @@ def test_a_rule_that_cannot_choose_is_refused_before_the_training():
 def test_without_a_positive_class_there_is_no_point_and_nothing_is_kept():
     outputs = replace(make_outputs(4), positive=())
     labels, logits = outputs.validation_labels, outputs.validation_logits
-    assert calibrate_at("f1", labels, logits, [], labels)[1] is None
-    assert kept_scores(outputs, Calibration(), labels) is None
+    assert calibrate_at("f1", Choosing(labels, logits, labels), [])[1] is None
+    assert kept_scores(outputs, Calibration(), Choosing(labels, logits, labels)) is None
 
 
 def test_the_sentence_says_where_patients_are_too_few():

@@ -56,13 +56,17 @@ def split_scans(report: DatasetReport, seed: int, test_size: float = 0.2, valida
     return split
 
 
-def fold_splits(report: DatasetReport, seed: int, folds: int, validation_size: float = 0.1) -> list[Split]:
+def fold_splits(
+    report: DatasetReport, seed: int, folds: int, validation_size: float = 0.1, among: Container[int] | None = None
+) -> list[Split]:
     """Cross-validation: `folds` stratified splits that test each scan exactly once and keep groups whole.
+
+    `among`: the only scans that they hold; None: all.
 
     Validation scans are drawn from those that a fold does not test. A hash of `seed` and the group decides its fold,
     unless that fold is full. BadDataset if a class has fewer groups than there are folds.
     """
-    groups, blank, totals = _groups(report, seed)
+    groups, blank, totals = _groups(report, seed, among)
     _require_folds(report, groups, folds)
     assigned = _assign_folds(groups, totals, folds, seed)
     splits = []

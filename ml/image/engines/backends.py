@@ -43,6 +43,7 @@ def open_engine(
     precision: Precision = "auto",
     ranges: Ranges | None = None,
     streams: int = STREAMS,
+    graph: Any = None,
 ) -> Engine:
     """The fastest engine on this machine for frozen layers (see `ml.image.networks.architectures.cut`).
 
@@ -54,8 +55,14 @@ def open_engine(
         precision: auto: bf16 if the device multiplies it natively, else fp32. bf16 and int8 are used without a check.
         ranges: the activation ranges for int8 (see `ml.image.engines.graphs`).
         streams: batches at the same time, on OpenVINO; 1 gives a single picture all cores.
+        graph: the layers' `shared_graph`, if it is at hand; it stays as it is.
     """
-    return OomFallbackEngine(_engine(layers.eval(), transform, default_dtype(precision), ranges, streams))
+    return OomFallbackEngine(_engine(layers.eval(), transform, default_dtype(precision), ranges, streams, graph))
+
+
+def shared_graph(layers: nn.Sequential, transform: Transform) -> Any:
+    """The graph of layers from which several engines are opened: tracing takes up to 10 s. None without OpenVINO."""
+    return None if torch.cuda.is_available() or not openvino_import.is_installed() else graph_of(layers, transform)
 
 
 def default_dtype(precision: Precision) -> Dtype:
@@ -74,11 +81,13 @@ def training_precision(params: Params) -> Precision:
     return params.precision
 
 
-def _engine(layers: nn.Sequential, transform: Transform, dtype: Dtype, ranges: Ranges | None, streams: int) -> Engine:
+def _engine(
+    layers: nn.Sequential, transform: Transform, dtype: Dtype, ranges: Ranges | None, streams: int, graph: Any
+) -> Engine:
     if torch.cuda.is_available():
         return TorchEngine(layers, transform, "cuda", dtype)
     if openvino_import.is_installed():
-        return OpenVinoEngine(layers, transform, dtype, ranges, streams)
+        return OpenVinoEngine(layers, transform, dtype, ranges, streams, graph)
     return TorchEngine(layers, transform, "cpu", dtype)
 
 
@@ -133,6 +142,7 @@ class OpenVinoEngine:
         dtype: Dtype,
         ranges: Ranges | None = None,
         streams: int = STREAMS,
+        graph: Any = None,
     ) -> None:
         self.name, self.streams = f"openvino-{dtype}", streams
         self.batch = 16 if dtype != "fp32" and cpu_flags() & {"amx_tile"} else SMALL_BATCH
@@ -142,7 +152,7 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "THROUGHPUT",
             **_shared_cores(),
         }
-        graph = graph_of(layers, transform)
+        graph = graph_of(layers, transform) if graph is None else graph.clone()
         if dtype == "int8":
             if ranges is None:
                 raise ValueError("int8 needs activation ranges")

@@ -60,7 +60,7 @@ class Features:
         """Features of augmented scans: float32 [len(scans), …]. Repeated scans are augmented differently each time."""
 
         def augmented(rows: np.ndarray) -> np.ndarray:
-            return augment(self._pixels[scans[rows]], scans[rows], _repetitions(scans)[rows])
+            return augment(self._pixels[scans[rows]], scans[rows], repetitions(scans)[rows])
 
         result: np.ndarray | None = None
         for rows, features in self._compute(np.arange(len(scans)), augmented):
@@ -106,8 +106,8 @@ class Features:
             self._kept_array(found[0].shape[1:])[known] = found[0][known]
 
 
-def _repetitions(scans: np.ndarray) -> np.ndarray:
-    """How often each scan occurs before its position: int64 [len(scans)]."""
+def repetitions(scans: np.ndarray) -> np.ndarray:
+    """How often each scan (or any other number) occurs before its position: int64 [len(scans)]."""
     order = np.argsort(scans, kind="stable")
     first = np.searchsorted(scans[order], scans[order])
     repetitions = np.empty(len(scans), np.int64)

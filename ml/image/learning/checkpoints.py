@@ -113,7 +113,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         "random": {"seed": checkpoint.origin.params["seed"], "epoch": checkpoint.epoch + 1},
         "checksums": {name: checksum(value) for name, value in checkpoint.state.items()},
     }
-    tensorfile.write(checkpoint.state, path, {_METADATA_KEY: json.dumps(fields)})
+    tensorfile.write(checkpoint.state, path, _METADATA_KEY, fields)
 
 
 def load(path: Path) -> Checkpoint:

@@ -204,8 +204,8 @@ def _load_state(network: nn.Module, state: Mapping[str, torch.Tensor], architect
 
 
 def save(model: Model, path: Path) -> None:
-    """Write a model file atomically: to a temporary file, fsync, rename."""
-    tensorfile.write(model.network.state_dict(), path, {_METADATA_KEY: json.dumps(_metadata(model))})
+    """Write a model file atomically: to a temporary file, fsync, rename. Equal models give equal bytes."""
+    tensorfile.write(model.network.state_dict(), path, _METADATA_KEY, _metadata(model))
 
 
 def _metadata(model: Model) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, score
 from ml.evaluation.operating import kept_scores
+from ml.evaluation.out_of_fold import DoubtfulLabel, OutOfFold, doubtful_labels, summary
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.dataset.splits import LOCKED
@@ -27,15 +29,14 @@ from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector
 from ml.image.pixels.statistics import input_statistics
 from ml.image.serving.drift_reference import drift_reference
-from ml.image.stages import champion, crossvalidation
+from ml.image.stages import champion
 from ml.image.stages.run import Run, write_json
-from ml.image.stages.training import scan_descriptors, scan_logits
+from ml.image.stages.training import choosing_scans, scan_descriptors, scan_logits
 from ml.runtime.errors import BadParams
 from ml.runtime.events import Epoch, Evaluated, reporter
 from ml.runtime.versions import installed_versions
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
-FOLD_SHARE = 0.9  # of the progress of testing the new network, if there are folds
 CHAMPION_SHARE = 0.5  # of the stage's progress, if there is a champion
 
 
@@ -44,11 +45,11 @@ def evaluation(run: Run) -> None:
     started, on_progress = time.perf_counter(), reporter(run.emit, "evaluation")
     own_share = 1.0 - (CHAMPION_SHARE if run.environment.champion else 0.0)
     model = run.load_model(run.config.training.trained_model_path)
-    outputs, folds = _test(run, model, lambda fraction: on_progress(own_share * fraction))
+    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(own_share * fraction)))
+    outputs, folds = _model_outputs(run, model), _folds(run, model)
     _cache_features(run)
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
-    calibration = _calibration(model, outputs)
-    scores = score(outputs, calibration).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
+    scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
     comparison = champion.compare_with_champion(
         run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
     )
@@ -62,24 +63,49 @@ def evaluation(run: Run) -> None:
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)
     reference = _reference(run, model, outputs)
-    kept = kept_scores(outputs, calibration, group_scans([run.report.scans[scan] for scan in run.split.validation]))
+    chosen = choosing_scans(run, lambda _: outputs.validation_logits)
+    kept = kept_scores(outputs, calibration_of(outputs), chosen)
     run.emit(Evaluated(metrics, reference, comparison.as_dict() if comparison else None, kept))
 
 
-def _calibration(model: Model, outputs: ModelOutputs) -> Calibration:
-    """The model's own, which its predictions use."""
-    own = "calibration" in model.metadata
-    return Calibration.from_metadata(model.metadata) if own else calibration_of(outputs)
+def _own(model: Model) -> Calibration | None:
+    """The model's own calibration, which its predictions use."""
+    return Calibration.from_metadata(model.metadata) if "calibration" in model.metadata else None
 
 
-def _test(run: Run, model: Model, on_progress: Callable[[float], None]) -> tuple[ModelOutputs, dict[str, Any] | None]:
-    """The network's outputs for the test scans, and the figures of the folds, if the parameters ask for folds."""
-    begin = 1 - FOLD_SHARE if run.params.folds else 1.0
-    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(begin * fraction)))
-    outputs = _model_outputs(run, model)
+def _folds(run: Run, model: Model) -> dict[str, Any] | None:
+    """What the folds of the training tell, if there were any; the labels to doubt become an artifact."""
+    path, report = _doubtful_path(run), run.report
+    path.unlink(missing_ok=True)  # of an earlier run
     if not run.params.folds:
-        return outputs, None
-    return outputs, crossvalidation.cross_validate(run, lambda fraction: on_progress(begin + FOLD_SHARE * fraction))
+        return None
+    found = run.out_of_fold = run.out_of_fold or _out_of_fold(run)
+    write_json(path, [asdict(one) | {"path": report.scans[one.scan].path} for one in _doubtful(run, model)])
+    groups, labels = group_scans([report.scans[scan] for scan in found.scans]), report.labels[found.scans]
+    own = Calibration.from_metadata(model.metadata)
+    told = summary(found, labels, groups, model.classes, own, run.params.seed, model.positive)
+    return told | {"ensemble": run.params.ensemble == "folds"}
+
+
+def _out_of_fold(run: Run) -> OutOfFold:
+    """What the training wrote, for an evaluation that runs alone."""
+    try:
+        content = json.loads(run.config.training.out_of_fold_path.read_text(encoding="utf-8"))
+        return OutOfFold.from_dict(content)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadParams("folds: the training had none; run the stage training again.") from error
+
+
+def _doubtful(run: Run, model: Model) -> list[DoubtfulLabel]:
+    found = run.out_of_fold
+    if found is None:
+        return []
+    temperature = Calibration.from_metadata(model.metadata).temperature
+    return doubtful_labels(found, run.report.labels[found.scans], model.classes, temperature)
+
+
+def _doubtful_path(run: Run) -> Path:
+    return run.config.evaluation.root_dir / "doubtful_labels.json"
 
 
 def _cache_features(run: Run) -> None:
@@ -98,7 +124,7 @@ def _model_outputs(run: Run, model: Model) -> ModelOutputs:
     tested = len(split.test)
     return ModelOutputs(
         model.classes, report.labels[split.test], logits[:tested],
-        report.labels[split.validation], logits[tested:], groups, run.params.seed, model.positive,
+        report.labels[split.validation], logits[tested:], groups, run.params.seed, model.positive, _own(model),
     )  # fmt: skip
 
 
@@ -148,7 +174,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
     best = best_epoch(params, epochs)
     for old in root.glob("*.png"):  # of an earlier run, which may have had more of them
         old.unlink()
-    served, tested = _calibration(model, outputs), run.split.test
+    served, tested = calibration_of(outputs), run.split.test
     all_plots = plots.all_plots(outputs, scores, epochs, best, lambda chosen: run.pixels[tested[chosen]], served)
     for plot in all_plots:
         plot.save(root)
@@ -177,6 +203,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         leak_reasons=leaked.reasons(),
         split_notes=_split_notes(run),
         operating_point=model.metadata.get("operating_point"),
+        doubtful_labels=_doubtful(run, model),
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 
@@ -214,5 +241,6 @@ def artifacts(run: Run) -> dict[str, str]:
     config, root = run.config, run.config.evaluation.root_dir
     paths = [config.evaluation.scores_path, config.training.history_path]
     paths += [config.data_ingestion.manifest_path, config.data_ingestion.report_path]
-    paths += [root / "report.html", root / "report.pdf", *sorted(root.glob("*.png"))]
+    paths += [config.training.out_of_fold_path] if run.params.folds else []
+    paths += [_doubtful_path(run), root / "report.html", root / "report.pdf", *sorted(root.glob("*.png"))]
     return {path.name: str(path) for path in paths if path.exists()}

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ml.evaluation.out_of_fold import OutOfFold
 from ml.evaluation.positive import resolve
 from ml.image.dataset.scans import DatasetReport, load_manifest
 from ml.image.dataset.splits import LOCKED, Split, split_by_folders, split_locked, split_scans
 from ml.image.engines.backends import open_engine, training_precision
 from ml.image.engines.features import Features
 from ml.image.learning.checkpoints import checksum
+from ml.image.learning.train import TrainData
 from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.networks.network import Model
@@ -63,6 +65,7 @@ class Run:
     device_seconds: float = 0.0
     features_by_top: dict[int, Features] = field(default_factory=dict)
     """By number of unfrozen blocks."""
+    out_of_fold: OutOfFold | None = None
 
     @property
     def transform(self) -> Transform:
@@ -127,6 +130,11 @@ class Run:
                 cached = Cached(self.environment.cache, key)
             self.features_by_top[top] = Features(engine, self.pixels, group, cached)
         return self.features_by_top[top]
+
+
+def train_data(run: Run, model: Model, split: Split, group: ProcessGroup) -> TrainData:
+    """The features, labels and split that this model is trained with."""
+    return TrainData(lambda top: run.features(model, top, group), run.report.labels, split, tuple(model.findings))
 
 
 def write_json(path: Path, content: object) -> None:
