@@ -16,6 +16,7 @@ from jobs.tables.model import (
     Promotion,
     PromotionMethod,
     RegistryMirror,
+    StudyCount,
     Truth,
 )
 from jobs.tables.process import Process
@@ -47,6 +48,7 @@ __all__ = [
     "ReleasedBlob",
     "Scan",
     "ScanResult",
+    "StudyCount",
     "TenantLoad",
     "Truth",
     "Unit",

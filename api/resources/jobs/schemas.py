@@ -77,6 +77,16 @@ class ReproductionSchema(ma.Schema):
     differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Float(allow_none=True)))
 
 
+DRIFTED = "Of a prediction by the champion: on which day its predictions had drifted from its test scans. Else null."
+
+
+class DriftedSchema(ma.Schema):
+    """A champion's latest day with predictions (UTC), if its figures have drifted; see GET /models/{version}/drift."""
+
+    day = fields.String(metadata={"format": "date"})
+    figures = fields.List(fields.String())
+
+
 LINKED = ("events", "artifacts", "cancel", "retry")
 RESULTS = ("results", "summary")
 LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
@@ -115,6 +125,7 @@ class JobSchema(Answer):
     reproduction_of = fields.UUID(attribute="job.reproduction_of", allow_none=True)
     reproduction = fields.Nested(ReproductionSchema, attribute="job.reproduction", allow_none=True)
     model_version = fields.String(attribute="job.model_version", allow_none=True)
+    model_drift = fields.Nested(DriftedSchema, allow_none=True, metadata={"description": DRIFTED})
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = Part(
         ErrorSchema,

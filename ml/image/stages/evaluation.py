@@ -100,7 +100,8 @@ def _reference(run: Run, model: Model, outputs: ModelOutputs) -> dict[str, Any]:
     confidences = calibration.probabilities(outputs.test_logits)[np.arange(len(decided)), decided]
     rejected = int((ood.scores(scan_descriptors(run, model, scans), statistics) > 1).sum()) if ood else None
     labels = [model.classes[index] for index in decided]
-    return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected)
+    groups = np.arange(len(scans)) if outputs.groups is None else outputs.groups
+    return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected, groups)
 
 
 def _count_images(run: Run, on_progress: Callable[[float], None]) -> Callable[[int], None]:
