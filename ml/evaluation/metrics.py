@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ml.evaluation.calibration import (
     top_label,
 )
 from ml.evaluation.intervals import Decisions, figures, intervals, per_class
+from ml.evaluation.subgroups import Subgroup
 from ml.runtime.errors import BadParams
 
 _POSITIVE = ("tumor", "tumour")
@@ -105,6 +106,7 @@ class Scores:
     patients_known: bool | None = None
     leaks: dict[str, int] | None = None
     cross_validation: dict[str, Any] | None = None
+    subgroups: list[dict[str, Any]] = field(default_factory=list)
 
     def with_context(
         self,
@@ -112,15 +114,22 @@ class Scores:
         patients_known: bool,
         leaks: Mapping[str, int],
         cross_validation: Mapping[str, Any] | None = None,
+        subgroups: Sequence[Subgroup] = (),
     ) -> Scores:
         """The same scores with information from outside of the outputs.
 
         `counts`: scans in train, validation and test. `leaks`: test scans that share patients, duplicates or
-        near_duplicates with the training. `cross_validation`: folds (a list of figures), mean and std.
+        near_duplicates with the training. `cross_validation`: folds (a list of figures), mean and std. `subgroups`: of
+        the test scans.
         """
         folds = None if cross_validation is None else dict(cross_validation)
         return replace(
-            self, counts=dict(counts), patients_known=patients_known, leaks=dict(leaks), cross_validation=folds
+            self,
+            counts=dict(counts),
+            patients_known=patients_known,
+            leaks=dict(leaks),
+            cross_validation=folds,
+            subgroups=[one.as_dict() for one in subgroups],
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ml.evaluation.metrics import Scores
 from ml.reporting.pdf import write_pdf
 from ml.reporting.plots import Plot
 from ml.reporting.sections import Section, Table
+from ml.reporting.subgroups import subgroups
 
 NOT_A_DEVICE = (
     "RenalQ is not a medical device: no figure here says how the network performs on patients of another site."
@@ -86,6 +87,7 @@ def sections(inputs: ReportInputs) -> list[Section]:
     return [
         Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
         Section("Figures on the test scans", _reading(scores), (_figures(scores), _classes(scores), _more(scores))),
+        *subgroups(scores),
         Section("Plots", plots=tuple(inputs.plots)),
         Section("Split and test scans", tuple(_split(inputs)), tuple(_counts(scores))),
         Section("Dataset", tuple(_warnings(inputs.dataset)), (_dataset(inputs),)),

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.subgroups import TOO_FEW, Subgroup
 from ml.image.dataset.findings import dataset_warnings
 from ml.image.dataset.inspection import Inspection
 from ml.reporting.plots import Plot, all_plots
 from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
+from ml.reporting.subgroups import subgroups as subgroup_sections
 from tests.ml.test_plots import make_epochs, make_outputs
 
 COUNTS = {"train": 326, "validation": 46, "test": 93}
@@ -215,3 +217,21 @@ def test_a_report_that_knows_little_says_so():
     inputs = make_inputs(revision=None, weights_sha256=None, best_epoch=None, dataset={}, versions={})
     rows = {row[0]: row[1] for section in sections(inputs) for table in section.tables for row in table.rows}
     assert (rows["Revision"], rows["Best epoch"]) == ("not known", "–")
+
+
+# --- subgroups ---
+
+
+def test_subgroups_are_told_with_what_differs():
+    groups = [
+        Subgroup("scanner", "A", 40, 20, {"accuracy": [0.9, 0.8, 0.95], "recall": [0.5, 0.3, 0.7]}, "Lower than B's."),
+        Subgroup("scanner", "B", 9, 9, {"accuracy": None, "recall": None}),
+    ]
+    (section,) = subgroup_sections(make_scores(subgroups=groups))
+    assert section.paragraphs[0] == "Mind scanner A: Lower than B's."
+    assert section.tables[0].rows == (
+        ("scanner: A", "20", "40", "0.90 (0.80 to 0.95)", "0.50 (0.30 to 0.70)"),
+        ("scanner: B", "9", "9", TOO_FEW, TOO_FEW),
+    )
+    assert "No subgroup differs" in next(subgroup_sections(make_scores(subgroups=groups[1:]))).paragraphs[0]
+    assert list(subgroup_sections(make_scores())) == []

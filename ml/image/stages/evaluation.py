@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, decide, score
+from ml.evaluation.subgroups import Subgroup, subgroups
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
+from ml.image.dataset.traits import subgroup_values
 from ml.image.learning.schedules import best_epoch
 from ml.image.networks import weights
 from ml.image.networks.network import Model
@@ -45,7 +47,8 @@ def evaluation(run: Run) -> None:
     outputs, folds = _test(run, model, lambda fraction: on_progress(own_share * fraction))
     _cache_features(run)
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
-    scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
+    context = _counts(run), _patients_known(run), asdict(leaked), folds, _subgroups(run, outputs)
+    scores = score(outputs).with_context(*context)
     comparison = champion.compare_with_champion(
         run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
     )
@@ -121,6 +124,12 @@ def _count_images(run: Run, on_progress: Callable[[float], None]) -> Callable[[i
 def _counts(run: Run) -> dict[str, int]:
     split = run.split
     return {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
+
+
+def _subgroups(run: Run, outputs: ModelOutputs) -> list[Subgroup]:
+    values = subgroup_values(run.report.scans)
+    decisions = decide(outputs, calibration_of(outputs))
+    return subgroups(decisions, [values[scan] for scan in run.split.test], outputs.seed)
 
 
 def _patients_known(run: Run) -> bool:
