@@ -69,6 +69,7 @@ class ImagePipeline(Pipeline):
             checkpoints=CheckpointPlan(job.checkpoints, job.checkpoint_seconds, job.resume),
             revision=job.revision,
             champion=job.champion,
+            titles=job.titles,
         )
         runner.run_all(_config(job), parse_params(dict(job.params)), emit, environment)
 

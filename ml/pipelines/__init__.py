@@ -28,6 +28,7 @@ class TrainingJob:
     written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
     goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
     score on the same test items. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
+    `titles`: name → value of what a report's head names, such as the job.
     """
 
     pipeline: str
@@ -44,6 +45,7 @@ class TrainingJob:
     cache_bytes: int = 0
     weights_dir: Path | None = None
     revision: str | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     _PATHS = ("folder", "archive", "checkpoints", "resume", "base_model", "champion", "cache", "weights_dir")
 

@@ -141,6 +141,7 @@ def _patients_known(run: Run) -> bool:
 
 def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores, leaked: Leaks) -> None:
     from ml.reporting import plots
+    from ml.reporting.patients import patient_rows
     from ml.reporting.report import ReportInputs, write_report
 
     epochs, root, params = run.epochs or _history(run), run.config.evaluation.root_dir, run.params
@@ -174,6 +175,8 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         versions={"python": python_version(), **installed_versions(PACKAGES)},
         leak_reasons=leaked.reasons(),
         split_notes=_split_notes(run),
+        patients=patient_rows(outputs, calibration_of(outputs)),
+        head=run.environment.titles,
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ class RunEnvironment:
 
     `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
-    is scored on the same test scans as the new network.
+    is scored on the same test scans as the new network. `titles`: name → value of what the report's head names.
     """
 
     weights_dir: Path | None = None
@@ -41,6 +42,7 @@ class RunEnvironment:
     checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     revision: str | None = None
     champion: Path | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
