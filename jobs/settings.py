@@ -231,8 +231,8 @@ class Settings(BaseSettings):
     drift_bound: float = Field(
         0.25, gt=0, description="Population stability index beyond which a champion's figure has drifted."
     )
-    drift_least_scans: int = Field(
-        50, ge=1, description="Scans that a drift verdict needs; a day with fewer is pooled with the days before it."
+    drift_least_studies: int = Field(
+        30, ge=1, description="Studies that a drift verdict needs; a day with fewer is pooled with the days before it."
     )
     drift_seconds: float = Field(60, gt=0, description="Interval of drift checks, which emit webhook events (s).")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")

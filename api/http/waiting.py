@@ -57,8 +57,9 @@ def conditional_job(job_id: uuid.UUID) -> Answer | Response:
 
 
 def _tag(view: JobView) -> str:
-    """The queue position as well as the revision: a job moves up in the queue without a change of its row."""
-    return f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}"
+    """The queue position and the drift as well as the revision: they change without a change of the job's row."""
+    drift = "-".join([view.model_drift["day"], *view.model_drift["figures"]]) if view.model_drift else ""
+    return f"{view.job.revision}-{'' if view.queue_position is None else view.queue_position}-{drift}"
 
 
 def _is_news(view: JobView) -> bool:

@@ -6,7 +6,7 @@ import * as scans from "./scans.js";
 
 const JOBS_SECONDS = 2;
 const CHAMPION_SECONDS = 15;
-const CHAMPION_PARTS = ["version", "f1", "f1-interval", "recall", "recall-interval", "since", "why", "reasons"];
+const CHAMPION_PARTS = ["version", "f1", "f1-interval", "recall", "recall-interval", "since", "why", "reasons", "drift"];
 const KINDS = { train: "Training", predict: "Prediction", predict_batch: "Batch", ingest: "Dataset check" };
 const TONES = { succeeded: "good", partially_succeeded: "unsure", failed: "bad", running: "busy", queued: "none" };
 
@@ -227,12 +227,21 @@ function showChampion(model) {
   const selected = reported?.choices > 1 && typeof reported.value === "number";
   at("champion-choices").hidden = !selected;
   at("champion-choices").textContent = selected ? `Its test scans were used for ${reported.choices} such choices. Without the luck of selection, F1 is ${reported.value.toFixed(3)}.` : "";
+  showDrift(model);
   const since = at("champion-since");
   since.dateTime = model.promoted_at ?? "";
   since.textContent = model.promoted_at ? time.format(new Date(model.promoted_at)) : "an unknown time";
   // A champion by force or rollback may not have passed the gate.
   at("champion-why").textContent = model.gate?.promoted ? "Why the gate promoted it" : "Why the gate did not promote it";
   at("champion-reasons").replaceChildren(...(model.gate?.reasons ?? []).map(reason));
+}
+
+function showDrift(model) {
+  const warning = at("champion-drift");
+  warning.hidden = !model.drift;
+  if (!model.drift) return;
+  const figures = model.drift.figures.join(", ").replaceAll("_", " ");
+  warning.textContent = `Drift: the scans of ${model.drift.day} differ from its test scans (${figures}). Its figures may not hold for them.`;
 }
 
 function figure(name, metrics) {

@@ -25,6 +25,7 @@ COLUMNS = 3
 TICKS = 3
 """Maximum number of steps of a scale."""
 UNPRINTABLE = "?"
+SPELLED = "names in Latin letters"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def _head(canvas: Canvas, view: JobView, found: Summary) -> None:
     facts = [f"{number:,} {word}" for word, number in numbers.items() if number and word != "total"]
     version = [] if job.model_version is None else [f"model version {job.model_version}"]
     facts = [*version, f"{numbers['total']:,} scans", *facts, job.state.replace("_", " ")]
+    if not all(_without_accents(label).isascii() for label in (name, *found.confidence.counts)):
+        facts.append(SPELLED)
     canvas.text(LEFT, 62, " · ".join(facts), 14, FAINT)
     disposed = " · ".join(f"{number:,} {printable(word)}" for word, number in found.dispositions.items())
     canvas.text(LEFT, 82, truncate(canvas, disposed, 14, WIDTH - LEFT - RIGHT), 14, FAINT)
@@ -195,9 +198,18 @@ def _confidence_axis(canvas: Canvas, top: float, edges: tuple[float, ...]) -> No
 
 
 def printable(text: str) -> str:
-    """The text in the characters of the built-in font: letters lose their accents, other scripts become `?`."""
-    letters = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
-    return "".join(mark if mark.isascii() and mark.isprintable() else UNPRINTABLE for mark in letters)
+    """The text in the characters of the built-in font: letters lose their accents, other scripts are spelled in Latin
+    letters."""
+    letters = _without_accents(text)
+    if not letters.isascii():
+        from anyascii import anyascii
+
+        letters = anyascii(text)
+    return "".join(mark if mark.isprintable() else UNPRINTABLE for mark in letters)
+
+
+def _without_accents(text: str) -> str:
+    return "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
 
 
 def truncate(canvas: Canvas, text: str, size: int, room: float) -> str:

@@ -108,6 +108,7 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
         "sensitivity_at_specificity": metrics.get("sensitivity_at_specificity") or {},
         "confusion_matrix": metrics.get("confusion_matrix"),
         "classes": metrics.get("classes") or version.classes,
+        "subgroups": metrics.get("subgroups") or [],
         "cross_validation": _cross_validation(metrics.get("cross_validation")),
         "other_test_sets": [
             _other_test_set(row) for row in evaluations if row.test_digest != metrics.get("test_digest")
@@ -145,6 +146,11 @@ def _limits(version: ModelVersion) -> Json:
     leaks = version.metrics.get("leaks") or {}
     return {
         "leaks": [f"{leaks[kind]} {words}." for kind, words in LEAKS.items() if leaks.get(kind)],
+        "subgroups": [
+            f"{one['trait']} {one['value']}: {one['warning']}"
+            for one in version.metrics.get("subgroups") or ()
+            if one["warning"]
+        ],
         "patients": _patients(version.metrics.get("patients_known")),
         "out_of_distribution": _out_of_distribution(version.reference),
         "of_inputs": list(spec_of(version.pipeline).card.limits(version.metrics)),

@@ -19,6 +19,7 @@ FIGURE_NAMES = {
     "roc_auc": "ROC-AUC",
     "pr_auc": "PR-AUC (average precision)",
 }
+SUBGROUP_FIGURES = {"accuracy": "Accuracy", "recall": "Sensitivity", "specificity": "Specificity"}
 CLASS_FIGURES = ("precision", "recall", "f1", "roc_auc", "pr_auc")
 PROMOTION_KINDS = {
     "gate": "by the gate, at its training's end",
@@ -54,6 +55,7 @@ def _environment() -> Environment:
         "figure_names": FIGURE_NAMES,
         "shared_figures": SHARED_FIGURES,
         "class_figures": CLASS_FIGURES,
+        "subgroup_figures": SUBGROUP_FIGURES,
         "promotion_kinds": PROMOTION_KINDS,
         "zip": zip,
     }

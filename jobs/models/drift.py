@@ -2,10 +2,14 @@
 
 Each figure (the input statistics, the confidence, the predicted class, whether a scan was rejected) is compared in the
 bins of the version's reference by the population stability index (PSI): the sum over bins of (q - p) ln(q / p). Without
-drift, the PSI of B bins, n reference scans and m scans is distributed like (1/n + 1/m) times a chi-squared variable
-with B - 1 degrees of freedom, so its mean is (B - 1)(1/n + 1/m) (Yurdakul 2018, "Statistical Properties of Population
+drift, the PSI of B bins and n and m independent cases is distributed like (1/n + 1/m) times a chi-squared variable with
+B - 1 degrees of freedom, so its mean is (B - 1)(1/n + 1/m) (Yurdakul 2018, "Statistical Properties of Population
 Stability Index"). A figure has drifted if its PSI exceeds the bound plus that mean, and also the value that chance
-exceeds once in two thousand days: a few scans raise no alarm.
+exceeds once in two thousand checks: a few studies raise no alarm.
+
+The slices of a study are alike, so the cases are studies: n and m are numbers of studies, and scans of one study have
+one vote together (`effective_studies`). Scans of no known study count as if they came like the test scans do, with as
+many to a study.
 """
 
 import datetime as dt
@@ -17,22 +21,22 @@ from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import structlog
-from sqlalchemy import Select, exists, func, select
+from sqlalchemy import Select, exists, func, select, update
 from sqlalchemy.orm import Session, load_only
 
 from jobs.events import webhooks
 from jobs.models import feedback
 from jobs.models.feedback import ConfusionCounts
 from jobs.models.figures import CONFIDENCE
-from jobs.queue.outcomes import CLASS, DISPOSITION, REJECTED
+from jobs.queue.outcomes import CLASS, DISPOSITION, IN_STUDIES, REJECTED, SQUARES, STUDY
 from jobs.settings import Settings
-from jobs.tables import ModelVersion, PredictionCount
+from jobs.tables import Json, ModelVersion, PredictionCount
 
 SMOOTHING = 0.5
-"""Scans added to each bin on both sides (additive smoothing), so that an empty bin does not make the PSI infinite."""
+"""Studies added to each bin on both sides (additive smoothing), so that an empty bin does not make the PSI infinite."""
 FALSE_ALARM_RATE = 0.0005
-"""Probability of a false alarm of one check, over all figures. A day is checked repeatedly as scans arrive: between 50
-and 200 scans, fewer than one day in a hundred raises a false alarm."""
+"""Probability of a false alarm of one check, over all figures. A day is checked again and again as studies arrive:
+between 50 and 200 studies, fewer than one day in a hundred raises a false alarm."""
 MAX_POOLED_DAYS = 30
 """Days that one verdict pools at most."""
 MONITORED_DAYS = 2
@@ -50,15 +54,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class DriftPolicy:
-    """The PSI above which a figure has drifted, and how many scans a verdict needs."""
+    """The PSI above which a figure has drifted, and how many studies a verdict needs."""
 
     bound: float
-    least_scans: int
+    least_studies: int
 
     @classmethod
     def of(cls, settings: Settings) -> "DriftPolicy":
         """The policy in the settings."""
-        return cls(settings.drift_bound, settings.drift_least_scans)
+        return cls(settings.drift_bound, settings.drift_least_studies)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class Figure:
 class Day:
     """A day with predictions, or with feedback on some. Cached results are not counted, but feedback on them is.
 
-    `since`: the first of the pooled days that the figures cover; None if there is no verdict, for lack of scans or of a
-    reference. `truths`: the feedback."""
+    `since`: the first of the pooled days that the figures cover; None if there is no verdict, for lack of studies or of
+    a reference. `studies`: the number of studies that a verdict counts, or has so far; None without a reference.
+    `truths`: the feedback."""
 
     day: dt.date
     scans: int
@@ -88,6 +93,7 @@ class Day:
     rejected_share: float | None
     truths: ConfusionCounts
     since: dt.date | None = None
+    studies: float | None = None
     figures: dict[str, Figure] = field(default_factory=dict)
 
     @property
@@ -102,6 +108,7 @@ class DriftReport:
 
     model: ModelVersion
     reference_scans: int | None
+    reference_studies: float | None
     bound: float
     days: list[Day]
 
@@ -124,18 +131,27 @@ class DriftReport:
 # --- pure functions ---
 
 
-def psi(expected: Sequence[int], found: Sequence[int]) -> float:
+def psi(expected: Sequence[float], found: Sequence[float]) -> float:
     """The population stability index of two histograms over the same bins."""
     return sum((q - p) * math.log(q / p) for p, q in zip(_shares(expected), _shares(found), strict=True))
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
+def _shares(counts: Sequence[float]) -> list[float]:
     whole = sum(counts) + SMOOTHING * len(counts)
     return [(number + SMOOTHING) / whole for number in counts]
 
 
-def chance_limit(bins: int, n: int, m: int, risk: float) -> float:
-    """The PSI that is exceeded with probability `risk` if nothing has changed. n, m: scans on either side."""
+def effective_studies(scans: int, in_studies: int, squares: int, per_study: float) -> float:
+    """As how many studies of equal size scans count if those of a study are all alike (Kish 1965, "Survey Sampling").
+
+    That is (sum of k)^2 / sum of k^2 over studies of k scans. `in_studies`: scans of known studies, and `squares`: the
+    sum of k^2 over these studies. The others are taken for studies of `per_study` scans each.
+    """
+    return scans**2 / (squares + (scans - in_studies) * per_study) if scans else 0.0
+
+
+def chance_limit(bins: int, n: float, m: float, risk: float) -> float:
+    """The PSI that is exceeded with probability `risk` if nothing has changed. n, m: studies on either side."""
     freedom = bins - 1
     if freedom < 1:
         return 0.0
@@ -144,21 +160,29 @@ def chance_limit(bins: int, n: int, m: int, risk: float) -> float:
     return chi_squared * (1 / n + 1 / m)
 
 
-def drift_limit(bins: int, n: int, m: int, bound: float, risk: float = FALSE_ALARM_RATE) -> float:
+def drift_limit(bins: int, n: float, m: float, bound: float, risk: float = FALSE_ALARM_RATE) -> float:
     """The PSI above which a figure has drifted: more than the bound plus its mean by chance, and more than chance."""
     mean = (bins - 1) * (1 / n + 1 / m)
     return max(bound + mean, chance_limit(bins, n, m, risk))
 
 
 def figures(
-    reference: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], bound: float
+    reference: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], bound: float, n: float, m: float
 ) -> dict[str, Figure]:
-    """Each figure that both sides have scans for. The sides are histograms over the same bins."""
+    """Each figure that both sides have scans for. The sides are histograms of scans over the same bins, of `n` and `m`
+    studies."""
     both = {name: (counts, found[name]) for name, counts in reference.items() if sum(counts) and sum(found[name])}
     return {
-        name: Figure(psi(old, new), drift_limit(len(old), sum(old), sum(new), bound, FALSE_ALARM_RATE / len(both)))
+        name: Figure(
+            psi(_votes(old, n), _votes(new, m)), drift_limit(len(old), n, m, bound, FALSE_ALARM_RATE / len(both))
+        )
         for name, (old, new) in both.items()
     }
+
+
+def _votes(counts: Sequence[int], studies: float) -> list[float]:
+    """The histogram, scaled from scans to studies."""
+    return [number * studies / sum(counts) for number in counts]
 
 
 # --- rows ---
@@ -172,11 +196,13 @@ def drift(session: Session, version: ModelVersion, policy: DriftPolicy, days: in
     listed = sorted(day for day in {*counted, *judged} if day >= first)
     shown = [_day(version, policy, counted, day, judged.get(day, ConfusionCounts())) for day in listed]
     scans = (version.reference or {}).get("scans")
-    return DriftReport(version, scans, policy.bound, shown)
+    studies = reference_studies(version) if scans else None
+    return DriftReport(version, scans, studies, policy.bound, shown)
 
 
 def check_drift(session: Session, policy: DriftPolicy, after: uuid.UUID | None = None) -> uuid.UUID | None:
-    """Emit a webhook event for each recent day on which a champion has drifted, once per day however often it runs.
+    """Emit a webhook event for each recent day on which a champion has drifted, once per day however often it runs, and
+    keep with the champion whether it has (`ModelVersion.drift`).
 
     Checks `CHECKED_AT_ONCE` champions with recent predictions, those of all tenants in the order of their ids, by two
     queries. An unreadable reference of one is logged and does not affect the others.
@@ -188,31 +214,42 @@ def check_drift(session: Session, policy: DriftPolicy, after: uuid.UUID | None =
     champions = session.scalars(_monitored(first, after)).all()
     counted = _counted(session, [version.id for version in champions], first - dt.timedelta(days=MAX_POOLED_DAYS))
     for version in champions:
-        for day, figures in _drifted_days(version, policy, counted[version.id], first):
-            data = {"model_version": str(version.version), "day": day.isoformat(), "figures": figures}
-            event_id = f"drift_{version.id}_{day}"
-            webhooks.emit(session, version.tenant_id, event_id, webhooks.EventType.MODEL_DRIFTED, data)
+        days = _recent(version, policy, counted[version.id], first)
+        for day in days:
+            if day.drifted:
+                data = {"model_version": str(version.version), **_as_json(day)}
+                event_id = f"drift_{version.id}_{day.day}"
+                webhooks.emit(session, version.tenant_id, event_id, webhooks.EventType.MODEL_DRIFTED, data)
+        if days:
+            _keep(session, version, _as_json(days[-1]) if days[-1].drifted else None)
     return champions[-1].id if len(champions) == CHECKED_AT_ONCE else None
 
 
 def _monitored(first: dt.date, after: uuid.UUID | None) -> Select[ModelVersion]:
     """Champions with predictions since `first`, without the large columns that drift does not need."""
-    needed = ModelVersion.tenant_id, ModelVersion.version, ModelVersion.classes, ModelVersion.reference
+    columns = "tenant_id", "version", "classes", "reference", "metrics", "drift"
+    needed = [getattr(ModelVersion, name) for name in columns]
     predicted = exists().where(PredictionCount.model_id == ModelVersion.id, PredictionCount.day >= first)
     some = select(ModelVersion).options(load_only(*needed, raiseload=True)).where(ModelVersion.champion, predicted)
     return some.where(ModelVersion.id > (after or uuid.UUID(int=0))).order_by(ModelVersion.id).limit(CHECKED_AT_ONCE)
 
 
-def _drifted_days(
-    version: ModelVersion, policy: DriftPolicy, counted: DayCounts, first: dt.date
-) -> list[tuple[dt.date, list[str]]]:
-    """The days since `first` on which figures have drifted, with the names of these figures."""
+def _recent(version: ModelVersion, policy: DriftPolicy, counted: DayCounts, first: dt.date) -> list[Day]:
+    """The days with predictions since `first`, oldest first; none if the reference cannot be read."""
     try:
-        days = [_day(version, policy, counted, day, ConfusionCounts()) for day in sorted(counted) if day >= first]
-        return [(day.day, day.drifted) for day in days if day.drifted]
+        return [_day(version, policy, counted, day, ConfusionCounts()) for day in sorted(counted) if day >= first]
     except Exception as error:  # written by another version of the pipeline
         log.error("drift_check_failed", model=str(version.id), error=type(error).__name__)
         return []
+
+
+def _as_json(day: Day) -> Json:
+    return {"day": day.day.isoformat(), "figures": day.drifted}
+
+
+def _keep(session: Session, version: ModelVersion, found: Json | None) -> None:
+    if version.drift != found:
+        session.execute(update(ModelVersion).where(ModelVersion.id == version.id).values(drift=found))
 
 
 def _first_of(session: Session, days: int) -> dt.date:
@@ -236,35 +273,49 @@ def _day(version: ModelVersion, policy: DriftPolicy, counted: DayCounts, day: dt
     classes, dispositions = _words(mine, CLASS), _words(mine, DISPOSITION)
     rejected = dispositions.get(REJECTED, 0) / sum(dispositions.values()) if dispositions else None
     plain = Day(day, sum(classes.values()), classes, dispositions, rejected, judged)
-    decided = (version.reference or {}).get("decided_since", "")
+    if not mine or not version.reference:
+        return plain
+    known, decided = reference_studies(version), version.reference.get("decided_since", "")
     same = {
         each: counts for each, counts in counted.items() if (each.isoformat() > decided) == (day.isoformat() > decided)
     }
-    since, pooled = _pooled(same, day, policy.least_scans)
-    if not mine or since is None or not version.reference:
-        return plain
+    since, pooled, studies = _pooled(same, day, policy.least_studies, version.reference["scans"] / known)
+    if since is None:
+        return replace(plain, studies=studies)
     reference = _reference(version)
     if day.isoformat() <= decided:  # what was predicted then had another threshold than the reference has now
         reference = {name: counts for name, counts in reference.items() if name not in (CLASS, CONFIDENCE)}
     found = {name: _bins(pooled, name, version, len(counts)) for name, counts in reference.items()}
-    return replace(plain, since=since, figures=figures(reference, found, policy.bound))
+    return replace(plain, since=since, studies=studies, figures=figures(reference, found, policy.bound, known, studies))
 
 
 def _words(counts: Counts, what: str) -> dict[str, int]:
     return {bin_: scans for (name, bin_), scans in sorted(counts.items()) if name == what}
 
 
-def _pooled(counted: DayCounts, day: dt.date, least: int) -> tuple[dt.date | None, Counts]:
-    """Counts of the day, pooled with as many previous days as are needed for `least` scans, and the first of these
-    days; None if all are not enough."""
+def reference_studies(version: ModelVersion) -> float:
+    """The number of studies that the reference's test scans count as.
+
+    Versions of before this was kept have the number of their independent groups; without that, each scan is a study.
+    """
+    reference = version.reference or {}
+    return float(reference.get("studies") or version.metrics.get("independent") or reference["scans"])
+
+
+def _pooled(counted: DayCounts, day: dt.date, least: int, per_study: float) -> tuple[dt.date | None, Counts, float]:
+    """Counts of the day, pooled with as many previous days as are needed for `least` studies, the first of these days
+    (None if all are not enough), and the number of studies."""
     pooled: Counts = Counter()
+    studies = 0.0
     for earlier in sorted((each for each in counted if each <= day), reverse=True):
         if day - earlier > dt.timedelta(days=MAX_POOLED_DAYS):
             break
         pooled += counted[earlier]
-        if sum(_words(pooled, CLASS).values()) >= least:
-            return earlier, pooled
-    return None, pooled
+        scans = sum(_words(pooled, CLASS).values())
+        studies = effective_studies(scans, pooled[STUDY, IN_STUDIES], pooled[STUDY, SQUARES], per_study)
+        if studies >= least:
+            return earlier, pooled, studies
+    return None, pooled, studies
 
 
 def _reference(version: ModelVersion) -> dict[str, list[int]]:

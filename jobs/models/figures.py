@@ -89,7 +89,7 @@ def _mean(values: Sequence[float | None]) -> float:
 def _intervals(shares: dict[str, Share], old: Json) -> Json:
     """Those of shares are known; that of F1 is not, and those of areas stay."""
     known = {name: None if each.low is None else [each.low, each.high] for name, each in shares.items()}
-    methods = {name: "wilson" for name, found in known.items() if found is not None}
+    methods = {name: "jackknife" for name, found in known.items() if found is not None}
     kept = {name: method for name, method in (old.get("interval_methods") or {}).items() if name.endswith("_auc")}
     return {
         "intervals": {**(old.get("intervals") or {}), **known, "f1": None},

@@ -1,5 +1,5 @@
 """Writes of a unit's results, with the counters of its job and the counts of its model's predictions (by model, day,
-figure and bin), which `jobs.models.drift` reads."""
+figure and bin; and by study), which `jobs.models.drift` reads."""
 
 import json
 import uuid
@@ -16,6 +16,9 @@ from jobs.tables import Job, Json, ScanResult
 
 CLASS, DISPOSITION = "class", "disposition"
 """Figures that are counted by word; all others are numeric and counted by bin."""
+STUDY, IN_STUDIES, SQUARES = "study", "scans", "squares"
+"""The figure that counts predictions of known studies, and its bins: their number, and the sum over the day's studies
+of the square of the study's number of predictions."""
 REJECTED = "rejected"
 """The disposition of a scan whose class must not be used (ml/image/serving/disposition.py)."""
 
@@ -113,18 +116,48 @@ ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.s
 )
 
 
+# Each study's predictions of the day are counted in a table of their own, so that a study that comes in several
+# requests and chunks is known again. A study of k predictions that gets n more adds (k + n)^2 - k^2 to the squares.
+COUNT_STUDIES = PreparedStatement(
+    "count_studies",
+    "uuid, int[]",
+    """
+WITH model AS MATERIALIZED (
+    SELECT model_versions.id, model_versions.tenant_id
+    FROM jobs JOIN model_versions ON model_versions.id = jobs.model_id WHERE jobs.id = $1
+), found AS MATERIALIZED (
+    SELECT hashtextextended(concat_ws(chr(31), patient, study), 0) AS study, count(*) AS scans
+    FROM scan_results WHERE job_id = $1 AND ordinal = ANY ($2) AND coalesce(study, patient) IS NOT NULL GROUP BY 1
+), counted AS (
+    INSERT INTO study_counts (model_id, day, study, tenant_id, scans)
+    SELECT model.id, (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date), found.study, model.tenant_id, found.scans
+    FROM model, found ORDER BY found.study
+    ON CONFLICT (model_id, day, study) DO UPDATE SET scans = study_counts.scans + excluded.scans
+    RETURNING model_id, day, study, tenant_id, scans
+)
+INSERT INTO prediction_counts (model_id, day, what, bin, tenant_id, scans)
+SELECT model_id, day, 'study', figure.bin, tenant_id, sum(figure.scans)
+FROM counted JOIN found ON found.study = counted.study, LATERAL (VALUES
+    ('scans', found.scans), ('squares', counted.scans ^ 2 - (counted.scans - found.scans) ^ 2)) AS figure (bin, scans)
+GROUP BY model_id, day, figure.bin, tenant_id ORDER BY figure.bin
+ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.scans + excluded.scans
+""",
+)
+
+
 def _count_predictions(session: Session, claim: Claim, outcomes: Sequence[ScanOutcome]) -> None:
     """Count predictions for the job's model and today (UTC): no failures, no cached results (counted before), and no
     numeric figures without bins in the model's reference."""
     found: dict[str, list[str | float]] = {}
-    for outcome in outcomes:
-        if outcome.error is None and not outcome.cached:
-            figures = {CLASS: outcome.label, DISPOSITION: outcome.disposition, "confidence": outcome.confidence}
-            for what, value in (*figures.items(), *(outcome.statistics or {}).items()):
-                if value is not None:
-                    found.setdefault(what, []).append(value)
+    counted = [outcome for outcome in outcomes if outcome.error is None and not outcome.cached]
+    for outcome in counted:
+        figures = {CLASS: outcome.label, DISPOSITION: outcome.disposition, "confidence": outcome.confidence}
+        for what, value in (*figures.items(), *(outcome.statistics or {}).items()):
+            if value is not None:
+                found.setdefault(what, []).append(value)
     if found:
         COUNT_PREDICTIONS(session, str(claim.job_id), json.dumps(found))
+        COUNT_STUDIES(session, str(claim.job_id), [outcome.ordinal for outcome in counted if outcome.label is not None])
 
 
 def engines_of(outcomes: Sequence[ScanOutcome]) -> list[str]:

@@ -31,11 +31,15 @@ START = -1
 
 @dataclass(frozen=True)
 class JobView:
-    """A job at the time `now` of Postgres' clock. `in_queue`: its position while it is queued."""
+    """A job at the time `now` of Postgres' clock.
+
+    `in_queue`: its position while it is queued. `model_drift`: `ModelVersion.drift`, of predictions by the champion.
+    """
 
     job: Job
     now: dt.datetime
     in_queue: QueuePosition | None
+    model_drift: Json | None = None
 
     @property
     def terminal(self) -> bool:
@@ -115,13 +119,14 @@ def _in_order(tenant_id: str, wanted: JobFilter, before: uuid.UUID) -> list[Colu
     return [key > tuple_(*fixed, wanted.first_id), key < tuple_(*fixed, before)]
 
 
-def _views_of() -> Select[tuple[Job, dt.datetime]]:
-    return select(Job, NOW.label("now"))
+def _views_of() -> Select[tuple[Job, dt.datetime, Json | None]]:
+    drift = select(ModelVersion.drift).where(ModelVersion.id == Job.model_id, ModelVersion.champion)
+    return select(Job, NOW.label("now"), drift.correlate(Job).scalar_subquery().label("drift"))
 
 
 def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
-    found = queue_positions(session, [job.id for job, _ in rows if job.state == JobState.QUEUED])
-    return [JobView(job, now, found.get(job.id)) for job, now in rows]
+    found = queue_positions(session, [job.id for job, *_ in rows if job.state == JobState.QUEUED])
+    return [JobView(job, now, found.get(job.id), drift) for job, now, drift in rows]
 
 
 # --- results, events and artifacts of a job ---

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jobs.db import Sessions
-from jobs.retention import blobs, checkpoints, feedback, jobs, results
+from jobs.retention import blobs, checkpoints, feedback, jobs, results, study_counts
 from jobs.retention.orphans import OrphanSweep
 from jobs.retention.scans import ScanSweep
 from jobs.settings import Settings
@@ -29,6 +29,7 @@ def services(sessions: Sessions, store: BlobStore, settings: Settings) -> list[R
         "delete_jobs": (TEN_MINUTES, jobs.step),
         "delete_feedback": (TEN_MINUTES, feedback.step),
         "delete_scans": (TEN_MINUTES, ScanSweep().step),
+        "delete_study_counts": (TEN_MINUTES, study_counts.step),
         "delete_checkpoints": (TEN_MINUTES, checkpoints.step),
         "delete_blobs": (TEN_MINUTES, blobs.step),
         "find_orphans": (DAY, OrphanSweep().step),

@@ -26,6 +26,7 @@ from jobs.tables.model import (
     Promotion,
     PromotionMethod,
     RegistryMirror,
+    StudyCount,
     Truth,
 )
 from jobs.tables.process import Process
@@ -60,6 +61,7 @@ __all__ = [
     "ReleasedBlob",
     "Scan",
     "ScanResult",
+    "StudyCount",
     "TenantLoad",
     "Truth",
     "Unit",

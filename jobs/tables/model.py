@@ -77,6 +77,9 @@ class ModelVersion(Base):
     scan_scores: Mapped[Json | None] = mapped_column(
         JSONB(none_as_null=True), deferred=True
     )  # of its validation and test scans; see ml/evaluation/operating.py. Large: read by jobs/models/operating_points
+    drift: Mapped[Json | None] = mapped_column(
+        JSONB(none_as_null=True)
+    )  # {"day", "figures"} while the champion's latest day has drifted; see check_drift
     created_at: Mapped[dt.datetime] = time_of_insert()
     promoted_at: Mapped[dt.datetime | None] = optional_time()
 
@@ -162,8 +165,8 @@ class RegistryMirror(Base):
 class PredictionCount(Base):
     """How many scans a version predicted on a day (UTC) in one bin of one figure. Drift is computed from these counts.
 
-    `what`: an input statistic, `confidence`, `class` or `disposition`. `bin`: the index of a bin of the version's
-    reference, or a word. Results from the cache are not counted again.
+    `what`: an input statistic, `confidence`, `class`, `disposition` or `study`. `bin`: the index of a bin of the
+    version's reference, or a word. Results from the cache are not counted again.
     """
 
     __tablename__ = "prediction_counts"
@@ -173,6 +176,23 @@ class PredictionCount(Base):
     day: Mapped[dt.date] = mapped_column(Date, primary_key=True)
     what: Mapped[str] = mapped_column(String(40), primary_key=True)
     bin: Mapped[str] = mapped_column(String(100), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    scans: Mapped[int] = mapped_column(BigInteger)
+
+
+class StudyCount(Base):
+    """How many scans of a study a version predicted on a day (UTC), so that drift can give each study one vote.
+
+    `study`: a hash of the client's names of patient and study. Rows are needed on their day only; what drift reads is
+    summed up in `PredictionCount`.
+    """
+
+    __tablename__ = "study_counts"
+    __table_args__ = (Index("ix_study_counts_day", "day"), {"postgresql_with": COUNTERS})
+
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    day: Mapped[dt.date] = mapped_column(Date, primary_key=True)
+    study: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(63))
     scans: Mapped[int] = mapped_column(BigInteger)
 

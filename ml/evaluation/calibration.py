@@ -165,13 +165,18 @@ class Reliability:
 
 def reliability(correct: np.ndarray, confidence: np.ndarray, bins: int = BINS) -> Reliability:
     """Bins of equal width, closed above (Naeini et al. 2015). `correct`: bool or 0–1 [N]; `confidence`: 0–1 [N]."""
-    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    index = bin_of(confidence, bins)
     scans = np.bincount(index, minlength=bins)
     used = scans > 0
     means = [
         np.bincount(index, values, bins)[used] / scans[used] for values in (confidence, correct.astype(np.float64))
     ]
     return Reliability(means[0], means[1], scans[used])
+
+
+def bin_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The number of each confidence's bin, int [N], from 0."""
+    return np.asarray(np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1))
 
 
 def top_label(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

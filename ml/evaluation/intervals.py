@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-MIN_GROUPS = 10
-"""Independent groups of each class that an interval needs; with fewer, none was found that holds what it says."""
-PSEUDO = 0.2
-"""Weight of a class's pseudo-groups, one right and one wrong, in groups."""
+from ml.spec.operating_point import MIN_GROUPS, PSEUDO
+
 CONFUSED_RANK = 0.4
 """A pseudo-group that is wrong ranks at this quantile of the class that it is taken for, not beyond all of it."""
 MAX_BLOCKS = 200

@@ -19,6 +19,7 @@ from ml.evaluation.calibration import (
 )
 from ml.evaluation.intervals import Decisions, Interval, figures, groups_per_class, intervals, per_class
 from ml.evaluation.positive import indices, resolve
+from ml.evaluation.subgroups import Subgroup
 from ml.runtime.errors import BadParams
 
 SPECIFICITIES = (0.90, 0.95)
@@ -113,6 +114,7 @@ class Scores:
     patients_known: bool | None = None
     leaks: dict[str, int] | None = None
     cross_validation: dict[str, Any] | None = None
+    subgroups: list[dict[str, Any]] = field(default_factory=list)
 
     def with_context(
         self,
@@ -120,15 +122,22 @@ class Scores:
         patients_known: bool,
         leaks: Mapping[str, int],
         cross_validation: Mapping[str, Any] | None = None,
+        subgroups: Sequence[Subgroup] = (),
     ) -> Scores:
         """The same scores with information from outside of the outputs.
 
         `counts`: scans in train, validation and test. `leaks`: test scans that share patients, duplicates or
-        near_duplicates with the training. `cross_validation`: see `ml.evaluation.out_of_fold.summary`.
+        near_duplicates with the training. `cross_validation`: see `ml.evaluation.out_of_fold.summary`. `subgroups`: of
+        the test scans.
         """
         folds = None if cross_validation is None else dict(cross_validation)
         return replace(
-            self, counts=dict(counts), patients_known=patients_known, leaks=dict(leaks), cross_validation=folds
+            self,
+            counts=dict(counts),
+            patients_known=patients_known,
+            leaks=dict(leaks),
+            cross_validation=folds,
+            subgroups=[one.as_dict() for one in subgroups],
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class ImagePipeline(Pipeline):
             champion=job.champion,
             champion_threshold=job.champion_threshold,
             locked_test=job.test_archive,
+            titles=job.titles,
         )
         runner.run_all(_config(job), parse_params(dict(job.params)), emit, environment)
 

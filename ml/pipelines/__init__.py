@@ -29,6 +29,7 @@ class TrainingJob:
     goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
     score on the same test items, with `champion_threshold` where it was set anew. `test_archive`: a zip of the items to
     test on, and on nothing else. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
+    `titles`: name → value of what a report's head names, such as the job.
     """
 
     pipeline: str
@@ -47,6 +48,7 @@ class TrainingJob:
     cache_bytes: int = 0
     weights_dir: Path | None = None
     revision: str | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     _PATHS = (
         *("folder", "archive", "checkpoints", "resume", "base_model", "champion"),

@@ -1,64 +1,18 @@
-"""Plots of a training and its scores, as PNG files and for the pages of the report.
-
-matplotlib is imported on first use, since that takes half a second. Colours are Okabe and Ito's, which are colour-blind
-safe; lines also differ in style, for print.
-"""
+"""Plots of a training and its scores, as PNG files and for the pages of the report."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ml.evaluation.calibration import BINS, Calibration, reliability, softmax, top_label
-from ml.evaluation.intervals import ranked
-from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, log_odds, worst_mistakes
-from ml.evaluation.positive import indices
+from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, worst_mistakes
+from ml.reporting.curves import precision_recall, reliability_diagram, roc
+from ml.reporting.drawing import BLUE, GREEN, GREY, ORANGE, RED, STYLES, Canvas, Plot, folded, legend_below, shown
 from ml.runtime.events import Epoch
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-_COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black")
-_STYLES = ("-", "--", "-.", ":")
-MAX_CURVES = 8  # ROC or PR curves in one plot
 MAX_NUMBERED = 20  # classes up to which the confusion matrix shows numbers
-DPI = 130
-
-Canvas = Any  # a matplotlib Figure or SubFigure
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: `name` of its PNG file, title and caption, size in inches, and a function that draws it."""
-
-    name: str
-    title: str
-    caption: str
-    width: float
-    height: float
-    draw: Callable[[Canvas], None]
-
-    @cached_property
-    def png(self) -> bytes:
-        """The content of the PNG file, drawn on first use. The same plot gives the same bytes."""
-        # Figure without pyplot: no global state, no display, the Agg canvas.
-        from matplotlib.figure import Figure
-
-        figure, sink = Figure(figsize=(self.width, self.height), layout="constrained"), io.BytesIO()
-        self.draw(figure)
-        figure.savefig(sink, format="png", dpi=DPI, metadata={"Software": None})
-        return sink.getvalue()
-
-    def save(self, folder: Path) -> Path:
-        """Write the PNG into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.name
-        path.write_bytes(self.png)
-        return path
 
 
 def all_plots(
@@ -67,14 +21,12 @@ def all_plots(
     epochs: Sequence[Epoch],
     best_epoch: int | None,
     pixels_of: Callable[[np.ndarray], np.ndarray],
-    calibration: Calibration | None = None,
 ) -> list[Plot]:
     """All plots; that of cross-validation only if there were folds.
 
-    `pixels_of`: positions among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3]. `calibration`:
-    see `ml.evaluation.metrics.score`.
+    `pixels_of`: positions among the test scans, int64 [K] → their pixels, uint8 [K, height, width, 3].
     """
-    worst = worst_mistakes(outputs, calibration)
+    worst = worst_mistakes(outputs)
     pixels = pixels_of(np.array([one.index for one in worst], np.int64)) if worst else np.empty((0, 1, 1, 3), np.uint8)
     folds = cross_validation(scores)
     return [
@@ -98,7 +50,7 @@ def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None = None) -> P
     def draw(canvas: Canvas) -> None:
         grid = canvas.add_gridspec(2 if varies else 1, 2, height_ratios=[4, 1.3] if varies else [1])
         loss, share = canvas.add_subplot(grid[0, 0]), canvas.add_subplot(grid[0, 1])
-        _lines(loss, epochs, "Cross-entropy (nats)", {"train_loss": "training", "val_loss": "validation"})
+        _lines(loss, epochs, "Cross-entropy (nats)", {"train_loss": "training loss", "val_loss": "validation loss"})
         lines = {
             "train_accuracy": "training accuracy",
             "val_accuracy": "validation accuracy",
@@ -112,19 +64,17 @@ def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None = None) -> P
             panels[-1].set_ylim(bottom=0)
         for panel in panels:
             _mark_phases(panel, epochs, best_epoch)
-        for panel in panels[:2]:
-            if epochs:
-                panel.legend(fontsize=8)
+        legend_below(canvas, 110)
 
     caption = "Loss, accuracy and F1 by epoch. Training figures are taken while learning (dropout, augmentation)."
-    return Plot("learning_curves.png", "Learning curves", caption, 9.0, 5.0 if varies else 3.8, draw)
+    return Plot("learning_curves.png", "Learning curves", caption, 9.0, 5.2 if varies else 4.0, draw)
 
 
 def _lines(axes: Any, epochs: Sequence[Epoch], title: str, names: dict[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     numbers = [epoch.epoch for epoch in epochs]
-    looks = zip((BLUE, RED, GREEN), _STYLES[:3], "os^", strict=True)
+    looks = zip((BLUE, RED, GREEN), STYLES[:3], "os^", strict=True)
     for (name, label), (colour, style, marker) in zip(names.items(), looks, strict=False):
         values = [np.nan if (value := getattr(epoch, name)) is None else value for epoch in epochs]
         if not np.isnan(values).all():
@@ -154,118 +104,23 @@ def confusion_matrix(scores: Scores) -> Plot:
     def draw(canvas: Canvas) -> None:
         counts = np.array(scores.confusion_matrix)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes, names = canvas.add_subplot(), [_shown(name) for name in scores.classes]
+        axes = canvas.add_subplot()
+        names = [folded(name, 12 if len(scores.classes) <= 3 else 16, 36) for name in scores.classes]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="Predicted", ylabel="True")
         axes.set_title(f"{scores.held_out} test scans", fontsize=10)
-        turned = {"rotation": 40, "ha": "right"} if len(names) > 3 else {}
-        axes.set_xticks(range(len(names)), names, **turned)
-        axes.set_yticks(range(len(names)), names)
+        turned = {"rotation": 90} if len(names) > 3 else {}
+        axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
         if len(names) <= MAX_NUMBERED:
             for (true, predicted), count in np.ndenumerate(counts):
                 share = shares[true, predicted]
                 text, colour = f"{count}\n{share:.0%}", "white" if share > 0.5 else "black"
                 axes.text(predicted, true, text, ha="center", va="center", color=colour, fontsize=9)
 
-    side = float(np.clip(3.2 + 0.35 * len(scores.classes), 4.2, 10))
+    side = float(np.clip(2.8 + 0.6 * len(scores.classes), 4.2, 10))
     caption = "Test scans by true and predicted class: counts, and their share of the true class (the row)."
     return Plot("confusion_matrix.png", "Confusion matrix", caption, side, side, draw)
-
-
-def roc(outputs: ModelOutputs, scores: Scores) -> Plot:
-    """Sensitivity against 1 − specificity; a cross marks the chosen threshold."""
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.add_subplot()
-        for name, truth, ranking, look in _one_against_rest(outputs, scores, "roc_auc"):
-            hits, false = (np.append(0, counts[0]) for counts in ranked(np.ones((1, len(truth))), truth, ranking))
-            axes.plot(false / false[-1], hits / hits[-1], label=f"AUC {name}", **look)
-        axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="by chance")
-        if scores.specificity is not None:
-            _operating_point(axes, 1 - scores.specificity, scores.recall, scores)
-        axes.set(xlabel="1 − specificity", ylabel="Sensitivity", title="ROC")
-        _square(axes, "lower right")
-
-    caption = "Sensitivity against the share of false alarms, for every threshold. The cross is the chosen threshold."
-    return Plot("roc.png", "ROC curve", caption, 4.8, 4.8, draw)
-
-
-def precision_recall(outputs: ModelOutputs, scores: Scores) -> Plot:
-    """Precision against recall; a dotted line shows the result of guessing."""
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.add_subplot()
-        for name, truth, ranking, look in _one_against_rest(outputs, scores, "pr_auc"):
-            hits, false = (counts[0] for counts in ranked(np.ones((1, len(truth))), truth, ranking))
-            recall, precision = np.append(0, hits / hits[-1]), hits / (hits + false)
-            axes.plot(recall, np.append(precision[0], precision), drawstyle="steps-pre", label=f"AP {name}", **look)
-            axes.axhline(truth.mean(), color=look["color"], lw=0.8, ls=":")
-        if scores.positive:
-            _operating_point(axes, scores.recall, scores.precision, scores)
-        axes.set(xlabel="Recall (sensitivity)", ylabel="Precision", title="Precision and recall")
-        _square(axes, "lower left")
-
-    caption = "Precision against recall, for every threshold. Dotted: the share of the class, which guessing reaches."
-    return Plot("pr.png", "Precision–recall curve", caption, 4.8, 4.8, draw)
-
-
-def _one_against_rest(
-    outputs: ModelOutputs, scores: Scores, figure: str
-) -> Iterable[tuple[str, np.ndarray, np.ndarray, dict[str, Any]]]:
-    """(area and class, truth, ranking, line style) of the positive classes or, without any, of the worst ones."""
-    defined = {name: area for name, one in scores.per_class.items() if (area := one[figure]) is not None}
-    chosen: list[tuple[str, ...]] = [(name,) for name in sorted(defined, key=lambda name: defined[name])[:MAX_CURVES]]
-    if scores.positive:
-        chosen = [tuple(scores.positive)] if getattr(scores, figure) is not None else []
-    for number, names in enumerate(chosen):
-        look = {"color": _COLOURS[number % len(_COLOURS)], "ls": _STYLES[number % len(_STYLES)], "lw": 1.6}
-        found = indices(outputs.classes, names)
-        area = getattr(scores, figure) if scores.positive else defined[names[0]]
-        ranking = log_odds(outputs.test_logits, scores.temperature, found)
-        yield f"{area:.3f}: {_shown(' or '.join(names))}", np.isin(outputs.test_labels, found), ranking, look
-
-
-def _operating_point(axes: Any, x: float, y: float, scores: Scores) -> None:
-    label = f"threshold {scores.threshold:.2f}"
-    axes.plot([x], [y], marker="X", ms=10, mec="white", color="black", ls="", label=label, zorder=5, clip_on=False)
-
-
-def _square(axes: Any, place: str) -> None:
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc=place, fontsize=8)
-
-
-def reliability_diagram(outputs: ModelOutputs, scores: Scores) -> Plot:
-    """Accuracy by confidence, before and after temperature scaling, above a histogram of the confidences."""
-    sides = (
-        ("before", 1.0, scores.ece_before, {"color": RED, "marker": "s", "ls": "--"}),
-        ("after", scores.temperature, scores.ece, {"color": BLUE, "marker": "o", "ls": "-"}),
-    )
-
-    def draw(canvas: Canvas) -> None:
-        above, below = canvas.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        above.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="perfect")
-        for name, temperature, error, look in sides:
-            right, confidence = top_label(outputs.test_labels, softmax(outputs.test_logits, temperature))
-            bins = reliability(right, confidence)
-            above.plot(bins.confidence, bins.accuracy, label=f"{name}: ECE {error:.3f}", lw=1, ms=5, **look)
-            sizes = 20 + 180 * bins.scans / bins.scans.max()  # bins with few scans are less reliable
-            above.scatter(bins.confidence, bins.accuracy, sizes, look["color"], marker=look["marker"], alpha=0.3, lw=0)
-            below.hist(confidence, np.linspace(0, 1, BINS + 1), histtype="step", color=look["color"], ls=look["ls"])
-        above.set(title="Calibration", ylabel="Accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.05))
-        above.legend(loc="upper left", fontsize=8)
-        below.set(xlabel="Confidence", ylabel="Scans")
-        for panel in (above, below):
-            panel.grid(alpha=0.3)
-
-    caption = (
-        "Accuracy by confidence, before and after temperature scaling "
-        f"(T = {scores.temperature:.2f}); larger marks are more scans. "
-        f"A perfectly calibrated network would have ECE {scores.ece_chance:.3f} by chance."
-    )
-    return Plot("reliability.png", "Reliability diagram", caption, 4.8, 4.8, draw)
 
 
 def mistakes(found: Sequence[Mistake], pixels: np.ndarray, tested: int) -> Plot:
@@ -281,8 +136,8 @@ def mistakes(found: Sequence[Mistake], pixels: np.ndarray, tested: int) -> Plot:
             panel.set_axis_off()
         for panel, one, scan in zip(panels, found, pixels, strict=False):
             panel.imshow(_thumbnail(scan))
-            words = f"no. {one.index}: {_shown(one.true, 18)}\npredicted {_shown(one.predicted, 18)}\n"
-            panel.set_title(f"{words}confidence {one.confidence:.2f}", fontsize=7.5)
+            words = f"no. {one.index}: {shown(one.true, 20)}\npredicted {shown(one.predicted, 18)}\n"
+            panel.set_title(f"{words}confidence {one.confidence:.2f}", fontsize=7)
 
     caption = "Misclassified test scans, most confident first, with their index in the test set."
     height = 2.6 * rows if found else 1.2
@@ -322,13 +177,6 @@ _NAMES = {
     "roc_auc": "ROC-AUC",
     "pr_auc": "PR-AUC",
 }
-
-
-def _shown(name: str, longest: int = 22) -> str:
-    """A class name as a label: short, on one line, and with dollars escaped for matplotlib."""
-    line = " ".join(name.split())
-    short = line if len(line) <= longest else line[: longest - 1] + "…"
-    return short.replace("$", r"\$")
 
 
 def _thumbnail(pixels: np.ndarray, side: int = 224) -> np.ndarray:

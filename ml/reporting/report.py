@@ -17,9 +17,12 @@ from ml.evaluation.intervals import MIN_GROUPS
 from ml.evaluation.metrics import Scores
 from ml.evaluation.out_of_fold import DoubtfulLabel
 from ml.reporting import crossvalidation
+from ml.reporting.drawing import Plot
+from ml.reporting.fonts import spelled
+from ml.reporting.patients import PatientRow, patients
 from ml.reporting.pdf import write_pdf
-from ml.reporting.plots import Plot
 from ml.reporting.sections import Section, Table
+from ml.reporting.subgroups import subgroups
 from ml.spec.operating_point import sentence
 
 NOT_A_DEVICE = (
@@ -44,10 +47,11 @@ class ReportInputs:
     """The content of a report.
 
     `dataset`: images, classes (name → scans), and warnings (see `ml.image.dataset.findings.dataset_warnings`); other
-    keys are ignored. `made_at` is the only date in both files. `leak_reasons`: sentences of
-    `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the split. `operating_point`: see
-    `ml.spec.operating_point`. `doubtful_labels`: see `ml.evaluation.out_of_fold`; the report names scans by their index
-    in the manifest. Unknown values are None, and shown as such.
+    keys are ignored. `head`: name → value of what the head names, such as the job. `made_at` is the only date in both
+    files. `leak_reasons`: sentences of `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the
+    split. `operating_point`: see `ml.spec.operating_point`. `doubtful_labels`: see `ml.evaluation.out_of_fold`; the
+    report names scans by their index in the manifest. `patients`: rows of the table of test patients. Unknown values
+    are None, and shown as such.
     """
 
     scores: Scores
@@ -71,6 +75,8 @@ class ReportInputs:
     split_notes: Sequence[str] = ()
     operating_point: Mapping[str, Any] | None = None
     doubtful_labels: Sequence[DoubtfulLabel] = ()
+    patients: Sequence[PatientRow] = ()
+    head: Mapping[str, str] = field(default_factory=dict)
     title: str = "Training report"
 
 
@@ -83,7 +89,7 @@ def write_report(inputs: ReportInputs, html: Path, pdf: Path) -> None:
     partial.write_text(_html(inputs, content), encoding="utf-8")
     partial.replace(html)
     partial = pdf.with_name(f".{pdf.name}.partial")
-    write_pdf(inputs.title, _subtitle(inputs), inputs.made_at, content, partial)
+    write_pdf(inputs.title, _head(inputs), inputs.made_at, content, partial)
     partial.replace(pdf)
 
 
@@ -96,6 +102,8 @@ def sections(inputs: ReportInputs) -> list[Section]:
     return [
         Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
         Section("Figures on the test scans", _reading(inputs), (_figures(scores), _classes(scores), _more(scores))),
+        *patients(inputs.patients, scores),
+        *subgroups(scores),
         Section("Plots", plots=tuple(inputs.plots)),
         *crossvalidation.sections(scores.cross_validation, inputs.doubtful_labels, NAMES),
         Section("Split and test scans", tuple(_split(inputs)), tuple(_counts(scores))),
@@ -213,7 +221,16 @@ def _split(inputs: ReportInputs) -> Iterator[str]:
     yield f"{chosen} chosen on validation scans, never on test scans."
     yield from inputs.split_notes
     yield from _patients(inputs.scores)
-    yield from inputs.leak_reasons or ("No leak between test and training was found.",)
+    yield from inputs.leak_reasons or (_clean(inputs.scores),)
+
+
+def _clean(scores: Scores) -> str:
+    if scores.patients_known:
+        return "No test scan shares a patient with the training, is a copy of one of its scans, or looks like one."
+    return (
+        "No test scan is a copy of a training scan, or looks almost like one. Whether they share patients cannot be "
+        "checked."
+    )
 
 
 def _counts(scores: Scores) -> Iterator[Table]:
@@ -233,6 +250,10 @@ def _warnings(dataset: Mapping[str, Any]) -> Iterator[str]:
     """The inspection's warnings, which contain no file names and no patients."""
     found = tuple(str(text) for text in dataset.get("warnings") or ())
     yield from found or ("The inspection of the dataset has no warning.",)
+    latin = {name: spelled(name) for name in dict(dataset.get("classes") or {}) if spelled(name) != name}
+    if latin:
+        pairs = ", ".join(f"{latin[name]} is {name}" for name in latin)
+        yield f"Plots and the PDF spell names in Latin letters whose script they have no font for: {pairs}."
 
 
 def _training(inputs: ReportInputs) -> Table:
@@ -294,8 +315,10 @@ def _html(inputs: ReportInputs, content: Sequence[Section]) -> str:
         return base64.b64encode(plot.png).decode("ascii")
 
     page = environment.get_template("report.html")
-    return page.render(title=inputs.title, made=_subtitle(inputs), sections=content, encoded=encoded)
+    return page.render(title=inputs.title, head=_head(inputs), sections=content, encoded=encoded)
 
 
-def _subtitle(inputs: ReportInputs) -> str:
-    return f"{inputs.made_at:%Y-%m-%d %H:%M} · {inputs.network} · {inputs.scores.held_out} test scans"
+def _head(inputs: ReportInputs) -> list[str]:
+    """Lines below the title: what the report is of, when it was made, and on how many scans."""
+    named = [f"{name}: {value}" for name, value in inputs.head.items()]
+    return [*named, f"{inputs.made_at:%Y-%m-%d %H:%M} · {inputs.network} · {inputs.scores.held_out} test scans"]

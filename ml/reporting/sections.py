@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ml.reporting.plots import Plot
+from ml.reporting.drawing import Plot
 
 
 @dataclass(frozen=True)

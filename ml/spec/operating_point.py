@@ -19,6 +19,8 @@ OperateAt = Literal["f1"] | Annotated[dict[Rule, Wanted], Field(min_length=1, ma
 EXPECTED = "Must be f1, or one of sensitivity, specificity and threshold with a number: {sensitivity: 0.95}."
 MIN_GROUPS = 10
 """Independent groups (patients) below which there is no interval: too few to say."""
+PSEUDO = 0.2
+"""Weight of the pseudo-groups, one right and one wrong, in groups; see `ml.evaluation.intervals`."""
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
@@ -155,37 +157,44 @@ def shares_at(threshold: float, scored: Scored) -> tuple[Share, Share]:
 
 
 def share(outcomes: Sequence[tuple[bool, int]]) -> Share:
-    """The share of scans with a true outcome, by (outcome, group).
+    """The share of scans with a true outcome, by (outcome, group), with the interval of `ml.evaluation.intervals`.
 
-    Scans of a group are not independent. The variance of the ratio by groups tells how many independent scans they are
-    worth (Korn and Graubard 1998), with Student's t for few groups; Wilson's interval (1927) of as many. Where all
-    outcomes are equal nothing tells it, and each group counts once.
+    That is, for a figure of one class: jackknife by groups, pseudo-groups, Student's t, and Wilson's form (1927).
     """
-    groups = len({group for _, group in outcomes})
     if not outcomes:
         return Share(None, None, None, 0)
-    value = sum(outcome for outcome, _ in outcomes) / len(outcomes)
-    if groups < MIN_GROUPS:
-        return Share(value, None, None, groups)
-    low, high = _wilson(value, _worth(outcomes, value, groups) * (_Z / student(groups - 1)) ** 2)
-    return Share(value, low, high, groups)
-
-
-def _worth(outcomes: Sequence[tuple[bool, int]], value: float, groups: int) -> float:
-    """The number of independent scans with the same variance."""
-    excess = dict.fromkeys((group for _, group in outcomes), 0.0)
+    counts: dict[int, list[int]] = {}
     for outcome, group in outcomes:
-        excess[group] += outcome - value
-    squares = sum(each * each for each in excess.values())
-    if squares < 1e-12 or not 0 < value < 1:
-        return float(groups)
-    variance = groups / (groups - 1) * squares / len(outcomes) ** 2
-    return min(value * (1 - value) / variance, float(len(outcomes)))
+        hits_and_scans = counts.setdefault(group, [0, 0])
+        hits_and_scans[0] += outcome
+        hits_and_scans[1] += 1
+    value = sum(outcome for outcome, _ in outcomes) / len(outcomes)
+    if len(counts) < MIN_GROUPS:
+        return Share(value, None, None, len(counts))
+    centre, variance = _spread([*counts.values()])
+    low, high = _wilson(value, centre * (1 - centre) / variance, student(len(counts) - 1))
+    return Share(value, min(low, value), max(high, value), len(counts))
 
 
-def _wilson(rate: float, count: float) -> tuple[float, float]:
-    centre, below = rate + _Z**2 / (2 * count), 1 + _Z**2 / count
-    spread = _Z * math.sqrt(rate * (1 - rate) / count + _Z**2 / (4 * count**2))
+def _spread(counts: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Centre and variance of a share, by the hits and the scans of each group."""
+    groups, hits, scans = len(counts), sum(hit for hit, _ in counts), sum(scan for _, scan in counts)
+    mean, scale = scans / groups, groups / (groups - 1)
+    more = PSEUDO * mean
+
+    def rate(hit: float, scan: float) -> float:
+        return (hit + more) / (scan + 2 * more)
+
+    without = [rate((hits - hit) * scale, (scans - scan) * scale) for hit, scan in counts]
+    middle = sum(without) / groups
+    jackknife = sum((each - middle) ** 2 for each in without) / scale
+    least = PSEUDO * sum(((hits + right * mean) / (scans + mean) - hits / scans) ** 2 for right in (0, 1))
+    return rate(hits, scans), max(jackknife, least)
+
+
+def _wilson(rate: float, count: float, z: float) -> tuple[float, float]:
+    centre, below = rate + z**2 / (2 * count), 1 + z**2 / count
+    spread = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
     return max(0.0, (centre - spread) / below), min(1.0, (centre + spread) / below)
 
 

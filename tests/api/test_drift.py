@@ -13,6 +13,8 @@ from sqlalchemy import update
 
 from api.views import charts, drift_chart
 from jobs.db import Sessions
+from jobs.models import drift
+from jobs.models.drift import DriftPolicy
 from jobs.queue import lifecycle
 from jobs.queue.outcomes import ScanOutcome
 from jobs.states import JobKind
@@ -61,6 +63,7 @@ def test_drift_is_shown_day_by_day(client: FlaskClient, drifted: ModelVersion) -
     found = client.get("/models/champion/drift").get_json()
     assert client.get("/models/1/drift?days=1").get_json() == found
     assert (found["version"], found["reference_scans"], found["bound"]) == ("1", 100, 0.25)
+    assert (found["reference_studies"], found["days"][0]["studies"]) == (100, 200)
     assert (found["drifted"], found["latest"]) == (True, today)
     (day,) = found["days"]
     assert (day["day"], day["since"], day["scans"], day["drifted"]) == (today, today, 200, ["brightness"])
@@ -149,6 +152,31 @@ def test_there_is_a_picture_also_of_nothing(client: FlaskClient, champion: Model
 @pytest.mark.parametrize(("most", "step"), [(0.5, 0.1), (1.0, 0.2), (0.53, 0.2), (7.0, 2.0), (26.0, 10.0)])
 def test_a_scale_has_few_round_steps(most: float, step: float) -> None:
     assert drift_chart._step(most) == pytest.approx(step)
+
+
+# --- where it is told without being asked ---
+
+
+def test_the_champion_and_the_jobs_that_it_predicts_say_that_it_has_drifted(
+    client: FlaskClient, sessions: Sessions, champion: ModelVersion, drifted: ModelVersion
+) -> None:
+    with sessions.begin() as session:
+        job_id = builders.make_job(session, JobKind.PREDICT, scans=1, model_id=champion.id).id
+        training_id = builders.make_job(session).id
+    before = client.get(f"/jobs/{job_id}")
+    assert (before.get_json()["model_drift"], client.get("/models/champion").get_json()["drift"]) == (None, None)
+    with sessions.begin() as session:
+        drift.check_drift(session, DriftPolicy(0.25, 30))
+    told = {"day": str(dt.datetime.now(dt.UTC).date()), "figures": ["brightness"]}
+    after = client.get(f"/jobs/{job_id}", headers={"If-None-Match": before.headers["ETag"]})
+    assert after.status_code == 200, "a client that polls with the tag hears of it"
+    assert (after.get_json()["model_drift"], client.get("/models/champion").get_json()["drift"]) == (told, told)
+    listed = {job["id"]: job["model_drift"] for job in client.get("/jobs").get_json()["data"]}
+    assert (listed[str(job_id)], listed[str(training_id)]) == (told, None)
+    with sessions.begin() as session:
+        session.get_one(ModelVersion, champion.id).champion = False
+    assert client.get(f"/jobs/{job_id}").get_json()["model_drift"] is None, "of the champion only"
+    assert client.get("/models/1").get_json()["drift"] is None
 
 
 # --- Prometheus ---

@@ -23,7 +23,8 @@ from tests.processes import eventually
 KEYS = {
     "id", "kind", "pipeline", "task", "name", "state", "terminal", "cancel_requested", "stage", "stages", "progress",
     "eta_seconds", "queue_position", "attempt", "counts", "params", "dataset_id", "retry_of", "reproduction_of",
-    "test_dataset_id", "reproduction", "model_version", "operating_point", "metrics", "error", "warnings", "metadata",
+    "test_dataset_id", "reproduction", "model_version", "model_drift", "operating_point", "metrics", "error",
+    "warnings", "metadata",
     "created_at", "started_at", "finished_at", "results_expired_at", "device_seconds", "scans_per_second", "engines",
     "links",
 }  # fmt: skip

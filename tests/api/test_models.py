@@ -328,6 +328,21 @@ def test_a_card_comes_as_json_too(client: FlaskClient, sessions: Sessions, datas
     assert f"| {'c' * 12} | 93 | 0.9700 |" in text
 
 
+def test_a_card_tells_subgroups_and_which_of_them_differ(client: FlaskClient, sessions: Sessions) -> None:
+    figures = {"accuracy": [0.9, 0.8, 0.95], "recall": [0.5, 0.3, 0.7], "specificity": None}
+    found = [
+        {"trait": "scanner", "value": "A|B", "scans": 40, "groups": 20, "figures": figures, "warning": "It differs."}
+    ]
+    with sessions.begin() as session:
+        builders.make_model(session, {"subgroups": found})
+    card = client.get("/models/1/card", headers={"Accept": "application/json"}).get_json()
+    assert (card["evaluation"]["subgroups"], card["limits"]["subgroups"]) == (found, ["scanner A|B: It differs."])
+    text = client.get("/models/1/card").get_data(as_text=True)
+    row = r"| scanner: A\|B | 20 | 40 | 0.90 (0.80 to 0.95) | 0.50 (0.30 to 0.70) | too few to say |"
+    assert row in text
+    assert r"- scanner A\|B: It differs." in text
+
+
 def test_a_card_of_a_version_of_which_little_is_known_says_so(client: FlaskClient, champion: object) -> None:
     text = client.get("/models/1/card").get_data(as_text=True)
     assert "| Input | not known |" in text

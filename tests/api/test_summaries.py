@@ -172,11 +172,14 @@ def test_the_title_is_the_name_or_else_the_id(sessions: Sessions, batch: leases.
         named = charts.draw_summary(view, found)
         view.job.name = None
         unnamed = charts.draw_summary(view, found)
-        view.job.name = "腎臓"  # the built-in font has no such letters
+        view.job.name = "\n"
         unreadable = charts.draw_summary(view, found)
         view.job.name = "Wàrd 3"
         accented = charts.draw_summary(view, found)
+        view.job.name = "腎臓"  # the built-in font has no such letters
+        spelled = charts.draw_summary(view, found)
     assert unnamed == unreadable != named == accented
+    assert spelled not in (unnamed, named)
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, 8, 40])
@@ -230,3 +233,8 @@ def test_who_draws_no_picture_imports_nothing_to_draw_with() -> None:
     code = "import sys, api.application; print(*{'PIL.ImageDraw', 'PIL.ImageFont'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_chart_spells_names_of_other_scripts() -> None:
+    names = {"Ärzte": "Arzte", "肿瘤": "ZhongLiu", "Опухоль": "Opukhol'", "a\nb": "a?b", "plain": "plain"}
+    assert {name: charts.printable(name) for name in names} == names

@@ -155,6 +155,17 @@ def test_the_champion_is_shown_with_the_gates_reasons_and_its_card(visit: Visit,
     expect(visit.page.get_by_role("dialog")).to_be_hidden()
 
 
+def test_a_champion_that_has_drifted_says_so(visit: Visit, sessions: Sessions, champion: ModelVersion) -> None:
+    visit.enter()
+    expect(visit.page.locator("#champion-version")).to_have_text("version 1")
+    expect(visit.page.locator("#champion-drift")).to_be_hidden()
+    with sessions.begin() as session:
+        session.get_one(ModelVersion, champion.id).drift = {"day": "2026-11-30", "figures": ["brightness", "class"]}
+    visit.page.reload()
+    expect(visit.page.locator("#champion-drift")).to_contain_text("2026-11-30")
+    expect(visit.page.locator("#champion-drift")).to_contain_text("brightness, class")
+
+
 def test_a_champion_by_force_is_not_said_to_be_the_gates(
     visit: Visit, sessions: Sessions, champion: ModelVersion
 ) -> None:

@@ -30,7 +30,7 @@ from tests import builders
 from tests.builders import TENANT
 from worker.dispatcher.loop import Dispatcher
 
-POLICY = DriftPolicy(bound=0.25, least_scans=50)
+POLICY = DriftPolicy(bound=0.25, least_studies=50)
 SCANS = 93
 """Scans of the reference: a test set of typical size."""
 FIGURES = ("brightness", "contrast", "black", "sharpness", "colour", "confidence")
@@ -145,10 +145,14 @@ def test_false_alarms_are_rarer_than_one_day_in_a_hundred() -> None:
         for scan in range(1, 201):
             for n, found in enumerate(new.values()):
                 found[bisect_right(edges[n], rng.random())] += 1
-            if scan >= 50 and scan % 10 == 0 and any(f.drifted for f in drift.figures(old, new, 0.25).values()):
+            if scan >= 50 and scan % 10 == 0 and alarmed(old, new, scan):
                 alarms += 1
                 break
     assert alarms < days / 100
+
+
+def alarmed(old: dict[str, list[int]], new: dict[str, list[int]], studies: int) -> bool:
+    return any(figure.drifted for figure in drift.figures(old, new, 0.25, SCANS, studies).values())
 
 
 def bins(values: list[float], edges: list[float]) -> list[int]:
@@ -258,7 +262,7 @@ def test_brighter_scans_drift_and_similar_scans_do_not(sessions: Sessions, champ
         assert bright.figures["brightness"].psi > 0.5 > usual.figures["brightness"].psi
         assert set(bright.figures) == {*FIGURES, "class", "rejected"}
         assert seen(session, version).drifted
-        assert not seen(session, version, policy=DriftPolicy(bound=50, least_scans=50)).drifted
+        assert not seen(session, version, policy=DriftPolicy(bound=50, least_studies=50)).drifted
 
 
 def test_predicting_one_class_only_is_drift(sessions: Sessions, champion: ModelVersion) -> None:
@@ -517,8 +521,8 @@ def test_days_before_a_new_threshold_are_not_pooled_with_those_after(
     today = dt.datetime.now(dt.UTC).date()
     with sessions.begin() as session:
         mine = referred(session, champion)
-        day_of(session, mine, 1, POLICY.least_scans)
-        day_of(session, mine, 0, POLICY.least_scans // 2)
+        day_of(session, mine, 1, POLICY.least_studies)
+        day_of(session, mine, 0, POLICY.least_studies // 2)
         assert seen(session, mine).days[-1].since == today - dt.timedelta(days=1)
         mine.reference = {**reference(), "decided_since": (today - dt.timedelta(days=1)).isoformat()}
         assert seen(session, mine).days[-1].since is None

@@ -50,7 +50,7 @@ def reference_of(outputs: Any, calibration: Calibration) -> Any:
 
     seen = [dict.fromkeys(MEANINGS, float(number)) for number in range(len(decided))]
     labels = [outputs.classes[index] for index in decided]
-    return drift_reference(seen, confidence.tolist(), labels, outputs.classes, 3)
+    return drift_reference(seen, confidence.tolist(), labels, outputs.classes, 3, np.arange(len(labels)))
 
 
 # --- figures ---

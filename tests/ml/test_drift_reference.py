@@ -29,7 +29,8 @@ def make_reference(count: int = 100, **fixed: list[float]) -> dict:
     for name, values in fixed.items():
         statistics = [{**one, name: value} for one, value in zip(statistics, values, strict=True)]
     labels = ["Tumor" if number % 4 == 0 else "Normal" for number in range(count)]
-    return drift_reference(statistics, np.linspace(0.5, 1, count).tolist(), labels, ("Cyst", "Normal", "Tumor"), 3)
+    confidences = np.linspace(0.5, 1, count).tolist()
+    return drift_reference(statistics, confidences, labels, ("Cyst", "Normal", "Tumor"), 3, np.arange(count))
 
 
 def test_the_reference_counts_predicted_classes_and_rejected_scans():
@@ -41,7 +42,7 @@ def test_the_reference_counts_predicted_classes_and_rejected_scans():
 
 
 def test_without_an_ood_detector_the_reference_has_no_rejected():
-    found = drift_reference(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None)
+    found = drift_reference(make_statistics(40), [0.9] * 40, ["Normal"] * 40, ("Normal", "Tumor"), None, np.arange(40))
     assert "rejected" not in found
 
 
@@ -67,9 +68,8 @@ def test_few_scans_have_few_bins_and_each_holds_about_as_many(scans, bins):
 
 def test_a_scan_is_counted_where_it_will_be_looked_up():
     statistics = make_statistics(60)
-    histogram = drift_reference(statistics, [0.9] * 60, ["Normal"] * 60, ("Normal", "Tumor"), 0)["statistics"][
-        "contrast"
-    ]
+    made = drift_reference(statistics, [0.9] * 60, ["Normal"] * 60, ("Normal", "Tumor"), 0, np.arange(60))
+    histogram = made["statistics"]["contrast"]
     counts = [0] * len(histogram["counts"])
     for one in statistics:
         counts[bisect_right(histogram["edges"], one["contrast"])] += 1
@@ -97,11 +97,25 @@ def test_edges_rise_strictly_whatever_the_values(values):
     assert sum(histogram["counts"]) == len(values)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "studies", "bins"),
+    [([1] * 60, 60, 6), ([3] * 20, 20, 2), ([30, 30], 2, 2), ([28, 1, 1], 900 / 786, 2), ([4] * 100, 100, 10)],
+)
+def test_scans_of_one_patient_count_once(sizes, studies, bins):
+    """Kish's effective size: of equal groups their number, of one large group little more than 1."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    count = len(groups)
+    made = drift_reference(make_statistics(count), [0.9] * count, ["N"] * count, ("N", "T"), 0, groups)
+    assert (made["scans"], made["studies"]) == (count, pytest.approx(studies))
+    assert len(made["statistics"]["brightness"]["counts"]) == bins
+
+
 def test_the_last_event_of_a_run_carries_it_as_json(small_run):
     (evaluated,) = (event for event in small_run.events if isinstance(event, Evaluated))
     reference = evaluated.reference
     assert json.loads(json.dumps(reference, allow_nan=False)) == reference
     assert reference["scans"] == evaluated.metrics["held_out"]
+    assert 1 <= reference["studies"] <= evaluated.metrics["independent"]
     called = np.sum(evaluated.metrics["confusion_matrix"], axis=0)
     assert list(reference["classes"].values()) == called.tolist()
     assert 0 <= reference["rejected"] <= reference["scans"]

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from ml.evaluation.calibration import Calibration
+from ml.evaluation.intervals import Decisions, intervals
 from ml.evaluation.metrics import ModelOutputs, score
 from ml.evaluation.operating import Choosing, calibrate_at, kept_scores, require_choice
 from ml.runtime.config import parse_params
@@ -124,6 +125,20 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(rate, groups, slices):
         found = share([(bool(hit), group) for group, row in enumerate(hits) for hit in row])
         held += found.low <= rate <= found.high
     assert 0.92 <= held / 400 <= 0.99
+
+
+@pytest.mark.parametrize(("groups", "slices", "wrong"), [(10, 1, 0), (12, 5, 0.1), (40, 3, 0.2), (150, 1, 0.5)])
+def test_the_interval_is_that_of_an_evaluation(groups, slices, wrong):
+    random = np.random.default_rng(groups)
+    group = np.repeat(np.arange(2 * groups), slices)
+    labels = group % 2
+    predicted = np.where(random.random(len(group)) < wrong, 1 - labels, labels)
+    margins = np.where(np.arange(2) == predicted[:, None], 1.0, -1.0)
+    expected = intervals(Decisions(labels, predicted, margins, group, 1), 0)
+    for name, label in (("recall", 1), ("specificity", 0)):
+        scans = labels == label
+        found = share([*zip((predicted == labels)[scans].tolist(), group[scans].tolist(), strict=True)])
+        assert (found.low, found.high) == pytest.approx((expected[name].low, expected[name].high), abs=1e-3)
 
 
 # --- of a training ---

@@ -7,12 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
+from ml.evaluation.intervals import Decisions
 from ml.evaluation.metrics import Mistake, ModelOutputs, Scores, score
-from ml.reporting.plots import DPI, Plot, all_plots, confusion_matrix, cross_validation, learning_curves, mistakes, roc
+from ml.reporting.curves import precision_recall, reliability_bounds, roc
+from ml.reporting.drawing import DPI, Plot
+from ml.reporting.plots import all_plots, confusion_matrix, cross_validation, learning_curves, mistakes
 from ml.runtime.events import Epoch
 
 NAMES = {"learning_curves.png", "confusion_matrix.png", "reliability.png", "roc.png", "pr.png", "mistakes.png"}
@@ -145,3 +150,73 @@ def test_cross_validation_is_drawn_where_there_was_one():
     scores = score(make_outputs()).with_context({}, False, {}, told)
     assert "ROC-AUC" in words(cross_validation(scores))
     assert {plot.name for plot in plots_of(make_outputs(), scores)} == NAMES | {"cross_validation.png"}
+
+
+# --- labels ---
+
+
+def boxes(texts: list[Text], renderer: object) -> list[Bbox]:
+    return [text.get_window_extent(renderer) for text in texts if text.get_visible() and text.get_text()]
+
+
+def overlap(first: Bbox, second: Bbox) -> bool:
+    """More than a pixel in both directions."""
+    width = min(first.x1, second.x1) - max(first.x0, second.x0)
+    height = min(first.y1, second.y1) - max(first.y0, second.y0)
+    return min(width, height) > 1
+
+
+LONG = "a very long class name of a rare kind"
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("Normal", "Tumor"),
+        (f"{LONG} 1", f"{LONG} 2"),
+        tuple(f"{LONG} {number}" for number in range(3)),
+        tuple(f"{LONG} {number}" for number in range(8)),
+        tuple(f"class {number}" for number in range(20)),
+    ],
+)
+def test_no_label_overlaps_another(classes):
+    outputs = make_outputs(classes, scans=10 * len(classes))
+    fold = dict.fromkeys(FIGURES, 0.9)
+    scores = score(outputs).with_context({}, False, {}, {"folds": [fold] * 3, "mean": fold, "std": fold})
+    for plot in plots_of(outputs, scores):
+        figure = Figure(figsize=(plot.width, plot.height), dpi=DPI, layout="constrained")
+        plot.draw(figure)
+        FigureCanvasAgg(figure).draw()
+        renderer = figure.canvas.get_renderer()
+        areas = [axes.get_tightbbox(renderer) for axes in figure.axes]
+        for axes in figure.axes:
+            labels = [*boxes(axes.get_xticklabels(), renderer), *boxes(axes.get_yticklabels(), renderer)]
+            for number, one in enumerate(labels):
+                assert not any(overlap(one, other) for other in labels[number + 1 :]), plot.name
+        for legend in figure.legends:
+            assert not any(overlap(legend.get_window_extent(renderer), area) for area in areas), plot.name
+            areas.append(legend.get_window_extent(renderer))
+        for area in areas:
+            assert area.x0 >= -1
+            assert area.y0 >= -1
+            assert area.x1 <= figure.bbox.x1 + 1, plot.name
+            assert area.y1 <= figure.bbox.y1 + 1, plot.name
+
+
+# --- bands and intervals ---
+
+
+def test_reliability_has_intervals_by_group():
+    """Of 40 correct scans of 4 patients Wilson's interval is that of 4 of 4: from 0.51 on."""
+    groups = np.repeat(np.arange(4), 10)
+    decisions = Decisions(np.zeros(40, int), np.zeros(40, int), np.zeros((40, 2)), groups, 1)
+    low, high = reliability_bounds(decisions, np.full(40, 0.9), np.array([1.0]))
+    assert (low[0], high[0]) == (pytest.approx(0.5101, abs=0.0001), 1.0)
+
+
+@pytest.mark.parametrize(("classes", "banded"), [(2, 1), (3, 3), (5, 0)])
+def test_curves_have_bands_unless_there_are_too_many(classes, banded):
+    outputs = make_outputs(tuple(f"class {number}" for number in range(classes)), scans=20 * classes)
+    for plot in (roc(outputs, score(outputs)), precision_recall(outputs, score(outputs))):
+        (axes,) = drawn(plot).axes
+        assert len(axes.collections) == banded

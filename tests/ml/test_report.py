@@ -12,11 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.subgroups import TOO_FEW, Subgroup
 from ml.image.dataset.findings import dataset_warnings
 from ml.image.dataset.inspection import Inspection
-from ml.reporting.plots import Plot, all_plots
+from ml.reporting import pdf
+from ml.reporting.drawing import Plot
+from ml.reporting.patients import PatientRow, patient_rows, patients
+from ml.reporting.plots import all_plots
 from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
+from ml.reporting.subgroups import subgroups as subgroup_sections
 from tests.ml.test_plots import make_epochs, make_outputs
 
 COUNTS = {"train": 326, "validation": 46, "test": 93}
@@ -169,7 +175,7 @@ def test_the_pdf_has_its_pages_and_a_title(report):
 def test_more_parameters_take_more_pages(tmp_path, report):
     many = make_inputs(parameters={f"parameter {number}": number for number in range(100)})
     _, pdf = written(many, tmp_path)
-    assert len(re.findall(rb"/Type /Page\b(?!s)", pdf)) == 6
+    assert len(re.findall(rb"/Type /Page\b(?!s)", pdf)) == 5
 
 
 def test_both_files_are_the_same_when_the_inputs_are(tmp_path, report):
@@ -215,3 +221,100 @@ def test_a_report_that_knows_little_says_so():
     inputs = make_inputs(revision=None, weights_sha256=None, best_epoch=None, dataset={}, versions={})
     rows = {row[0]: row[1] for section in sections(inputs) for table in section.tables for row in table.rows}
     assert (rows["Revision"], rows["Best epoch"]) == ("not known", "–")
+
+
+# --- subgroups ---
+
+
+def test_subgroups_are_told_with_what_differs():
+    groups = [
+        Subgroup("scanner", "A", 40, 20, {"accuracy": [0.9, 0.8, 0.95], "recall": [0.5, 0.3, 0.7]}, "Lower than B's."),
+        Subgroup("scanner", "B", 9, 9, {"accuracy": None, "recall": None}),
+    ]
+    (section,) = subgroup_sections(make_scores(subgroups=groups))
+    assert section.paragraphs[0] == "Mind scanner A: Lower than B's."
+    assert section.tables[0].rows == (
+        ("scanner: A", "20", "40", "0.90 (0.80 to 0.95)", "0.50 (0.30 to 0.70)"),
+        ("scanner: B", "9", "9", TOO_FEW, TOO_FEW),
+    )
+    assert "No subgroup differs" in next(subgroup_sections(make_scores(subgroups=groups[1:]))).paragraphs[0]
+    assert list(subgroup_sections(make_scores())) == []
+
+
+# --- patients ---
+
+
+def test_the_table_of_patients_has_the_worst_first_and_no_names():
+    """Three patients: two right scans; one of two right; both wrong. Probabilities by hand: logit 2 is 0.88."""
+    labels, groups = np.array([1, 1, 0, 0, 1, 1]), np.array([7, 7, 9, 9, 3, 3])
+    towards = np.array([1, 1, 0, 1, 0, 0])
+    logits = np.zeros((6, 2))
+    logits[np.arange(6), towards] = 2.0
+    outputs = ModelOutputs(("Normal", "Tumor"), labels, logits, groups=groups)
+    rows = patient_rows(outputs, Calibration(threshold=0.5))
+    high, low = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))
+    assert [(row.number, row.true, row.scans, row.right) for row in rows] == [
+        (1, "Tumor", 2, 0),
+        (3, "Normal", 2, 1),
+        (2, "Tumor", 2, 2),
+    ]
+    told = [number for row in rows for number in (row.mean, row.highest)]
+    assert told == pytest.approx([low, low, 0.5, high, high, high])
+    (section,) = patients(rows, make_scores(patients_known=True))
+    assert section.title == "Test patients"
+    assert section.tables[0].rows[0] == ("Patient 1", "Tumor", "2", "0", "0.12", "0.12")
+    assert "Of 3 patients, 1 have no wrong scan." in section.paragraphs[0]
+    (section,) = patients(rows, make_scores(patients_known=False))
+    assert section.tables[0].rows[0][0] == "Group 1"
+    assert "Not all patients are known" in section.paragraphs[1]
+
+
+def test_single_scans_have_no_table_of_patients():
+    assert patient_rows(make_outputs(), Calibration()) == []
+    assert list(patients([], make_scores())) == []
+
+
+def test_a_long_table_of_patients_says_how_many_more_there_are():
+    rows = [PatientRow(number, "Tumor", 2, 1, 0.5, 0.5, 0.5) for number in range(50)]
+    (section,) = patients(rows, make_scores())
+    assert len(section.tables[0].rows) == 40
+    assert "10 more are not listed." in section.tables[0].caption
+
+
+# --- what is promised ---
+
+
+def test_where_patients_are_not_known_nothing_is_promised_of_leaks():
+    def split(**context: object) -> str:
+        inputs = make_inputs(scores=make_scores(**context))
+        return " ".join(next(one for one in sections(inputs) if one.title == "Split and test scans").paragraphs)
+
+    assert "Whether they share patients cannot be checked." in split(patients_known=False)
+    assert "No leak" not in split(patients_known=False)
+    assert "No test scan shares a patient with the training" in split(patients_known=True)
+
+
+def test_the_head_names_job_and_dataset(tmp_path):
+    head = {"Job": "01a2", "Dataset": "kidneys (77)"}
+    text, _ = written(make_inputs(head=head), tmp_path)
+    assert "Job: 01a2" in Page(text).words
+    assert "Dataset: kidneys (77)" in Page(text).words
+
+
+@pytest.mark.parametrize("parameters", [5, 20, 40, 60])
+@pytest.mark.parametrize("classes", [("Normal", "Tumor"), ("a", "b", "c", "d", "e", "f")])
+def test_no_page_of_the_pdf_but_the_last_is_half_empty(tmp_path, monkeypatch, parameters, classes):
+    left: list[float] = []
+    end_page = pdf._Flow._end_page
+
+    def ending(flow: pdf._Flow) -> None:
+        if flow._figure is not None:
+            left.append((flow._y - pdf._MARGIN) / (pdf.A4[1] - 2 * pdf._MARGIN))
+            flow._rows = []  # not drawn, for speed
+        end_page(flow)
+
+    monkeypatch.setattr(pdf._Flow, "_end_page", ending)
+    inputs = make_inputs(classes, parameters={f"parameter {number}": number for number in range(parameters)})
+    pdf.write_pdf("A report", ["of a training"], inputs.made_at, sections(inputs), tmp_path / "report.pdf")
+    assert len(left) >= 4
+    assert max(left[:-1]) < 0.4

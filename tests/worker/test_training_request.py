@@ -53,6 +53,8 @@ def test_the_child_gets_all_parameters_the_cache_and_the_revision(
     assert (job.pipeline, job.base_model, job.champion, job.resume) == ("image", None, None, None)
     assert (job.cache, job.cache_bytes) == (settings.home.resolve() / "cache", 1000)
     assert job.revision == "abc123"
+    assert job.titles["Dataset"].startswith("kidneys (")
+    assert "task default" in job.titles["Job"]
     assert (job.params["epochs"], job.params["test_size"], job.params["network"]) == (3, 0.2, "vgg16")
     assert job.archive is not None
     assert job.archive.read_bytes() == b"a zip"

@@ -44,6 +44,7 @@ class TrainingRequest:
     test_sha256: str | None  # of the locked test set
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
+    titles: dict[str, str]
 
 
 def read(session: Session, unit: UnitLease) -> TrainingRequest:
@@ -68,7 +69,17 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         test_sha256=_locked_test(session, job),
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
+        titles=_titles(job, dataset),
     )
+
+
+def _titles(job: Job, dataset: Dataset | None) -> dict[str, str]:
+    """What the report names at its head. The version gets its number when the training has ended."""
+    return {
+        "Job": f"{job.id}, task {job.task}",
+        "Model version": f"model_version of this job, GET /jobs/{job.id}",
+        "Dataset": f"{dataset.name} ({dataset.id})" if dataset else "fetched from an address",
+    }
 
 
 def installed_spec(pipeline: str) -> PipelineSpec:
@@ -149,6 +160,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         cache_bytes=settings.feature_cache_bytes,
         weights_dir=settings.weights,
         revision=code_revision(),
+        titles=request.titles,
     )
     file = folder / "job.json"
     file.write_text(json.dumps(job.as_json()))

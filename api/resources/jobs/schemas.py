@@ -77,6 +77,16 @@ class ReproductionSchema(ma.Schema):
     differences = fields.Dict(keys=fields.String(), values=fields.List(fields.Float(allow_none=True)))
 
 
+DRIFTED = "Of a prediction by the champion: on which day its predictions had drifted from its test scans. Else null."
+
+
+class DriftedSchema(ma.Schema):
+    """A champion's latest day with predictions (UTC), if its figures have drifted; see GET /models/{version}/drift."""
+
+    day = fields.String(metadata={"format": "date"})
+    figures = fields.List(fields.String())
+
+
 LINKED = ("events", "artifacts", "cancel", "retry")
 RESULTS = ("results", "summary")
 LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
@@ -129,6 +139,7 @@ class JobSchema(Answer):
         allow_none=True,
         metadata={"description": "Its model's at submission; null: a training, or a model without positive classes."},
     )
+    model_drift = fields.Nested(DriftedSchema, allow_none=True, metadata={"description": DRIFTED})
     metrics = fields.Dict(attribute="job.metrics", allow_none=True)
     error = Part(
         ErrorSchema,

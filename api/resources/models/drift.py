@@ -59,7 +59,14 @@ class DaySchema(ma.Schema):
         allow_none=True,
         metadata={
             "description": "First day of the scans that the verdict is based on: if a day has few, earlier days are "
-            "added. Null: too few scans, or no reference."
+            "added. Null: too few studies, or no reference."
+        },
+    )
+    studies = fields.Float(
+        allow_none=True,
+        metadata={
+            "description": "Number of studies that the verdict counts, or that there are so far: scans of one study "
+            "have one vote together. Null: no reference."
         },
     )
     psi = _figures("psi", "Population stability index of each figure against the test scans.")
@@ -75,6 +82,9 @@ class DriftSchema(ma.Schema):
     reference_scans = fields.Integer(
         allow_none=True,
         metadata={"description": "Number of test scans; null: the version has no reference to compare with."},
+    )
+    reference_studies = fields.Float(
+        allow_none=True, metadata={"description": "As how many independent studies these test scans count."}
     )
     bound = fields.Float()
     drifted = fields.Boolean(metadata={"description": "Whether a figure of the latest day has drifted."})

@@ -131,6 +131,13 @@ class ModelSchema(Answer):
     params = fields.Dict()
     metrics = fields.Dict()
     gate = fields.Nested(GateSchema)
+    drift = fields.Function(
+        lambda row: row.drift if row.champion else None,
+        metadata={
+            "type": ["object", "null"],
+            "description": "Of a champion whose latest predictions have drifted: `day` and `figures`. Else null.",
+        },
+    )
     code_revision = fields.String(allow_none=True)
     environment = fields.Dict()
     mlflow_run_id = fields.String(allow_none=True)

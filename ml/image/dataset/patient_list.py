@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ml.image.dataset.layout import Layout, side_of
+from ml.image.dataset.traits import listed_traits
 from ml.spec.junk_files import PATIENT_LIST
 from ml.spec.zips import safe_part
 
@@ -19,12 +20,13 @@ _MOST_PROBLEMS = 20  # that are listed; the rest is only counted
 
 @dataclass(frozen=True)
 class Listed:
-    """A row: what is said about one scan. `side`: train, validation or test."""
+    """A row: what is said about one scan. `side`: train, validation or test. `traits`: the other columns."""
 
     patient: str
     study: str | None = None
     label: str | None = None
     side: str | None = None
+    traits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,4 +123,6 @@ def _listed(cells: dict[str, str]) -> Listed:
         raise ValueError("patient is empty.")
     if split and side_of(split) is None:
         raise ValueError(f"split must be train, validation or test, not {split!r}.")
-    return Listed(patient, cells.get("study") or None, cells.get("label") or None, side_of(split) if split else None)
+    traits = listed_traits({column: cell for column, cell in cells.items() if column not in _COLUMNS})
+    side = side_of(split) if split else None
+    return Listed(patient, cells.get("study") or None, cells.get("label") or None, side, traits)

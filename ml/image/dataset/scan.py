@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ml.image.pixels.picture import Origin
@@ -41,6 +41,8 @@ class ScanFile:
     """train, validation or test, if a folder or patients.csv says so."""
     source: str | None = None
     """What told the patient: patients.csv, PatientID or names."""
+    traits: dict[str, str] = field(default_factory=dict)
+    """What subgroups are made of; see `ml.image.dataset.traits`."""
 
     @property
     def origin(self) -> Origin:

@@ -20,6 +20,7 @@ from ml.image.dataset.layout import Layout, Place, read_layout
 from ml.image.dataset.patient_list import PatientList, read_patient_list
 from ml.image.dataset.perceptual_hash import hash_image
 from ml.image.dataset.scan import ScanFile
+from ml.image.dataset.traits import read_traits
 from ml.image.pixels.decoding import colour_mode, is_dicom, read
 from ml.image.pixels.dicom import open_dataset
 from ml.image.pixels.picture import Picture
@@ -123,7 +124,12 @@ def _report(
     rows = [listed.rows.get(one.scan.path) for one in read]
     weighed = weigh([one.evidence for one in read], [one.scan.label for one in read], rows)
     scans = [
-        replace(one.scan, **asdict(belonging), side=(row and row.side) or one.scan.side)
+        replace(
+            one.scan,
+            **asdict(belonging),
+            side=(row and row.side) or one.scan.side,
+            traits={**one.scan.traits, **(row.traits if row else {})},
+        )
         for one, belonging, row in zip(read, weighed.belongings, rows, strict=True)
     ]
     counts = dict(sorted(Counter(scan.label for scan in scans).items()))
@@ -179,7 +185,8 @@ def _read_scan(folder: Path, window: tuple[float, float] | None, place: Place) -
     try:
         picture, mode = read(content, window), colour_mode(content)
         if is_dicom(content):
-            evidence = read_evidence(place.below, open_dataset(content, header_only=True))
+            header = open_dataset(content, header_only=True)
+            evidence, scan = read_evidence(place.below, header), replace(scan, traits=read_traits(header))
     except ImageError as error:
         return _ReadScan(scan, evidence, str(error))
     height, width = picture.pixels.shape[:2]

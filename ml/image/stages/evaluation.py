@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, score
+from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, decide, finding, score
 from ml.evaluation.operating import kept_scores
 from ml.evaluation.out_of_fold import DoubtfulLabel, OutOfFold, doubtful_labels, summary
+from ml.evaluation.subgroups import Subgroup, subgroups
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.dataset.splits import LOCKED
+from ml.image.dataset.traits import subgroup_values
 from ml.image.learning.schedules import best_epoch
 from ml.image.networks import weights
 from ml.image.networks.network import Model
@@ -49,7 +51,8 @@ def evaluation(run: Run) -> None:
     outputs, folds = _model_outputs(run, model), _folds(run, model)
     _cache_features(run)
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
-    scores = score(outputs).with_context(_counts(run), _patients_known(run), asdict(leaked), folds)
+    context = _counts(run), _patients_known(run), asdict(leaked), folds, _subgroups(run, outputs)
+    scores = score(outputs).with_context(*context)
     comparison = champion.compare_with_champion(
         run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
     )
@@ -137,7 +140,8 @@ def _reference(run: Run, model: Model, outputs: ModelOutputs) -> dict[str, Any]:
     confidences = calibration.probabilities(outputs.test_logits)[np.arange(len(decided)), decided]
     rejected = int((ood.scores(scan_descriptors(run, model, scans), statistics) > 1).sum()) if ood else None
     labels = [model.classes[index] for index in decided]
-    return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected)
+    groups = np.arange(len(scans)) if outputs.groups is None else outputs.groups
+    return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected, groups)
 
 
 def _count_images(run: Run, on_progress: Callable[[float], None]) -> Callable[[int], None]:
@@ -159,6 +163,13 @@ def _counts(run: Run) -> dict[str, int]:
     return {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
 
 
+def _subgroups(run: Run, outputs: ModelOutputs) -> list[Subgroup]:
+    values = subgroup_values(run.report.scans)
+    calibration = calibration_of(outputs)
+    decisions = finding(decide(outputs, calibration), outputs, calibration)
+    return subgroups(decisions, [values[scan] for scan in run.split.test])
+
+
 def _patients_known(run: Run) -> bool:
     return all(scan.patient for scan in run.report.scans)
 
@@ -168,14 +179,15 @@ def _patients_known(run: Run) -> bool:
 
 def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores, leaked: Leaks) -> None:
     from ml.reporting import plots
+    from ml.reporting.patients import patient_rows
     from ml.reporting.report import ReportInputs, write_report
 
     epochs, root, params = run.epochs or _history(run), run.config.evaluation.root_dir, run.params
     best = best_epoch(params, epochs)
     for old in root.glob("*.png"):  # of an earlier run, which may have had more of them
         old.unlink()
-    served, tested = calibration_of(outputs), run.split.test
-    all_plots = plots.all_plots(outputs, scores, epochs, best, lambda chosen: run.pixels[tested[chosen]], served)
+    tested = run.split.test
+    all_plots = plots.all_plots(outputs, scores, epochs, best, lambda chosen: run.pixels[tested[chosen]])
     for plot in all_plots:
         plot.save(root)
     inputs = ReportInputs(
@@ -204,6 +216,8 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         split_notes=_split_notes(run),
         operating_point=model.metadata.get("operating_point"),
         doubtful_labels=_doubtful(run, model),
+        patients=patient_rows(outputs, calibration_of(outputs)),
+        head=run.environment.titles,
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
 

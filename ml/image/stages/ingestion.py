@@ -114,7 +114,7 @@ def _pixels_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _key(run: Run) -> str:
     archive = weights.sha256(run.config.data_ingestion.local_data_file)
-    return key_of(archive=archive, pixels=run.transform.of_pixels, version=2)
+    return key_of(archive=archive, pixels=run.transform.of_pixels, version=3)
 
 
 def _restore(run: Run, key: str) -> bool:

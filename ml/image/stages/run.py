@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ class RunEnvironment:
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
     is scored on the same test scans as the new network. `champion_threshold`: the one that it predicts with, where that
     is another one than its file's. `locked_test`: a zip of the scans to test on, if these are not to be drawn from the
-    dataset (`ml.image.stages.locked_test`).
+    dataset (`ml.image.stages.locked_test`). `titles`: name → value of what the report's head names.
     """
 
     weights_dir: Path | None = None
@@ -48,6 +49,7 @@ class RunEnvironment:
     champion: Path | None = None
     champion_threshold: float | None = None
     locked_test: Path | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

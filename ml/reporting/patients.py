@@ -1,0 +1,76 @@
+"""The report's table of test patients: what the network says of each, worst first. Numbers, no names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ml.evaluation.calibration import Calibration
+from ml.evaluation.metrics import ModelOutputs, Scores
+from ml.reporting.sections import Section, Table
+
+MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class PatientRow:
+    """One group of test scans: a patient, if the patients are known, else scans that belong together.
+
+    `right`: scans whose class was found. `mean` and `highest`: probability of the positive classes or, without
+    any, of the true one. `likeness`: mean probability of the true class, which the rows are sorted by.
+    """
+
+    number: int
+    true: str
+    scans: int
+    right: int
+    mean: float
+    highest: float
+    likeness: float
+
+
+def patient_rows(outputs: ModelOutputs, calibration: Calibration) -> list[PatientRow]:
+    """The rows of all test groups, the worst first; none if each scan is a group by itself."""
+    if outputs.groups is None or len(np.unique(outputs.groups)) == len(outputs.test_labels):
+        return []
+    probabilities, labels = calibration.probabilities(outputs.test_logits), outputs.test_labels
+    right = calibration.decide(outputs.test_logits, outputs.findings) == labels
+    of_true = probabilities[np.arange(len(labels)), labels]
+    told = probabilities[:, outputs.findings].sum(axis=1) if outputs.findings else of_true
+    rows = []
+    for number, group in enumerate(np.unique(outputs.groups), 1):
+        mine = outputs.groups == group
+        true = " and ".join(outputs.classes[label] for label in np.unique(labels[mine]))
+        numbers = float(told[mine].mean()), float(told[mine].max()), float(of_true[mine].mean())
+        rows.append(PatientRow(number, true, int(mine.sum()), int(right[mine].sum()), *numbers))
+    return sorted(rows, key=lambda row: (row.likeness, row.number))
+
+
+def patients(rows: Sequence[PatientRow], scores: Scores) -> Iterator[Section]:
+    """The section; none without rows."""
+    if not rows:
+        return
+    what = "Patient" if scores.patients_known else "Group"
+    title = "Test patients" if scores.patients_known else "Groups of test scans that belong together"
+    wrong = sum(row.right < row.scans for row in rows)
+    told = [
+        f"Of {len(rows)} {what.lower()}s, {len(rows) - wrong} have no wrong scan. The numbers are the report's own: "
+        "they tell nobody."
+    ]
+    if not scores.patients_known:
+        told.append("Not all patients are known: a group is a patient, a study, or scans that look almost the same.")
+    yield Section(title, tuple(told), (_table(rows, what, scores),))
+
+
+def _table(rows: Sequence[PatientRow], what: str, scores: Scores) -> Table:
+    of = " or ".join(scores.positive) or "the true class"
+    caption = f"Probabilities of {of}. Those with the lowest mean probability of their true class come first."
+    if len(rows) > MOST_ROWS:
+        caption += f" {len(rows) - MOST_ROWS} more are not listed."
+    cells = tuple(
+        (f"{what} {row.number}", row.true, str(row.scans), str(row.right), f"{row.mean:.2f}", f"{row.highest:.2f}")
+        for row in rows[:MOST_ROWS]
+    )
+    return Table((what, "True class", "Scans", "Right", "Mean", "Highest"), cells, caption)
