@@ -4,7 +4,7 @@ figure and bin), which `jobs.models.drift` reads."""
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import all_, func, literal, update
 from sqlalchemy.orm import Session
@@ -24,8 +24,8 @@ REJECTED = "rejected"
 class ScanOutcome:
     """The result of one scan: a label with its probabilities and the engine that computed them, or an error.
 
-    `disposition`, `reason`, `ood_score`, `output`: see ml.pipelines.Prediction and Disposition. `statistics` of the
-    scan are counted for drift and not stored.
+    `disposition`, `reason`, `ood_score`, `output`, `identity`: see ml.pipelines.Prediction and Disposition.
+    `statistics` of the scan are counted for drift and not stored.
     """
 
     ordinal: int
@@ -41,6 +41,7 @@ class ScanOutcome:
     ood_score: float | None = None
     statistics: Mapping[str, float] | None = None
     output: Json | None = None
+    identity: Json | None = field(default=None, repr=False)
 
 
 def add_counts(session: Session, job_id: uuid.UUID, **increments: int) -> None:
@@ -59,9 +60,10 @@ WRITE_OUTCOMES = PreparedStatement(
 UPDATE scan_results SET state = CASE WHEN ended.error IS NULL THEN 'succeeded' ELSE 'failed' END,
     label = ended.label, confidence = ended.confidence, probabilities = ended.probabilities, engine = ended.engine,
     cached = coalesce(ended.cached, false), error = ended.error, disposition = ended.disposition,
-    reason = ended.reason, ood_score = ended.ood_score, output = ended.output, finished_at = (SELECT clock_timestamp())
+    reason = ended.reason, ood_score = ended.ood_score, output = ended.output,
+    identity = coalesce(ended.identity, '{}'), finished_at = (SELECT clock_timestamp())
 FROM jsonb_to_recordset($3) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
-    cached boolean, error jsonb, disposition text, reason text, ood_score float8, output jsonb)
+    cached boolean, error jsonb, disposition text, reason text, ood_score float8, output jsonb, identity jsonb)
 WHERE scan_results.job_id = $1 AND scan_results.ordinal = ANY ($2) AND scan_results.ordinal = ended.ordinal
 """,
 )

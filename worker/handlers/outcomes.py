@@ -8,6 +8,7 @@ from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from jobs.tables import Json
 from ml.pipelines import REJECTED, Disposition, Pipeline, Prediction
+from ml.runtime.pseudonyms import pseudonym
 
 UNPLACED = -1
 """The ordinal of an outcome that has no place in the job yet: the same scan may stand at several."""
@@ -19,6 +20,7 @@ class DispositionPolicy:
 
     Args:
         classes: in the model's order.
+        patient_ids: what is kept of them; see `jobs.settings`.
         low: and `high`: see `ml.pipelines.Pipeline.dispose`.
     """
 
@@ -27,17 +29,20 @@ class DispositionPolicy:
     engine: str
     low: float
     high: float
+    patient_ids: str = "hash"
 
     @classmethod
     def of(cls, settings: Settings, pipeline: Pipeline, classes: Sequence[str], engine: str) -> "DispositionPolicy":
         """The policy of the settings."""
-        return cls(pipeline, classes, engine, settings.indeterminate_above, settings.indeterminate_below)
+        low, high = settings.indeterminate_above, settings.indeterminate_below
+        return cls(pipeline, classes, engine, low, high, settings.patient_ids)
 
     def from_prediction(self, prediction: Prediction) -> ScanOutcome:
         """The outcome of a new prediction."""
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
-            return ScanOutcome(UNPLACED, error={**error, "retryable": prediction.retryable})
+            error["retryable"] = prediction.retryable
+            return ScanOutcome(UNPLACED, error=error, identity=kept_identity(prediction.identity, self.patient_ids))
         found = self.pipeline.dispose(prediction, self.low, self.high)
         return ScanOutcome(
             UNPLACED,
@@ -50,6 +55,7 @@ class DispositionPolicy:
             ood_score=prediction.ood_score,
             statistics=prediction.statistics,
             output=prediction.output,
+            identity=kept_identity(prediction.identity, self.patient_ids),
         )
 
     def from_cached(self, known: CachedResult) -> ScanOutcome:
@@ -71,7 +77,21 @@ class DispositionPolicy:
             reason=_reason(known, found),
             ood_score=known.ood_score,
             output=known.output,
+            identity=kept_identity(known.identity, self.patient_ids),
         )
+
+
+def kept_identity(identity: Json | None, patient_ids: str) -> Json:
+    """What a result keeps of an identity: `patient` becomes `patient_hash`, stays, or goes, as the setting says; with
+    `drop` the accession number goes as well. An identity that a result has kept goes through it again where it is
+    copied, as the setting may be stricter now."""
+    kept = dict(identity or {})
+    patient = kept.pop("patient", None)
+    if patient_ids == "drop":
+        return {name: value for name, value in kept.items() if name not in ("patient_hash", "accession")}
+    if patient is not None:
+        kept |= {"patient": patient} if patient_ids == "keep" else {"patient_hash": pseudonym(patient)}
+    return kept
 
 
 def _reason(known: CachedResult, found: Disposition | None) -> str | None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ml.evaluation.by_patient import by_patient
 from ml.evaluation.calibration import Calibration
-from ml.evaluation.metrics import ModelOutputs, Scores, score
+from ml.evaluation.metrics import ModelOutputs, Scores, positive_class, score
 from ml.image.dataset.grouping import group_scans
 from ml.image.dataset.lineage import Leaks, leaks
 from ml.image.learning.schedules import best_epoch
@@ -31,6 +32,7 @@ from ml.image.stages.training import scan_descriptors, scan_logits
 from ml.runtime.errors import BadParams
 from ml.runtime.events import Epoch, Evaluated, reporter
 from ml.runtime.versions import installed_versions
+from ml.spec.pooling import Pooling
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
 FOLD_SHARE = 0.9  # of the progress of testing the new network, if there are folds
@@ -54,6 +56,8 @@ def evaluation(run: Run) -> None:
         "test_digest": run.report.digest_of(run.split.test),
         "engines": model.metadata.get("engines", {}),
         "origins": model.metadata.get("origins", []),
+        "pooling": Pooling.of(model.metadata).as_dict(),
+        "by_patient": _by_patient(model, outputs),
     }
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)
@@ -69,6 +73,22 @@ def _test(run: Run, model: Model, on_progress: Callable[[float], None]) -> tuple
     if not run.params.folds:
         return outputs, None
     return outputs, crossvalidation.cross_validate(run, lambda fraction: on_progress(begin + FOLD_SHARE * fraction))
+
+
+def _by_patient(model: Model, outputs: ModelOutputs) -> dict[str, Any]:
+    """Figures of the test patients, by the calibration and the pooling that the model serves with."""
+    probabilities = Calibration.from_metadata(model.metadata).probabilities(outputs.test_logits)
+    groups = np.arange(len(outputs.test_labels)) if outputs.groups is None else outputs.groups
+    positive, pooling = positive_class(model.classes), Pooling.of(model.metadata)
+    return by_patient(
+        model.classes,
+        outputs.test_labels,
+        probabilities,
+        groups,
+        (positive,) if positive else (),
+        pooling,
+        outputs.seed,
+    )
 
 
 def _cache_features(run: Run) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
+from ml.evaluation.by_patient import choose_pooling
 from ml.evaluation.calibration import Calibration, calibrate
 from ml.evaluation.metrics import positive_index
 from ml.image.dataset.grouping import group_scans
@@ -32,6 +33,7 @@ from ml.image.pixels.statistics import input_statistics
 from ml.image.stages.run import Run, write_json
 from ml.runtime.events import Resumed, Steps, reporter
 from ml.runtime.process_group import ProcessGroup
+from ml.spec.pooling import Pooling
 
 STEPS_EVERY = 0.5  # seconds between two `steps` events
 OOD_SCANS = 512  # scans of a side, at most, that the OOD detector is fitted to; more take time and change little
@@ -49,6 +51,7 @@ def training(run: Run) -> None:
     calibration, ood = _calibrate(run, model), _fit_ood(run, model)
     admission = _admit(run, model, calibration, ood)
     metadata = _training_metadata(run, model, calibration) | admission.as_dict()
+    metadata["pooling"] = _choose_pooling(run, model, calibration).as_dict()
     run.model = replace(model, metadata={**model.metadata, **metadata})
     run.device_seconds += time.perf_counter() - started
     network.save(run.model, run.config.training.trained_model_path)
@@ -121,6 +124,14 @@ def _calibrate(run: Run, model: Model) -> Calibration:
     """Temperature and threshold by the validation scans; predictions of this network use both."""
     scans = run.split.validation
     return calibrate(run.report.labels[scans], scan_logits(run, model, scans), positive_index(model.classes))
+
+
+def _choose_pooling(run: Run, model: Model, calibration: Calibration) -> Pooling:
+    """How the slices of a study become one answer, by the validation patients."""
+    scans, positive = run.split.validation, positive_index(model.classes)
+    groups = group_scans([run.report.scans[scan] for scan in scans])
+    probabilities = calibration.probabilities(scan_logits(run, model, scans))
+    return choose_pooling(run.report.labels[scans], probabilities, groups, [] if positive is None else [positive])
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
