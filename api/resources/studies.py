@@ -15,7 +15,7 @@ from jobs.results.studies import StudyAnswer
 blueprint = Blueprint("studies", __name__, url_prefix="/studies", description="Answers for whole studies.")
 
 
-@blueprint.route("/<uid>")
+@blueprint.route("/<string:uid>")
 @needs(Scope.JOBS_READ)
 @blueprint.arguments(PageQuery, location="query")
 @blueprint.response(200, StudiesPage)

@@ -4,6 +4,7 @@ Nothing of it is stored: an answer is computed from the results when it is asked
 study is what the client calls one, else the file's StudyInstanceUID, else the scan by itself.
 """
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ By = Literal["study", "patient"]
 INDETERMINATE = "indeterminate"
 USABLE_SHARE = 0.5
 """Of a study's slices: where fewer can be used, what the others show decides nothing by itself."""
+_UID = re.compile(r"[0-9.]{1,64}")
 COLUMNS = (
     ScanResult.ordinal, ScanResult.frame, ScanResult.custom_id, ScanResult.patient, ScanResult.study, ScanResult.state,
     ScanResult.probabilities, ScanResult.disposition, ScanResult.reason, ScanResult.error, ScanResult.identity,
@@ -138,6 +140,8 @@ def of_uid(
     Raises:
         StudyNotFound: no result is of this study.
     """
+    if not _UID.fullmatch(uid):
+        raise StudyNotFound
     of_study = ScanResult.tenant_id == tenant_id, _uid() == uid, _uid().is_not(None)
     ended = Job.id.in_(select(ScanResult.job_id).where(*of_study)), Job.state.in_(TERMINAL)
     query = views_of().where(*ended, Job.id < (after or LAST_ID)).order_by(Job.id.desc()).limit(limit + 1)

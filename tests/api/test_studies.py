@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import uuid
+from base64 import b64encode
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import select
 
+from api.resources import legacy
 from jobs.db import Sessions
 from jobs.queue import lifecycle
 from jobs.tables import Job, Json, ModelVersion, Scan, ScanResult
 from tests import builders
-from tests.api.conftest import file, png, zipped
+from tests.api.conftest import Finish, file, png, zipped
 from tests.api.test_errors import assert_problem
 from tests.ml.raw_dicom import raw_dicom
 from tests.ml.test_nifti import hounsfield, nifti
@@ -104,7 +106,8 @@ def test_a_study_is_found_by_its_owner(client: FlaskClient, stranger: FlaskClien
     assert (f"/v1/jobs/{found['job_id']}", found["ordinals"]) == (path, [3, 1])
     assert_problem(stranger.get("/v1/studies/1.2"), 404, "NOT_FOUND")
     assert_problem(stranger.get(f"{path}/studies"), 404, "NOT_FOUND")
-    assert_problem(client.get("/v1/studies/1.3"), 404, "NOT_FOUND")
+    for uid in ("1.3", "1.2%00", "x", "1" * 65):
+        assert_problem(client.get(f"/v1/studies/{uid}"), 404, "NOT_FOUND")
 
 
 def test_while_a_prediction_runs_there_is_nothing_yet(client: FlaskClient) -> None:
@@ -146,12 +149,31 @@ def test_stored_scans_and_manifests_have_frames_too(client: FlaskClient) -> None
     assert single.get_json()["counts"]["total"] == 1, "one answer for one scan, as ever"
 
 
+def test_an_older_client_gets_as_many_answers_as_it_sent_images(
+    client: FlaskClient, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    real = legacy.predict_many
+
+    def predict_many(body: Json) -> uuid.UUID:
+        job_id = real(body)
+        made.append(client.get(f"/v1/jobs/{job_id}").get_json()["counts"]["total"])
+        finish(str(job_id))
+        return job_id
+
+    monkeypatch.setattr(legacy, "predict_many", predict_many)
+    images = [b64encode(content).decode() for content in (raw_dicom(hounsfield()), png())]
+    answer = client.post("/batch_predict", json={"images": images})
+    assert (len(answer.get_json()), made) == (2, [2])
+
+
 def test_jobs_are_found_by_the_clients_id_of_a_scan(client: FlaskClient, stranger: FlaskClient) -> None:
     job = client.post("/v1/jobs/predict", data={"file": file(png()), "custom_id": "acc-1"}).get_json()
     client.post("/v1/jobs/predict", data={"file": file(png()), "custom_id": "acc-2"})
     found = client.get("/v1/jobs?custom_id=acc-1").get_json()["data"]
     assert [one["id"] for one in found] == [job["id"]]
     assert stranger.get("/v1/jobs?custom_id=acc-1").get_json()["data"] == []
+    assert client.get("/v1/jobs?custom_id=%00").status_code == client.get("/v1/jobs?metadata[a]=%00").status_code
 
 
 def test_the_models_own_pooling_answers(client: FlaskClient, sessions: Sessions, champion: ModelVersion) -> None:
