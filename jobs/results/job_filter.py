@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, cast, or_, select
+from sqlalchemy import ColumnElement, cast, exists, or_
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -62,8 +62,9 @@ class JobFilter:
         if self.created_after:
             found.append(Job.created_at > self.created_after)
         if self.custom_id:
-            with_id = select(ScanResult.job_id).where(ScanResult.custom_id == self.custom_id)
-            found.append(Job.id.in_(with_id.where(ScanResult.tenant_id == Job.tenant_id)))
+            # With the tenant, by which the index begins.
+            mine = ScanResult.tenant_id == Job.tenant_id, ScanResult.job_id == Job.id
+            found.append(exists().where(*mine, ScanResult.custom_id == self.custom_id))
         return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
 
 

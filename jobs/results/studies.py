@@ -28,6 +28,8 @@ from ml.spec.pooling import Pooled, Pooling, pooled, positive_of
 
 By = Literal["study", "patient"]
 INDETERMINATE = "indeterminate"
+MOST_COUNTED = 20_000
+"""Results of a prediction whose studies are counted for a webhook, which the dispatcher's process does."""
 USABLE_SHARE = 0.5
 """Of a study's slices: where fewer can be used, what the others show decides nothing by itself."""
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -156,16 +158,20 @@ def _of_job(session: Session, job: Job, uid: str, settings: Settings) -> StudyAn
     return answer_of(job, rows, StudyPolicy.of(settings, _metrics(session, job)))
 
 
-def dispositions(session: Session, view: JobView, settings: Settings) -> dict[str, int]:
-    """How many studies of an ended prediction have which disposition."""
-    counted: Counter[str] = Counter()
-    after: int | None = None
-    while True:
-        found = studies(session, view, settings, limit=500, after=after)
-        counted.update(answer.disposition for answer in found.data)
-        if not found.has_more:
-            return dict(counted)
-        after = found.data[-1].first
+def dispositions(session: Session, view: JobView, settings: Settings) -> dict[str, int] | None:
+    """How many studies of an ended prediction have which disposition; None if it has more than `MOST_COUNTED` results.
+
+    Raises:
+        NoResults, ResultsExpired
+    """
+    require_prediction(view)
+    if view.job.total > MOST_COUNTED:
+        return None
+    rows = _rows(session, _key("study").label("key"), ScanResult.job_id == view.job.id, _belongs())
+    kept.require_kept(session, view.job.id)
+    policy = StudyPolicy.of(settings, _metrics(session, view.job))
+    answers = (answer_of(view.job, list(some), policy) for _, some in groupby(rows, lambda row: row.key))
+    return dict(Counter(answer.disposition for answer in answers))
 
 
 # --- which results belong together -----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ Report = Callable[[float], None]
 """Is told the fraction done, 0 to 1; it may raise to stop the work."""
 Source = bytes | Path | Callable[[], bytes | Path]
 """An item's bytes, its file, or a function that brings either when it is asked."""
-Opened, Result = TypeVar("Opened"), TypeVar("Result")
+Opened = TypeVar("Opened")
+Result = TypeVar("Result")
 
 
 class SharedFile:

@@ -137,10 +137,9 @@ def _affine(kind: _Kind, order: str, head: bytes, sides: list[int]) -> Affine:
     if qform > 0:
         return _by_quaternion(struct.unpack_from(order + kind.quaternion[1], head, kind.quaternion[0]), spacing)
     steps = (-(spacing[1] or 1.0), spacing[2] or 1.0, spacing[3] or 1.0)
-    rows = [[0.0, 0.0, 0.0, -(sides[axis] - 1) / 2 * steps[axis]] for axis in range(3)]
-    for axis in range(3):
-        rows[axis][axis] = steps[axis]
-    return tuple((row[0], row[1], row[2], row[3]) for row in rows)
+    x, y, z = steps
+    corner = [-(side - 1) / 2 * step for side, step in zip(sides, steps, strict=False)]
+    return (x, 0.0, 0.0, corner[0]), (0.0, y, 0.0, corner[1]), (0.0, 0.0, z, corner[2])
 
 
 def _by_quaternion(given: tuple[float, ...], spacing: tuple[float, ...]) -> Affine:

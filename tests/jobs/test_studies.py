@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs.db import Sessions
+from jobs.db import NOW, Sessions
 from jobs.errors import NoResults, QuotaExceeded, StudyNotFound
 from jobs.queue import lifecycle, submission
 from jobs.queue.outcomes import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, Quota, submit
 from jobs.results import queries, scan_registry, studies
+from jobs.results.cache import cached_results
 from jobs.results.job_filter import JobFilter
 from jobs.results.studies import StudyAnswer, StudyPolicy, answer_of, in_order
 from jobs.settings import Settings
@@ -22,6 +23,7 @@ from jobs.tables import Job, Json, ModelVersion, ScanResult, Unit
 from ml.spec.pooling import Pooling
 from tests import builders
 from tests.builders import BROKEN, TENANT
+from tests.plans import most_rows
 
 SURE = StudyPolicy(("Tumor",), Pooling("max", 1), 0.3, 0.7)
 
@@ -179,7 +181,7 @@ def test_what_belongs_to_a_patient_is_one_answer(sessions: Sessions) -> None:
         assert (found[0].study_uid, found[0].study_uids) == (None, ["1.1", "1.2"])
 
 
-def test_pages_show_each_study_once(sessions: Sessions) -> None:
+def test_pages_show_each_study_once(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     with sessions.begin() as session:
         job = batch(session, builders.make_model(session), GIVEN)
         view, after, seen = queries.job(session, TENANT, job.id), None, []
@@ -189,6 +191,8 @@ def test_pages_show_each_study_once(sessions: Sessions) -> None:
             after = int(page.next) if page.next else None
         assert (seen, after, page.has_more) == ([0, 1, 3, 5], None, False)
         assert studies.dispositions(session, view, Settings()) == {"tumor": 4}
+        monkeypatch.setattr(studies, "MOST_COUNTED", 6)
+        assert studies.dispositions(session, view, Settings()) is None
 
 
 def test_a_running_prediction_has_no_answers_yet_and_a_training_none_at_all(sessions: Sessions) -> None:
@@ -270,3 +274,33 @@ def test_a_scan_that_was_stored_before_frames_were_counted_is_one(sessions: Sess
         new.frames = 20
         session.flush()
         assert scan_registry.frames(session, TENANT, [old.id, new.id]) == {old.id: 1, new.id: 20}
+
+
+def test_results_of_before_identities_were_read_are_not_reused(sessions: Sessions) -> None:
+    """They would stand in no study. What writes them here is an earlier release's worker."""
+    with sessions.begin() as session:
+        model = builders.make_model(session)
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=2, model_id=model.id)
+        ids = list(session.scalars(select(ScanResult.scan_id).where(ScanResult.job_id == job.id)))
+        earlier = {"state": "succeeded", "label": "Tumor", "engine": "torch-fp32", "finished_at": NOW}
+        rows = update(ScanResult).where(ScanResult.job_id == job.id)
+        session.execute(rows.where(ScanResult.scan_id == ids[0]).values(**earlier))
+        session.execute(rows.where(ScanResult.scan_id == ids[1]).values(**earlier, identity={}))
+        assert list(cached_results(session, model.id, "torch-fp32", ids)) == [(ids[1], None)]
+
+
+def test_finding_a_study_or_a_clients_id_reads_what_it_finds(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        model = builders.make_model(session)
+        for number in range(30):
+            own = [({"custom_id": f"acc-{number}-{one}"}, {"study_uid": f"1.{number}"}) for one in range(30)]
+            batch(session, model, own)
+
+        def by_custom_id(session: Session) -> None:
+            assert len(queries.jobs(session, TENANT, JobFilter(custom_id="acc-7-3"), 10, None).data) == 1
+
+        def by_uid(session: Session) -> None:
+            assert studies.of_uid(session, TENANT, "1.7", Settings()).data[0].slices == 30
+
+        most = [most_rows(session, find) for find in (by_custom_id, by_uid)]
+        assert max(most) < 100, "of 900 results; all 31 jobs lie on a page"

@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.spatial.transform import Rotation
 
+from ml.image.dataset.sniffing import is_scan
 from ml.image.pixels import decoding
 from ml.image.pixels.decoding import Opened, frames, read
 from ml.image.pixels.limits import MAX_BYTES
@@ -163,6 +165,15 @@ def test_a_header_that_promises_too_much_is_refused_at_the_door() -> None:
     content[46:48] = (30_000).to_bytes(2, "little")
     with pytest.raises(RefusedInput, match="declares 30000 frames"):
         look(io.BytesIO(bytes(content)), 10**6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_a_dataset_a_volume_is_a_problem_to_name(tmp_path: Path, packed: bool) -> None:
+    file = tmp_path / "volume"
+    file.write_bytes(nifti(hounsfield(), packed=packed))
+    assert is_scan(file)
+    with pytest.raises(ImageError, match="each is a slice"):
+        read(file)
 
 
 def test_other_files_are_no_volumes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jobs.results import queries, studies
 from jobs.results.studies import StudyAnswer
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.tables import Job, JobEvent, ModelVersion, PredictionCount, ScanResult
+from jobs.tables import Artifact, Job, JobEvent, ModelVersion, PredictionCount, ScanResult
 from ml.image.pixels.picture import Origin
 from ml.runtime.pseudonyms import pseudonym
 from tests import builders
@@ -27,6 +28,7 @@ from tests.study_files import Study, make_studies
 from tests.worker.test_unsuitable import VALUES, stored, version_of
 from worker.execution.resources import Resources
 from worker.execution.unit import UnitLease
+from worker.handlers.explain import explain_results
 from worker.handlers.outcomes import kept_identity
 from worker.handlers.predict import predict_chunk
 
@@ -44,7 +46,7 @@ def made() -> list[Study]:
 
 
 def predicted(
-    resources: Resources, model: ModelVersion, files: list[tuple[bytes, int]]
+    resources: Resources, model: ModelVersion, files: list[tuple[bytes, int]], **options: Any
 ) -> tuple[Job, list[ScanResult]]:
     """The job of files with so many frames each, and its results in their order."""
     with resources.sessions.begin() as session:
@@ -52,7 +54,7 @@ def predicted(
         for content, frames in files:
             sha256 = resources.artifacts.put(io.BytesIO(content)).sha256
             scans.append(NewResult(stored(session, sha256), frames=frames))
-        params = {"precision": "fp32"}
+        params = {"precision": "fp32", **options}
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, params=params, model_id=model.id, model_version=1)
         job = submit(session, new, scans, 100)
         held = UnitLease(builders.claim(session, builders.units_of(session, job)[0]), resources)
@@ -148,6 +150,18 @@ def test_a_file_is_brought_once_for_all_of_its_frames(
     monkeypatch.setattr(type(resources.artifacts), "fetch", counting)
     predicted(resources, version_of(resources, tmp_path, LEARNT), FORMS["a volume"](made[0]))
     assert len(brought) == len(set(brought)) > 0
+
+
+def test_each_frame_is_explained_by_itself(resources: Resources, tmp_path: Path, made: list[Study]) -> None:
+    job, _ = predicted(resources, version_of(resources, tmp_path, LEARNT), FORMS["one object"](made[0]), explain=True)
+    with resources.sessions.begin() as session:
+        unit = builders.units_of(session, job)[1]
+        held = UnitLease(builders.claim(session, unit), resources)
+    explain_results(held)
+    with resources.sessions.begin() as session:
+        found = session.execute(select(Artifact.name, Artifact.sha256).where(Artifact.job_id == job.id)).all()
+    overlays = {row.name: row.sha256 for row in found if re.fullmatch(r"explanations/\d+\.png", row.name)}
+    assert len(overlays) == len(set(overlays.values())) == SLICES
 
 
 KEPT = {

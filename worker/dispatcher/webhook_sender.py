@@ -120,16 +120,17 @@ class WebhookSender:
         return Attempt(status, None if 200 <= status < 300 else status_error(status))
 
     def _studies(self, due: DueDelivery) -> Json:
-        """How many studies of an ended prediction have which disposition; nothing where there are none, or no longer.
-        No UID is sent: the receiver asks GET /jobs/ID/studies."""
+        """How many studies of an ended prediction have which disposition; nothing where there are no results, or too
+        many. No UID is sent: the receiver asks GET /jobs/ID/studies."""
         if due.data.get("kind") not in PREDICTIONS:
             return {}
         try:
             with self._sessions.begin() as session:
                 view = queries.job(session, due.tenant_id, uuid.UUID(due.data["job_id"]))
-                return {"studies": studies.dispositions(session, view, self._settings)}
+                found = studies.dispositions(session, view, self._settings)
         except RenalQError:
             return {}
+        return {} if found is None else {"studies": found}
 
 
 def signed_request(due: DueDelivery) -> tuple[bytes, dict[str, str]]:
