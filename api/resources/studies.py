@@ -10,7 +10,7 @@ from api.resources.jobs.studies import StudiesPage
 from jobs.keys import Scope
 from jobs.paging import Page
 from jobs.results import studies
-from jobs.results.studies import StudyAnswer
+from jobs.results.study_answers import StudyAnswer
 
 blueprint = Blueprint("studies", __name__, url_prefix="/studies", description="Answers for whole studies.")
 

@@ -90,7 +90,7 @@ def job(session: Session, tenant_id: str, job_id: uuid.UUID) -> JobView:
     Raises:
         JobNotFound
     """
-    row = session.execute(views_of().where(Job.tenant_id == tenant_id, Job.id == job_id)).first()
+    row = session.execute(_views_of().where(Job.tenant_id == tenant_id, Job.id == job_id)).first()
     if row is None:
         raise JobNotFound
     return _views(session, [row])[0]
@@ -98,7 +98,7 @@ def job(session: Session, tenant_id: str, job_id: uuid.UUID) -> JobView:
 
 def jobs(session: Session, tenant_id: str, wanted: JobFilter, limit: int, after: uuid.UUID | None) -> Page[JobView]:
     """The tenant's jobs, newest first."""
-    query = views_of().where(*_in_order(tenant_id, wanted, after or LAST_ID), *wanted.clauses())
+    query = _views_of().where(*_in_order(tenant_id, wanted, after or LAST_ID), *wanted.clauses())
     newest = query.order_by(*(column.desc() for column in wanted.order)).limit(limit + 1)
     return page(_views(session, session.execute(newest).all()), limit, lambda view: view.job.id)
 
@@ -115,8 +115,7 @@ def _in_order(tenant_id: str, wanted: JobFilter, before: uuid.UUID) -> list[Colu
     return [key > tuple_(*fixed, wanted.first_id), key < tuple_(*fixed, before)]
 
 
-def views_of() -> Select[tuple[Job, dt.datetime]]:
-    """Jobs with the time of Postgres' clock."""
+def _views_of() -> Select[tuple[Job, dt.datetime]]:
     return select(Job, NOW.label("now"))
 
 

@@ -16,7 +16,7 @@ from jobs.queue.submission import NewJob, NewResult, Quota, submit
 from jobs.results import queries, scan_registry, studies
 from jobs.results.cache import cached_results
 from jobs.results.job_filter import JobFilter
-from jobs.results.studies import StudyAnswer, StudyPolicy, answer_of, in_order
+from jobs.results.study_answers import StudyAnswer, StudyPolicy, answer_of, in_order
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.tables import Job, Json, ModelVersion, ScanResult, Unit

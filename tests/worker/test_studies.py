@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.results import queries, studies
-from jobs.results.studies import StudyAnswer
+from jobs.results.study_answers import StudyAnswer
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
 from jobs.tables import Artifact, Job, JobEvent, ModelVersion, PredictionCount, ScanResult

@@ -29,7 +29,7 @@ from jobs.models import feedback
 from jobs.paging import Page
 from jobs.results import queries
 from jobs.results.queries import JobView
-from jobs.results.studies import patient_of
+from jobs.results.study_answers import patient_of
 from jobs.states import ResultState
 from jobs.tables import Json, ScanResult
 

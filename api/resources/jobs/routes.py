@@ -34,7 +34,7 @@ from jobs.queue import lifecycle, pace, submission
 from jobs.results import queries
 from jobs.results import studies as answers
 from jobs.results.job_filter import JobFilter
-from jobs.results.studies import StudyAnswer
+from jobs.results.study_answers import StudyAnswer
 from jobs.results.summary import Summary, summary
 from jobs.states import JobKind, Lane
 from jobs.tables import Artifact, Json

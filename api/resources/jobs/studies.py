@@ -14,7 +14,8 @@ from api.resources.jobs.results import ROWS, line, stream_pages
 from jobs.paging import Page
 from jobs.results import queries, studies
 from jobs.results.queries import JobView
-from jobs.results.studies import By, StudyAnswer
+from jobs.results.studies import By
+from jobs.results.study_answers import StudyAnswer
 from jobs.tables import Json
 
 
