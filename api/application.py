@@ -24,6 +24,7 @@ from api.resources import (
     pages,
     problem_types,
     scans,
+    studies,
     uploads,
     webhooks,
 )
@@ -35,8 +36,8 @@ from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
-    jobs, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, problem_types, legacy,
-    pages,
+    jobs, studies, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, problem_types,
+    legacy, pages,
 )  # fmt: skip
 UNKNOWN_ID = uuid.UUID(int=0)
 

@@ -3,6 +3,7 @@
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
     │                             UploadNotFound WebhookNotFound DeliveryNotFound ResultNotFound TruthNotFound
+    │                             StudyNotFound
     ├── Conflict            409   WrongState NoChampion PromotionRefused NothingBefore NoDataset DatasetNotReady
     │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
     │                             WrongOffset TooManyWebhooks
@@ -78,6 +79,10 @@ class ArtifactNotFound(NotFound):
 
 class ResultNotFound(NotFound):
     """This job has no result of that scan. List them with GET /jobs/ID/results."""
+
+
+class StudyNotFound(NotFound):
+    """No ended prediction has a result of this study. Its UID is what DICOM calls StudyInstanceUID."""
 
 
 class TruthNotFound(NotFound):

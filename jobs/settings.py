@@ -5,6 +5,7 @@ A process creates `Settings()` once, at its start, and passes it on. No other mo
 
 import math
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -227,6 +228,11 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="From this probability on, a class is the disposition: of two classes the positive one, else any.",
+    )
+    patient_ids: Literal["hash", "keep", "drop"] = Field(
+        "hash",
+        description="What results keep of DICOM's PatientID: a hash, the id itself, or nothing. Accession numbers are "
+        "kept but with `drop`.",
     )
     drift_bound: float = Field(
         0.25, gt=0, description="Population stability index beyond which a champion's figure has drifted."

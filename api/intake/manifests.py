@@ -1,5 +1,6 @@
 """Manifests: lists of a batch's scans with the client's own ids."""
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +45,8 @@ class Manifest:
             for row in self.rows
             if row.file
         )
-        stored = iter(scan_store.store_scans(sent, inputs))
-        return [_result(row, stored) for row in self.rows]
+        stored, frames = iter(scan_store.store_scans(sent, inputs)), _stored_frames(self.rows)
+        return [_result(row, stored, frames) for row in self.rows]
 
 
 def read_manifest(
@@ -108,14 +109,19 @@ def _check_files(manifest: Manifest, errors: ErrorCollector) -> None:
 
 
 def _check_scans(rows: Sequence[Row], errors: ErrorCollector) -> None:
-    named = {row.scan_id for row in rows if row.scan_id}
-    if not named:
-        return
-    with transaction() as session:
-        known = scan_registry.known(session, tenant(), list(named))
+    known = _stored_frames(rows)
     for row in rows:
         if row.scan_id and row.scan_id not in known:
             errors.add(f"/manifest/{row.line}/scan_id", "No scan has this id. Store it with POST /scans.")
+
+
+def _stored_frames(rows: Sequence[Row]) -> dict[uuid.UUID, int]:
+    """The number of frames of each stored scan that the rows name; none for one that is not there."""
+    named = {row.scan_id for row in rows if row.scan_id}
+    if not named:
+        return {}
+    with transaction() as session:
+        return scan_registry.frames(session, tenant(), list(named))
 
 
 def _check_urls(rows: Sequence[Row], errors: ErrorCollector) -> None:
@@ -128,8 +134,12 @@ def _check_urls(rows: Sequence[Row], errors: ErrorCollector) -> None:
 # --- rows into results ---
 
 
-def _result(row: Row, stored: Iterator[NewResult]) -> NewResult:
-    found = next(stored) if row.file else NewResult(row.scan_id, _name(row.url), source_url=row.url)
+def _result(row: Row, stored: Iterator[NewResult], frames: Mapping[uuid.UUID, int]) -> NewResult:
+    if row.file:
+        found = next(stored)
+    else:
+        known = frames.get(row.scan_id, 1) if row.scan_id else 1
+        found = NewResult(row.scan_id, _name(row.url), source_url=row.url, frames=known)
     return replace(found, custom_id=row.custom_id, patient=row.patient, study=row.study)
 
 

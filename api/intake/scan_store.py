@@ -99,11 +99,14 @@ def results_of_stored(
     Raises:
         ScanNotFound
     """
-    unknown = set(scan_ids) - scan_registry.known(session, tenant(), scan_ids)
+    frames = scan_registry.frames(session, tenant(), scan_ids)
+    unknown = set(scan_ids) - frames.keys()
     if unknown:
         raise ScanNotFound(f"No scan has the id {min(unknown)}. Store it with POST /scans.")
     given: Sequence[str | None] = custom_ids or [None] * len(scan_ids)
-    return [NewResult(scan_id, custom_id=own) for scan_id, own in zip(scan_ids, given, strict=True)]
+    return [
+        NewResult(scan_id, custom_id=own, frames=frames[scan_id]) for scan_id, own in zip(scan_ids, given, strict=True)
+    ]
 
 
 def from_files(files: Sequence[FileStorage], custom_ids: Sequence[str] = ()) -> Iterator[IncomingScan]:
@@ -150,9 +153,9 @@ def _inspect(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:
 
 def _result(one: StoreOutcome, ids: dict[str, uuid.UUID]) -> NewResult:
     name, own = one.incoming.name, one.incoming.custom_id
-    if one.blob is None:
+    if one.blob is None or one.media is None:
         return NewResult(None, name, own, error=_failure(one.error or BadInput()))
-    return NewResult(ids[one.blob.sha256], name, own)
+    return NewResult(ids[one.blob.sha256], name, own, frames=one.media.frames)
 
 
 def _failure(error: RenalQError) -> dict[str, object]:

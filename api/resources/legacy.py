@@ -264,7 +264,8 @@ def batch_predict(body: dict[str, Any]) -> Predictions:
 
 def _batch(images: list[bytes]) -> uuid.UUID:
     _refuse_unreadable(images)
-    return predict_many({"files": [FileStorage(io.BytesIO(image)) for image in images], "metadata": {}})
+    files = [FileStorage(io.BytesIO(image)) for image in images]
+    return predict_many({"files": files, "metadata": {}, "whole_files": True})  # as many answers as images
 
 
 def _refuse_unreadable(images: list[bytes]) -> None:

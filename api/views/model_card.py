@@ -8,10 +8,10 @@ import datetime as dt
 from typing import Any
 
 from jobs.models.cards import ModelCardData
-from jobs.models.operating_points import positive_classes
 from jobs.tables import Json, ModelEvaluation, ModelVersion, Promotion
 from ml.spec.operating_point import sentence
 from ml.spec.pipeline import Card
+from ml.spec.positive_class import of_metrics
 from ml.spec.registry import spec_of
 
 FIGURES = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc", "pr_auc")
@@ -118,7 +118,7 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
 
 def _positive(metrics: Json) -> str | None:
     """The positive classes as one text; null where there is none."""
-    return " or ".join(positive_classes(metrics) or ()) or None
+    return " or ".join(of_metrics(metrics) or ()) or None
 
 
 def _operating_point(story: ModelCardData) -> Json | None:

@@ -160,7 +160,7 @@ def store_scans(transport: Transport, files: Sequence[Path], listener: ProgressL
         except ApiError as error:
             timer.wait(error, len(ids))
     if not ids:
-        raise ApiError("None of the files is a scan: send PNG, JPEG or DICOM.")
+        raise ApiError("None of the files is a scan: send PNG, JPEG, DICOM or NIfTI.")
     return [(file, ids[sha256]) for file, sha256 in zip(files, hashes, strict=True) if sha256 in ids]
 
 

@@ -156,7 +156,7 @@ def predict(client: Client, scans: tuple[Path, ...], model: str | None, wait: bo
     files = list(find_scans(scans))
     if not files:
         raise click.UsageError("There are no scans there.")
-    if len(files) == 1 and files[0].suffix.lower() != ".zip":
+    if len(files) == 1 and files[0].suffix.lower() != ".zip" and not is_volume(files[0]):
         job = client.predict(files[0], wait_seconds=30 if wait else 0, model=model)
     else:
         with upload_progress(as_json) as listener:
@@ -172,9 +172,14 @@ def find_scans(paths: Iterable[Path]) -> Iterable[Path]:
     for path in paths:
         if path.is_dir():
             inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-            yield from (file for file in inside if file.suffix.lower() in IMAGES)
+            yield from (file for file in inside if file.suffix.lower() in IMAGES or is_volume(file))
         else:
             yield path
+
+
+def is_volume(file: Path) -> bool:
+    """Whether a file is named as a NIfTI volume, which has a result for each slice."""
+    return file.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def show_results(client: Client, job: Job, machine: bool) -> None:

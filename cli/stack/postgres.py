@@ -69,6 +69,7 @@ def _postgres_settings(fsync: bool) -> list[str]:
         "timezone=UTC",
         "log_timezone=UTC",
         "max_wal_size=256MB",
+        "log_min_error_statement=panic",  # a statement holds values, such as whose slices a result is of
     ]
     return settings if fsync else [*settings, "fsync=off", "full_page_writes=off", "synchronous_commit=off"]
 

@@ -14,13 +14,13 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ResultNotFound, TruthNotFound, WrongState
-from jobs.models.operating_points import positive_classes
 from jobs.queue import kept
 from jobs.queue.outcomes import REJECTED
 from jobs.results.cache import COMPUTED
 from jobs.results.queries import JobView, classes, require_prediction
 from jobs.states import ResultState
 from jobs.tables import ModelVersion, ScanResult, Truth
+from ml.spec.positive_class import of_metrics
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def counts_by_day(session: Session, version: ModelVersion, first: dt.date) -> di
     day = cast(func.timezone("UTC", last.c.predicted_at), Date).label("day")
     counted = select(day, last.c.label, last.c.predicted, func.count().label("scans"))
     counted = counted.where(day >= first, last.c.disposition.is_distinct_from(REJECTED))
-    positive, found = positive_classes(version.metrics) or [], dict[dt.date, ConfusionCounts]()
+    positive, found = of_metrics(version.metrics) or [], dict[dt.date, ConfusionCounts]()
     for row in session.execute(counted.group_by(day, last.c.label, last.c.predicted)):
         found[row.day] = found.get(row.day, ConfusionCounts()) + _counts(row.label, row.predicted, row.scans, positive)
     return found

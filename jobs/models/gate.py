@@ -4,7 +4,7 @@ All statistics were computed by the worker (`ml.evaluation`) and are stored with
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from jobs.models import gate_rules
@@ -70,7 +70,8 @@ def gate(
         declared: which figures count, by the pipeline's spec; the image pipeline's if it is left out.
         choices: how often the test scans of this choice have chosen, this time included.
     """
-    declared = declared or spec_of(IMAGE).gate
+    declared = gate_rules.named_by_patient(declared or spec_of(IMAGE).gate, candidate)
+    candidate, versus = gate_rules.of_patients(candidate), versus and _of_patients(versus)
     rules = [
         *gate_rules.of_tests(candidate, policy, declared),
         *gate_rules.of_figures(candidate, versus, policy, declared),
@@ -83,6 +84,11 @@ def gate(
         would = "would have promoted it" if promoted else "would have refused it, too"
         reasons = [f"The job asked for no promotion (promote: never). The gate {would}:", *reasons]
     return Verdict(promoted and promote != "never", reasons, reported)
+
+
+def _of_patients(versus: ChampionComparison) -> ChampionComparison:
+    ours, theirs = (each and gate_rules.of_patients(each) for each in (versus.candidate, versus.champion))
+    return replace(versus, candidate=ours, champion=theirs)
 
 
 def _reported(candidate: Json, versus: ChampionComparison | None, declared: Gate, choices: int) -> Reported | None:

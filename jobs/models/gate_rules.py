@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jobs.settings import Settings
 from jobs.tables import Json
 from ml.spec.pipeline import Bound, Gate
+from ml.spec.positive_class import of_metrics
 
 LEAKS = {
     "patients": ("is of a patient", "are of patients", "that the network has learnt from"),
@@ -16,6 +17,7 @@ LEAKS = {
 }
 REMEDY = "Train anew, or promote it with `force` and a `reason`."
 NOT_SHARED = "no test scans were scored with both"
+BY_PATIENT = ("accuracy", "precision", "recall", "f1", "specificity", "roc_auc", "pr_auc")
 MORE_PATIENTS = "Add patients, or raise test_size."
 
 
@@ -71,6 +73,30 @@ class Rule:
     sentence: str
 
 
+# --- by patient ---
+
+
+def of_patients(metrics: Json) -> Json:
+    """The metrics with the figures by patient in place of those by slice, where it has them."""
+    found = metrics.get("by_patient")
+    if not found:
+        return metrics
+    figures = {name: found[name] for name in BY_PATIENT if name in found}
+    return {**metrics, **figures, "intervals": found["intervals"], "independent_per_class": found["per_class"]}
+
+
+def named_by_patient(declared: Gate, metrics: Json) -> Gate:
+    """The declaration, whose titles say that its figures are by patient, where they are."""
+    if not metrics.get("by_patient"):
+        return declared
+    by = "by patient" if metrics.get("patients_known") else "by group of scans"
+
+    def named(bound: Bound) -> Bound:
+        return bound.model_copy(update={"title": f"{bound.title} {by}"}) if bound.figure in BY_PATIENT else bound
+
+    return declared.model_copy(update={"leads": named(declared.leads), "always": tuple(map(named, declared.always))})
+
+
 # --- the test itself ---
 
 
@@ -102,7 +128,7 @@ def _groups(metrics: Json, policy: GatePolicy) -> Iterator[Rule]:
     if not counts:
         yield Rule(False, f"How many {noun} it was tested on is not known. {REMEDY}")
         return
-    positive = _positive(metrics)
+    positive = of_metrics(metrics) or []
     if not positive:
         fewest = min(counts, key=lambda name: counts[name])
         yield _enough(counts[fewest], f"{noun} of {fewest}, the fewest of a class,", policy.min_positives)
@@ -116,12 +142,6 @@ def _enough(count: int, of_what: str, least: int) -> Rule:
     holds = count >= least
     sentence = f"It was tested on {count} {of_what} {'≥' if holds else '<'} the required {least}."
     return Rule(holds, sentence if holds else f"{sentence} {MORE_PATIENTS}")
-
-
-def _positive(metrics: Json) -> list[str]:
-    """The positive classes; none where all classes count alike."""
-    positive = metrics.get("positive")
-    return [positive] if isinstance(positive, str) else list(positive or ())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,32 +10,26 @@ from sqlalchemy.orm import Session
 from jobs.errors import Invalid, WrongState
 from jobs.models import comparison, registry
 from jobs.models.figures import figures_at, reference_at
+from jobs.models.patient_figures import by_patient_at, pooling_at
 from jobs.tables import Job, Json, ModelEvaluation, ModelVersion, OperatingPointChange
 from ml.spec.operating_point import NoChoice, OperateAt, OperatingPoint, Scored, operating_point
-
-
-def positive_classes(metrics: Json) -> list[str] | None:
-    """The positive classes of a version; none of them where no class is a finding; None where it is not known.
-
-    Earlier releases wrote the name of the only one.
-    """
-    if "positive" not in metrics:
-        return None
-    named = metrics["positive"] or []
-    return [named] if isinstance(named, str) else list(named)
+from ml.spec.pooling import Pooling
+from ml.spec.positive_class import of_metrics
 
 
 def pin(version: ModelVersion) -> Json | None:
     """What a prediction job keeps of the version's point, whatever becomes of it; None where there is none."""
-    positive, threshold = positive_classes(version.metrics), version.metrics.get("threshold")
-    return {"positive": positive, "threshold": threshold} if positive and threshold is not None else None
+    positive, threshold = of_metrics(version.metrics), version.metrics.get("threshold")
+    if not positive or threshold is None:
+        return None
+    return {"positive": positive, "threshold": threshold, "pooling": version.metrics.get("pooling")}
 
 
 def pinned(job: Job, version: ModelVersion) -> tuple[Sequence[str] | None, float | None]:
     """Positive classes and threshold of a prediction job; its version's, if the job is of an earlier release."""
     point = job.operating_point or pin(version)
     if point is None:
-        return positive_classes(version.metrics), None
+        return of_metrics(version.metrics), None
     return point["positive"], point["threshold"]
 
 
@@ -64,7 +58,7 @@ def set_point(
     if old is not None and found == {"changes": 0, **old}:
         return version
     found["changes"] += 1
-    _apply(session, version, found)
+    _apply(session, version, found, operate_at)
     session.add(
         OperatingPointChange(
             tenant_id=tenant_id, model_id=version.id, point=found, replaced=old, reason=reason, by_key=key_id
@@ -75,7 +69,7 @@ def set_point(
 
 
 def _chosen(version: ModelVersion, operate_at: OperateAt, old: Json | None) -> OperatingPoint:
-    if positive_classes(version.metrics) == []:
+    if of_metrics(version.metrics) == []:
         raise Invalid("This version has no positive class: train it again with the parameter positive.", "/operate_at")
     if version.scan_scores is None or old is None:
         raise WrongState("This version keeps no scores to choose a threshold from: train it again.")
@@ -89,17 +83,26 @@ def _chosen(version: ModelVersion, operate_at: OperateAt, old: Json | None) -> O
         raise Invalid(str(error), "/operate_at") from error
 
 
-def _apply(session: Session, version: ModelVersion, point: Json) -> None:
+def _apply(session: Session, version: ModelVersion, point: Json, operate_at: OperateAt) -> None:
     """Let figures, drift reference and scores follow the point. Scores beside other versions on other test sets were
     those of the old point, and are dropped."""
     scores, threshold = version.scan_scores or {}, point["threshold"]
     figures = figures_at(scores, threshold, version.metrics)
-    version.metrics = {**version.metrics, **figures, "threshold": threshold, "operating_point": point}
+    patients = _of_patients(version.metrics, scores, threshold, operate_at)
+    version.metrics = {**version.metrics, **figures, **patients, "threshold": threshold, "operating_point": point}
     if version.reference is not None:
         today = session.scalars(select(cast(func.timezone("UTC", func.clock_timestamp()), Date))).one()
         version.reference = reference_at(scores, threshold, version.reference) | {"decided_since": today.isoformat()}
     session.execute(delete(ModelEvaluation).where(ModelEvaluation.model_id == version.id))
     comparison.save_scores(session, version, None)
+
+
+def _of_patients(metrics: Json, scores: Json, threshold: float, operate_at: OperateAt) -> Json:
+    """The pooling of a patient's slices and the figures by patient follow the point, in a version that has them."""
+    if not metrics.get("by_patient"):
+        return {}
+    pooling = pooling_at(operate_at, scores, Pooling.of(metrics), threshold)
+    return {"pooling": pooling.as_dict(), "by_patient": by_patient_at(scores, pooling, metrics["by_patient"])}
 
 
 def changes(session: Session, version: ModelVersion, most: int) -> Sequence[OperatingPointChange]:

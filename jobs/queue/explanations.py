@@ -60,26 +60,28 @@ def enqueue(session: Session, claim: Claim) -> int | None:
 
 @dataclass(frozen=True)
 class Unexplained:
-    """A result without an explanation. Its scan is stored under `sha256`, or fetched from `source_url`."""
+    """A result without an explanation. Its scan is stored under `sha256`, or fetched from `source_url`. `frame`: which
+    of the file's frames it is of; None: the whole file."""
 
     ordinal: int
     sha256: str | None
     source_url: str | None
     label: str
+    frame: int | None = None
 
 
 def unexplained(session: Session, claim: Claim) -> list[Unexplained]:
     """The results that an explaining unit has left, in order."""
     of = select(Unit.explains).where(Unit.id == claim.unit_id).scalar_subquery()
     rows = session.execute(
-        select(ScanResult.ordinal, Scan.sha256, ScanResult.source_url, ScanResult.label)
+        select(ScanResult.ordinal, Scan.sha256, ScanResult.source_url, ScanResult.label, ScanResult.frame)
         .join(Scan, Scan.id == ScanResult.scan_id, isouter=True)
         .where(ScanResult.unit_id == of, ScanResult.state == ResultState.SUCCEEDED)
         .order_by(ScanResult.ordinal)
     ).all()
     done = find_files(session, claim.job_id, [row.ordinal for row in rows])
     left = [row for row in rows if row.ordinal not in done]
-    return [Unexplained(row.ordinal, row.sha256, row.source_url, row.label or "") for row in left]
+    return [Unexplained(row.ordinal, row.sha256, row.source_url, row.label or "", row.frame) for row in left]
 
 
 NamedBlob = tuple[str, Blob]

@@ -4,7 +4,7 @@ figure and bin; and by study), which `jobs.models.drift` reads."""
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import all_, func, literal, update
 from sqlalchemy.orm import Session
@@ -27,8 +27,8 @@ REJECTED = "rejected"
 class ScanOutcome:
     """The result of one scan: a label with its probabilities and the engine that computed them, or an error.
 
-    `disposition`, `reason`, `ood_score`, `output`: see ml.pipelines.Prediction and Disposition. `statistics` of the
-    scan are counted for drift and not stored.
+    `disposition`, `reason`, `ood_score`, `output`, `identity`: see ml.pipelines.Prediction and Disposition.
+    `statistics` of the scan are counted for drift and not stored.
     """
 
     ordinal: int
@@ -44,6 +44,7 @@ class ScanOutcome:
     ood_score: float | None = None
     statistics: Mapping[str, float] | None = None
     output: Json | None = None
+    identity: Json | None = field(default=None, repr=False)
 
 
 def add_counts(session: Session, job_id: uuid.UUID, **increments: int) -> None:
@@ -62,9 +63,10 @@ WRITE_OUTCOMES = PreparedStatement(
 UPDATE scan_results SET state = CASE WHEN ended.error IS NULL THEN 'succeeded' ELSE 'failed' END,
     label = ended.label, confidence = ended.confidence, probabilities = ended.probabilities, engine = ended.engine,
     cached = coalesce(ended.cached, false), error = ended.error, disposition = ended.disposition,
-    reason = ended.reason, ood_score = ended.ood_score, output = ended.output, finished_at = (SELECT clock_timestamp())
+    reason = ended.reason, ood_score = ended.ood_score, output = ended.output,
+    identity = coalesce(ended.identity, '{}'), finished_at = (SELECT clock_timestamp())
 FROM jsonb_to_recordset($3) AS ended (ordinal int, label text, confidence float8, probabilities jsonb, engine text,
-    cached boolean, error jsonb, disposition text, reason text, ood_score float8, output jsonb)
+    cached boolean, error jsonb, disposition text, reason text, ood_score float8, output jsonb, identity jsonb)
 WHERE scan_results.job_id = $1 AND scan_results.ordinal = ANY ($2) AND scan_results.ordinal = ended.ordinal
 """,
 )
@@ -116,6 +118,7 @@ ON CONFLICT (model_id, day, what, bin) DO UPDATE SET scans = prediction_counts.s
 )
 
 
+# A study is what the client calls one, else the file's StudyInstanceUID (as in jobs.results.studies), of a patient.
 # Each study's predictions of the day are counted in a table of their own, so that a study that comes in several
 # requests and chunks is known again. A study of k predictions that gets n more adds (k + n)^2 - k^2 to the squares.
 COUNT_STUDIES = PreparedStatement(
@@ -125,9 +128,13 @@ COUNT_STUDIES = PreparedStatement(
 WITH model AS MATERIALIZED (
     SELECT model_versions.id, model_versions.tenant_id
     FROM jobs JOIN model_versions ON model_versions.id = jobs.model_id WHERE jobs.id = $1
+), named AS MATERIALIZED (
+    SELECT coalesce(patient, identity ->> 'patient', identity ->> 'patient_hash') AS patient,
+        coalesce(study, identity ->> 'study_uid') AS study
+    FROM scan_results WHERE job_id = $1 AND ordinal = ANY ($2)
 ), found AS MATERIALIZED (
     SELECT hashtextextended(concat_ws(chr(31), patient, study), 0) AS study, count(*) AS scans
-    FROM scan_results WHERE job_id = $1 AND ordinal = ANY ($2) AND coalesce(study, patient) IS NOT NULL GROUP BY 1
+    FROM named WHERE coalesce(study, patient) IS NOT NULL GROUP BY 1
 ), counted AS (
     INSERT INTO study_counts (model_id, day, study, tenant_id, scans)
     SELECT model.id, (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date), found.study, model.tenant_id, found.scans

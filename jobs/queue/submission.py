@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -55,7 +55,8 @@ class NewJob:
 class NewResult:
     """One scan of a prediction job: stored, or fetched later from `source_url`. With an `error` it has failed already.
 
-    `custom_id`, `patient` and `study` are the client's own keys.
+    `custom_id`, `patient` and `study` are the client's own keys. `frame`: which of its frames, from 0; None: the whole
+    file. `frames` above 1: it becomes so many results, one for each frame.
     """
 
     scan_id: uuid.UUID | None
@@ -65,6 +66,15 @@ class NewResult:
     patient: str | None = None
     study: str | None = None
     source_url: str | None = None
+    frame: int | None = None
+    frames: int = 1
+
+    @property
+    def by_frame(self) -> list["NewResult"]:
+        """One result for each frame."""
+        if self.frames == 1:
+            return [self]
+        return [replace(self, frame=frame, frames=1) for frame in range(self.frames)]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,8 @@ def submit(
     """
     if new.kind == JobKind.TRAIN:
         _require_weights(session, new)
+    _require_quota(quota.scans, 0, sum(scan.frames for scan in scans), "scans")  # before any row is made of them
+    scans = [one for scan in scans for one in scan.by_frame]
     job = _new_job(new, total=len(scans) or 1)
     session.add(job)
     session.flush()
@@ -190,9 +202,7 @@ def _unsuccessful_scans(session: Session, old: Job) -> list[NewResult]:
 
 
 def _retry_of_result(row: ScanResult) -> NewResult:
-    return NewResult(
-        row.scan_id, row.name, row.custom_id, patient=row.patient, study=row.study, source_url=row.source_url
-    )
+    return NewResult(row.scan_id, row.name, row.custom_id, None, row.patient, row.study, row.source_url, row.frame)
 
 
 # --- the tenant's load ---
@@ -278,7 +288,7 @@ def _split_into_units(scans: Sequence[NewResult], chunk: int) -> list[list[int]]
     by_source: dict[object, list[int]] = {}
     for ordinal, scan in enumerate(scans):
         if scan.error is None:
-            by_source.setdefault(scan.scan_id or scan.source_url, []).append(ordinal)
+            by_source.setdefault((scan.scan_id or scan.source_url, scan.frame), []).append(ordinal)
     distinct = list(by_source.values())
     return [
         [ordinal for same in distinct[start : start + chunk] for ordinal in same]
@@ -301,6 +311,7 @@ def _insert_results(session: Session, job: Job, scans: Sequence[NewResult], unit
             "patient": scan.patient,
             "study": scan.study,
             "source_url": scan.source_url,
+            "frame": scan.frame,
             "error": scan.error,
             "state": ResultState.FAILED if scan.error else ResultState.PENDING,
             "finished_at": now if scan.error else None,

@@ -5,30 +5,37 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, cast, or_
+from sqlalchemy import ColumnElement, cast, exists, or_
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute
 
 from jobs.states import JobKind, JobState
-from jobs.tables import Job
+from jobs.tables import Job, ScanResult
 from jobs.tables.columns import first_id
 from ml.spec.pipeline import IMAGE
 
 
 @dataclass(frozen=True)
 class JobFilter:
-    """Which jobs to list. `metadata` holds strings of a query string: `1` matches the number and the text."""
+    """Which jobs to list. `metadata` holds strings of a query string: `1` matches the number and the text. `custom_id`:
+    those that have a result with this id of the client's."""
 
     state: str | None = None
     kind: str | None = None
     pipeline: str | None = None
     created_after: dt.datetime | None = None
     metadata: dict[str, str] | None = None
+    custom_id: str | None = None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether an index of something else than the order of jobs finds them."""
+        return bool(self.metadata or self.custom_id)
 
     @property
     def order(self) -> list[InstrumentedAttribute[Any]]:
         """The order of an index of these jobs. What most jobs are (succeeded, predict, image) is in no index of it."""
-        if self.metadata:
+        if self.is_narrow:
             return [Job.id]
         if self.state not in (None, JobState.SUCCEEDED):
             return [Job.tenant_id, Job.state, Job.id]
@@ -54,6 +61,10 @@ class JobFilter:
             found.append(Job.pipeline == self.pipeline)
         if self.created_after:
             found.append(Job.created_at > self.created_after)
+        if self.custom_id:
+            # With the tenant, by which the index begins.
+            mine = ScanResult.tenant_id == Job.tenant_id, ScanResult.job_id == Job.id
+            found.append(exists().where(*mine, ScanResult.custom_id == self.custom_id))
         return found + [_has_label(key, value) for key, value in (self.metadata or {}).items()]
 
 

@@ -113,7 +113,7 @@ def _in_order(tenant_id: str, wanted: JobFilter, before: uuid.UUID) -> list[Colu
     Comparing whole keys leaves the planner only that index. With `tenant_id = …` it may walk the primary key instead,
     past all jobs of other tenants.
     """
-    if wanted.metadata:  # there is an index of labels
+    if wanted.is_narrow:  # there is an index of it
         return [Job.tenant_id == tenant_id, Job.id < before]
     key, fixed = tuple_(*wanted.order), [tenant_id, *(getattr(wanted, column.key) for column in wanted.order[1:-1])]
     return [key > tuple_(*fixed, wanted.first_id), key < tuple_(*fixed, before)]

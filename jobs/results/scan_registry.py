@@ -44,9 +44,14 @@ def get(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
 
 def known(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Those of the ids that are scans of the tenant. They count as just sent."""
+    return set(frames(session, tenant_id, scan_ids))
+
+
+def frames(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """As `known`, with the number of each scan's frames. One that was stored before they were counted has one."""
     mine = Scan.tenant_id == tenant_id, Scan.id.in_(scan_ids)
     _refresh(session, *mine)
-    return set(session.scalars(select(Scan.id).where(*mine)))
+    return {row.id: row.frames or 1 for row in session.execute(select(Scan.id, Scan.frames).where(*mine))}
 
 
 def by_hash(session: Session, tenant_id: str, hashes: Sequence[str]) -> dict[str, uuid.UUID]:

@@ -23,6 +23,7 @@ from jobs.states import (
 )
 from jobs.tables.columns import LARGE_TABLE, Json, one_of, optional_time
 
+STUDY_UID = text("(identity ->> 'study_uid')")
 NOT_SUCCEEDED = frozenset((ResultState.FAILED, ResultState.CANCELLED))
 
 
@@ -47,6 +48,21 @@ class ScanResult(Base):
             "ordinal",
             postgresql_where=text(one_of("state", NOT_SUCCEEDED)),
         ),
+        # For GET /studies/{uid} and GET /jobs?custom_id=.
+        Index(
+            "ix_scan_results_study_uid",
+            "tenant_id",
+            STUDY_UID,
+            "job_id",
+            postgresql_where=text("identity ->> 'study_uid' IS NOT NULL"),
+        ),
+        Index(
+            "ix_scan_results_custom_id",
+            "tenant_id",
+            "custom_id",
+            "job_id",
+            postgresql_where=text("custom_id IS NOT NULL"),
+        ),
         {"postgresql_with": LARGE_TABLE},
     )
 
@@ -55,6 +71,7 @@ class ScanResult(Base):
     tenant_id: Mapped[str] = mapped_column(String(63))
     unit_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("units.id", ondelete="CASCADE"))
     scan_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("scans.id"))  # null: not stored
+    frame: Mapped[int | None] = mapped_column(Integer)  # which of a file's several frames, from 0; null: the whole file
     name: Mapped[str | None] = mapped_column(String(500))
     custom_id: Mapped[str | None] = mapped_column(String(200))
     patient: Mapped[str | None] = mapped_column(String(200))  # the client's own keys, for grouping results
@@ -64,6 +81,8 @@ class ScanResult(Base):
     label: Mapped[str | None] = mapped_column(String(100))
     confidence: Mapped[float | None] = mapped_column(Double)
     probabilities: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
+    # Whose slice it is, as its file says (see ml.pipelines.Prediction): {} if nothing, null if nobody has looked.
+    identity: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     output: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # what else the pipeline answers
     engine: Mapped[str | None] = mapped_column(String(40))  # such as openvino-bf16
     cached: Mapped[bool] = mapped_column(Boolean, default=False, server_default="false")  # from the result cache

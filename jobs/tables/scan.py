@@ -35,6 +35,7 @@ class Scan(Base):
     media_type: Mapped[str] = mapped_column(String(40))
     width: Mapped[int | None] = mapped_column(Integer)  # pixels, where the pipeline's items have any
     height: Mapped[int | None] = mapped_column(Integer)
+    frames: Mapped[int | None] = mapped_column(Integer)  # null: stored before they were counted
     created_at: Mapped[dt.datetime] = time_of_insert()
     sent_at: Mapped[dt.datetime | None] = optional_time()  # when it was sent again last, to the hour
 

@@ -21,6 +21,7 @@ from ml.pipelines import (
     Prediction,
     Predictor,
     Report,
+    SharedFile,
     Source,
     TrainingJob,
 )
@@ -70,6 +71,7 @@ class ImagePipeline(Pipeline):
             revision=job.revision,
             champion=job.champion,
             champion_threshold=job.champion_threshold,
+            champion_pooling=job.champion_pooling,
             locked_test=job.test_archive,
             titles=job.titles,
         )
@@ -80,6 +82,12 @@ class ImagePipeline(Pipeline):
         from ml.image.serving.predictor import CachedScan, ScanInput
 
         return (CachedScan if keep else ScanInput)(id_, source)
+
+    def frame(self, id_: str, source: SharedFile, frame: int) -> Item:
+        """A frame of a DICOM file, or a slice of a NIfTI volume."""
+        from ml.image.serving.predictor import FrameInput
+
+        return FrameInput(id_, source, frame)
 
     def open(self, model: Path, options: Mapping[str, Any]) -> Predictor:
         """`options`: `precision`, see `ml.image.engines.admission`."""

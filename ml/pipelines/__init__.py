@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ml.runtime.errors import ItemError
 from ml.runtime.events import Emit
@@ -18,6 +19,42 @@ Report = Callable[[float], None]
 """Is told the fraction done, 0 to 1; it may raise to stop the work."""
 Source = bytes | Path | Callable[[], bytes | Path]
 """An item's bytes, its file, or a function that brings either when it is asked."""
+Opened = TypeVar("Opened")
+Result = TypeVar("Result")
+
+
+class SharedFile:
+    """A file of which several items are frames: it is brought and opened once, and let go after the last frame.
+
+    Frames are read one after the other, in whatever thread. Called, it brings the file itself, as a `Source` does.
+    """
+
+    def __init__(self, source: Callable[[], bytes | Path], frames: int) -> None:
+        self._source, self._left = source, frames
+        self._lock, self._opened = threading.Lock(), list[Any]()
+
+    def __call__(self) -> bytes | Path:
+        return self._source()
+
+    def read(self, open_: Callable[[bytes | Path], Opened], frame: Callable[[Opened], Result]) -> Result:
+        """What `frame` reads of what `open_` opens. An error of opening it is raised for each frame again."""
+        with self._lock:
+            if not self._opened:
+                self._opened.append(_outcome_of(lambda: open_(self._source())))
+            (opened,) = self._opened
+            self._left -= 1
+            if self._left <= 0:
+                self._opened.clear()
+            if isinstance(opened, ItemError):
+                raise opened
+            return frame(opened)
+
+
+def _outcome_of(open_: Callable[[], Any]) -> Any:
+    try:
+        return open_()
+    except ItemError as error:
+        return error
 
 
 @dataclass(frozen=True)
@@ -27,9 +64,9 @@ class TrainingJob:
     `params` are complete and checked. The dataset is `archive` (a zip), or is to be fetched from `source_url`; what is
     written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
     goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
-    score on the same test items, with `champion_threshold` where it was set anew. `test_archive`: a zip of the items to
-    test on, and on nothing else. `cache`: a folder for what the next training can use again, of `cache_bytes` at most.
-    `titles`: name → value of what a report's head names, such as the job.
+    score on the same test items, with `champion_threshold` and `champion_pooling` where they were set anew.
+    `test_archive`: a zip of the items to test on, and on nothing else. `cache`: a folder for what the next training can
+    use again, of `cache_bytes` at most. `titles`: name → value of what a report's head names, such as the job.
     """
 
     pipeline: str
@@ -43,6 +80,7 @@ class TrainingJob:
     base_model: Path | None = None
     champion: Path | None = None
     champion_threshold: float | None = None
+    champion_pooling: Mapping[str, Any] | None = None
     test_archive: Path | None = None
     cache: Path | None = None
     cache_bytes: int = 0
@@ -111,7 +149,8 @@ class Prediction:
 
     Probabilities sum to 1; `confidence` is that of `label`. `ood_score`: above 1 the item is unlike what was learnt
     from, and `ood_reason` says in what. `statistics`: figures of the item that drift is measured by. `output`: whatever
-    else the pipeline answers, as plain JSON.
+    else the pipeline answers, as plain JSON. `identity`: whose item it is and where it lies (study_uid, series_uid,
+    sop_uid, instance_number, accession, patient, position_mm), as far as the file says; it has no place in a log.
     """
 
     id: str
@@ -125,6 +164,7 @@ class Prediction:
     ood_reason: str | None = None
     statistics: dict[str, float] = field(default_factory=dict)
     output: dict[str, Any] | None = None
+    identity: dict[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -235,6 +275,11 @@ class Pipeline(ABC):
     def item(self, id_: str, source: Source, keep: bool = False) -> Any:
         """What `Predictor.predict` takes. `keep`: it will be looked at more than once."""
         return Item(id_, source)
+
+    def frame(self, id_: str, source: SharedFile, frame: int) -> Any:
+        """One frame of a file as `Predictor.predict` takes it, counted from 0. Only for what `Inputs.inspect` says has
+        several frames."""
+        raise NotImplementedError
 
     def readable_weights(self, folder: Path) -> Sequence[str] | None:
         """The weights on this machine, or within its reach, that a training could begin from, by the names of the

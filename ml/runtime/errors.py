@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class PipelineError(Exception):
@@ -90,10 +91,14 @@ class StorageFull(PipelineError):
 
 
 class ItemError(ValueError):
-    """One item cannot be read. The message contains neither patient data nor content of the file."""
+    """One item cannot be read. The message contains neither patient data nor content of the file.
+
+    `identity`: whose it is, where the file tells so nevertheless; never shown in the message.
+    """
 
     code = "BAD_ITEM"
     retryable = False
+    identity: Any = None
 
 
 class ImageError(ItemError):

@@ -64,7 +64,7 @@ CARD = Card(
 
 SPEC = PipelineSpec(
     name=IMAGE,
-    title="VGG16 and five other networks on pictures: CT slices as DICOM, PNG, JPEG, BMP, TIFF or WebP",
+    title="VGG16 and five other networks on pictures: CT slices as DICOM, NIfTI, PNG, JPEG, BMP, TIFF or WebP",
     runtime="ml.image.pipeline:ImagePipeline",
     params=Params,
     stages=(
@@ -76,12 +76,15 @@ SPEC = PipelineSpec(
     tasks=frozenset({"train", "predict", "explain"}),
     inputs=Inputs(
         item="scan",
-        described="images and DICOM files",
-        media_types=("application/dicom", "image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp"),
-        inspect="ml.spec.image_header:look",
+        described="images, DICOM files and NIfTI volumes",
+        media_types=(
+            *("application/dicom", "application/x-nifti"),
+            *("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp"),
+        ),
+        inspect="ml.spec.headers.image:look",
         beside=(PATIENT_LIST,),
         refusal_code="NOT_AN_IMAGE",
-        refusal="This is not an image that can be read: send PNG, JPEG or DICOM.",
+        refusal="This is not an image that can be read: send PNG, JPEG, DICOM or NIfTI.",
     ),
     gate=Gate(
         by_groups=True,

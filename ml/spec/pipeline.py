@@ -33,11 +33,13 @@ class Stage(_Declaration):
 
 
 class Media(NamedTuple):
-    """What an item's header declares; width and height in pixels, where the item has any."""
+    """What an item's header declares; width and height in pixels, where the item has any. `frames`: how many pictures
+    the item holds, each with a result of its own in a batch."""
 
     media_type: str
     width: int | None = None
     height: int | None = None
+    frames: int = 1
 
 
 class RefusedInput(Exception):

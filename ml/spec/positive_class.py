@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def _words_in(text: str) -> frozenset[str]:
@@ -65,6 +66,17 @@ def _by_names(classes: Sequence[str], known: str) -> str:
     if len(healthy) != 1:
         raise Unclear(f"The names {known} do not tell which of the two is the finding: set it to one of them.")
     return next(name for name in classes if name != healthy[0])
+
+
+def of_metrics(metrics: Mapping[str, Any] | None) -> list[str] | None:
+    """The positive classes by a version's metrics: none of them where no class is a finding; None: it is not known.
+
+    Earlier releases wrote the name of the only one.
+    """
+    if metrics is None or "positive" not in metrics:
+        return None
+    named = metrics["positive"] or []
+    return [named] if isinstance(named, str) else list(named)
 
 
 def is_finding(name: str) -> bool | None:

@@ -24,6 +24,8 @@ from urllib.parse import quote
 from ml.spec.junk_files import is_junk
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+PACKED_SCANS = (".nii.gz",)
+"""Endings of single scans that are packed by themselves, and are no archives."""
 MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 """First bytes of a zip: of a member, or of the end record if it is empty."""
 RATIO_EXEMPT_BYTES = 2**20
@@ -255,7 +257,7 @@ def _why_refused(name: str, info: zipfile.ZipInfo, limits: Limits) -> str | None
         return "lies in another part of a zip of several parts. Join them, or pack one zip."
     if info.compress_type not in METHODS:
         return f"is compressed by the method {info.compress_type}, which is not read here. Pack with Deflate."
-    if name.lower().endswith(ARCHIVE_SUFFIXES):
+    if name.lower().endswith(ARCHIVE_SUFFIXES) and not name.lower().endswith(PACKED_SCANS):
         return "is an archive inside the zip. Unpack it first."
     if info.file_size > limits.member_bytes:
         return f"unpacks to more than {limits.member_bytes} bytes."

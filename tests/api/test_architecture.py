@@ -19,7 +19,7 @@ from jobs.settings import Settings
 from tests.api.conftest import Door
 from tests.applications import bind
 
-HEAVY = ("torch", "torchvision", "celery", "redis", "mlflow", "numpy", "openvino", "pydicom", "pandas")
+HEAVY = ("torch", "torchvision", "celery", "redis", "mlflow", "numpy", "openvino", "pydicom", "nibabel", "pandas")
 OPEN_TO_ALL = {
     "health.live", "health.ready", "older.health", "pages.first_page", "problems.get_problem_type", "static",
     "api-docs.openapi_json", "swagger_ui.show",
@@ -111,7 +111,8 @@ def test_no_object_in_an_answer_is_without_fields(client: FlaskClient) -> None:
     assert bare == OPEN_OBJECTS
     assert set(schemas["Job"]["required"]) == set(schemas["Job"]["properties"]) > {"counts", "links", "warnings"}
     assert set(schemas["JobLinks"]["properties"]) == {
-        "self", "events", "artifacts", "cancel", "retry", "metrics", "results", "summary", "reproduce", "mlflow",
+        "self", "events", "artifacts", "cancel", "retry", "metrics", "results", "studies", "summary", "reproduce",
+        "mlflow",
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ CSV_COLUMNS = [
     "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "model_version", "engine",
     "cached", "explanation", "ordinal",
     "disposition", "reason", "ood_score", "truth", "heatmap", "explanation_note",
+    "study_uid", "series_uid", "sop_uid", "instance_number", "accession", "position_mm", "frame",
     "probability_Normal", "probability_Tumor", "error_code", "error_detail",
 ]  # fmt: skip
 """The first line is what the first version had, in its order: some read them by position."""
@@ -341,7 +342,7 @@ def test_every_dicom_sample_of_pydicom_has_the_size_that_pydicom_reads() -> None
     import pydicom
     import pydicom.data
 
-    from ml.spec import dicom_header
+    from ml.spec.headers import dicom as dicom_header
 
     folder = Path(pydicom.data.__file__).parent / "test_files"
     pictures = 0

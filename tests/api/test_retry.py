@@ -127,9 +127,12 @@ def test_an_idempotency_key_does_no_harm(client: FlaskClient, sessions: Sessions
     assert_problem(client.post(f"/jobs/{other}/retry", headers=key), 422, "IDEMPOTENCY_KEY_REUSED")
 
 
+PREDICTED = {"results", "studies", "summary"}
+
+
 @pytest.mark.parametrize(
     ("kind", "special"),
-    [(JobKind.TRAIN, {"metrics"}), (JobKind.PREDICT_BATCH, {"results", "summary"}), (JobKind.INGEST, set())],
+    [(JobKind.TRAIN, {"metrics"}), (JobKind.PREDICT_BATCH, PREDICTED), (JobKind.INGEST, set())],
 )
 def test_a_job_links_to_what_its_kind_has(
     client: FlaskClient, sessions: Sessions, kind: JobKind, special: set[str]

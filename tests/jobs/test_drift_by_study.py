@@ -211,6 +211,19 @@ def test_the_study_is_what_the_client_names(
         assert counted(session, champion) == expected
 
 
+def test_a_file_that_tells_its_study_needs_no_name(sessions: Sessions, champion: ModelVersion) -> None:
+    """Two studies by their UIDs, of three slices and one; a third by the client's name."""
+    told = [{"study_uid": "1.2.3", "patient_hash": "a"}] * 3 + [{"study_uid": "1.2.4", "patient_hash": "a"}, {}]
+    with sessions.begin() as session:
+        scans = [NewResult(builders.make_scan(session).id, study=name) for name in (None, None, None, None, "S")]
+        new = NewJob(champion.tenant_id, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=champion.id)
+        (unit,) = builders.units_of(session, submit(session, new, scans, 10))
+        good: Any = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Tumor": 0.9}, "engine": "torch-fp32"}
+        outcomes = [ScanOutcome(number, **good, identity=one) for number, one in enumerate(told)]
+        lifecycle.succeed(session, builders.claim(session, unit), outcomes=outcomes)
+        assert counted(session, champion) == (5, 9 + 1 + 1)
+
+
 def test_failed_and_cached_results_have_no_vote(sessions: Sessions, champion: ModelVersion) -> None:
     with sessions.begin() as session:
         scans = [NewResult(builders.make_scan(session).id, study="S") for _ in range(3)]

@@ -42,6 +42,14 @@ def judged(candidate: dict[str, Any], champion: ChampionComparison | None = None
     return gate(candidate, champion, wanted, POLICY)
 
 
+def by_patient(**more: Any) -> dict[str, Any]:
+    """Figures by patient of the same network."""
+    return {
+        "f1": 0.95, "recall": 0.91, "per_class": {"Normal": 26, "Tumor": 24}, "intervals": {"recall": [0.77, 0.98]},
+        **more,
+    }  # fmt: skip
+
+
 # --- first champions ---
 
 
@@ -121,6 +129,25 @@ def test_first_champions_that_are_refused(candidate: dict[str, Any], why: str) -
 @pytest.mark.parametrize("candidate", PASSED.values(), ids=PASSED)
 def test_first_champions_that_pass(candidate: dict[str, Any]) -> None:
     assert judged(candidate).promoted, judged(candidate).reasons
+
+
+@pytest.mark.parametrize(
+    ("slices", "patients", "why"),
+    [
+        ({}, {}, None),
+        ({"f1": 0.2, "recall": 0.2, "intervals": {}}, {}, None),
+        ({}, {"f1": 0.5}, "There is no champion yet, and F1 by patient 0.5000 < the required 0.8500."),
+        ({}, {"recall": 0.5}, "Sensitivity by patient 0.5000 < the required 0.8000."),
+        ({}, {"intervals": {"recall": [0.5, 1.0]}}, "interval by patient 0.5000 < the required 0.7000."),
+        ({}, {"per_class": {"Normal": 26, "Tumor": 3}}, "3 patients of Tumor < the required 20."),
+    ],
+)
+def test_figures_by_patient_decide_where_there_are_some(
+    slices: dict[str, Any], patients: dict[str, Any], why: str | None
+) -> None:
+    verdict = judged(metrics(**slices, by_patient=by_patient(**patients)))
+    assert verdict.promoted == (why is None)
+    assert why is None or any(why in reason for reason in verdict.reasons)
 
 
 def test_first_champion_needs_the_required_f1() -> None:

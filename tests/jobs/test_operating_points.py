@@ -1,5 +1,6 @@
 """The operating point of a version, set anew: figures, reference, history, and what jobs are pinned to."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,15 @@ from jobs.db import Sessions
 from jobs.errors import Invalid, WrongState
 from jobs.models import cards, feedback, operating_points
 from jobs.models.figures import figures_at, reference_at
+from jobs.models.patient_figures import by_patient_at, pooling_at
 from jobs.tables import Job, ModelEvaluation, ModelVersion, OperatingPointChange
+from ml.evaluation.by_patient import by_patient
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import score
 from ml.evaluation.operating import Choosing, calibrate_at, kept_scores
 from ml.image.serving.drift_reference import drift_reference
+from ml.spec.pooling import Pooling
+from ml.spec.positive_class import of_metrics
 from tests import builders
 from tests.ml.test_operating import make_outputs
 
@@ -74,9 +79,54 @@ def test_figures_at_another_threshold_are_those_that_an_evaluation_computes(clas
     assert found["intervals"]["f1"] is None
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_figures_by_patient_at_another_threshold_are_those_that_an_evaluation_computes(
+    classes: int, threshold: float
+) -> None:
+    outputs = make_outputs(classes)
+    of_one_class = np.arange(120) // (3 * classes) * classes + outputs.test_labels  # three scans each
+    outputs = replace(outputs, groups=of_one_class)
+    kept = kept_scores(outputs, Calibration(1.3, 0.5), choosing(outputs))
+    assert kept is not None
+    truth, old = (patients(outputs, Pooling("top", 2, each)) for each in (threshold, 0.7))
+    found = by_patient_at(kept, Pooling("top", 2, threshold), old)
+    for name in ("recall", "specificity", "precision", "f1", "patients", "per_class", "roc_auc", "pooling"):
+        assert _flat(found[name]) == pytest.approx(_flat(truth[name])), name
+    assert found["intervals"]["recall"] == pytest.approx(truth["intervals"]["recall"], abs=1e-3)
+    same = (truth["accuracy"], truth["confusion_matrix"]) if classes == 2 else (None, None)
+    assert (found["accuracy"], found["confusion_matrix"]) == same
+
+
+def patients(outputs: Any, pooling: Pooling) -> Any:
+    probabilities = Calibration(1.3, 0.5).probabilities(outputs.test_logits)
+    given = outputs.classes, outputs.test_labels, probabilities, outputs.groups, outputs.positive
+    return by_patient(*given, pooling, 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "chosen", "expected"),
+    [
+        ("f1", True, 0.42),
+        ({"threshold": 0.2}, True, 0.2),
+        ({"sensitivity": 1.0}, True, 0.45),  # midway between the positive patients' 0.6 and the others' 0.3
+        ("f1", False, 0.33),
+        ({"sensitivity": 1.0}, False, 0.33),
+    ],
+)
+def test_the_patients_threshold_follows_the_rule(rule: Any, chosen: bool, expected: float) -> None:
+    """Two patients of two scans: the higher one decides. Where they were too few to choose by, that of the scans."""
+    sides = {"label": [0, 1, 1, 1], "score": [0.6, 0.1, 0.3, 0.2], "group": [0, 0, 1, 1]}
+    scores = {"classes": ["Cancer", "Healthy"], "positive": ["Cancer"], "validation": sides}
+    old = Pooling("max", 1, 0.5, chosen, 0.42)
+    assert pooling_at(rule, scores, old, 0.33).threshold == pytest.approx(expected)
+
+
 def _flat(value: Any) -> list[float | None]:
     if isinstance(value, dict):
         return [each for key in sorted(value) for each in _flat(value[key])]
+    if isinstance(value, str | bool):
+        return [float(len(str(value)))]
     return [each for one in value for each in _flat(one)] if isinstance(value, list) else [value]
 
 
@@ -171,7 +221,7 @@ def test_a_page_of_versions_does_not_read_their_scores(sessions: Sessions) -> No
     [({"positive": ["A", "B"]}, ["A", "B"]), ({"positive": "A"}, ["A"]), ({"positive": None}, []), ({}, None)],
 )
 def test_positive_classes_of_this_and_of_earlier_releases(metrics: Any, known: Any) -> None:
-    assert operating_points.positive_classes(metrics) == known
+    assert of_metrics(metrics) == known
 
 
 def test_feedback_counts_by_all_positive_classes() -> None:

@@ -73,8 +73,9 @@ def test_cached_result_is_per_model_and_engine(session: Session) -> None:
     assert cached_results(session, MODEL, "torch-fp32", ids) == {}
     held = first(session, job)
     lifecycle.succeed(session, held, outcomes=outcomes_of(session, held, failed=1))
-    found = CachedResult("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9}, 0.4)
-    assert cached_results(session, MODEL, "torch-fp32", ids) == dict.fromkeys(ids[1:], found), "a failure is no answer"
+    found = CachedResult("Tumor", 0.9, {"Normal": 0.1, "Tumor": 0.9}, 0.4, identity={})
+    computed = {(scan, None): found for scan in ids[1:]}
+    assert cached_results(session, MODEL, "torch-fp32", ids) == computed, "a failure is no answer"
     assert cached_results(session, MODEL, "openvino-bf16", ids) == {}
     assert cached_results(session, new_id(), "torch-fp32", ids) == {}
 
@@ -87,7 +88,7 @@ def test_cached_results_are_not_sources_of_the_cache(session: Session) -> None:
     (scan,) = scan_ids(session, job)
     again = submit(session, NewJob(TENANT, JobKind.PREDICT, Lane.URGENT, model_id=MODEL), [NewResult(scan)])
     held = first(session, again)
-    known = cached_results(session, MODEL, "torch-fp32", [scan])[scan]
+    known = cached_results(session, MODEL, "torch-fp32", [scan])[scan, None]
     copied = ScanOutcome(0, known.label, known.confidence, known.probabilities, "torch-fp32", cached=True)
     lifecycle.succeed(session, held, outcomes=[copied])
     rows = session.execute(select(ScanResult.cached).where(ScanResult.scan_id == scan).order_by(ScanResult.job_id))

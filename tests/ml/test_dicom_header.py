@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
-from ml.spec import dicom_header
-from ml.spec.image_header import look
+from ml.spec.headers import dicom as dicom_header
+from ml.spec.headers.image import look
 from ml.spec.pipeline import RefusedInput
 from tests.ml.raw_dicom import BIG_ENDIAN, EXPLICIT, IMPLICIT, raw_dicom
 
@@ -23,7 +23,7 @@ def test_rows_columns_and_frames_are_read_with_and_without_a_header(syntax, part
     stream = io.BytesIO(raw_dicom(VALUES, syntax, part10, ImageType="ORIGINAL\\PRIMARY"))
     assert dicom_header.is_dicom(stream)
     assert dicom_header.read(stream) == SIZE
-    assert look(stream, 10**6) == ("application/dicom", 20, 12)
+    assert look(stream, 10**6) == ("application/dicom", 20, 12, 6)
 
 
 def test_a_file_may_begin_with_its_meta_header_or_lack_it_behind_the_preamble():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ml.image.pixels.decoding import colour_mode, decode, frames, read
 from ml.runtime.errors import ImageError
-from ml.spec.image_header import look
+from ml.spec.headers.image import look
 from tests.ml.builders import encode, make_pixels
 
 KINDS = {"u": 1, "i": 2, "f": 3}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,8 +25,11 @@ from jobs.addresses import DEFAULT_PORTS
 from jobs.db import Sessions
 from jobs.events import deliveries, webhooks
 from jobs.events.webhooks import EventType
+from jobs.queue import lifecycle
 from jobs.settings import Settings
+from jobs.states import JobKind
 from jobs.tables import Delivery, Webhook
+from tests import builders
 from tests.builders import TENANT
 from tests.processes import eventually
 from tests.receivers import SHORT, Receiver, allowing, receiving
@@ -80,6 +84,25 @@ def test_a_delivery_is_what_standard_webhooks_says(sessions: Sessions, settings:
     assert received.headers["content-type"] == "application/json"
     assert received.event_id == "job_7_succeeded"
     assert (row.state, row.attempts, row.status, row.error) == ("delivered", 1, 204, None)
+
+
+def test_an_ended_prediction_tells_how_many_studies_have_which_disposition(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    """Two slices of one study, one of another; no UID leaves the house."""
+    webhook = subscribe(sessions, receiver.url)
+    with sessions.begin() as session:
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=3)
+        (unit,) = builders.units_of(session, job)
+        held = builders.claim(session, unit)
+        uids = ("1.2.1", "1.2.2", "1.2.1")
+        outcomes = zip(builders.outcomes_of(session, held), uids, strict=True)
+        found = [replace(one, identity={"study_uid": uid}) for one, uid in outcomes]
+        lifecycle.succeed(session, held, outcomes=found)
+    with sending_webhooks(allowing(settings, receiver)):
+        (received,) = receiver.first()
+    data = received.verified(webhook.secret)["data"]
+    assert data == {"job_id": str(job.id), "kind": "predict_batch", "state": "succeeded", "studies": {"tumor": 2}}
 
 
 def test_deliveries_due_before_the_start_are_sent_and_awaited_at_the_end(

@@ -11,15 +11,20 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import structlog
 from standardwebhooks import Webhook
 
 from jobs.db import listening, session_factory
+from jobs.errors import RenalQError
 from jobs.events import deliveries
 from jobs.events.deliveries import Attempt, DueDelivery
 from jobs.events.webhooks import DELIVERIES_CHANNEL
+from jobs.results import queries, studies
 from jobs.settings import Settings
+from jobs.states import PREDICTIONS
+from jobs.tables import Json
 from worker.dispatcher.webhook_client import DeliveryFailed, post
 
 log = structlog.get_logger()
@@ -105,7 +110,7 @@ class WebhookSender:
     def _attempt(self, due: DueDelivery) -> Attempt:
         """Send it. Neither the URL, which may contain a password, nor the response is logged."""
         try:
-            body, headers = signed_request(due)
+            body, headers = signed_request(replace(due, data=due.data | self._studies(due)))
             status = post(due.url, body, headers, self._settings)
         except DeliveryFailed as error:
             return Attempt(None, str(error))
@@ -113,6 +118,19 @@ class WebhookSender:
             log.error("webhook_not_sent", delivery=str(due.id), error=type(error).__name__)
             return Attempt(None, f"It could not be sent ({type(error).__name__}).")
         return Attempt(status, None if 200 <= status < 300 else status_error(status))
+
+    def _studies(self, due: DueDelivery) -> Json:
+        """How many studies of an ended prediction have which disposition; nothing where there are no results, or too
+        many. No UID is sent: the receiver asks GET /jobs/ID/studies."""
+        if due.data.get("kind") not in PREDICTIONS:
+            return {}
+        try:
+            with self._sessions.begin() as session:
+                view = queries.job(session, due.tenant_id, uuid.UUID(due.data["job_id"]))
+                found = studies.dispositions(session, view, self._settings)
+        except RenalQError:
+            return {}
+        return {} if found is None else {"studies": found}
 
 
 def signed_request(due: DueDelivery) -> tuple[bytes, dict[str, str]]:

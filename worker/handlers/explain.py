@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jobs.tables import Job, Json
 from ml.pipelines import Explainer, Explanation, pipeline_of
 from ml.runtime.errors import DeviceOutOfMemory, is_out_of_memory
 from worker.execution.unit import UnitLease, WorkFailed
-from worker.handlers.prediction_inputs import PinnedModel, ScanSource, load_scan, pinned_model, weights_errors
+from worker.handlers.prediction_inputs import PinnedModel, ScanSource, pinned_model, scan_items, weights_errors
 
 log = structlog.get_logger()
 
@@ -103,9 +103,8 @@ def _read(session: Session, unit: UnitLease) -> tuple[ExplanationRequest, list[U
 
 
 def _scan(unit: UnitLease, request: ExplanationRequest, result: Unexplained, folder: Path) -> Any:
-    source = ScanSource([result.ordinal], result.sha256, result.source_url)
-    load = partial(load_scan, unit.resources, source, folder)
-    return pipeline_of(request.model.pipeline).item(str(result.ordinal), load)
+    source = ScanSource([result.ordinal], result.sha256, result.source_url, frame=result.frame)
+    return scan_items(unit.resources, pipeline_of(request.model.pipeline), [source], folder)[0]
 
 
 def explain_now(

@@ -8,6 +8,7 @@ from jobs.results.cache import CachedResult
 from jobs.settings import Settings
 from jobs.tables import Json
 from ml.pipelines import REJECTED, Decider, Disposition, Pipeline, Prediction
+from ml.runtime.pseudonyms import pseudonym
 
 UNPLACED = -1
 """The ordinal of an outcome that has no place in the job yet: the same scan may stand at several."""
@@ -21,6 +22,7 @@ class DispositionPolicy:
         classes: in the model's order.
         positive: the model's positive classes; None: they are not known.
         decider: the operating point that the job is pinned to; None: the model file's own.
+        patient_ids: what is kept of them; see `jobs.settings`.
         low: and `high`: see `ml.pipelines.Pipeline.dispose`.
     """
 
@@ -31,6 +33,7 @@ class DispositionPolicy:
     high: float
     positive: Sequence[str] | None = None
     decider: Decider | None = None
+    patient_ids: str = "hash"
 
     @classmethod
     def of(
@@ -44,7 +47,7 @@ class DispositionPolicy:
     ) -> "DispositionPolicy":
         """The policy of the settings."""
         limits = settings.indeterminate_above, settings.indeterminate_below
-        return cls(pipeline, classes, engine, *limits, positive, decider)
+        return cls(pipeline, classes, engine, *limits, positive, decider, settings.patient_ids)
 
     def _decided(self, prediction: Prediction) -> tuple[Prediction, Disposition | None]:
         decided = self.decider.decide(prediction) if self.decider else prediction
@@ -54,7 +57,8 @@ class DispositionPolicy:
         """The outcome of a new prediction."""
         if prediction.error_code is not None:
             error: Json = {"code": prediction.error_code, "detail": prediction.error_detail}
-            return ScanOutcome(UNPLACED, error={**error, "retryable": prediction.retryable})
+            error["retryable"] = prediction.retryable
+            return ScanOutcome(UNPLACED, error=error, identity=kept_identity(prediction.identity, self.patient_ids))
         prediction, found = self._decided(prediction)
         return ScanOutcome(
             UNPLACED,
@@ -67,6 +71,7 @@ class DispositionPolicy:
             ood_score=prediction.ood_score,
             statistics=prediction.statistics,
             output=prediction.output,
+            identity=kept_identity(prediction.identity, self.patient_ids),
         )
 
     def from_cached(self, known: CachedResult) -> ScanOutcome:
@@ -88,7 +93,21 @@ class DispositionPolicy:
             reason=_reason(known, found),
             ood_score=known.ood_score,
             output=known.output,
+            identity=kept_identity(known.identity, self.patient_ids),
         )
+
+
+def kept_identity(identity: Json | None, patient_ids: str) -> Json:
+    """What a result keeps of an identity: `patient` becomes `patient_hash`, stays, or goes, as the setting says; with
+    `drop` the accession number goes as well. An identity that a result has kept goes through it again where it is
+    copied, as the setting may be stricter now."""
+    kept = dict(identity or {})
+    patient = kept.pop("patient", None)
+    if patient_ids == "drop":
+        return {name: value for name, value in kept.items() if name not in ("patient_hash", "accession")}
+    if patient is not None:
+        kept |= {"patient": patient} if patient_ids == "keep" else {"patient_hash": pseudonym(patient)}
+    return kept
 
 
 def _reason(known: CachedResult, found: Disposition | None) -> str | None:

@@ -16,14 +16,14 @@ from sqlalchemy.orm import Session
 from jobs.queue import explanations, lifecycle
 from jobs.queue.explanations import NamedBlob
 from jobs.queue.outcomes import ScanOutcome
-from jobs.results.cache import CachedResult, cached_results
+from jobs.results.cache import CachedResult, ScanFrame, cached_results
 from jobs.states import JobKind, ResultState
 from jobs.tables import Job, Json, Scan, ScanResult
 from ml.pipelines import Pipeline, Predictor, pipeline_of
 from worker.execution.unit import UnitLease
 from worker.handlers.explain import ExplanationRequest, explain_now
 from worker.handlers.outcomes import DispositionPolicy
-from worker.handlers.prediction_inputs import PinnedModel, ScanSource, load_scan, pinned_model, weights_errors
+from worker.handlers.prediction_inputs import PinnedModel, ScanSource, pinned_model, scan_items, weights_errors
 
 log = structlog.get_logger()
 
@@ -84,7 +84,8 @@ def predict_chunk(unit: UnitLease) -> None:
     with unit.workspace() as folder:
         predictor = _predictor(unit, chunk, folder)
         explains_now = bool(chunk.options.get("explain")) and _explains_now(unit)
-        scans = _scans(unit, chunk, folder, keep=explains_now)
+        pipeline = pipeline_of(chunk.model.pipeline)
+        scans = scan_items(unit.resources, pipeline, chunk.scans, folder, keep=explains_now)
         for outcome in _outcomes(unit, chunk, predictor, scans):
             unit.outcomes.append(outcome)
             if len(unit.outcomes) < chunk.results:  # a complete chunk is not handed back
@@ -122,9 +123,9 @@ def _read_chunk(session: Session, unit: UnitLease) -> Chunk:
 
 
 def _sources(session: Session, unit_id: uuid.UUID) -> list[ScanSource]:
-    """The unit's scans, each once."""
+    """The unit's scans, or frames of them, each once."""
     rows = session.execute(
-        select(ScanResult.ordinal, ScanResult.scan_id, ScanResult.source_url, Scan.sha256)
+        select(ScanResult.ordinal, ScanResult.scan_id, ScanResult.source_url, ScanResult.frame, Scan.sha256)
         .join(Scan, Scan.id == ScanResult.scan_id, isouter=True)
         .where(ScanResult.unit_id == unit_id, ScanResult.state == ResultState.PENDING)
         .order_by(ScanResult.ordinal)
@@ -132,7 +133,8 @@ def _sources(session: Session, unit_id: uuid.UUID) -> list[ScanSource]:
     sources: dict[object, ScanSource] = {}
     for row in rows:
         source = sources.setdefault(
-            row.scan_id or row.source_url, ScanSource([], row.sha256, row.source_url, row.scan_id)
+            (row.scan_id or row.source_url, row.frame),
+            ScanSource([], row.sha256, row.source_url, row.scan_id, row.frame),
         )
         source.ordinals.append(row.ordinal)
     return list(sources.values())
@@ -144,16 +146,6 @@ def _predictor(unit: UnitLease, chunk: Chunk, folder: Path) -> Predictor:
         return networks().get(pipeline, chunk.model.sha256, chunk.options, fetch)
 
 
-def _scans(unit: UnitLease, chunk: Chunk, folder: Path, keep: bool) -> list[Any]:
-    """The chunk's scans as its pipeline takes them, each loaded when it is needed; its id is its first ordinal in the
-    job."""
-    item = pipeline_of(chunk.model.pipeline).item
-    return [
-        item(str(source.ordinals[0]), partial(load_scan, unit.resources, source, folder), keep)
-        for source in chunk.scans
-    ]
-
-
 def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequence[Any]) -> Iterator[ScanOutcome]:
     pipeline, classes = pipeline_of(chunk.model.pipeline), chunk.model.classes
     model, settings = chunk.model, unit.resources.settings
@@ -161,7 +153,7 @@ def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequen
     known = _known(unit, chunk, policy.engine)
     left: dict[str, tuple[Any, ScanSource]] = {}
     for source, scan in zip(chunk.scans, scans, strict=True):
-        found = known.get(source.scan_id) if source.scan_id else None
+        found = known.get((source.scan_id, source.frame)) if source.scan_id else None
         if found is None:
             left[scan.id] = scan, source
         else:
@@ -174,7 +166,7 @@ def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequen
         yield from _repeat(left[prediction.id][1], policy.from_prediction(prediction))
 
 
-def _known(unit: UnitLease, chunk: Chunk, engine: str) -> dict[uuid.UUID, CachedResult]:
+def _known(unit: UnitLease, chunk: Chunk, engine: str) -> dict[ScanFrame, CachedResult]:
     ids = [source.scan_id for source in chunk.scans if source.scan_id is not None]
     if not unit.resources.settings.reuse_results or not ids:
         return {}

@@ -1,16 +1,19 @@
 """What a prediction reads: the pinned model version, and the bytes of scans from the blob store or from a URL."""
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from jobs.models import operating_points, registry
 from jobs.tables import Job
-from ml.pipelines import Decider
+from ml.pipelines import Decider, Pipeline, SharedFile
 from ml.runtime.errors import ItemError, ModelFileError
 from worker.execution.resources import Resources
 from worker.execution.unit import WorkFailed
@@ -20,12 +23,14 @@ from worker.handlers.training_request import installed_spec
 
 @dataclass(frozen=True)
 class ScanSource:
-    """One scan of a job and the ordinals of the results that need it. It is stored (`sha256`) or remote (`url`)."""
+    """One scan of a job and the ordinals of the results that need it. It is stored (`sha256`) or remote (`url`).
+    `frame`: which of its frames, from 0; None: the whole file."""
 
     ordinals: list[int]
     sha256: str | None
     url: str | None
     scan_id: uuid.UUID | None = None
+    frame: int | None = None
 
 
 class ScanUnavailable(ItemError):
@@ -57,6 +62,28 @@ def load_scan(resources: Resources, source: ScanSource, folder: Path) -> bytes |
     content = path.read_bytes()
     path.unlink()
     return content
+
+
+def scan_items(
+    resources: Resources, pipeline: Pipeline, sources: Sequence[ScanSource], folder: Path, keep: bool = False
+) -> list[Any]:
+    """The scans as the pipeline takes them, each loaded when it is needed; the id of each is its first ordinal in the
+    job. A file is loaded once for all of its frames. `keep`: each is looked at more than once."""
+    frames = Counter(_file_of(source) for source in sources if source.frame is not None)
+    shared: dict[str | None, SharedFile] = {}
+    items = []
+    for source in sources:
+        id_, load = str(source.ordinals[0]), partial(load_scan, resources, source, folder)
+        if source.frame is None:
+            items.append(pipeline.item(id_, load, keep))
+            continue
+        file = shared.setdefault(_file_of(source), SharedFile(load, frames[_file_of(source)]))
+        items.append(pipeline.frame(id_, file, source.frame))
+    return items
+
+
+def _file_of(source: ScanSource) -> str | None:
+    return source.sha256 or source.url
 
 
 @dataclass(frozen=True)

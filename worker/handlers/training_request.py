@@ -28,6 +28,7 @@ class Champion:
     id: uuid.UUID
     weights_sha256: str
     threshold: float | None = None
+    pooling: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def _locked_test(session: Session, job: Job) -> str | None:
 
 def _champion(session: Session, job: Job) -> Champion | None:
     found = registry.find_champion(session, job.tenant_id, job.pipeline, job.task)
-    return Champion(found.id, found.weights_sha256, found.metrics.get("threshold")) if found else None
+    if found is None:
+        return None
+    return Champion(found.id, found.weights_sha256, found.metrics.get("threshold"), found.metrics.get("pooling"))
 
 
 # --- for the child ---
@@ -155,6 +158,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         base_model=_base_weights(unit, request, folder),
         champion=_fetch_weights(unit, champion.weights_sha256, folder) if champion else None,
         champion_threshold=champion.threshold if champion else None,
+        champion_pooling=champion.pooling if champion else None,
         test_archive=test,
         cache=settings.feature_cache if settings.feature_cache_bytes else None,
         cache_bytes=settings.feature_cache_bytes,

@@ -4,6 +4,7 @@ import io
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -140,6 +141,8 @@ def predict_one(body: Body) -> uuid.UUID:
 def predict_many(body: Body) -> uuid.UUID:
     """Submit a batch: files, a zip, an upload, a manifest, stored scans, or a dataset. Returns the job's id.
 
+    A file of several frames gets a result for each, or with `whole_files` (which no client can send) one.
+
     Raises:
         UploadNotFound, UploadIncomplete, UploadBusy
         BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, Invalid, QuotaExceeded,
@@ -153,6 +156,8 @@ def predict_many(body: Body) -> uuid.UUID:
         model = _pin_model(body)
         admit(len(manifest.rows) if manifest else _count_scans(body, members), batches=1)
         scans = manifest.store_scans(spec_of(body).inputs) if manifest else _store(body, members, limits)
+        if body.get("whole_files"):
+            scans = [replace(scan, frames=1) for scan in scans]
     return _submit(JobKind.PREDICT_BATCH, Lane.BATCH, body, model, scans, body.get("dataset_id"), notes)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import marshmallow as ma
 from flask import Response
 from marshmallow import fields, validate
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,10 +29,13 @@ from jobs.models import feedback
 from jobs.paging import Page
 from jobs.results import queries
 from jobs.results.queries import JobView
+from jobs.results.study_answers import patient_of
 from jobs.states import ResultState
 from jobs.tables import Json, ScanResult
 
 ROWS = 500
+IDENTITY = ("study_uid", "series_uid", "sop_uid", "instance_number", "accession", "position_mm")
+"""What a result shows of its identity beside the patient."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """First characters of cells that a spreadsheet would execute as formulas."""
 
@@ -54,6 +58,15 @@ class ResultSchema(ExplainedSchema):
     custom_id = fields.String(allow_none=True)
     patient = fields.String(allow_none=True)
     study = fields.String(allow_none=True)
+    frame = fields.Integer(metadata={"description": "Which of the file's frames or slices it is of, from 0."})
+    study_uid = fields.String()
+    series_uid = fields.String()
+    sop_uid = fields.String()
+    instance_number = fields.Integer()
+    accession = fields.String()
+    position_mm = fields.Float(
+        metadata={"description": "Where the slice lies along the normal of its series: the order of its slices."}
+    )
     state = fields.String(validate=one_of(ResultState))
     label = fields.String(allow_none=True)
     confidence = fields.Float(allow_none=True)
@@ -108,8 +121,9 @@ def _result(view: JobView, row: ScanResult, truth: str | None) -> Json:
         "engine": row.engine,
         "cached": row.cached,
     }
-    optional: Json = {"custom_id": row.custom_id, "patient": row.patient, "study": row.study, "truth": truth}
-    optional |= {"error": row.error, "output": row.output}
+    optional: Json = {"custom_id": row.custom_id, "patient": patient_of(row), "study": row.study, "truth": truth}
+    optional |= {"error": row.error, "output": row.output, "frame": row.frame}
+    optional |= {name: (row.identity or {}).get(name) for name in IDENTITY}
     return result | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -120,43 +134,59 @@ def stream_results(view: JobView, kind: str, state: str | None, after: int | Non
     Raises:
         NoResults, ResultsExpired, TooManyWatchers
     """
-    sessions, listener, owner, job_id = services().sessions, services().listener, tenant(), view.job.id
+    sessions, owner, job_id = services().sessions, tenant(), view.job.id
     with sessions.begin() as session:
         queries.results(session, view, state, 1, after)  # raises before the response begins
         classes = queries.classes(session, view)
     job_url = address(f"/jobs/{job_id}")  # now: the stream goes on without the request
-    stack = ExitStack()
-    subscription = None if view.terminal else stack.enter_context(listener.subscribe(job_id))
 
-    def read(after: int | None) -> tuple[JobView, Page[Json]]:
+    def read(after: int | None) -> Page[Json]:
         with sessions.begin() as session:
             now = queries.job(session, owner, job_id)  # the job first: if it has ended, all its results have
-            return now, to_page(session, now, queries.results(session, now, state, ROWS, after), job_url)
+            return to_page(session, now, queries.results(session, now, state, ROWS, after), job_url)
 
-    pages = _pages_to_end(read, listener, subscription, after)
-    return responses.stream(_csv(pages, classes) if kind == CSV else _ndjson(pages), kind, stack.close)
+    return stream_pages(view, kind, read, after, ResultSchema(), lambda pages: _csv(pages, classes))
 
 
-ReadResults = Callable[[int | None], tuple[JobView, Page[Json]]]
+def stream_pages(
+    view: JobView,
+    kind: str,
+    read: "ReadPage",
+    after: int | None,
+    schema: ma.Schema,
+    as_csv: Callable[[Iterator[list[Json]]], Iterator[str]],
+) -> Response:
+    """A response with all pages of a job, as NDJSON or CSV, to its end.
+
+    Raises:
+        TooManyWatchers
+    """
+    stack, listener = ExitStack(), services().listener
+    subscription = None if view.terminal else stack.enter_context(listener.subscribe(view.job.id))
+    pages = _pages_to_end(read, listener, subscription, after, schema)
+    return responses.stream(as_csv(pages) if kind == CSV else _ndjson(pages), kind, stack.close)
+
+
+ReadPage = Callable[[int | None], Page[Any]]
 
 
 def _pages_to_end(
-    read: ReadResults, listener: ChangeListener, subscription: Subscription | None, after: int | None
+    read: ReadPage, listener: ChangeListener, subscription: Subscription | None, after: int | None, schema: ma.Schema
 ) -> Iterator[list[Json]]:
-    """Lists of results until the job has ended; an empty one to keep the connection alive.
+    """Lists of rows until the job has ended; an empty one to keep the connection alive.
 
     Raises:
-        OSError: the results are not complete.
+        OSError: the rows are not complete.
     """
-    schema, sent_at = ResultSchema(), time.monotonic()
+    sent_at = time.monotonic()
     while True:
         try:
-            _, found = read(after)
+            found = read(after)
         except (SQLAlchemyError, RenalQError):
             raise _incomplete() from None
         if found.data:
             yield [schema.dump(row) for row in found.data]
-            after, sent_at = found.data[-1]["ordinal"], time.monotonic()
+            after, sent_at = int(found.next) if found.next else after, time.monotonic()
         if not found.has_more:
             return
         if subscription is not None and len(found.data) < ROWS:
@@ -183,14 +213,15 @@ COLUMNS = (
     "scan_id", "name", "custom_id", "patient", "study", "state", "label", "confidence", "model_version", "engine",
     "cached", "explanation", "ordinal",
     "disposition", "reason", "ood_score", "truth", "heatmap", "explanation_note",
+    "study_uid", "series_uid", "sop_uid", "instance_number", "accession", "position_mm", "frame",
 )  # fmt: skip
 """Some clients read columns by position, so new ones come last. Behind them come the classes of the model."""
 
 
 def _csv(pages: Iterator[list[Json]], classes: list[str]) -> Iterator[str]:
-    yield _line([*COLUMNS, *(f"probability_{name}" for name in classes), "error_code", "error_detail"])
+    yield line([*COLUMNS, *(f"probability_{name}" for name in classes), "error_code", "error_detail"])
     for page in pages:
-        yield "".join(_line(_cells(row, classes)) for row in page) or "\r\n"
+        yield "".join(line(_cells(row, classes)) for row in page) or "\r\n"
 
 
 def _cells(row: Json, classes: list[str]) -> list[Any]:
@@ -199,9 +230,10 @@ def _cells(row: Json, classes: list[str]) -> list[Any]:
     return [*own, *(probabilities.get(name) for name in classes), error.get("code"), error.get("detail")]
 
 
-def _line(cells: list[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line).writerow(
+def line(cells: list[Any]) -> str:
+    """A line of a CSV, without cells that a spreadsheet would run."""
+    text = io.StringIO()
+    csv.writer(text).writerow(
         [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in cells]
     )
-    return line.getvalue()
+    return text.getvalue()

@@ -13,7 +13,7 @@ from api.http.idempotency import idempotent, key
 from api.http.paging import NamedQuery, NumberedQuery
 from api.http.responses import BINARY, BYTES, CSV, JSON, NDJSON, PNG, SSE, TEXT, download, negotiate
 from api.http.versioning import address
-from api.resources.jobs import events, results, summaries
+from api.resources.jobs import events, results, studies, summaries
 from api.resources.jobs.events import EventsPage
 from api.resources.jobs.predict import (
     BatchJson,
@@ -32,7 +32,9 @@ from jobs.models import reproduction
 from jobs.paging import Page
 from jobs.queue import lifecycle, pace, submission
 from jobs.results import queries
+from jobs.results import studies as answers
 from jobs.results.job_filter import JobFilter
+from jobs.results.study_answers import StudyAnswer
 from jobs.results.summary import Summary, summary
 from jobs.states import JobKind, Lane
 from jobs.tables import Artifact, Json
@@ -148,6 +150,24 @@ def list_results(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[Json], 
     if kind != JSON:
         return results.stream_results(view, kind, query["state"], query["after"])
     return found, 200, {"Retry-After": "1"} if len(found.data) < query["limit"] and found.has_more else {}
+
+
+@blueprint.route("/<id:job_id>/studies")
+@needs(Scope.JOBS_READ)
+@blueprint.arguments(studies.StudiesQuery, location="query")
+@blueprint.response(200, studies.StudiesPage)
+@blueprint.alt_response(200, schema=TEXT, content_type=NDJSON, success=True)
+@blueprint.alt_response(200, schema=TEXT, content_type=CSV, success=True)
+@blueprint.doc(operationId="listStudies")
+def list_studies(query: dict[str, Any], job_id: uuid.UUID) -> tuple[Page[StudyAnswer], int, dict[str, str]] | Response:
+    """List one answer for each study, or each patient, of an ended prediction; as NDJSON or CSV, wait for its end."""
+    kind = negotiate(NDJSON, CSV)
+    with transaction() as session:
+        view = queries.job(session, tenant(), job_id)
+        found = answers.studies(session, view, services().settings, **query)
+    if kind != JSON:
+        return studies.stream_studies(view, kind, query["by"], query["after"])
+    return found, 200, {} if view.terminal else {"Retry-After": "1"}
 
 
 @blueprint.route("/<id:job_id>/summary")

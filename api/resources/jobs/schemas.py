@@ -20,6 +20,10 @@ class JobsQuery(PageQuery):
     kind = fields.String(validate=one_of(JobKind))
     pipeline = PipelineName()
     created_after = Time()
+    custom_id = fields.String(
+        validate=ma.validate.Length(1, 200),
+        metadata={"description": "Predictions with a scan that the client has given this id."},
+    )
     metadata = fields.Dict(
         keys=fields.String(),
         values=fields.String(),
@@ -88,7 +92,7 @@ class DriftedSchema(ma.Schema):
 
 
 LINKED = ("events", "artifacts", "cancel", "retry")
-RESULTS = ("results", "summary")
+RESULTS = ("results", "studies", "summary")
 LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
 JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "reproduce", "mlflow"))
 ArtifactLinks = links_schema("ArtifactLinks", ("self",))

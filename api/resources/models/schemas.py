@@ -11,10 +11,10 @@ from api.http.paging import NumberedQuery, PageSchema
 from api.http.pipelines.fields import PipelineName, TaskName
 from api.http.versioning import address
 from jobs.models.cards import mlflow_model_name
-from jobs.models.operating_points import positive_classes
 from jobs.tables import Json, ModelVersion, PromotionMethod
 from ml.spec import operating_point
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
+from ml.spec.positive_class import of_metrics
 from ml.spec.registry import spec_of
 
 
@@ -66,7 +66,7 @@ class CalibrationSchema(ma.Schema):
         metadata={"type": ["string", "null"], "description": "The positive class; null if there are several, or none."},
     )
     positives = fields.Function(
-        lambda metrics: positive_classes(metrics) or [],
+        lambda metrics: of_metrics(metrics) or [],
         metadata={"type": "array", "items": {"type": "string"}, "description": "The positive classes."},
     )
     ece = fields.Float(allow_none=True, metadata={"description": "Expected calibration error."})
@@ -149,7 +149,7 @@ class ModelSchema(Answer):
 
 def only_positive(metrics: Json) -> str | None:
     """The positive class, where there is just one."""
-    named = positive_classes(metrics) or []
+    named = of_metrics(metrics) or []
     return named[0] if len(named) == 1 else None
 
 

@@ -14,9 +14,10 @@ Numbers by themselves, and `p1` to `p99`, count pages, phases and slices as ofte
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Container, Iterable
+
+from ml.runtime.pseudonyms import pseudonym as pseudonym
 
 _WORDS = {
     "patient": "",
@@ -73,11 +74,6 @@ def patient_of(name: str, identity: str | None) -> str | None:
     """
     patient = real_identity(identity) or name_token(name) or short_token(name)
     return pseudonym(patient) if patient else None
-
-
-def pseudonym(text: str) -> str:
-    """16 hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def real_identity(identity: str | None) -> str | None:

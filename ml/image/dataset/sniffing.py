@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from ml.image.pixels.decoding import SUFFIXES
-from ml.spec.dicom_header import begins_dicom
+from ml.spec.headers.dicom import begins_dicom
+from ml.spec.headers.nifti import begins_nifti
 
 _HEAD = 352  # bytes; NIfTI has its magic at 344
 _MAGIC = (
@@ -40,5 +41,6 @@ def _begins_as_picture(head: bytes) -> bool:
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0" and len(head) > 26)  # the reserved words are 0
         or head[4:12] in _BOXES
-        or head[344:348] in (b"n+1\0", b"ni1\0")
+        or begins_nifti(head)
+        or head[344:348] == b"ni1\0"
     )

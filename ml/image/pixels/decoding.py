@@ -1,4 +1,4 @@
-"""Decodes PNG, JPEG, BMP, TIFF, WebP and DICOM to one array format: uint8 [height, width, 3], RGB, upright.
+"""Decodes PNG, JPEG, BMP, TIFF, WebP, DICOM and NIfTI to one array format: uint8 [height, width, 3], RGB, upright.
 
 The content decides what a file is, never its name. Every `ImageError` has a fixed message without content of the file,
 its name or its patient, so it may be logged and shown. Declared sizes are checked before anything is decoded: 50 kB of
@@ -13,17 +13,22 @@ older model is served by the rules that it learnt with (`rules`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ml.image.pixels import dicom, dicom_display, raster, rules_1
+from ml.image.pixels import dicom, dicom_display, nifti, raster, rules_1
 from ml.image.pixels.limits import MAX_BYTES
 from ml.image.pixels.picture import Picture, Window
 from ml.runtime.errors import ImageError
-from ml.spec import dicom_header
+from ml.spec.headers import dicom as dicom_header
+from ml.spec.headers import nifti as nifti_header
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 PIXELS_VERSION = 2
 """Of the rules by which a file becomes pixels."""
@@ -53,14 +58,39 @@ def read(
         ImageError: it is not a readable picture, too large, or holds several frames and none is named.
         ValueError: the window's width is below 1.
     """
-    if window is not None and not window[1] >= 1:
-        raise ValueError("A window is at least 1 Hounsfield unit wide.")
-    content = _content(source)
-    draw_dicom, draw_picture = _RULES[rules]
-    choose = partial(_chosen, frame)
-    if is_dicom(content):
-        return dicom.read(content, choose, partial(draw_dicom, asked=Window(*window) if window else None))
-    return raster.read(content, choose, draw_picture)
+    return Opened.of(source).read(window, frame, rules)
+
+
+@dataclass(frozen=True, repr=False)
+class Opened:
+    """A file that was opened once to read several of its frames. Not for two threads at once."""
+
+    content: bytes
+    dataset: Dataset | None = None
+    volume: nifti.Volume | None = None
+
+    @classmethod
+    def of(cls, source: bytes | Path) -> Opened:
+        """Raises ImageError."""
+        content = _content(source)
+        if is_dicom(content):
+            return cls(b"", dataset=dicom.open_picture(content))
+        return cls(b"", volume=nifti.open_volume(content)) if is_nifti(content) else cls(content)
+
+    def read(
+        self, window: tuple[float, float] | None = None, frame: Frame = None, rules: int = PIXELS_VERSION
+    ) -> Picture:
+        """See `read` of this module."""
+        if window is not None and not window[1] >= 1:
+            raise ValueError("A window is at least 1 Hounsfield unit wide.")
+        asked = Window(*window) if window else None
+        draw_dicom, draw_picture = _RULES[rules]
+        choose = partial(_chosen, frame)
+        if self.dataset is not None:
+            return dicom.read_frame(self.dataset, choose, partial(draw_dicom, asked=asked))
+        if self.volume is not None:
+            return self.volume.read(choose, asked)
+        return raster.read(self.content, choose, draw_picture)
 
 
 def decode(source: bytes | Path, window: tuple[float, float] | None = None, frame: Frame = None) -> np.ndarray:
@@ -69,7 +99,7 @@ def decode(source: bytes | Path, window: tuple[float, float] | None = None, fram
 
 
 def frames(source: bytes | Path) -> int:
-    """How many slices the file holds: frames of a DICOM file, or pages of a picture without its previews.
+    """How many slices the file holds: frames of DICOM, slices of a volume, or pages of a picture without previews.
 
     Raises:
         ImageError: it is not a readable picture.
@@ -77,6 +107,8 @@ def frames(source: bytes | Path) -> int:
     content = _content(source)
     if is_dicom(content):
         return dicom.frame_count(dicom.open_dataset(content, header_only=True))
+    if is_nifti(content):
+        return nifti.open_volume(content).slices
     return raster.page_count(content)
 
 
@@ -89,8 +121,13 @@ def colour_mode(content: bytes) -> str:
 
 
 def is_dicom(content: bytes) -> bool:
-    """Whether the bytes are a DICOM file; see `ml.spec.dicom_header.begins_dicom`."""
+    """Whether the bytes are a DICOM file; see `ml.spec.headers.dicom.begins_dicom`."""
     return dicom_header.begins_dicom(content[: dicom_header.HEAD_BYTES])
+
+
+def is_nifti(content: bytes) -> bool:
+    """Whether the bytes are a NIfTI volume; see `ml.spec.headers.nifti.begins_nifti`."""
+    return nifti_header.begins_nifti(content)
 
 
 def _content(source: bytes | Path) -> bytes:

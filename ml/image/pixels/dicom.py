@@ -9,7 +9,7 @@ import io
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ from ml.image.pixels.limits import MAX_BYTES, check_size
 from ml.image.pixels.picture import Origin, Picture
 from ml.image.pixels.terms import body_part_of, modality_of
 from ml.runtime.errors import ImageError
-from ml.spec import dicom_classes, dicom_header
+from ml.spec.headers import dicom as dicom_header
+from ml.spec.headers import dicom_classes
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -118,24 +119,54 @@ def _bits_below(dataset: Dataset) -> int:
 
 
 def read(content: bytes, choose: Callable[[int], int], draw: Callable[[Dataset, int], Picture]) -> Picture:
-    """The frame that `choose` takes of so many, as `draw` shows it.
+    """The frame that `choose` takes of so many, as `draw` shows it; raises as `open_picture` and `read_frame`."""
+    return read_frame(open_picture(content), choose, draw)
+
+
+def open_picture(content: bytes) -> Dataset:
+    """The data set of a file whose frames can be read.
+
+    Raises:
+        ImageError: they cannot; the message names the cause.
+    """
+    dataset = open_dataset(content)
+    with _telling_identity(dataset):
+        if "Rows" not in dataset and "PixelData" not in dataset:
+            raise ImageError(_why_empty(content))
+        with _refusing(_DAMAGED):
+            check_readable(dataset)
+    return dataset
+
+
+def read_frame(dataset: Dataset, choose: Callable[[int], int], draw: Callable[[Dataset, int], Picture]) -> Picture:
+    """The frame that `choose` takes of so many, as `draw` shows it. Not for two threads at once.
 
     Raises:
         ImageError: it cannot be read; the message names the cause.
     """
     from ml.image.pixels import frame_attributes
 
-    dataset = open_dataset(content)
-    if "Rows" not in dataset and "PixelData" not in dataset:
-        raise ImageError(_why_empty(content))
-    with _refusing(_DAMAGED):
-        check_readable(dataset)
+    with _telling_identity(dataset), _refusing(_DAMAGED):
         frames = frame_count(dataset)
         frame = choose(frames)
         origin, spacing = origin_of(dataset), frame_attributes.spacing_mm(dataset, frame)
-    with _refusing(partial(_cause, dataset)):
+        identity = frame_attributes.identity(dataset, frame)
+    with _telling_identity(dataset), _refusing(partial(_cause, dataset)):
         drawn = draw(dataset, frame)
-    return Picture(drawn.pixels, origin, frame, frames, spacing, drawn.window)
+    return Picture(drawn.pixels, origin, frame, frames, spacing, drawn.window, identity)
+
+
+@contextmanager
+def _telling_identity(dataset: Dataset) -> Iterator[None]:
+    """A slice that cannot be shown still counts as one of its study: its ImageError tells whose it is."""
+    from ml.image.pixels import frame_attributes
+
+    try:
+        yield
+    except ImageError as error:
+        with suppress(Exception):  # of a damaged file anything may raise anything
+            error.identity = frame_attributes.identity(dataset, 0)
+        raise
 
 
 @contextmanager

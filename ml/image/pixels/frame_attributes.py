@@ -13,7 +13,7 @@ from pydicom import Dataset
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from ml.image.pixels.picture import Window
+from ml.image.pixels.picture import Identity, Window
 
 _TEXT = (None, "DS", "IS", "LO", "SH", "ST", "LT", "UT", "CS", "UN")
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
@@ -56,6 +56,53 @@ def spacing_mm(dataset: Dataset, frame: int) -> tuple[float, float] | None:
             if len(found) == 2:
                 return found[0], found[1]
     return None
+
+
+def identity(dataset: Dataset, frame: int) -> Identity:
+    """Whose frame it is. What cannot be read, or is longer than the standard allows, says nothing."""
+    number_ = number(dataset, "InstanceNumber")
+    return Identity(
+        _word(dataset, "StudyInstanceUID"),
+        _word(dataset, "SeriesInstanceUID"),
+        _word(dataset, "SOPInstanceUID"),
+        int(number_) if number_ is not None and abs(number_) < 2**31 else None,
+        _word(dataset, "AccessionNumber"),
+        _word(dataset, "PatientID"),
+        position_mm(dataset, frame),
+    )
+
+
+def position_mm(dataset: Dataset, frame: int) -> float | None:
+    """Where the frame lies along the normal of its plane: ImagePositionPatient · (row × column) of
+    ImageOrientationPatient (PS3.3 C.7.6.2.1.1), in mm; None where the file does not say both."""
+    position = _vector(dataset, frame, "PlanePositionSequence", "ImagePositionPatient", 3)
+    across = _vector(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    if position is None or across is None:
+        return None
+    (a, b, c), (d, e, f) = across[:3], across[3:]
+    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+    length = math.hypot(*normal)
+    return math.fsum(p * n for p, n in zip(position, normal, strict=True)) / length if length > 0 else None
+
+
+def _vector(dataset: Dataset, frame: int, macro: str, keyword: str, length: int) -> list[float] | None:
+    for place in _places(dataset, frame, macro):
+        found = [value for value in _numbers(place, keyword) if value is not None]
+        if len(found) == length:
+            return found
+    return None
+
+
+_MOST_CHARACTERS = 64  # of a UID and of a PatientID (PS3.5 6.2)
+
+
+def _word(dataset: Dataset, keyword: str) -> str | None:
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # a value that breaks its representation; pydicom raises all kinds
+        return None
+    text = str(value).strip(" \0\t\r\n") if isinstance(value, str) else ""
+    return text if text and len(text) <= _MOST_CHARACTERS and text.isprintable() else None
 
 
 def number(place: Dataset, keyword: str) -> float | None:

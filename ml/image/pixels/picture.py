@@ -29,6 +29,23 @@ class Origin:
     kind: str = GREY
 
 
+@dataclass(frozen=True, repr=False)
+class Identity:
+    """Whose slice it is and where it lies, as the file says; None where it says nothing.
+
+    It names a person, so it stands in no log and no message, and has no `repr`. `instance_number` as DICOM counts, from
+    1. `position_mm`: along the normal of the slices, in mm; slices of one series follow each other by it.
+    """
+
+    study_uid: str | None = None
+    series_uid: str | None = None
+    sop_uid: str | None = None
+    instance_number: int | None = None
+    accession: str | None = None
+    patient: str | None = None
+    position_mm: float | None = None
+
+
 def foreign(origin: Origin, learnt: Collection[Origin]) -> str | None:
     """Why a picture is not of the kind that a network has learnt from, or None.
 
@@ -61,7 +78,7 @@ class Picture:
 
     `pixels`: uint8 [height, width, 3], RGB. `frame` of `frames`: which one of a file with several frames or pages,
     counted from 0. `spacing_mm`: (between rows, between columns), where the file says. `window`: the window that it was
-    shown with; None for LUTs, for ranges and for what is shown as it is.
+    shown with; None for LUTs, for ranges and for what is shown as it is. `identity`: whose it is.
     """
 
     pixels: np.ndarray
@@ -70,6 +87,7 @@ class Picture:
     frames: int = 1
     spacing_mm: tuple[float, float] | None = None
     window: Window | None = None
+    identity: Identity = Identity()
 
 
 def is_blank(pixels: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from ml.image.pixels.grey import in_range, in_rgb
 from ml.image.pixels.limits import TOO_LARGE, check_size
 from ml.image.pixels.picture import Origin, Picture
 from ml.runtime.errors import ImageError
-from ml.spec.image_header import open_picture
+from ml.spec.headers.image import open_picture
 
 NOT_AN_IMAGE = "The file is not a readable PNG, JPEG, BMP, TIFF, WebP or DICOM image."
 _MODES = {"1": "grey", "L": "grey", "LA": "grey", "I": "16-bit", "F": "float", "P": "palette", "PA": "palette"}

@@ -12,18 +12,19 @@ import numpy as np
 
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.positive import by_first_rule, indices
+from ml.image.dataset.patients import real_identity, real_uid
 from ml.image.engines.admission import choose_dtype
 from ml.image.engines.backends import open_engine
 from ml.image.engines.engine import Engine, Precision
 from ml.image.networks import network
 from ml.image.networks.feature_descriptor import with_descriptor
 from ml.image.networks.ood import OodDetector
-from ml.image.pixels.decoding import read
-from ml.image.pixels.picture import Origin, Picture
+from ml.image.pixels.decoding import Opened, read
+from ml.image.pixels.picture import Identity, Origin, Picture
 from ml.image.pixels.statistics import input_statistics
 from ml.image.pixels.transforms import Transform
 from ml.image.serving.disposition import UNSUITABLE, unsuitable
-from ml.pipelines import Item, Prediction
+from ml.pipelines import Item, Prediction, SharedFile
 from ml.runtime.errors import ImageError, ItemError, naming_out_of_memory
 from ml.runtime.prefetch import batched_for_streams, prefetch
 
@@ -43,6 +44,18 @@ class ScanInput(Item):
         Raises ItemError.
         """
         return read(self.content(), transform.window, "middle", transform.rules)
+
+
+@dataclass(frozen=True)
+class FrameInput(Item):
+    """One frame of a file that is opened once for all of its frames."""
+
+    frame: int = 0
+
+    def picture(self, transform: Transform) -> Picture:
+        """The frame; see `ScanInput.picture`."""
+        assert isinstance(self.source, SharedFile)
+        return self.source.read(Opened.of, lambda file: file.read(transform.window, self.frame, transform.rules))
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ class Predictor:
         """Logits float32 [n, classes] of batches of resized pictures, uint8 [n, height, width, 3]."""
         return (outputs[:, : len(self.classes)] for outputs in self.engine.stream(batches))
 
-    def predict(self, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
+    def predict(self, scans: Iterable[ScanInput | FrameInput]) -> Iterator[Prediction]:
         """Predictions in the order of `scans`, which may be infinite: at most eight batches are in memory.
 
         DeviceOutOfMemory if the device has too little memory even for half a batch (see
@@ -140,17 +153,20 @@ class Predictor:
         for chunk in waiting:  # trailing chunks with broken scans only
             yield from self._chunk_predictions(chunk, np.empty(0))
 
-    def _decode(self, scan: ScanInput) -> _Decoded:
+    def _decode(self, scan: ScanInput | FrameInput) -> _Decoded:
         try:
             picture = scan.picture(self.transform)
         except ItemError as error:
-            return _Decoded(scan.id, error=error)
+            return _Decoded(scan.id, error=error, identity=_told(error.identity))
         pixels = self.transform.resize(picture.pixels, picture.spacing_mm)
         # The small picture is as blank as the large one; only where it is a part of that one, all has to be looked at.
         looked_at = pixels if self.transform.spacing_mm is None else picture.pixels
         unsuited = unsuitable(looked_at, picture.origin, self.learnt)
-        output = _frame_told(picture) | ({UNSUITABLE: unsuited} if unsuited else {})
-        return _Decoded(scan.id, pixels, input_statistics(pixels), output=output or None)
+        frame_told = {} if isinstance(scan, FrameInput) else _frame_told(picture)
+        output = frame_told | ({UNSUITABLE: unsuited} if unsuited else {})
+        return _Decoded(
+            scan.id, pixels, input_statistics(pixels), output=output or None, identity=_told(picture.identity)
+        )
 
     def _chunk_predictions(self, chunk: list[_Decoded], outputs: np.ndarray) -> Iterator[Prediction]:
         """Predictions for a chunk; `outputs` are the engine's for its readable scans."""
@@ -159,7 +175,10 @@ class Predictor:
         for one in chunk:
             if one.pixels is None:
                 error = one.error or ImageError()
-                yield Prediction(one.id, error_code=error.code, error_detail=str(error), retryable=error.retryable)
+                yield Prediction(
+                    one.id, error_code=error.code, error_detail=str(error), retryable=error.retryable,
+                    identity=one.identity,
+                )  # fmt: skip
             else:
                 yield next(predictions)
 
@@ -176,6 +195,7 @@ class Predictor:
             yield Prediction(
                 one.id, self.classes[index], float(values[index]), probabilities,
                 ood_score=score, ood_reason=reason, statistics=one.statistics, output=one.output,
+                identity=one.identity,
             )  # fmt: skip
 
 
@@ -186,6 +206,16 @@ class _Decoded:
     statistics: dict[str, float] = field(default_factory=dict)
     error: ItemError | None = None
     output: dict[str, Any] | None = None
+    identity: dict[str, Any] | None = field(default=None, repr=False)
+
+
+def _told(identity: Identity | None) -> dict[str, Any] | None:
+    """What the file says, without placeholders: "anonymous" is nobody, and not the same person everywhere."""
+    if identity is None:
+        return None
+    uids = {name: real_uid(getattr(identity, name)) for name in ("study_uid", "series_uid", "sop_uid")}
+    real = {**vars(identity), **uids, "patient": real_identity(identity.patient)}
+    return {name: value for name, value in real.items() if value is not None} or None
 
 
 def _frame_told(picture: Picture) -> dict[str, int]:
@@ -193,7 +223,7 @@ def _frame_told(picture: Picture) -> dict[str, int]:
     return {} if picture.frames == 1 else {"frame": picture.frame + 1, "frames": picture.frames}
 
 
-def predict(model: Predictor | network.Model, scans: Iterable[ScanInput]) -> Iterator[Prediction]:
+def predict(model: Predictor | network.Model, scans: Iterable[ScanInput | FrameInput]) -> Iterator[Prediction]:
     """Predictions of a model, or of a predictor that stays loaded; see `Predictor.predict`."""
     predictor = model if isinstance(model, Predictor) else Predictor.from_model(model)
     return predictor.predict(scans)

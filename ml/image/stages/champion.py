@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ml.evaluation.by_patient import by_patient, judged
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.intervals import Decisions
-from ml.evaluation.metrics import ModelOutputs, decide, finding, score
+from ml.evaluation.metrics import ModelOutputs, score
 from ml.evaluation.paired import paired
 from ml.image.dataset.lineage import unseen_test_scans
 from ml.image.networks import network
@@ -30,6 +31,7 @@ from ml.image.stages.ingestion import scans_folder
 from ml.image.stages.run import Run
 from ml.runtime.errors import ModelFileError
 from ml.runtime.prefetch import batched, prefetch
+from ml.spec.pooling import Pooling
 
 MIN_SCANS = 10
 """Test scans that a comparison needs if the champion has learned from some of them."""
@@ -91,9 +93,7 @@ def _load(path: Path) -> Model:
 def _compare(
     run: Run, model: Model, outputs: ModelOutputs, champion: Model, on_progress: Callable[[float], None]
 ) -> Comparison:
-    threshold = run.environment.champion_threshold
-    if threshold is not None:
-        champion = replace(champion, metadata={**champion.metadata, "calibration": _at(champion, threshold)})
+    champion = _as_it_predicts(run, champion)
     if champion.classes != model.classes:
         raise NotComparable(f"its classes are {', '.join(champion.classes)}, not {', '.join(model.classes)}")
     positions = _unseen_by_both(run, model, outputs, champion)
@@ -107,14 +107,26 @@ def _compare(
 
 
 def _judged(model: Model, outputs: ModelOutputs) -> tuple[dict[str, Any], Decisions]:
-    """Its scores, and its decisions as the figures count them. Its threshold is for its own positive classes."""
+    """Its scores with those by patient, and its decisions of the patients, as it predicts.
+
+    Its threshold and pooling are for its own positive classes.
+    """
     calibration = Calibration.from_metadata(model.metadata)
-    decisions = finding(decide(outputs, calibration, model.findings), outputs, calibration)
-    return score(outputs, calibration, model.findings).as_dict(), decisions
+    probabilities, pooling = calibration.probabilities(outputs.test_logits), Pooling.of(model.metadata)
+    groups = np.arange(len(outputs.test_labels)) if outputs.groups is None else outputs.groups
+    given = model.classes, outputs.test_labels, probabilities, groups, outputs.positive or (), pooling
+    scores = score(outputs, calibration, model.findings).as_dict()
+    found = by_patient(*given, outputs.seed, model.positive)
+    return {**scores, "by_patient": found}, judged(*given, model.positive).of_finding
 
 
-def _at(champion: Model, threshold: float) -> dict[str, Any]:
-    return asdict(replace(Calibration.from_metadata(champion.metadata), threshold=threshold))
+def _as_it_predicts(run: Run, champion: Model) -> Model:
+    """At the operating point that it has now."""
+    threshold, pooling = run.environment.champion_threshold, run.environment.champion_pooling
+    now: dict[str, Any] = {} if pooling is None else {"pooling": dict(pooling)}
+    if threshold is not None:
+        now["calibration"] = asdict(replace(Calibration.from_metadata(champion.metadata), threshold=threshold))
+    return replace(champion, metadata={**champion.metadata, **now})
 
 
 # --- which scans -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ml.evaluation.by_patient import by_patient
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores, calibration_of, decide, finding, score
 from ml.evaluation.operating import kept_scores
@@ -37,6 +38,7 @@ from ml.image.stages.training import choosing_scans, scan_descriptors, scan_logi
 from ml.runtime.errors import BadParams
 from ml.runtime.events import Epoch, Evaluated, reporter
 from ml.runtime.versions import installed_versions
+from ml.spec.pooling import Pooling
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
 CHAMPION_SHARE = 0.5  # of the stage's progress, if there is a champion
@@ -62,6 +64,8 @@ def evaluation(run: Run) -> None:
         "engines": model.metadata.get("engines", {}),
         "origins": model.metadata.get("origins", []),
         "operating_point": model.metadata.get("operating_point"),
+        "pooling": Pooling.of(model.metadata).as_dict(),
+        "by_patient": _by_patient(model, outputs),
     }
     write_json(run.config.evaluation.scores_path, metrics)
     _write_report(run, model, outputs, scores, leaked)
@@ -109,6 +113,14 @@ def _doubtful(run: Run, model: Model) -> list[DoubtfulLabel]:
 
 def _doubtful_path(run: Run) -> Path:
     return run.config.evaluation.root_dir / "doubtful_labels.json"
+
+
+def _by_patient(model: Model, outputs: ModelOutputs) -> dict[str, Any]:
+    """Figures of the test patients, by the calibration and the pooling that the model serves with."""
+    probabilities = calibration_of(outputs).probabilities(outputs.test_logits)
+    groups = np.arange(len(outputs.test_labels)) if outputs.groups is None else outputs.groups
+    positive, pooling = outputs.positive or (), Pooling.of(model.metadata)
+    return by_patient(model.classes, outputs.test_labels, probabilities, groups, positive, pooling, outputs.seed)
 
 
 def _cache_features(run: Run) -> None:

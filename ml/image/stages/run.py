@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +37,10 @@ class RunEnvironment:
 
     `weights_dir`: folder with ImageNet weights and other weights files. `base_weights`: the file that the parameter
     `weights: file:…` or `version:…` stands for. `revision`: of the code, for the report. `champion`: a model file that
-    is scored on the same test scans as the new network. `champion_threshold`: the one that it predicts with, where that
-    is another one than its file's. `locked_test`: a zip of the scans to test on, if these are not to be drawn from the
-    dataset (`ml.image.stages.locked_test`). `titles`: name → value of what the report's head names.
+    is scored on the same test scans as the new network. `champion_threshold`, `champion_pooling`: those that it
+    predicts with, where they are other ones than its file's. `locked_test`: a zip of the scans to test on, if these are
+    not to be drawn from the dataset (`ml.image.stages.locked_test`). `titles`: name → value of what the report's head
+    names.
     """
 
     weights_dir: Path | None = None
@@ -48,6 +50,7 @@ class RunEnvironment:
     revision: str | None = None
     champion: Path | None = None
     champion_threshold: float | None = None
+    champion_pooling: Mapping[str, Any] | None = None
     locked_test: Path | None = None
     titles: Mapping[str, str] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
+from ml.evaluation.by_patient import choose_pooling
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.operating import Choosing, calibrate_at, require_choice
 from ml.image.dataset.grouping import group_scans
@@ -33,7 +34,7 @@ from ml.image.stages.crossvalidation import cross_validate, folds_of, take_mean_
 from ml.image.stages.run import Run, train_data, write_json
 from ml.runtime.events import Resumed, Steps, reporter
 from ml.runtime.process_group import ProcessGroup
-from ml.spec.operating_point import OperatingPoint
+from ml.spec.pooling import Pooling
 
 STEPS_EVERY = 0.5  # seconds between two `steps` events
 OOD_SCANS = 512  # scans of a side, at most, that the OOD detector is fitted to; more take time and change little
@@ -58,10 +59,12 @@ def training(run: Run) -> None:
         run.features_by_top.clear()
     _cross_validate(run, model, lambda fraction: on_progress(own_share + (1 - own_share) * fraction))
     _drop_stale_features(run)
-    (calibration, point), ood = _calibrate(run, model), _fit_ood(run, model)
+    chosen, ood = choosing_scans(run, lambda scans: scan_logits(run, model, scans)), _fit_ood(run, model)
+    calibration, point = calibrate_at(run.params.operate_at, chosen, model.findings)
     admission = _admit(run, model, calibration, ood)
     metadata = _training_metadata(run, model, calibration) | admission.as_dict()
     metadata["operating_point"] = point and point.as_dict()
+    metadata["pooling"] = _choose_pooling(run, model, calibration, chosen).as_dict()
     run.model = replace(model, metadata={**model.metadata, **metadata})
     run.device_seconds += time.perf_counter() - started
     network.save(run.model, run.config.training.trained_model_path)
@@ -147,10 +150,11 @@ def choosing_scans(run: Run, logits: Callable[[np.ndarray], np.ndarray]) -> Choo
     return Choosing(labels, found.logits, groups, "out_of_fold")
 
 
-def _calibrate(run: Run, model: Model) -> tuple[Calibration, OperatingPoint | None]:
-    """Temperature and threshold by the validation scans, or by all scans that a fold tested; predictions use both."""
-    chosen = choosing_scans(run, lambda scans: scan_logits(run, model, scans))
-    return calibrate_at(run.params.operate_at, chosen, model.findings)
+def _choose_pooling(run: Run, model: Model, calibration: Calibration, chosen: Choosing) -> Pooling:
+    """How the slices of a study become one answer, by the patients that choose."""
+    probabilities, threshold = calibration.probabilities(chosen.logits), calibration.threshold
+    rule = run.params.operate_at
+    return choose_pooling(chosen.labels, probabilities, chosen.groups, model.findings, rule, threshold or 0.5)
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:

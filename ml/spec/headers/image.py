@@ -9,13 +9,16 @@ from typing import IO
 
 from PIL import Image, TiffImagePlugin
 
-from ml.spec import dicom_header
+from ml.spec.headers import dicom as dicom_header
+from ml.spec.headers import nifti as nifti_header
 from ml.spec.pipeline import Media, RefusedInput
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-DICOM = "application/dicom"
+DICOM, NIFTI = "application/dicom", "application/x-nifti"
 MAX_SIDE = 65_535
 """Pixels of a side: what JPEG and DICOM can say. The worker takes no more either (ml.image.pixels.limits)."""
+MAX_FRAMES = 10_000
+"""Frames of a DICOM file and slices of a volume: a header may declare any number, and each is a row."""
 
 _MORE_TIFF = {
     (order, min_is_white, (sample_format,), 1, (bits,), ()): (mode, raw)
@@ -51,9 +54,9 @@ def look(stream: IO[bytes], max_pixels: int) -> Media:
     """What the stream holds, by its header.
 
     Raises:
-        RefusedInput: no PNG, JPEG, BMP, TIFF, WebP or DICOM picture of a sane size.
+        RefusedInput: no PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI picture of a sane size.
     """
-    found = _dicom(stream) if dicom_header.is_dicom(stream) else _picture(stream)
+    found = _looked_at(stream)
     width, height = found.width or 0, found.height or 0
     if width <= 0 or height <= 0:
         raise RefusedInput
@@ -61,7 +64,26 @@ def look(stream: IO[bytes], max_pixels: int) -> Media:
         raise RefusedInput(f"The image declares {width} × {height} pixels; at most {max_pixels} are taken.")
     if max(width, height) > MAX_SIDE:
         raise RefusedInput(f"The image declares {width} × {height} pixels; sides of at most {MAX_SIDE} are taken.")
+    if found.frames > MAX_FRAMES:
+        raise RefusedInput(f"The file declares {found.frames} frames; at most {MAX_FRAMES} are taken.")
     return found
+
+
+def _looked_at(stream: IO[bytes]) -> Media:
+    if dicom_header.is_dicom(stream):
+        return _dicom(stream)
+    return _volume(stream) if nifti_header.is_nifti(stream) else _picture(stream)
+
+
+def _volume(stream: IO[bytes]) -> Media:
+    try:
+        header = nifti_header.read(stream)
+    except ValueError as error:
+        raise RefusedInput(str(error)) from None
+    if header.volumes > 1:
+        raise RefusedInput(f"The NIfTI file holds {header.volumes} volumes: send each as a file of its own.")
+    width, height, _ = (header.sides[axis] for axis in header.axes)
+    return Media(NIFTI, width, height, header.slices)
 
 
 def _dicom(stream: IO[bytes]) -> Media:
@@ -69,7 +91,7 @@ def _dicom(stream: IO[bytes]) -> Media:
         header = dicom_header.read(stream)
     except ValueError as error:
         raise RefusedInput(str(error)) from None
-    return Media(DICOM, header.columns, header.rows)
+    return Media(DICOM, header.columns, header.rows, max(header.frames, 1))
 
 
 def _picture(stream: IO[bytes]) -> Media:

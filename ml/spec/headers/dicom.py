@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from ml.spec import dicom_classes
+from ml.spec.headers import dicom_classes
 
 PREAMBLE = 128
 DEFLATED = "1.2.840.10008.1.2.1.99"
