@@ -90,7 +90,7 @@ def test_a_grey_tiff_is_read_in_both_byte_orders_and_polarities(kind, order, def
         expected = np.where(np.isfinite(values), 255 - expected, 0)
     found = decode(content)
     assert np.abs(found - expected[:, :, None]).max() <= 0.51
-    assert look(io.BytesIO(content), 10**6) == ("image/tiff", 48, 64)
+    assert look(io.BytesIO(content), 10**6) == ("image/tiff", 48, 64, 1)
 
 
 @pytest.mark.parametrize("min_is_white", [False, True])
