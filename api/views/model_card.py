@@ -104,6 +104,7 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
         "warning": _warning(metrics),
         "positive": _positive(metrics),
         "figures": {name: _figure(metrics, name) for name in FIGURES if metrics.get(name) is not None},
+        "by_patient": _by_patient(metrics),
         "per_class": metrics.get("per_class") or {},
         "sensitivity_at_specificity": metrics.get("sensitivity_at_specificity") or {},
         "confusion_matrix": metrics.get("confusion_matrix"),
@@ -114,6 +115,15 @@ def _evaluation(version: ModelVersion, evaluations: Any) -> Json:
             _other_test_set(row) for row in evaluations if row.test_digest != metrics.get("test_digest")
         ],
     }
+
+
+def _by_patient(metrics: Json) -> Json | None:
+    """The figures of the patients' answers, and how many patients there are; null where each scan is a patient."""
+    found = metrics.get("by_patient")
+    if not found or found["patients"] == metrics.get("held_out"):
+        return None
+    figures = {name: _figure(found, name) for name in FIGURES if found.get(name) is not None}
+    return {"patients": found["patients"], "figures": figures, "pooling": found["pooling"]["reason"]}
 
 
 def _positive(metrics: Json) -> str | None:

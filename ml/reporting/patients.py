@@ -1,9 +1,10 @@
-"""The report's table of test patients: what the network says of each, worst first. Numbers, no names."""
+"""The report by patient: figures of their answers, and a table of them, worst first. Numbers, no names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,34 @@ def patient_rows(outputs: ModelOutputs, calibration: Calibration) -> list[Patien
         numbers = float(told[mine].mean()), float(told[mine].max()), float(of_true[mine].mean())
         rows.append(PatientRow(number, true, int(mine.sum()), int(right[mine].sum()), *numbers))
     return sorted(rows, key=lambda row: (row.likeness, row.number))
+
+
+def figures_by_patient(found: Mapping[str, Any] | None, scores: Scores, names: Mapping[str, str]) -> Iterator[Section]:
+    """The section with the figures of the patients' answers; none if each scan is a patient. `found`: of the metrics.
+
+    `names`: titles of the figures.
+    """
+    if not found or found["patients"] == scores.held_out:
+        return
+    what = "patients" if scores.patients_known else "groups of scans"
+    rows = []
+    for name, title in names.items():
+        if (value := found.get(name)) is not None:
+            known = found["intervals"].get(name)
+            rows.append((title, f"{value:.3f}", f"{known[0]:.3f} to {known[1]:.3f}" if known else "too few to say"))
+    told = f"The slices of each of the {found['patients']} {what} are pooled into one answer, as a study is answered. "
+    counts = ", ".join(f"{name} {count}" for name, count in found["per_class"].items())
+    table = Table(("Figure", "Value", "95 % interval"), tuple(rows), f"{what.capitalize()} of each class: {counts}.")
+    yield Section(f"Figures by {what.split()[0].rstrip('s')}", (told + found["pooling"]["reason"],), (table,))
+
+
+def verdict_by_patient(found: Mapping[str, Any] | None, scores: Scores) -> Iterator[str]:
+    """The sentence that the verdict begins with."""
+    if found and found["patients"] != scores.held_out and found.get("f1") is not None:
+        known = found["intervals"].get("f1")
+        between = f" (95 % interval {known[0]:.3f} to {known[1]:.3f})" if known else ""
+        what = "test patients" if scores.patients_known else "groups of test scans that belong together"
+        yield f"On {found['patients']} {what}, each with one answer, F1 is {found['f1']:.3f}{between}."
 
 
 def patients(rows: Sequence[PatientRow], scores: Scores) -> Iterator[Section]:

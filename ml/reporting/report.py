@@ -19,7 +19,7 @@ from ml.evaluation.out_of_fold import DoubtfulLabel
 from ml.reporting import crossvalidation
 from ml.reporting.drawing import Plot
 from ml.reporting.fonts import spelled
-from ml.reporting.patients import PatientRow, patients
+from ml.reporting.patients import PatientRow, figures_by_patient, patients, verdict_by_patient
 from ml.reporting.pdf import write_pdf
 from ml.reporting.sections import Section, Table
 from ml.reporting.subgroups import subgroups
@@ -50,7 +50,8 @@ class ReportInputs:
     keys are ignored. `head`: name → value of what the head names, such as the job. `made_at` is the only date in both
     files. `leak_reasons`: sentences of `ml.image.dataset.lineage.Leaks.reasons`. `split_notes`: sentences about the
     split. `operating_point`: see `ml.spec.operating_point`. `doubtful_labels`: see `ml.evaluation.out_of_fold`; the
-    report names scans by their index in the manifest. `patients`: rows of the table of test patients. Unknown values
+    report names scans by their index in the manifest. `patients`: rows of the table of test patients. `by_patient`: see
+    `ml.evaluation.by_patient`. Unknown values
     are None, and shown as such.
     """
 
@@ -76,6 +77,7 @@ class ReportInputs:
     operating_point: Mapping[str, Any] | None = None
     doubtful_labels: Sequence[DoubtfulLabel] = ()
     patients: Sequence[PatientRow] = ()
+    by_patient: Mapping[str, Any] | None = None
     head: Mapping[str, str] = field(default_factory=dict)
     title: str = "Training report"
 
@@ -98,9 +100,11 @@ def write_report(inputs: ReportInputs, html: Path, pdf: Path) -> None:
 
 def sections(inputs: ReportInputs) -> list[Section]:
     """The report's content, in order."""
-    scores = inputs.scores
+    scores, found = inputs.scores, inputs.by_patient
+    summary = " ".join([*verdict_by_patient(found, scores), *verdict(scores, inputs.leak_reasons)])
     return [
-        Section("Verdict", (" ".join(verdict(scores, inputs.leak_reasons)),), verdict=True),
+        Section("Verdict", (summary,), verdict=True),
+        *figures_by_patient(found, scores, NAMES),
         Section("Figures on the test scans", _reading(inputs), (_figures(scores), _classes(scores), _more(scores))),
         *patients(inputs.patients, scores),
         *subgroups(scores),

@@ -229,6 +229,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         operating_point=model.metadata.get("operating_point"),
         doubtful_labels=_doubtful(run, model),
         patients=patient_rows(outputs, calibration_of(outputs)),
+        by_patient=_by_patient(model, outputs),
         head=run.environment.titles,
     )
     write_report(inputs, root / "report.html", root / "report.pdf")
