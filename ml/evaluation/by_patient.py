@@ -52,6 +52,7 @@ def choose_pooling(
     positive: Sequence[int],
     operate_at: OperateAt = F1,
     slice_threshold: float = 0.5,
+    chosen_on: str = "validation",
 ) -> Pooling:
     """The pooling and threshold for validation patients: labels int [M], calibrated probabilities [M, classes].
 
@@ -59,13 +60,14 @@ def choose_pooling(
     than two standard errors of the difference, paired by patient: of five poolings one is always a little better on few
     patients by chance. The log loss, because the answer's limits of doubt are limits of a probability. The threshold as
     for slices, by the rule `operate_at`; where the patients are too few to choose by, it is that of the slices.
+    `chosen_on`: see `ml.evaluation.operating.Choosing`.
     """
-    default = CANDIDATES[0]
+    default, kind = CANDIDATES[0], chosen_on.replace("_", "-")
     truth = np.isin(patient_labels(labels, groups, positive), positive)
     counts = np.bincount(truth.astype(int), minlength=2)
     if not len(positive) or len(truth) < MIN_PATIENTS or counts.min() < MIN_OF_A_CLASS:
         needed = f"{MIN_PATIENTS} with {MIN_OF_A_CLASS} of each class are needed to choose another"
-        reason = f"{_named(default)}: {len(truth)} validation patients, and {needed}."
+        reason = f"{_named(default)}: {len(truth)} {kind} patients, and {needed}."
         return replace(default, threshold=slice_threshold, best_f1=slice_threshold, reason=reason)
     slices = [probabilities[groups == group][:, positive].sum(axis=1) for group in np.unique(groups)]
     scores = [np.array([each.pool(some.tolist()) for some in slices]) for each in CANDIDATES]
@@ -74,8 +76,9 @@ def choose_pooling(
     gains = losses[0] - losses[best]
     chosen = best if gains.mean() > EVIDENCE * gains.std(ddof=1) / np.sqrt(len(truth)) else 0
     best_f1, why = choose_threshold(truth, scores[chosen])
-    reason = f"{_named(CANDIDATES[chosen])}, chosen on {len(truth)} validation patients."
-    pooling = replace(CANDIDATES[chosen], threshold=best_f1, best_f1=best_f1, chosen=True, reason=f"{reason} {why}")
+    told = why.replace("validation scans", f"{kind} patients")
+    reason = f"{_named(CANDIDATES[chosen])}, chosen on {len(truth)} {kind} patients."
+    pooling = replace(CANDIDATES[chosen], threshold=best_f1, best_f1=best_f1, chosen=True, reason=f"{reason} {told}")
     if operate_at == F1:
         return pooling
     rule, wanted = next(iter(dict(operate_at).items()))

@@ -37,6 +37,9 @@ def test_a_finding_in_one_slice_of_each_patient_is_found_by_the_highest() -> Non
     chosen = choose_pooling(labels, probabilities, groups, [1])
     assert (chosen.method, chosen.chosen) == ("max", True)
     assert "60 validation patients" in chosen.reason
+    told = choose_pooling(labels, probabilities, groups, [1], chosen_on="out_of_fold").reason
+    assert "60 out-of-fold patients" in told
+    assert "scans" not in told
 
 
 def test_what_is_not_better_beyond_doubt_is_not_chosen() -> None:

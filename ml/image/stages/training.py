@@ -153,8 +153,8 @@ def choosing_scans(run: Run, logits: Callable[[np.ndarray], np.ndarray]) -> Choo
 def _choose_pooling(run: Run, model: Model, calibration: Calibration, chosen: Choosing) -> Pooling:
     """How the slices of a study become one answer, by the patients that choose."""
     probabilities, threshold = calibration.probabilities(chosen.logits), calibration.threshold
-    rule = run.params.operate_at
-    return choose_pooling(chosen.labels, probabilities, chosen.groups, model.findings, rule, threshold or 0.5)
+    given = chosen.labels, probabilities, chosen.groups, model.findings
+    return choose_pooling(*given, run.params.operate_at, threshold or 0.5, chosen.chosen_on)
 
 
 def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
