@@ -12,7 +12,7 @@ from jobs.models import comparison, registry
 from jobs.models.figures import figures_at, reference_at
 from jobs.models.patient_figures import by_patient_at, pooling_at
 from jobs.tables import Job, Json, ModelEvaluation, ModelVersion, OperatingPointChange
-from ml.spec.operating_point import NoChoice, OperateAt, OperatingPoint, Scored, operating_point
+from ml.spec.operating_point import NoChoice, OperateAt, OperatingPoint, Scored, operating_point, without_threshold
 from ml.spec.pooling import Pooling
 from ml.spec.positive_class import of_metrics
 
@@ -89,7 +89,9 @@ def _apply(session: Session, version: ModelVersion, point: Json, operate_at: Ope
     scores, threshold = version.scan_scores or {}, point["threshold"]
     figures = figures_at(scores, threshold, version.metrics)
     patients = _of_patients(version.metrics, scores, threshold, operate_at)
-    version.metrics = {**version.metrics, **figures, **patients, "threshold": threshold, "operating_point": point}
+    told = {"calibration": without_threshold(version.metrics.get("calibration") or "")}
+    new = {"threshold": threshold, "operating_point": point}
+    version.metrics = {**version.metrics, **figures, **patients, **told, **new}
     if version.reference is not None:
         today = session.scalars(select(cast(func.timezone("UTC", func.clock_timestamp()), Date))).one()
         version.reference = reference_at(scores, threshold, version.reference) | {"decided_since": today.isoformat()}

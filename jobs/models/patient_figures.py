@@ -4,7 +4,7 @@ definitions as in `ml.evaluation.by_patient`, and a test holds them equal. Pure 
 from dataclasses import replace
 
 from jobs.tables import Json
-from ml.spec.operating_point import F1, OperateAt, Scored, choose, share
+from ml.spec.operating_point import F1, OperateAt, Scored, choose, share, without_threshold
 from ml.spec.pooling import Pooling
 
 _Patients = list[tuple[bool, float]]  # whether a patient has a positive scan, and the pooled score
@@ -19,6 +19,7 @@ def pooling_at(operate_at: OperateAt, scores: Json, old: Pooling, slice_threshol
     """
     if not old.chosen:
         return replace(old, threshold=slice_threshold)
+    old = replace(old, reason=without_threshold(old.reason))
     if operate_at == F1:
         return replace(old, threshold=old.best_f1)
     rule, wanted = next(iter(dict(operate_at).items()))

@@ -12,7 +12,7 @@ import numpy as np
 from ml.evaluation.calibration import Calibration, calibrate, sides
 from ml.evaluation.metrics import ModelOutputs
 from ml.runtime.errors import BadParams
-from ml.spec.operating_point import F1, NoChoice, OperateAt, OperatingPoint, Scored, operating_point
+from ml.spec.operating_point import F1, NoChoice, OperateAt, OperatingPoint, Scored, operating_point, without_threshold
 
 DIGITS = 9
 """Of a stored score: far below what two engines differ by."""
@@ -51,7 +51,7 @@ def calibrate_at(
 
 def _told(reason: str, operate_at: OperateAt, chosen_on: str) -> str:
     """The reason of a calibration, without the threshold that F1 would choose where another rule does."""
-    kept = reason if operate_at == F1 else reason.partition(" Threshold ")[0]
+    kept = reason if operate_at == F1 else without_threshold(reason)
     return kept.replace("validation scans", f"{chosen_on.replace('_', '-')} scans")
 
 

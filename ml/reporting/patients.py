@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ml.evaluation.by_patient import judged
 from ml.evaluation.calibration import Calibration
 from ml.evaluation.metrics import ModelOutputs, Scores
 from ml.reporting.sections import Section, Table
+from ml.spec.pooling import Pooling
 
 MOST_ROWS = 40
 
@@ -19,8 +21,9 @@ MOST_ROWS = 40
 class PatientRow:
     """One group of test scans: a patient, if the patients are known, else scans that belong together.
 
-    `right`: scans whose class was found. `mean` and `highest`: probability of the positive classes or, without
-    any, of the true one. `likeness`: mean probability of the true class, which the rows are sorted by.
+    `answer`: what its scans, pooled, are called. `right`: scans whose class was found. `mean` and `highest`:
+    probability of the positive classes or, without any, of the true one. `likeness`: mean probability of the true
+    class, which the rows are sorted by.
     """
 
     number: int
@@ -30,9 +33,10 @@ class PatientRow:
     mean: float
     highest: float
     likeness: float
+    answer: str = ""
 
 
-def patient_rows(outputs: ModelOutputs, calibration: Calibration) -> list[PatientRow]:
+def patient_rows(outputs: ModelOutputs, calibration: Calibration, pooling: Pooling) -> list[PatientRow]:
     """The rows of all test groups, the worst first; none if each scan is a group by itself."""
     if outputs.groups is None or len(np.unique(outputs.groups)) == len(outputs.test_labels):
         return []
@@ -40,12 +44,14 @@ def patient_rows(outputs: ModelOutputs, calibration: Calibration) -> list[Patien
     right = calibration.decide(outputs.test_logits, outputs.findings) == labels
     of_true = probabilities[np.arange(len(labels)), labels]
     told = probabilities[:, outputs.findings].sum(axis=1) if outputs.findings else of_true
-    rows = []
+    given = outputs.classes, labels, probabilities, outputs.groups, outputs.positive or (), pooling
+    answers, rows = judged(*given).decisions.predicted, []
     for number, group in enumerate(np.unique(outputs.groups), 1):
         mine = outputs.groups == group
         true = " and ".join(outputs.classes[label] for label in np.unique(labels[mine]))
         numbers = float(told[mine].mean()), float(told[mine].max()), float(of_true[mine].mean())
-        rows.append(PatientRow(number, true, int(mine.sum()), int(right[mine].sum()), *numbers))
+        answer = outputs.classes[answers[number - 1]]
+        rows.append(PatientRow(number, true, int(mine.sum()), int(right[mine].sum()), *numbers, answer))
     return sorted(rows, key=lambda row: (row.likeness, row.number))
 
 
@@ -98,8 +104,9 @@ def _table(rows: Sequence[PatientRow], what: str, scores: Scores) -> Table:
     caption = f"Probabilities of {of}. Those with the lowest mean probability of their true class come first."
     if len(rows) > MOST_ROWS:
         caption += f" {len(rows) - MOST_ROWS} more are not listed."
-    cells = tuple(
-        (f"{what} {row.number}", row.true, str(row.scans), str(row.right), f"{row.mean:.2f}", f"{row.highest:.2f}")
-        for row in rows[:MOST_ROWS]
-    )
-    return Table((what, "True class", "Scans", "Right", "Mean", "Highest"), cells, caption)
+    cells = tuple((f"{what} {row.number}", row.true, row.answer, *_numbers(row)) for row in rows[:MOST_ROWS])
+    return Table((what, "True class", "Answer", "Scans", "Right", "Mean", "Highest"), cells, caption)
+
+
+def _numbers(row: PatientRow) -> tuple[str, ...]:
+    return str(row.scans), str(row.right), f"{row.mean:.2f}", f"{row.highest:.2f}"

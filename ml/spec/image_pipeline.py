@@ -47,7 +47,8 @@ CARD = Card(
     title="Kidney-CT classifier",
     use="Telling {classes} apart in single axial CT slices of the kidneys.",
     factors=(
-        "Figures are not broken down by age, sex, scanner, contrast phase or site: the dataset does not tell these.",
+        "Figures are broken down by scanner, site, sex, age and slice thickness as far as the dataset tells them, and "
+        "by no contrast phase.",
         "A scan is one axial slice. Slices of other body parts, orientations or modalities were not tested.",
         "The window that a CT is decoded with changes what the network sees: it was tested with the one in the "
         "details.",

@@ -91,6 +91,11 @@ def _shown(share: Mapping[str, Any]) -> str:
     return f"{share['value']:.3f} (95 % interval {share['low']:.3f} to {share['high']:.3f})"
 
 
+def without_threshold(reason: str) -> str:
+    """The reason of a calibration or a pooling, without its last sentence: why F1 chose a threshold."""
+    return reason.partition(" Threshold ")[0]
+
+
 def parse(value: Any) -> OperateAt:
     """A checked rule.
 

@@ -161,6 +161,23 @@ def test_a_point_is_set_anew_with_its_figures_its_reason_and_a_count(sessions: S
         assert cards.model_card_data(session, found).point_changes == [change]
 
 
+def test_patients_are_answered_at_the_new_point_and_jobs_of_before_at_theirs(sessions: Sessions) -> None:
+    chosen = Pooling("top", 2, 0.5, True, 0.5, "By patients. Threshold 0.5: no other was better.")
+    with sessions.begin() as session:
+        version = trained(session)
+        by_patient = patients(make_outputs(2), chosen)
+        version.metrics = {**version.metrics, "pooling": chosen.as_dict(), "by_patient": by_patient}
+        version.metrics["calibration"] = "Temperature 1: few scans. Threshold 0.5: as few cannot move it either."
+        pinned = operating_points.pin(version)
+        found = operating_points.set_point(session, builders.TENANT, "1", {"threshold": 0.2}, "Screening.").metrics
+        assert pinned is not None
+        assert (pinned["threshold"], pinned["pooling"]["threshold"]) == (0.5, 0.5)
+        assert found["pooling"] == found["by_patient"]["pooling"]
+        assert (found["pooling"]["threshold"], found["pooling"]["reason"]) == (0.2, "By patients.")
+        assert found["calibration"] == "Temperature 1: few scans."
+        assert found["by_patient"]["recall"] >= by_patient["recall"]
+
+
 def test_the_same_point_again_changes_nothing(sessions: Sessions) -> None:
     with sessions.begin() as session:
         trained(session)

@@ -23,6 +23,7 @@ from ml.reporting.patients import PatientRow, patient_rows, patients
 from ml.reporting.plots import all_plots
 from ml.reporting.report import NOT_A_DEVICE, ReportInputs, sections, verdict, write_report
 from ml.reporting.subgroups import subgroups as subgroup_sections
+from ml.spec.pooling import Pooling
 from tests.ml.test_plots import make_epochs, make_outputs
 
 COUNTS = {"train": 326, "validation": 46, "test": 93}
@@ -251,7 +252,7 @@ def test_the_table_of_patients_has_the_worst_first_and_no_names():
     logits = np.zeros((6, 2))
     logits[np.arange(6), towards] = 2.0
     outputs = ModelOutputs(("Normal", "Tumor"), labels, logits, groups=groups)
-    rows = patient_rows(outputs, Calibration(threshold=0.5))
+    rows = patient_rows(outputs, Calibration(threshold=0.5), Pooling())
     high, low = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))
     assert [(row.number, row.true, row.scans, row.right) for row in rows] == [
         (1, "Tumor", 2, 0),
@@ -262,7 +263,7 @@ def test_the_table_of_patients_has_the_worst_first_and_no_names():
     assert told == pytest.approx([low, low, 0.5, high, high, high])
     (section,) = patients(rows, make_scores(patients_known=True))
     assert section.title == "Test patients"
-    assert section.tables[0].rows[0] == ("Patient 1", "Tumor", "2", "0", "0.12", "0.12")
+    assert section.tables[0].rows[0] == ("Patient 1", "Tumor", "Normal", "2", "0", "0.12", "0.12")
     assert "Of 3 patients, 1 have no wrong scan." in section.paragraphs[0]
     (section,) = patients(rows, make_scores(patients_known=False))
     assert section.tables[0].rows[0][0] == "Group 1"
@@ -270,7 +271,7 @@ def test_the_table_of_patients_has_the_worst_first_and_no_names():
 
 
 def test_single_scans_have_no_table_of_patients():
-    assert patient_rows(make_outputs(), Calibration()) == []
+    assert patient_rows(make_outputs(), Calibration(), Pooling()) == []
     assert list(patients([], make_scores())) == []
 
 
@@ -279,6 +280,23 @@ def test_a_long_table_of_patients_says_how_many_more_there_are():
     (section,) = patients(rows, make_scores())
     assert len(section.tables[0].rows) == 40
     assert "10 more are not listed." in section.tables[0].caption
+
+
+def test_figures_by_patient_come_before_those_by_scan():
+    found = {
+        "patients": 12, "per_class": {"Normal": 7, "Tumor": 5}, "f1": 0.75, "recall": 0.6, "specificity": None,
+        "intervals": {"f1": [0.5, 0.9]}, "pooling": {"reason": "The highest probability of a slice."},
+    }  # fmt: skip
+    inputs = make_inputs(scores=make_scores(patients_known=True), by_patient=found)
+    titles = [section.title for section in sections(inputs)]
+    assert titles.index("Figures by patient") < titles.index("Figures on the test scans")
+    section = sections(inputs)[titles.index("Figures by patient")]
+    assert ("F1", "0.750", "0.500 to 0.900") in section.tables[0].rows
+    assert [row[2] for row in section.tables[0].rows if row[1] == "0.600"] == ["too few to say"]
+    first = sections(inputs)[0].paragraphs[0]
+    assert first.startswith("On 12 test patients, each with one answer, F1 is 0.750 (95 % interval 0.500 to 0.900).")
+    alone = {**found, "patients": make_scores().held_out}
+    assert "Figures by patient" not in [one.title for one in sections(make_inputs(by_patient=alone))]
 
 
 # --- what is promised ---

@@ -156,15 +156,16 @@ def test_the_champion_of_the_trainings_start_is_named(
     assert order.champion == training_request.Champion(version, blob.sha256)
 
 
-def test_the_child_scores_the_champion_at_the_threshold_of_now(
+def test_the_child_scores_the_champion_at_the_operating_point_of_now(
     hold: Hold, tmp_path: Path, sessions: Sessions, resources: Resources
 ) -> None:
     version = made(hold, sessions, resources.artifacts.put(io.BytesIO(b"champion")).sha256, f1=0.9)
     assert told(hold(), tmp_path / "before").champion_threshold is None
     with sessions.begin() as session:
         found = session.get_one(ModelVersion, version)
-        found.metrics = {**found.metrics, "threshold": 0.2}
-    assert told(hold(), tmp_path / "after").champion_threshold == 0.2
+        found.metrics = {**found.metrics, "threshold": 0.2, "pooling": {"threshold": 0.3}}
+    now = told(hold(), tmp_path / "after")
+    assert (now.champion_threshold, now.champion_pooling) == (0.2, {"threshold": 0.3})
 
 
 def test_a_champion_whose_weights_are_gone_does_not_fail_the_training(

@@ -228,7 +228,7 @@ def _write_report(run: Run, model: Model, outputs: ModelOutputs, scores: Scores,
         split_notes=_split_notes(run),
         operating_point=model.metadata.get("operating_point"),
         doubtful_labels=_doubtful(run, model),
-        patients=patient_rows(outputs, calibration_of(outputs)),
+        patients=patient_rows(outputs, calibration_of(outputs), Pooling.of(model.metadata)),
         by_patient=_by_patient(model, outputs),
         head=run.environment.titles,
     )
