@@ -279,6 +279,13 @@ def test_scans_without_a_hash_are_grouped_by_patient_and_content():
 # --- blank scans ---
 
 
+def test_blank_scans_alone_are_too_few_to_split():
+    report = report_of(*(replace(scan, perceptual_hash="") for scan in make_report(20).scans))
+    for split in (lambda: split_scans(report, 0), lambda: fold_splits(report, 0, 3)):
+        with pytest.raises(BadDataset, match="Normal"):
+            split()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.sets(st.integers(0, 99), max_size=30), st.integers(0, 99))
 def test_blank_scans_never_test_or_calibrate_and_the_others_are_on_one_side(blank, seed):

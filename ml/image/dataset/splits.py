@@ -239,8 +239,9 @@ def _without_blanks(report: DatasetReport, train: list[int], validation: list[in
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def _available(groups: list[_Group]) -> np.ndarray:
-    return np.asarray(np.sum([group.counts > 0 for group in groups], axis=0))
+def _available(groups: list[_Group], classes: int) -> np.ndarray:
+    """Groups with scans of each class, int [classes]; there may be no groups, if all scans are blank."""
+    return sum((group.counts > 0 for group in groups), np.zeros(classes, np.int64))
 
 
 def _noun(report: DatasetReport) -> str:
@@ -259,7 +260,7 @@ def _sizes_remedy(test_size: float, validation_size: float) -> str:
 
 
 def _require(report: DatasetReport, groups: list[_Group], least: int, remedy: str) -> None:
-    for name, count in zip(report.names, _available(groups), strict=True):
+    for name, count in zip(report.names, _available(groups, len(report.names)), strict=True):
         if count < least:
             noun = _noun(report)
             list_them = " If patients are told wrongly, list them in patients.csv." if noun != "different scans" else ""
@@ -267,7 +268,7 @@ def _require(report: DatasetReport, groups: list[_Group], least: int, remedy: st
 
 
 def _require_folds(report: DatasetReport, groups: list[_Group], folds: int) -> None:
-    available = _available(groups)
+    available = _available(groups, len(report.names))
     rarest = int(np.argmin(available))
     most = int(available[rarest])
     if folds > most:
