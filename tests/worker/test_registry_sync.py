@@ -157,7 +157,7 @@ def test_versions_and_aliases_follow_each_change_of_the_champion(
     told = {"renalq.version": "1", "renalq.weights_sha256": "a" * 64, "renalq.dataset_digest": "d" * 64}
     assert told.items() <= first.tags.items()
     assert (first.tags["renalq.gate"], second.tags["renalq.gate"]) == ("promoted", "not promoted")
-    assert "0.9000 < the champion's 0.9700" in second.description
+    assert "F1 0.9000, the champion's 0.9700 (version 1)" in second.description
     assert _aliases(client, tenant) == {"champion": "1", "challenger": "2"}
 
     with sessions.begin() as session:
