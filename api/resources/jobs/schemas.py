@@ -8,6 +8,7 @@ from api.http.fields import Answer, Metadata, Part, Time, links_schema, one_of
 from api.http.paging import PageQuery, PageSchema
 from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
+from api.resources.models.schemas import DriftedSchema
 from jobs.results.queries import JobView
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, Json
@@ -82,13 +83,6 @@ class ReproductionSchema(ma.Schema):
 
 
 DRIFTED = "Of a prediction by the champion: on which day its predictions had drifted from its test scans. Else null."
-
-
-class DriftedSchema(ma.Schema):
-    """A champion's latest day with predictions (UTC), if its figures have drifted; see GET /models/{version}/drift."""
-
-    day = fields.String(metadata={"format": "date"})
-    figures = fields.List(fields.String())
 
 
 LINKED = ("events", "artifacts", "cancel", "retry")

@@ -30,6 +30,13 @@ class ReportedSchema(ma.Schema):
     test_digest = fields.String(allow_none=True)
 
 
+class DriftedSchema(ma.Schema):
+    """A champion's latest day with predictions (UTC), if its figures have drifted; see GET /models/{version}/drift."""
+
+    day = fields.String(metadata={"format": "date"})
+    figures = fields.List(fields.String())
+
+
 class GateSchema(ma.Schema):
     """The promotion gate's verdict."""
 
@@ -131,12 +138,11 @@ class ModelSchema(Answer):
     params = fields.Dict()
     metrics = fields.Dict()
     gate = fields.Nested(GateSchema)
-    drift = fields.Function(
+    drift = Part(
+        DriftedSchema,
         lambda row: row.drift if row.champion else None,
-        metadata={
-            "type": ["object", "null"],
-            "description": "Of a champion whose latest predictions have drifted: `day` and `figures`. Else null.",
-        },
+        allow_none=True,
+        metadata={"description": "Of a champion whose latest predictions have drifted. Else null."},
     )
     code_revision = fields.String(allow_none=True)
     environment = fields.Dict()
