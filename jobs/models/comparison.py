@@ -48,6 +48,8 @@ class Comparison:
     """Two versions side by side: `metrics` by name as [a's, b's], on the same `scans` test scans.
 
     `metrics` is empty if there are no such scans; `note` says so in words. `differences` are [a's, b's] as well.
+    `paired`: the paired tests of a against b (`ml.evaluation.paired`) with the number of their `scans`; None if no
+    training computed any.
     """
 
     a: ModelVersion
@@ -57,6 +59,7 @@ class Comparison:
     test_digest: str | None
     differences: Json
     note: str
+    paired: Json | None = None
 
 
 # --- scores ---
@@ -201,7 +204,12 @@ def compare(session: Session, tenant_id: str, a: str, b: str) -> Comparison:
         test_digest=found.test_digest if found else None,
         differences=_differences(one, other),
         note=_note(found),
+        paired=_paired(shared_scores(session, one, other, paired_first=True)),
     )
+
+
+def _paired(found: SharedScores | None) -> Json | None:
+    return {**found.paired, "scans": found.scans} if found and found.paired else None
 
 
 def _figures(found: SharedScores, figures: Sequence[str]) -> dict[str, list[float | None]]:

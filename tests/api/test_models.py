@@ -221,6 +221,9 @@ def test_two_versions_compare_on_the_same_scans(client: FlaskClient, sessions: S
     assert found["differences"]["params"] == {"seed": [7, 8]}
     assert found["differences"]["code_revision"] == ["abc", "abd"]
     assert "metrics" not in found["a"], "a comparison is short"
+    assert (found["paired"]["scans"], found["paired"]["groups"], found["paired"]["delong"]) == (93, 60, None)
+    f1 = {"a": 0.97, "b": 0.90, "difference": 0.07, "low": 0.04, "high": 0.10}
+    assert found["paired"]["differences"]["f1"] == pytest.approx(f1)
 
 
 @pytest.mark.parametrize("query", ["", "?a=1", "?a=1&b=x", "?a=1&b=0", "?a=1&b=2&c=3"])

@@ -152,6 +152,9 @@ def test_latest_scores_on_a_test_set_are_compared(session: Session) -> None:
     found = comparison.compare(session, TENANT, "1", "2")
     assert (found.scans, found.metrics["f1"]) == (93, [0.952, 0.92])
     assert first.metrics["f1"] == 0.95, "what its own training found stays as it was"
+    assert found.paired is not None
+    assert found.paired["differences"]["f1"]["difference"] == pytest.approx(0.952 - 0.92), "of version 1 against 2"
+    assert comparison.compare(session, TENANT, "2", "1").paired["differences"]["f1"]["ours"] == 0.92  # type: ignore[index]
 
 
 def test_paired_scores_replace_those_of_own_test_scans(session: Session) -> None:

@@ -220,6 +220,33 @@ class SideSchema(ModelSchema):
         fields = ("version", "champion", "created_at", "network", "head", "classes", "dataset_digest", "gate", "links")
 
 
+class DifferenceSchema(ma.Schema):
+    """A figure of two versions on the same patients, and the 95 % interval of a's less b's."""
+
+    a = fields.Float(attribute="ours")
+    b = fields.Float(attribute="theirs")
+    difference = fields.Float()
+    low = fields.Float(allow_none=True)
+    high = fields.Float(allow_none=True)
+
+
+class TestSchema(ma.Schema):
+    """A statistic, and its p if both versions are equally good."""
+
+    statistic = fields.Float()
+    p = fields.Float()
+
+
+class PairedSchema(ma.Schema):
+    """Paired tests by patient, from the training that scored one version beside the other."""
+
+    scans = fields.Integer()
+    groups = fields.Integer(metadata={"description": "Patients, or groups of scans that belong together."})
+    differences = fields.Dict(keys=fields.String(), values=fields.Nested(DifferenceSchema))
+    mcnemar = fields.Nested(TestSchema)
+    delong = fields.Nested(TestSchema, allow_none=True)
+
+
 class ComparisonSchema(ma.Schema):
     """Comparison of two versions: figures on common test scans, and differences in data and parameters."""
 
@@ -232,6 +259,7 @@ class ComparisonSchema(ma.Schema):
         values=fields.List(fields.Float(allow_none=True)),
         metadata={"description": "Figures as [a, b]; empty without common test scans."},
     )
+    paired = fields.Nested(PairedSchema, allow_none=True)
     differences = fields.Dict(metadata={"description": "Differing fields as [a, b]."})
     note = fields.String(metadata={"description": "How to read the figures."})
 
