@@ -1,4 +1,4 @@
-"""Labels without any signal score like chance: 40 patients of 8 slices that look alike within a patient.
+"""Labels without any signal score like chance: 60 patients of 6 slices that look alike within a patient.
 
 A split that divides patients recognizes them, and scores 0.9 and more.
 """
@@ -17,7 +17,7 @@ from tests.ml.builders import write_zip
 from tests.ml.conftest import SIDE, SMALL, write_config
 from tests.ml.patient_sets import anonymous_studies, folders_alone, names_of_slices, unknown
 
-PATIENTS, SLICES = 40, 8
+PATIENTS, SLICES = 60, 6
 LABELS = ("Normal", "Tumor")
 
 

@@ -164,7 +164,7 @@ def test_folds_test_every_scan_but_those_of_the_test(folded):
 
 def test_temperature_and_threshold_are_chosen_on_the_out_of_fold_logits_and_evaluated_so(folded):
     stored = OutOfFold.from_dict(json.loads(Path(folded.artifacts["out_of_fold.json"]).read_text()))
-    expected = calibrate(folded.run.report.labels[stored.scans], stored.logits, 1)
+    expected = calibrate(folded.run.report.labels[stored.scans], stored.logits, [1])
     ours = Calibration.from_metadata(network.read_metadata(folded.model))
     assert (ours.temperature, ours.threshold) == (pytest.approx(expected.temperature), expected.threshold)
     assert "out-of-fold scans" in ours.reason
