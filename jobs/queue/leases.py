@@ -104,7 +104,8 @@ def job_is(condition: str, of: str) -> str:
 # does not. They do not even read it: a batch's row has a new version for each unit that ended, and as long as any
 # transaction is older than those, whoever looks for the latest one steps over all of them. Whether a job still waits,
 # and whether it was cancelled, is known from an index of such jobs only (ix_jobs_queued, ix_jobs_cancelling). A cancel
-# that commits meanwhile finds the unit claimed, and its worker will poll, or ends it: the unit's row decides.
+# that commits meanwhile finds the unit claimed, and its worker will poll, or ends it: the unit's row decides. Of a unit
+# that was claimed and given back meanwhile, the job would have to be written: it is left to the next claim.
 # IS TRUE hides conditions from the planner: it would walk the partial indexes of all such rows, since they are small
 # whenever it plans for an empty queue.
 CLAIM = """
@@ -124,6 +125,7 @@ WITH wanted AS MATERIALIZED (
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM due LEFT JOIN job ON true
     WHERE units.id = (SELECT id FROM due) AND (job.id IS NOT NULL OR NOT writes_job)
+        AND units.attempt = (SELECT attempt FROM wanted)
         AND (units.state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
     RETURNING units.*, coalesce(starts, false) AS starts, job.attempt AS attempt_before
 ), started AS (
