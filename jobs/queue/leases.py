@@ -99,20 +99,21 @@ def job_is(condition: str, of: str) -> str:
     return f"(SELECT true FROM jobs WHERE {condition} AND {rows} ORDER BY lane, id LIMIT 1) IS TRUE"  # noqa: S608
 
 
-# The job's row is written, and so locked before the unit's, by its first claim and by further attempts of a unit. All
-# other claims leave it alone: of them neither a new version of the row nor an event says anything that the unit's row
-# does not. They do not even read it: a batch's row has a new version for each unit that ended, and as long as any
-# transaction is older than those, whoever looks for the latest one steps over all of them. Whether a job still waits,
-# and whether it was cancelled, is known from an index of such jobs only (ix_jobs_queued, ix_jobs_cancelling). A cancel
-# that commits meanwhile finds the unit claimed, and its worker will poll, or ends it: the unit's row decides.
+# The job's row is locked, before the unit's, by claims of its first unit, by its first claim and by further attempts of
+# a unit, since they write it. All other claims leave it alone: of them neither a new version of the row nor an event
+# says anything that the unit's row does not. They do not even read it: a batch's row has a new version for each unit
+# that ended, and as long as any transaction is older than those, whoever looks for the latest one steps over all of
+# them. Whether a job still waits, and whether it was cancelled, is known from an index of such jobs only
+# (ix_jobs_queued, ix_jobs_cancelling). A cancel that commits meanwhile finds the unit claimed, and its worker will
+# poll, or ends it: the unit's row decides. Of a unit that was claimed and given back meanwhile, the job would have to
+# be written: it is left to the next claim.
 # IS TRUE hides conditions from the planner: it would walk the partial indexes of all such rows, since they are small
 # whenever it plans for an empty queue.
 CLAIM = """
 WITH wanted AS MATERIALIZED (
-    SELECT id, job_id, lane, attempt FROM units {wanted}
+    SELECT id, job_id, lane, ordinal, attempt FROM units {wanted}
 ), due AS MATERIALIZED (
-    SELECT wanted.id, job_id, attempt > 0 OR {is_queued} AS writes_job
-    FROM wanted WHERE NOT {is_cancelling}
+    SELECT id, job_id, lane, attempt > 0 OR ordinal = 0 OR {is_queued} AS writes_job FROM wanted
 ), job AS MATERIALIZED (
     SELECT id, state = 'queued' AS starts, attempt FROM jobs
     WHERE id = (SELECT job_id FROM due WHERE writes_job) AND (finished_at IS NULL) IS TRUE
@@ -123,7 +124,8 @@ WITH wanted AS MATERIALIZED (
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
         progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
     FROM due LEFT JOIN job ON true
-    WHERE units.id = (SELECT id FROM due) AND (job.id IS NOT NULL OR NOT writes_job)
+    WHERE units.id = (SELECT id FROM due) AND (job.id IS NOT NULL OR (NOT writes_job AND NOT {is_cancelling}))
+        AND units.attempt = (SELECT attempt FROM wanted)
         AND (units.state IN ('queued', 'dispatched')) IS TRUE AND not_before <= clock_timestamp()
     RETURNING units.*, coalesce(starts, false) AS starts, job.attempt AS attempt_before
 ), started AS (
@@ -141,7 +143,7 @@ FROM claimed
 """
 OF_ITS_JOB = {
     "is_queued": job_is(IS_QUEUED, "wanted"),
-    "is_cancelling": job_is(IS_CANCELLING, "wanted"),
+    "is_cancelling": job_is(IS_CANCELLING, "due"),
 }
 CLAIM_UNIT = PreparedStatement(
     "claim_unit",

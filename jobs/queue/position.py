@@ -2,7 +2,7 @@
 
 The fair order of a lane: tenants take turns, each with its oldest job first. Ahead of a job are the older jobs of its
 own tenant and, of each other tenant, as many jobs, plus one if that one is older too. Counting stops at
-`MAX_POSITION`: a position of 1000 means 1000 or more.
+`MAX_POSITION`: a position of 1000 means that 1000 jobs or more, waiting or running, are served first.
 """
 
 import uuid
@@ -32,36 +32,26 @@ class QueuePosition:
 # Comparing whole rows and ordering by all three columns leaves the planner one index with this order,
 # ix_jobs_unfinished, which holds no finished jobs. With `lane = …` it may walk the primary key, past all jobs. A limit
 # that it cannot read keeps it from sorting them all, since it then reckons with a tenth of the rows.
-# The older jobs are counted in the index first: where they are too many, no row is read.
 # A running job counts for its turn and its remaining scans, but not as a position: it does not wait.
 POSITIONS = text("""
 SELECT mine.id, mine.lane, mine.total AS own,
-       older.turns >= :far OR own.queued + others.queued >= :far AS far,
+       own.turns + others.turns >= :far AS far,
        own.queued + others.queued AS position,
        own.scans + others.scans AS ahead
 FROM jobs AS mine
 CROSS JOIN LATERAL (
-    SELECT count(*) AS turns FROM (
-        SELECT id FROM jobs
-        WHERE finished_at IS NULL
-          AND (lane, tenant_id, id) >= (mine.lane, mine.tenant_id, :least)
-          AND (lane, tenant_id, id) < (mine.lane, mine.tenant_id, mine.id)
-        ORDER BY lane, tenant_id, id LIMIT (SELECT :far)
-    ) AS entries
-) AS older
-CROSS JOIN LATERAL (
-    SELECT count(*) FILTER (WHERE state = 'queued') AS queued, coalesce(sum(scans), 0) AS scans
+    SELECT count(*) AS turns, count(*) FILTER (WHERE state = 'queued') AS queued, coalesce(sum(scans), 0) AS scans
     FROM (
         SELECT state, total - succeeded - failed - cancelled AS scans
         FROM jobs
         WHERE finished_at IS NULL
           AND (lane, tenant_id, id) >= (mine.lane, mine.tenant_id, :least)
           AND (lane, tenant_id, id) < (mine.lane, mine.tenant_id, mine.id)
-        ORDER BY lane, tenant_id, id LIMIT CASE WHEN older.turns < :far THEN :far ELSE 0 END
-    ) AS rows
+        ORDER BY lane, tenant_id, id LIMIT (SELECT :far)
+    ) AS older
 ) AS own
 CROSS JOIN LATERAL (
-    SELECT count(*) FILTER (WHERE state = 'queued') AS queued, coalesce(sum(scans), 0) AS scans
+    SELECT count(*) AS turns, count(*) FILTER (WHERE state = 'queued') AS queued, coalesce(sum(scans), 0) AS scans
     FROM (
         SELECT theirs.state, theirs.scans
         FROM (
@@ -77,10 +67,10 @@ CROSS JOIN LATERAL (
                   AND (lane, tenant_id, id) <= (mine.lane, other.tenant_id, :most)
                 ORDER BY lane, tenant_id, id LIMIT (SELECT :far)
             ) AS oldest
-            LIMIT older.turns + 1
+            LIMIT own.turns + 1
         ) AS theirs
-        WHERE theirs.turn <= older.turns OR theirs.id < mine.id
-        LIMIT CASE WHEN older.turns < :far THEN :far ELSE 0 END
+        WHERE theirs.turn <= own.turns OR theirs.id < mine.id
+        LIMIT :far - own.turns
     ) AS before
 ) AS others
 WHERE mine.id = ANY(:ids)

@@ -397,10 +397,10 @@ def test_a_look_does_not_step_over_units_that_ended_while_a_transaction_is_open(
     assert max(pages[-20:]) <= 2 * max(pages[10:30]), pages[10:30] + pages[-20:]
 
 
-def _pages_of_a_look(reading: Reading) -> int:
-    """How many pages the next look asks for."""
+def _pages_of_a_look(reading: Reading, waiting: int = 1) -> int:
+    """How many pages the next look asks for, which finds so many units."""
     before = pages_read(reading.session)
-    assert reading.read().waiting
+    assert len(reading.read().waiting) == waiting
     return pages_read(reading.session) - before
 
 
@@ -422,7 +422,7 @@ def test_the_queue_does_not_step_over_ended_units_of_a_batch_while_a_transaction
             if number in (40, UNITS - 40):  # as autovacuum does: everything is planned anew
                 with sessions.begin() as session:
                     session.execute(text("ANALYZE units, jobs"))
-            pages["look"].append(_pages_of_a_look(reading))
+            pages["look"].append(_pages_of_a_look(reading, waiting=64))
             reading.reader.marked(dispatch.dispatch(looking, [unit.id], 15))
             before = pages_read(looking)
             held = claim(looking, unit, "predict@here/a1/41")
