@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.commands.jobs import as_json, print_json, print_table, with_client
+from ml.spec.operating_point import F1, sentence
 
 if TYPE_CHECKING:
     import requests
@@ -23,7 +24,7 @@ MARKDOWN = "text/markdown"
 @as_json
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
-    """Model versions: list (the default), show, compare, promote, rollback, promotions, card, download.
+    """Model versions: list (the default), show, compare, operate, promote, rollback, promotions, card, download.
 
     VERSION is a number, or `champion`.
     """
@@ -68,8 +69,31 @@ def show_model(model: dict[str, Any], machine: bool) -> None:
     ]
     lines += [f"  network  {model['network']}, head {model['head']}", f"  weights  {model['weights_sha256']}"]
     lines += [f"  {name:<8} {value:.4f}" for name, value in model["metrics"].items() if isinstance(value, float)]
+    point = model.get("operating_point")
+    lines += [f"  point    {sentence(point)}"] if point else []
     lines += [f"  gate     {reason}" for reason in model["gate"]["reasons"]]
     click.echo("\n".join(lines))
+
+
+@models.command("operate")
+@click.argument("version")
+@click.argument("rule", type=click.Choice([F1, "sensitivity", "specificity", "threshold"]))
+@click.argument("number", required=False, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--reason", required=True, help="Why; it is kept.")
+@as_json
+@with_client
+def models_operate(client: Client, version: str, rule: str, number: float | None, reason: str, as_json: bool) -> None:
+    """Set VERSION's operating point by RULE, without a training.
+
+    \b
+    renalq models operate champion sensitivity 0.95 --reason Screening
+    renalq models operate champion threshold 0.3 --reason Screening
+    renalq models operate 4 f1 --reason "As it was trained"
+    """
+    if (rule == F1) != (number is None):
+        raise click.UsageError("f1 takes no number." if rule == F1 else f"{rule} needs a number: {rule} 0.95")
+    body = {"operate_at": F1 if rule == F1 else {rule: number}, "reason": reason}
+    show_model(client.call("PATCH", f"/models/{version}", json=body), as_json)
 
 
 @models.command("promote")

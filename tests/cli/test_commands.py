@@ -71,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PATCH(self) -> None:
+        self._answer()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -177,6 +180,46 @@ def test_a_model_shows_its_figures_and_the_gates_verdict(ask: Ask) -> None:
         "  f1       0.9500",
         "  gate     F1 0.9500 ≥ the champion's 0.9400.",
     ]
+
+
+SHARE = {"value": 0.96, "low": 0.85, "high": 0.99, "groups": 24}
+POINT = {
+    "rule": "sensitivity", "wanted": 0.95, "threshold": 0.31, "sensitivity": SHARE, "specificity": SHARE, "scans": 48,
+    "chosen_on": "validation", "best_f1": 0.5, "changes": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "operate_at"),
+    [
+        (["sensitivity", "0.95"], {"sensitivity": 0.95}),
+        (["specificity", "1"], {"specificity": 1.0}),
+        (["threshold", "0.3"], {"threshold": 0.3}),
+        (["f1"], "f1"),
+    ],
+)
+def test_an_operating_point_is_set_by_a_rule_and_shown(ask: Ask, words: list[str], operate_at: Any) -> None:
+    command = ["models", "operate", "champion", *words, "--reason", "To see."]
+    result, asked = ask({"PATCH /models/champion": {**MODEL, "operating_point": POINT}}, *command)
+    assert result.exit_code == 0, result.output
+    assert asked == {"PATCH /models/champion": {"operate_at": operate_at, "reason": "To see."}}
+    assert "Threshold 0.310, the highest with a sensitivity of 0.95. On 48 validation scans" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sensitivity", "--reason", "x"], "sensitivity needs a number: sensitivity 0.95"),
+        (["f1", "0.9", "--reason", "x"], "f1 takes no number."),
+        (["recall", "0.9", "--reason", "x"], "'recall' is not one of"),
+        (["threshold", "1.2", "--reason", "x"], "not in the range"),
+        (["threshold", "0.2"], "Missing option '--reason'"),
+    ],
+)
+def test_an_operating_point_that_is_none_is_not_sent(ask: Ask, words: list[str], told: str) -> None:
+    result, asked = ask({}, "models", "operate", "3", *words)
+    assert (result.exit_code, asked) == (2, {})
+    assert told in result.output
 
 
 def test_a_promotion_and_a_rollback_say_who_is_champion_now(ask: Ask) -> None:
