@@ -144,7 +144,12 @@ def _figure(metrics: Json, name: str) -> Json:
 
 
 def _cross_validation(scores: Json | None) -> Json | None:
-    return scores and {"folds": len(scores["folds"]), "mean": scores["mean"], "std": scores["std"]}
+    if not scores:
+        return None
+    whole = scores.get("pooled")  # versions of earlier releases have none
+    figures = whole and {name: _figure(whole, name) for name in FIGURES if whole.get(name) is not None}
+    pooled = whole and {"scans": whole["held_out"], "independent_groups": whole["independent"], "figures": figures}
+    return {"folds": len(scores["folds"]), "mean": scores["mean"], "std": scores["std"], "pooled": pooled}
 
 
 def _other_test_set(row: ModelEvaluation) -> Json:

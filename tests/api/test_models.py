@@ -346,6 +346,23 @@ def test_a_card_tells_subgroups_and_which_of_them_differ(client: FlaskClient, se
     assert r"- scanner A\|B: It differs." in text
 
 
+def test_a_card_tells_the_figures_of_all_folds_together(client: FlaskClient, sessions: Sessions) -> None:
+    pooled = {
+        "f1": 0.8125, "recall": 0.75, "pr_auc": None, "intervals": {"f1": [0.7, 0.9]}, "held_out": 372,
+        "independent": 186,
+    }  # fmt: skip
+    make_model(sessions, FULL | {"cross_validation": {**FULL["cross_validation"], "pooled": pooled}})
+    card = client.get("/models/1/card", headers={"Accept": "application/json"}).get_json()
+    found = card["evaluation"]["cross_validation"]
+    assert (found["folds"], found["pooled"]["scans"], found["pooled"]["independent_groups"]) == (2, 372, 186)
+    assert found["pooled"]["figures"]["f1"] == {"value": 0.8125, "low": 0.7, "high": 0.9, "method": None}
+    assert sorted(found["pooled"]["figures"]) == ["f1", "recall"]
+    text = client.get("/models/1/card").get_data(as_text=True)
+    assert "All folds together: 372 scans in 186 independent groups" in text
+    assert "| F1 | 0.8125 | 0.7000 | 0.9000 |" in text
+    assert "| Recall (sensitivity) | 0.7500 | – | – |" in text
+
+
 def test_a_card_of_a_version_of_which_little_is_known_says_so(client: FlaskClient, champion: object) -> None:
     text = client.get("/models/1/card").get_data(as_text=True)
     assert "| Input | not known |" in text
