@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydicom import Dataset
 
 from ml.image.dataset.scan import ScanFile
 from ml.image.dataset.scans import check_dataset, load_manifest, save_manifest
@@ -14,6 +16,14 @@ from ml.image.pixels.dicom import open_dataset
 from tests.ml.builders import make_dicom
 
 PIXELS = np.arange(64 * 64, dtype=np.int16).reshape(64, 64) % 251
+
+
+def thick(mm: str) -> list[Dataset]:
+    """Functional groups of one frame, which say how thick its slice is."""
+    measures, group = Dataset(), Dataset()
+    measures.SliceThickness = mm
+    group.PixelMeasuresSequence = [measures]
+    return [group]
 
 
 @pytest.mark.parametrize(
@@ -34,9 +44,15 @@ PIXELS = np.arange(64 * 64, dtype=np.int16).reshape(64, 64) % 251
         ({"SliceThickness": "2.999"}, {"slice thickness": "over 1.5 to 3 mm"}),
         ({"SliceThickness": "7"}, {"slice thickness": "over 5 mm"}),
         ({"SliceThickness": "0"}, {}),
+        ({"PerFrameFunctionalGroupsSequence": thick("2.0")}, {"slice thickness": "over 1.5 to 3 mm"}),
+        ({"SharedFunctionalGroupsSequence": thick("5")}, {"slice thickness": "over 3 to 5 mm"}),
+        (
+            {"PerFrameFunctionalGroupsSequence": thick("1"), "SharedFunctionalGroupsSequence": thick("5")},
+            {"slice thickness": "up to 1.5 mm"},
+        ),
     ],
 )
-def test_a_header_tells_scanner_sex_age_and_thickness(tags: dict[str, str], traits: dict[str, str]) -> None:
+def test_a_header_tells_scanner_sex_age_and_thickness(tags: dict[str, Any], traits: dict[str, str]) -> None:
     assert read_traits(open_dataset(make_dicom(PIXELS, **tags), header_only=True)) == traits
 
 

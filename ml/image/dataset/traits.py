@@ -36,16 +36,21 @@ _SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "w": "F", "o": "O", "o
 
 
 def read_traits(dataset: Dataset) -> dict[str, str]:
-    """The traits that a DICOM header tells; those that it does not, or not readably, are missing."""
+    """The traits that a DICOM header tells; those that it does not, or not readably, are missing.
+
+    A scan of a dataset has one frame, whose thickness newer files keep in its functional group (PS3.3 C.7.6.16).
+    """
+    from ml.image.pixels.frame_attributes import thickness_mm
+
     maker, scanner = (_text(dataset, tag) for tag in ("Manufacturer", "ManufacturerModelName"))
     site = _text(dataset, "InstitutionName") or _text(dataset, "StationName")
-    age, thickness = _AGE.fullmatch(_text(dataset, "PatientAge")), _number(_text(dataset, "SliceThickness"))
+    age, thickness = _AGE.fullmatch(_text(dataset, "PatientAge")), thickness_mm(dataset, 0)
     found = {
         SCANNER: scanner if scanner.lower().startswith(maker.lower()) else f"{maker} {scanner}",
         SITE: site and f"site {pseudonym(f'site {site}')[:8]}",
         SEX: _SEXES.get(_text(dataset, "PatientSex").lower(), ""),
         AGE: age and age_band(int(age[1]) / _YEARS[age[2].lower()]),
-        THICKNESS: thickness is not None and thickness > 0 and _band(thickness, _THICKNESSES, " mm"),
+        THICKNESS: thickness is not None and _band(thickness, _THICKNESSES, " mm"),
     }
     return {name: value.strip()[:_LONGEST] for name, value in found.items() if value and value.strip()}
 

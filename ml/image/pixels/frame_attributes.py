@@ -58,6 +58,12 @@ def spacing_mm(dataset: Dataset, frame: int) -> tuple[float, float] | None:
     return None
 
 
+def thickness_mm(dataset: Dataset, frame: int) -> float | None:
+    """SliceThickness in mm; None where the file has none above 0."""
+    found = _first(list(_places(dataset, frame, "PixelMeasuresSequence")), "SliceThickness")
+    return found if found is not None and found > 0 else None
+
+
 def identity(dataset: Dataset, frame: int) -> Identity:
     """Whose frame it is. What cannot be read, or is longer than the standard allows, says nothing."""
     number_ = number(dataset, "InstanceNumber")
