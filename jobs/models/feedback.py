@@ -66,7 +66,7 @@ def record(session: Session, view: JobView, scan_id: uuid.UUID, label: str, key_
     Raises:
         NoResults, ResultsExpired
         ResultNotFound: the job has no such scan.
-        WrongState: the scan has no prediction, since its result has not succeeded.
+        WrongState: the scan has no prediction, since its result has not succeeded, or one for each of its frames.
         Invalid: the model has no such class.
     """
     result = _result(session, view, scan_id)
@@ -102,6 +102,8 @@ def _result(session: Session, view: JobView, scan_id: uuid.UUID) -> ScanResult:
         raise ResultNotFound
     if found.state != ResultState.SUCCEEDED:
         raise WrongState(f"The scan's result is {found.state}: a truth is told of a prediction that has succeeded.")
+    if found.frame is not None:
+        raise WrongState("The file holds several slices, and a truth is of one: send each slice as a file of its own.")
     return found
 
 

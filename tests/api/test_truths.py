@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 
 from jobs.datasets.from_feedback import LabelledScan, write_zip
 from jobs.db import Sessions
@@ -23,7 +23,7 @@ from jobs.retention.results import expire
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.storage.blobs import BlobStore
-from jobs.tables import Dataset, ModelVersion, Scan, Truth
+from jobs.tables import Dataset, ModelVersion, Scan, ScanResult, Truth
 from tests import builders
 from tests.api.conftest import Door, png
 from tests.api.test_errors import assert_problem
@@ -104,6 +104,18 @@ def test_a_truth_that_cannot_be_is_refused_with_the_reason(
         training = builders.make_job(session, state=JobState.SUCCEEDED).id
     for verb in (client.post, client.get):
         assert_problem(verb(path(str(training), scans[0]), json={"label": "Tumor"}), 409, "NO_RESULTS")
+
+
+def test_a_truth_is_of_one_slice_and_so_of_no_file_that_holds_several(
+    client: FlaskClient, sessions: Sessions, batch: Told
+) -> None:
+    """It would be compared with the answer to the first frame, where a tumour may not be."""
+    job_id, scans = batch
+    with sessions.begin() as session:
+        session.execute(update(ScanResult).where(ScanResult.scan_id == uuid.UUID(scans[1])).values(frame=0))
+    problem = assert_problem(client.post(path(job_id, scans[1]), json={"label": "Tumor"}), 409, "WRONG_STATE")
+    assert "holds several slices" in problem["detail"]
+    tell(client, batch, 0)
 
 
 def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, batch: Told) -> None:
