@@ -31,8 +31,9 @@ from cli.stack.server_plan import free_port
 from cli.stack.services import REPOSITORY
 from jobs.settings import Settings
 
-PATIENTS, SLICES, SEED = 240, 2, 1
-"""Half of the patients have a tumour, and a fifth are tested on: 24 of each class, where the gate asks for 20."""
+PATIENTS, SLICES, SEED = 480, 1, 1
+"""Half of the patients have a tumour, and a fifth are tested on: 48 of each class, so that the gate's lower bound of
+sensitivity (0.70) holds with seven tumours missed. Of 24, it holds with two."""
 NEW_PATIENTS, NEW_SEED = 10, 2
 """Other patients, from another seed: none of them is in the training's zip."""
 PARAMS: Json = {
@@ -58,7 +59,7 @@ class Scans:
 
 
 def demo(console: Console, keep: bool = False) -> int:
-    """Run the demo. Returns 0 if F1 on the held-out patients reaches `MIN_F1`."""
+    """Run the demo. Returns 0 if F1 on new patients reaches `MIN_F1`, and the gate made the network champion."""
     began = time.monotonic()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     folder = Settings().home.resolve() / "demo" / secrets.token_hex(4)
@@ -180,8 +181,9 @@ def _show(client: Client, scans: Scans, console: Console, params: Json) -> bool:
     if ended.state != "succeeded":
         raise ApiError(f"The training {ended.state}: {ended.failure}")
     passed = _show_training(ended, client.epochs(ended.id), console)
+    promoted = _show_verdict(client.call("GET", f"/models/{ended.raw['model_version']}"), console)
     _show_predictions(client, scans, ended.raw["model_version"], console)
-    return passed
+    return passed and promoted
 
 
 def _train(client: Client, dataset_id: str, params: Json) -> Job:
@@ -208,6 +210,19 @@ def _show_training(job: Job, epochs: list[Epoch], console: Console) -> bool:
         f"On patients that training never saw: accuracy {accuracy:.3f}, F1 {f1:.3f} {verdict}", highlight=False
     )
     return bool(f1 >= MIN_F1)
+
+
+def _show_verdict(model: Json, console: Console) -> bool:
+    """Whether the version is champion; where it is not, all reasons of the gate."""
+    if model["champion"]:
+        patients = model["metrics"]["independent_per_class"]
+        tested = " and ".join(f"{count} of {name}" for name, count in patients.items())
+        console.print(f"The gate made it champion: tested on {tested} [green]✓[/]", highlight=False, soft_wrap=True)
+        return True
+    console.print("The gate did not make it champion [red]✗[/]", highlight=False)
+    for reason in model["gate"]["reasons"]:
+        console.print(f"  {reason}", highlight=False, soft_wrap=True, markup=False)
+    return False
 
 
 def _show_predictions(client: Client, scans: Scans, model: str, console: Console) -> None:
