@@ -36,7 +36,21 @@ class Settings(BaseSettings):
         "",
         description="Blob store: a folder or an fsspec URL (s3://bucket/prefix). Empty: HOME/artifacts.",
     )
-    mlflow_url: str = Field("", description="MLflow tracking server. Empty: runs are not tracked.")
+    run_as: str = Field(
+        "",
+        description="User that Postgres and Redis run as where root starts `renalq up`. Empty: `renalq` if there is "
+        "one, else `daemon`.",
+    )
+    mlflow_url: str = Field(
+        "",
+        description="MLflow tracking server. Empty: runs are not tracked. MLflow's client logs in there with "
+        "`MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.",
+    )
+    mlflow_store: str = Field(
+        "",
+        description="Database of the MLflow that `renalq up` starts, as an SQLAlchemy URL whose role owns nothing "
+        "else. Empty: one beside ours, or with a given Postgres a file in HOME/mlflow.",
+    )
     mlflow_public_url: str = Field(
         "",
         description="MLflow's address for browsers: jobs link to their runs there. Empty: no links.",

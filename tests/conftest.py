@@ -30,7 +30,7 @@ hypothesis.settings.register_profile("renalq", hypothesis.settings(), max_exampl
 hypothesis.settings.load_profile("renalq")
 
 SHARED = {
-    "whole stack": ("tests/e2e/", "tests/cli/test_devstack.py"),
+    "whole stack": ("tests/e2e/", "tests/cli/test_devstack.py", "tests/cli/test_local_users.py"),
     "MLflow": ("tests/worker/test_live_runs.py", "tests/worker/test_registry_sync.py", "tests/worker/test_backfill.py"),
     "first page": ("tests/browser/",),
 }

@@ -41,16 +41,16 @@ def family(pid: int) -> list[int]:
 
 
 def speaking_of(folder: Path) -> list[str]:
-    """Command lines of living processes that carry this RENALQ_HOME in their environment or arguments."""
+    """Command lines of living processes that carry this RENALQ_HOME in environment or arguments, or work in it."""
     found = []
     for process in psutil.process_iter():
         try:
             line = process.cmdline()
-            home = process.environ().get("RENALQ_HOME", "")
+            home, place = process.environ().get("RENALQ_HOME", ""), process.cwd()
             mine = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
-        if mine and (home == str(folder) or any(str(folder) in part for part in line)):
+        if mine and (home == str(folder) or any(str(folder) in part for part in [place, *line])):
             found.append(" ".join(line)[:200])
     return found
 

@@ -11,21 +11,31 @@ from pathlib import Path
 import requests
 
 from cli.stack.launch import with_pdeathsig
-from tests.processes import eventually
+from tests.processes import ROOT, eventually
 
-# Without its job runners, nine more processes that nothing here needs.
-QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+LOGIN = {"MLFLOW_TRACKING_USERNAME": "renalq", "MLFLOW_TRACKING_PASSWORD": "a password of the tests"}
+os.environ.update(LOGIN)  # for all clients of this process, and of those that it starts before the server
 
 
 @contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """The URL of a server that answers and keeps all it has in a folder. It ends with the block, or with us."""
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", str(folder / "files")]
-    command = with_pdeathsig([sys.executable, "-m", "mlflow", "server", *options, *store])
+    """The URL of the server of `renalq up` on a database file. It keeps all it has in a folder, ends with the block, or
+    with us, and every client that this process and its children make logs in."""
+    own = folder / "mlflow"
+    own.mkdir(exist_ok=True)
+    command = with_pdeathsig(
+        [sys.executable, "-m", "worker.tracking.server", "--port", str(port), "--folder", str(own)]
+    )
+    told = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{own}/runs.db",
+        "MLFLOW_AUTH_ADMIN_USERNAME": LOGIN["MLFLOW_TRACKING_USERNAME"],
+        "MLFLOW_AUTH_ADMIN_PASSWORD": LOGIN["MLFLOW_TRACKING_PASSWORD"],
+    }
     path, url = folder / "mlflow.log", f"http://127.0.0.1:{port}"
     with path.open("wb") as log:
-        process = subprocess.Popen(command, env=os.environ | QUIET, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | told, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         eventually(lambda: _healthy(url), 180, path.read_text)
         yield url

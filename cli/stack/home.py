@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from rich.console import Console
 from cli.stack.launch import CannotStartError
 
 MAX_LOG_BYTES = 10 * 1024**2
+LOGIN_USER = "renalq"
+"""The user of Flower and MLflow."""
 HANDOVER_SECONDS = 25.0
 """How long a new stack waits for the orphan reaper of one that was killed."""
 
@@ -43,6 +46,16 @@ class Home:
         return self.path / "flower.txt"
 
     @property
+    def mlflow_login(self) -> Path:
+        """MLflow's address, user and password, mode 0600."""
+        return self.path / "mlflow.txt"
+
+    @property
+    def mlflow(self) -> Path:
+        """All that MLflow keeps: it may enter no other part."""
+        return self.path / "mlflow"
+
+    @property
     def state(self) -> Path:
         """Process ids, ports and addresses of the running stack, without passwords."""
         return self.path / "stack.json"
@@ -52,11 +65,33 @@ class Home:
         """Locked by the running stack."""
         return self.path / "stack.lock"
 
+    def prepare(self) -> None:
+        """Make the folder, for its owner alone, also where an older release or somebody else made it.
+
+        Raises:
+            CannotStartError: it is another user's, who could read and replace what RenalQ keeps there.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = self.path.stat().st_uid
+        if owner != os.geteuid():
+            raise CannotStartError(
+                f"{self.path} belongs to {_user_name(owner)}, who could read and replace what RenalQ keeps there: "
+                f"start RenalQ as that user, or chown -R {_user_name(os.geteuid())} it, or set RENALQ_HOME to another."
+            )
+        self.path.chmod(0o700)
+
     def rotate_logs(self) -> None:
         """Keep one old copy of large logs: a stack that runs every day must not fill the disk."""
         for log in self.logs.glob("*.log"):
             if log.stat().st_size > MAX_LOG_BYTES:
                 log.replace(log.with_suffix(".log.1"))
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 @contextmanager
@@ -116,3 +151,12 @@ def write_secret(path: Path, text: str) -> None:
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
     draft.replace(path)
+
+
+def write_login(path: Path, address: str) -> str:
+    """Write a service's address, user and password into a file of mode 0600. Returns the password, which stays the same
+    from one start to the next: browsers keep it."""
+    kept = dict(line.split(": ", 1) for line in path.read_text().splitlines()) if path.exists() else {}
+    password = kept.get("password") or secrets.token_urlsafe(18)
+    write_secret(path, f"address: {address}\nuser: {LOGIN_USER}\npassword: {password}\n")
+    return password

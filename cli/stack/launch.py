@@ -11,7 +11,6 @@ Three safeguards, each for what the one before cannot do:
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -24,15 +23,13 @@ from pathlib import Path
 STACK_MARK = "RENALQ_STACK_MARK"
 """Environment variable of every process of one stack, grandchildren included."""
 
-_UNPRIVILEGED = "nobody"
-
 
 class CannotStartError(Exception):
     """Something cannot be started; the message says what, and what to do about it."""
 
 
 @cache
-def _setpriv() -> str | None:
+def setpriv() -> str | None:
     """The path of a setpriv that has --pdeathsig (util-linux 2.33 or later, not busybox), or None."""
     path = shutil.which("setpriv", path=os.environ.get("PATH", "") + ":/usr/bin:/bin")
     if path is None:
@@ -43,60 +40,19 @@ def _setpriv() -> str | None:
 
 def with_pdeathsig(command: list[str], on_death: signal.Signals = signal.SIGTERM) -> list[str]:
     """The command, which the kernel signals with `on_death` when this process dies. Unchanged without setpriv."""
-    setpriv = _setpriv()
-    if setpriv is None:
+    program = setpriv()
+    if program is None:
         return command
-    return [setpriv, f"--pdeathsig={on_death.name.removeprefix('SIG')}", "--", *command]
-
-
-def unprivileged_ids() -> tuple[int, int] | None:
-    """User and group for a server that refuses to run as root; None where this process is not root."""
-    if os.geteuid() != 0:
-        return None
-    try:
-        entry = pwd.getpwnam(_UNPRIVILEGED)
-    except KeyError as error:
-        raise CannotStartError(
-            f"There is no user '{_UNPRIVILEGED}' for Postgres, which refuses root. {_REMEDY}"
-        ) from error
-    return entry.pw_uid, entry.pw_gid
-
-
-_REMEDY = "Run as an ordinary user, or set RENALQ_DATABASE_URL to a Postgres of your own."
-
-
-def with_pdeathsig_unprivileged(command: list[str], on_death: signal.Signals) -> list[str]:
-    """Like `with_pdeathsig`, and not as root.
-
-    The one capability kept, CAP_DAC_OVERRIDE, lets the server reach its data folder below a 0700 folder of root
-    (as `mktemp -d` makes) without a change of any folder's mode.
-    """
-    ids = unprivileged_ids()
-    if ids is None:
-        return with_pdeathsig(command, on_death)
-    setpriv = _setpriv()
-    if setpriv is None:
-        raise CannotStartError(f"Postgres refuses to run as root, and util-linux' setpriv is missing. {_REMEDY}")
-    return [
-        setpriv,
-        f"--reuid={ids[0]}",
-        f"--regid={ids[1]}",
-        "--clear-groups",
-        "--inh-caps=+dac_override",
-        "--ambient-caps=+dac_override",
-        # Without it access(2) ignores that capability, and initdb does not find `postgres` beside itself when the
-        # virtual environment lies below such a folder too.
-        "--securebits=+no_setuid_fixup",
-        f"--pdeathsig={on_death.name.removeprefix('SIG')}",
-        "--",
-        *command,
-    ]
+    return [program, f"--pdeathsig={on_death.name.removeprefix('SIG')}", "--", *command]
 
 
 def start(
     command: list[str], log: Path, environ: Mapping[str, str], folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a command (see `with_pdeathsig`) in its own session; stdout and stderr are appended to `log`."""
+    """Start a command (see `with_pdeathsig`) in its own session; stdout and stderr are appended to `log`.
+
+    What it writes is for its user alone: scans, keys and networks among it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(
@@ -106,6 +62,7 @@ def start(
             stderr=stream,
             env=dict(environ),
             cwd=folder,
+            umask=0o077,
             # Its own session: Ctrl-C in the terminal reaches only this process, which ends the others in order.
             start_new_session=True,
         )

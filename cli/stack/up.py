@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psycopg2
 from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from cli.stack import services
-from cli.stack.home import Home, locked, write_secret
+from cli.stack.home import Home, locked, write_login, write_secret
 from cli.stack.launch import CannotStartError
-from cli.stack.postgres import create_database, prepare_postgres
+from cli.stack.postgres import DatabaseUrls, prepare_postgres
 from cli.stack.redis_server import prepare_redis
 from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan, free_port
 from cli.stack.supervisor import ServiceDiedError, StopRequestedError, Supervisor
@@ -55,6 +53,8 @@ class Stack:
     began: float = field(default_factory=time.monotonic)
     addresses: dict[str, str] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
+    tracking: dict[str, str] = field(default_factory=dict)
+    """MLflow's login, for the processes that record there."""
 
     def say(self, name: str, text: str = "") -> None:
         """One line of progress."""
@@ -69,8 +69,9 @@ def up(options: Options, console: Console) -> int:
         CannotStartError: nothing could be started.
     """
     settings = Settings()
+    os.umask(0o077)  # for all that it and its children write: patients' scans, keys, passwords
     home = Home(settings.home.resolve())
-    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds patients' scans
+    home.prepare()
     with locked(home, console) as lock:
         home.state.unlink(missing_ok=True)  # left by a stack that was killed
         _require_free(settings.host, settings.port)
@@ -96,19 +97,19 @@ def up(options: Options, console: Console) -> int:
 
 
 def _start(stack: Stack) -> None:
-    database_url, redis_url = _start_servers(stack)
+    databases, redis_url = _start_servers(stack)
     stack.environ = {
         "RENALQ_HOME": str(stack.home.path),
         "RENALQ_HOST": stack.settings.host,
         "RENALQ_PORT": str(stack.settings.port),
-        "RENALQ_DATABASE_URL": database_url,
+        "RENALQ_DATABASE_URL": databases.application,
         "RENALQ_REDIS_URL": redis_url,
         "PYTHONUNBUFFERED": "1",
     }
-    _start_mlflow(stack, database_url)
-    stack.supervisor.run(services.migration(stack.environ), MIGRATE_SECONDS)
+    _start_mlflow(stack, databases.mlflow)
+    stack.supervisor.run(services.migration(stack.environ, databases.owner), MIGRATE_SECONDS)
     stack.say("tables", "up to date")
-    _first_key(stack.home, database_url)
+    _first_key(stack.home, databases.application)
     _start_services(stack)
     _write_state(stack, ready=False)
     _wait_until_ready(stack)
@@ -116,25 +117,33 @@ def _start(stack: Stack) -> None:
     _announce(stack)
 
 
-def _start_servers(stack: Stack) -> tuple[str, str]:
-    """URLs of Postgres and Redis: those given, or of servers that are started here side by side."""
-    given = stack.settings.model_fields_set
+def _start_servers(stack: Stack) -> tuple[DatabaseUrls, str]:
+    """URLs of the databases and of Redis: those given, or of servers that are started here side by side."""
+    given, run_as = stack.settings.model_fields_set, stack.settings.run_as
     fsync = os.environ.get("RENALQ_DEV_FSYNC", "on") != "off"
     plans: dict[str, ServerPlan] = {}
     if "database_url" not in given:
-        plans["postgres"] = prepare_postgres(stack.home.path, fsync)
+        plans["postgres"] = prepare_postgres(stack.home.path, fsync, run_as)
     if "redis_url" not in given:
-        plans["redis"] = prepare_redis(stack.home.path)
+        plans["redis"] = prepare_redis(stack.home.path, run_as)
     for plan in plans.values():
         stack.supervisor.start(services.server(plan))
     for plan in plans.values():
         stack.supervisor.wait_for(plan.answers, f"{plan.name} to answer", START_SECONDS)
         stack.say(plan.name, _host_port(plan.url))
         stack.addresses[plan.name] = _host_port(plan.url)
-    if "postgres" in plans:
-        create_database(plans["postgres"].url, "renalq")
-    database_url = plans["postgres"].url if "postgres" in plans else stack.settings.database_url
-    return database_url, plans["redis"].url if "redis" in plans else stack.settings.redis_url
+    databases = _databases(stack, plans.get("postgres"))
+    return databases, plans["redis"].url if "redis" in plans else stack.settings.redis_url
+
+
+def _databases(stack: Stack, own: ServerPlan | None) -> DatabaseUrls:
+    """Each with its role, on a server of our own; a given server is used with the role that was given."""
+    if own is None:
+        given = stack.settings.database_url
+        return DatabaseUrls(given, given, given, stack.settings.mlflow_store)
+    databases = DatabaseUrls.on(own.url)
+    stack.supervisor.run(services.roles(databases), MIGRATE_SECONDS)
+    return replace(databases, mlflow=stack.settings.mlflow_store or databases.mlflow)
 
 
 def _host_port(url: str) -> str:
@@ -142,20 +151,20 @@ def _host_port(url: str) -> str:
     return f"{parts.host}:{parts.port}"
 
 
-def _start_mlflow(stack: Stack, database_url: str) -> None:
+def _start_mlflow(stack: Stack, store: str) -> None:
     """Started before the other services because it is the slowest. A given RENALQ_MLFLOW_URL is used instead."""
     if stack.settings.mlflow_url or not stack.options.mlflow:
         return
-    folder, port = stack.home.path / "mlflow", free_port()
-    folder.mkdir(exist_ok=True)
-    store = services.mlflow_store(database_url)
-    try:
-        create_database(database_url, services.MLFLOW_DATABASE)
-    except psycopg2.Error:
-        store = f"sqlite:///{folder / 'mlflow.db'}"  # a given Postgres may not allow another database
-    stack.supervisor.start(services.mlflow(port, store, folder / "artifacts", stack.environ))
-    stack.addresses["mlflow"] = f"http://{LOOPBACK}:{port}"
-    stack.environ["RENALQ_MLFLOW_URL"] = stack.environ["RENALQ_MLFLOW_PUBLIC_URL"] = stack.addresses["mlflow"]
+    home, port = stack.home, free_port()
+    home.mlflow.mkdir(mode=0o700, exist_ok=True)
+    address = f"http://{LOOPBACK}:{port}"
+    password = write_login(home.mlflow_login, address)
+    # A given Postgres may not allow another role: MLflow gets no other's.
+    store = store or f"sqlite:///{home.mlflow / 'mlflow.db'}"
+    stack.supervisor.start(services.mlflow(port, store, home.mlflow, password))
+    stack.addresses["mlflow"] = address
+    stack.environ["RENALQ_MLFLOW_URL"] = stack.environ["RENALQ_MLFLOW_PUBLIC_URL"] = address
+    stack.tracking = services.tracking_login(password)
 
 
 def _first_key(home: Home, database_url: str) -> None:
@@ -179,20 +188,20 @@ def _is_valid(session: Session, file: Path) -> bool:
 
 
 def _start_services(stack: Stack) -> None:
-    environ, start = stack.environ, stack.supervisor.start
-    start(services.api(environ))
-    start(services.dispatcher(environ))
-    start(services.worker("predict", "urgent,batch", environ))
-    start(services.worker("train", "train", environ))
+    start, tracking = stack.supervisor.start, {**stack.environ, **stack.tracking}
+    start(services.api(stack.environ))
+    start(services.dispatcher(tracking))
+    start(services.worker("predict", "urgent,batch", tracking))
+    start(services.worker("train", "train", tracking))
     if stack.options.flower:
         _start_flower(stack)
 
 
 def _start_flower(stack: Stack) -> None:
-    port, password = free_port(), secrets.token_urlsafe(18)
+    port = free_port()
     address = f"http://{LOOPBACK}:{port}"
+    password = write_login(stack.home.flower, address)
     stack.supervisor.start(services.flower(port, password, stack.environ))
-    write_secret(stack.home.flower, f"address: {address}\nuser: renalq\npassword: {password}\n")
     stack.addresses["flower"] = address
 
 
@@ -225,7 +234,7 @@ def _announce(stack: Stack) -> None:
     if "flower" in stack.addresses:
         lines += [f"  Flower     {stack.addresses['flower']}   (user and password: {stack.home.flower})"]
     if "mlflow" in stack.addresses:
-        lines += [f"  MLflow     {stack.addresses['mlflow']}"]
+        lines += [f"  MLflow     {stack.addresses['mlflow']}   (user and password: {stack.home.mlflow_login})"]
     lines += [f"  logs       {stack.home.logs}", "Stop with Ctrl-C."]
     stack.console.print("\n".join(lines), highlight=False, soft_wrap=True)
 

@@ -82,7 +82,7 @@ def test_the_state_names_all_processes_and_no_password(whole_stack: RunningStack
 def test_no_password_or_key_stands_in_a_command_line(whole_stack: RunningStack) -> None:
     secrets = [(whole_stack.home / f"{name}.password").read_text().strip() for name in ("postgres", "redis")]
     secrets += [(whole_stack.home / "admin.key").read_text().strip()]
-    secrets += [(whole_stack.home / "flower.txt").read_text().split()[-1]]
+    secrets += [(whole_stack.home / name).read_text().split()[-1] for name in ("flower.txt", "mlflow.txt")]
     lines = [" ".join(psutil.Process(pid).cmdline()) for pid in whole_stack.everyone()]
     assert len(lines) > 8
     assert not [line for line in lines for secret in secrets if secret in line]

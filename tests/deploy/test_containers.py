@@ -20,8 +20,31 @@ def test_the_dockerfiles_pass_their_linter(name: str) -> None:
 
 
 def test_compose_names_every_process_of_the_stack() -> None:
-    wanted = {"postgres", "redis", "migrate", "api", "dispatcher", "worker-predict", "worker-train", "mlflow", "flower"}
-    assert set(COMPOSE["services"]) == wanted
+    ends = {"roles", "migrate"}
+    lasts = {"postgres", "redis", "api", "dispatcher", "worker-predict", "worker-train", "mlflow", "flower"}
+    assert set(COMPOSE["services"]) == ends | lasts
+
+
+def test_each_database_role_is_known_to_those_alone_who_need_it() -> None:
+    knows = {
+        word: {name for name, service in COMPOSE["services"].items() if f"{word}:?" in str(service)}
+        for word in ("POSTGRES_PASSWORD", "OWNER_PASSWORD", "MLFLOW_STORE_PASSWORD")
+    }
+    assert knows == {
+        "POSTGRES_PASSWORD": {"postgres", "roles"},
+        "OWNER_PASSWORD": {"roles", "migrate"},
+        "MLFLOW_STORE_PASSWORD": {"roles", "mlflow"},
+    }
+    application = {name for name, service in COMPOSE["services"].items() if "APP_PASSWORD:?" in str(service)}
+    assert application == {"roles", "api", "dispatcher", "worker-predict", "worker-train", "flower"}
+
+
+def test_mlflow_has_a_volume_of_its_own_and_no_other() -> None:
+    volumes = {name: service.get("volumes", []) for name, service in COMPOSE["services"].items()}
+    assert volumes["mlflow"] == ["mlflow:/var/lib/mlflow"]
+    assert [name for name, mounted in volumes.items() if any(each.startswith("mlflow:") for each in mounted)] == [
+        "mlflow"
+    ]
 
 
 def test_every_service_that_lasts_is_watched() -> None:
@@ -39,7 +62,7 @@ def test_only_the_api_is_reachable_from_other_machines() -> None:
 def test_no_password_stands_in_the_files() -> None:
     for service in COMPOSE["services"].values():
         for name, value in service.get("environment", {}).items():
-            secret = "PASSWORD" in name or "AUTH" in name or "@" in str(value)
+            secret = "PASSWORD" in name or name.endswith("_AUTH") or "@" in str(value)
             assert not secret or ":?set it in .env}" in value, f"{name} holds a secret of its own"
     for line in (ROOT / "deploy" / "env.example").read_text().splitlines():
         assert "PASSWORD" not in line or line.endswith("=")

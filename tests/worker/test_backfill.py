@@ -13,7 +13,7 @@ from jobs.db import Sessions
 from jobs.tables import Job, ModelVersion
 from tests import builders
 from worker.execution.resources import Resources
-from worker.tracking import backfill, runs
+from worker.tracking import backfill, experiment, runs
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +54,8 @@ def test_a_deleted_run_is_made_anew_and_the_rows_follow(unknown: bool, sessions:
     client, job_id = runs.connect(tracked.settings.mlflow_url), make_training(sessions)
     deleted = uuid.uuid4().hex
     if not unknown:
-        experiment = client.get_experiment_by_name(runs.EXPERIMENT) or client.get_experiment("0")
-        deleted = client.create_run(experiment.experiment_id).info.run_id
+        place = client.get_experiment_by_name(experiment.NAME) or client.get_experiment("0")
+        deleted = client.create_run(place.experiment_id).info.run_id
         client.delete_run(deleted)
     set_run(sessions, job_id, deleted)
     assert backfill.backfill_runs(tracked) == 1

@@ -15,8 +15,9 @@ from jobs.settings import Settings
 from ml.runtime.events import Epoch, Steps
 from ml.spec.registry import spec_of
 from tests.processes import eventually
+from worker.tracking import experiment
 from worker.tracking.live import Run
-from worker.tracking.runs import EXPERIMENT, describe
+from worker.tracking.runs import describe
 
 DIGEST = "ab" * 32
 WHAT = describe(spec_of("image"), uuid.uuid4(), {"epochs": 2, "weights": "none", "image_size": [64, 64, 3]}, DIGEST)
@@ -43,8 +44,8 @@ def test_a_run_has_all_events_of_a_training(mlflow_url: str, tmp_path: Path) -> 
     client = _client(mlflow_url)
     seen = client.get_run(told[0])
     assert run.is_complete
-    assert client.get_experiment(seen.info.experiment_id).name == EXPERIMENT
-    assert (seen.info.status, seen.info.run_name) == ("FINISHED", str(WHAT.job_id))
+    assert client.get_experiment(seen.info.experiment_id).name == experiment.NAME
+    assert (seen.info.status, seen.info.run_name) == ("FINISHED", "image")
     assert seen.data.params == {"epochs": "2", "weights": "none", "image_size": "[64, 64, 3]"}
     assert seen.data.tags["renalq.job_id"] == str(WHAT.job_id)
     assert seen.data.tags["renalq.dataset_digest"] == DIGEST

@@ -1,5 +1,6 @@
 """MLflow's registry follows ours: on a real server, and what the rows alone say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from jobs.models.cards import notify_registry_sync
 from jobs.models.gate import GatePolicy
 from jobs.settings import Settings
 from jobs.states import Lane
-from jobs.tables import ModelVersion, RegistryMirror
+from jobs.tables import Job, ModelVersion, RegistryMirror
 from ml.spec.registry import spec_of
 from tests import builders
 from tests.processes import ROOT, eventually
 from worker.dispatcher.loop import Dispatcher
 from worker.execution.resources import Resources
-from worker.tracking import backfill, runs
+from worker.tracking import backfill, experiment, runs
 from worker.tracking.registry_sync import TenantRows, _write, is_behind, sync_registry
 
 # --- what the rows say ---
@@ -70,7 +71,7 @@ def test_a_promotion_and_the_sync_do_not_deadlock(sessions: Sessions) -> None:
             builders.make_model(session, {"f1": 0.97}, mlflow_run_id=run)
         versions = session.scalars(select(ModelVersion).order_by(ModelVersion.version)).all()
     versions[0].mlflow_version = "1"
-    rows = TenantRows(builders.TENANT, versions, 3)
+    rows = TenantRows(builders.TENANT, versions, 3, {})
     numbers = {version.id: str(version.version) for version in versions}
     writing = threading.Thread(target=_write, args=[sessions, rows, numbers])
     with sessions.begin() as session:  # a rollback from the third to the second, and one to the first
@@ -233,6 +234,47 @@ def test_a_training_that_mlflow_missed_is_recorded_and_then_registered(
     assert _aliases(runs.connect(mlflow_url), tenant) == {"champion": "1"}
 
 
+@pytest.mark.slow
+def test_runs_are_named_by_job_and_version_and_the_champions_is_linked(mlflow_url: str, sessions: Sessions) -> None:
+    client, tenant = runs.connect(mlflow_url), _tenant()
+    first, second = (_make(sessions, client, tenant, f1, name) for f1, name in ((0.97, "Kidneys"), (0.90, None)))
+    assert [client.get_run(each.mlflow_run_id).info.run_name for each in (first, second)] == ["Kidneys", "image"]
+    sync_registry(client, sessions)
+    assert [client.get_run(each.mlflow_run_id).info.run_name for each in (first, second)] == ["Kidneys v1", "image v2"]
+    assert _champions(client, tenant, first, second) == (
+        f"[version 1](#/runs/{first.mlflow_run_id})",
+        ["champion", None],
+    )
+    with sessions.begin() as session:
+        promotion.promote(session, tenant, "2", GatePolicy(), force=True, reason="To see.")
+    sync_registry(client, sessions)
+    assert _champions(client, tenant, first, second) == (
+        f"[version 2](#/runs/{second.mlflow_run_id})",
+        ["", "champion"],
+    )
+
+
+def _champions(client: Any, tenant: str, *versions: ModelVersion) -> tuple[str, list[str | None]]:
+    """The link on the experiment's page, and the tags of the runs."""
+    note = client.get_experiment_by_name(experiment.NAME).tags["mlflow.note.content"]
+    (line,) = (line for line in note.splitlines() if f"Champion of {tenant}:" in line)
+    tags = [client.get_run(each.mlflow_run_id).data.tags.get("renalq.champion") for each in versions]
+    return line.partition(": ")[2], tags
+
+
+@pytest.mark.slow
+def test_the_experiment_opens_on_the_runs_with_the_figures_that_matter(mlflow_url: str) -> None:
+    client = runs.connect(mlflow_url)
+    made = client.get_experiment(experiment.open_experiment(client))
+    assert made.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(made.tags["mlflow.sharedViewState.renalq"])
+    assert view["selectedColumns"][:3] == ["attributes.`Dataset`", "metrics.`test_f1`", "metrics.`test_recall`"]
+    assert f"#/experiments/{made.experiment_id}/runs?viewStateShareKey=renalq" in made.tags["mlflow.note.content"]
+    client.delete_experiment_tag(made.experiment_id, "mlflow.experimentKind")  # one of an older release has none
+    experiment.open_experiment(client)
+    assert client.get_experiment(made.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_an_mlflow_that_is_away_is_tried_again_later(
     sessions: Sessions, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,11 +295,12 @@ def _at(mlflow_url: str, resources: Resources) -> Resources:
     return replace(resources, settings=resources.settings.model_copy(update={"mlflow_url": mlflow_url}))
 
 
-def _make(sessions: Sessions, client: Any, tenant: str, f1: float = 0.97) -> ModelVersion:
+def _make(sessions: Sessions, client: Any, tenant: str, f1: float = 0.97, name: str | None = None) -> ModelVersion:
     """A version with a run."""
     with sessions.begin() as session:
         version = builders.make_model(session, {"f1": f1}, tenant_id=tenant)
-        what = runs.describe(spec_of("image"), version.job_id, version.params, version.dataset_digest)
+        session.get_one(Job, version.job_id).name = name
+        what = runs.describe(spec_of("image"), version.job_id, version.params, version.dataset_digest, name=name)
         version.mlflow_run_id = runs.open_run(client, what, None)
     return version
 

@@ -57,7 +57,7 @@ def run_training(unit: UnitLease) -> None:
         WorkFailed: the child reported an error, or died.
     """
     request = unit.in_transaction(lambda session: training_request.read(session, unit))
-    what = describe(request.spec, unit.claim.job_id, request.params, request.dataset_digest)
+    what = describe(request.spec, unit.claim.job_id, request.params, request.dataset_digest, name=request.name)
     run = live.Run(unit.resources.settings, what, lambda run_id: _save_run_id(unit, run_id), request.mlflow_run_id)
     try:
         with unit.workspace() as folder:

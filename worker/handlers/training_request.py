@@ -36,6 +36,7 @@ class TrainingRequest:
     """What to train, read once from the rows, and how far earlier attempts got."""
 
     spec: PipelineSpec
+    name: str | None  # the job's
     params: Json
     archive_sha256: str | None
     dataset_digest: str | None
@@ -61,6 +62,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         raise WorkFailed("BAD_DATASET", "The dataset was deleted before the training began. Upload it again.")
     return TrainingRequest(
         spec=spec,
+        name=job.name,
         params=_with_defaults(spec, job.params),
         archive_sha256=dataset.archive_sha256 if dataset else None,
         dataset_digest=dataset.digest if dataset else None,

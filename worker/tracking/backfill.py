@@ -183,8 +183,9 @@ def _read(session: Session, job_id: uuid.UUID) -> _TrainingRows:
 def _described(job: Job, dataset: Dataset | None, model: ModelVersion | None) -> Description:
     spec = spec_of(job.pipeline)
     if model is None:
-        return describe(spec, job.id, job.params, dataset.digest if dataset else None)
-    return describe(spec, job.id, model.params, model.dataset_digest, model.code_revision, model.environment)
+        return describe(spec, job.id, job.params, dataset.digest if dataset else None, name=job.name)
+    known = model.dataset_digest, model.code_revision, model.environment
+    return describe(spec, job.id, model.params, *known, name=job.name)
 
 
 def _record(client: Any, resources: Resources, job_id: uuid.UUID) -> None:

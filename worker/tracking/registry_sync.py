@@ -6,7 +6,7 @@ between does no harm: the next one finds by the tag what was made, and rows are 
 """
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +18,18 @@ from sqlalchemy.orm import Session, defer
 
 from jobs.db import Sessions
 from jobs.models.cards import mlflow_model_name
-from jobs.tables import ModelVersion, Promotion, RegistryMirror
+from jobs.tables import Job, ModelVersion, Promotion, RegistryMirror
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
+from worker.tracking.experiment import link_champion
 from worker.tracking.runs import MISSING, answers
 
 log = structlog.get_logger()
 
 VERSION_TAG = "renalq.version"
 CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION_TAG = "renalq.champion"
+"""On the champion's run: a column of the runs that matter."""
 LARGE_COLUMNS = ModelVersion.metrics, ModelVersion.params, ModelVersion.reference, ModelVersion.environment
 """Columns that are not needed here: MLflow has them with the run."""
 
@@ -38,18 +41,25 @@ class TenantRows:
     tenant_id: str
     versions: Sequence[ModelVersion]
     promotion_id: int
+    names: Mapping[uuid.UUID, str]
+    """Of the jobs that have one."""
 
     def aliases(self) -> Iterator[tuple[str, ModelVersion | None]]:
         """The aliases of each pipeline and task with their versions; those of the default ones are the plain words."""
-        groups: dict[tuple[str, str], list[ModelVersion]] = {}
+        groups: dict[str, list[ModelVersion]] = {}
         for version in self.versions:
-            groups.setdefault((version.pipeline, version.task), []).append(version)
-        for group, versions in groups.items():
-            suffix = "" if group == (IMAGE, DEFAULT_TASK) else f"-{'-'.join(group)}"
+            groups.setdefault(_suffix(version), []).append(version)
+        for suffix, versions in groups.items():
             champion = next((version for version in versions if version.champion), None)
             is_newer = champion is not None and versions[-1].version > champion.version
             yield CHAMPION + suffix, champion
             yield CHALLENGER + suffix, versions[-1] if is_newer else None
+
+
+def _suffix(version: ModelVersion) -> str:
+    """What the aliases of its pipeline and task end with."""
+    group = version.pipeline, version.task
+    return "" if group == (IMAGE, DEFAULT_TASK) else f"-{'-'.join(group)}"
 
 
 def is_behind(session: Session) -> bool:
@@ -120,9 +130,13 @@ def _sync_tenant(client: Any, sessions: Sessions, tenant_id: str) -> None:
         rows = _read(session, tenant_id)
     name = mlflow_model_name(tenant_id)
     aliases = _aliases(client, name)
-    numbers = _numbers(client, name, rows.versions)
+    numbers = _numbers(client, name, rows)
     for alias, version in rows.aliases():
-        _set_alias(client, name, alias, aliases.get(alias), numbers.get(version.id) if version else None)
+        now, wanted = aliases.get(alias), numbers.get(version.id) if version else None
+        _set_alias(client, name, alias, now, wanted)
+        if alias.startswith(CHAMPION) and now != wanted:
+            before = next((each for each in rows.versions if numbers.get(each.id, "") == now), None)
+            _mark_champion(client, alias.replace(CHAMPION, tenant_id), before, version if wanted else None)
     _write(sessions, rows, numbers)
     log.info("mlflow_registry_synced", tenant=tenant_id, versions=len(numbers))
 
@@ -136,7 +150,10 @@ def _read(session: Session, tenant_id: str) -> TenantRows:
     mine = mine.options(*(defer(large, raiseload=True) for large in LARGE_COLUMNS))
     # The promotion is read first: one that comes in between is then found by the next pass.
     promotion_id = session.scalar(latest) or 0
-    return TenantRows(tenant_id, session.scalars(mine).all(), promotion_id)
+    versions = session.scalars(mine).all()
+    named = select(Job.id, Job.name).where(Job.id.in_([version.job_id for version in versions]), Job.name.is_not(None))
+    names = {job_id: str(name) for job_id, name in session.execute(named)}
+    return TenantRows(tenant_id, versions, promotion_id, names)
 
 
 def _write(sessions: Sessions, rows: TenantRows, numbers: dict[uuid.UUID, str]) -> None:
@@ -162,7 +179,7 @@ def _aliases(client: Any, name: str) -> dict[str, str]:
     from mlflow import MlflowException
 
     try:
-        return dict(client.get_registered_model(name).aliases)
+        return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
     except MlflowException as error:
         if error.error_code != MISSING:
             raise
@@ -170,19 +187,21 @@ def _aliases(client: Any, name: str) -> dict[str, str]:
     return {}
 
 
-def _numbers(client: Any, name: str, versions: Sequence[ModelVersion]) -> dict[uuid.UUID, str]:
+def _numbers(client: Any, name: str, rows: TenantRows) -> dict[uuid.UUID, str]:
     """MLflow's number of each version whose run it has; missing ones are created. One that fails is left out."""
     found = client.search_model_versions(f"name='{name}'")
     known = {each.tags.get(VERSION_TAG): str(each.version) for each in found}
     numbers: dict[uuid.UUID, str] = {}
-    for each in (version for version in versions if version.mlflow_run_id):
+    for each in (version for version in rows.versions if version.mlflow_run_id):
         with _unless_away(client, tenant=each.tenant_id, version=each.version):
-            numbers[each.id] = known.get(str(each.version)) or _create(client, name, each)
+            numbers[each.id] = known.get(str(each.version)) or _create(client, name, each, rows.names)
     return numbers
 
 
-def _create(client: Any, name: str, version: ModelVersion) -> str:
+def _create(client: Any, name: str, version: ModelVersion, names: Mapping[uuid.UUID, str]) -> str:
     run_id, source = _source(client, version)
+    if run_id is not None:
+        client.update_run(run_id, name=f"{names.get(version.job_id, version.pipeline)} v{version.version}")
     tags = {
         VERSION_TAG: str(version.version),
         "renalq.job_id": str(version.job_id),
@@ -213,8 +232,17 @@ def _source(client: Any, version: ModelVersion) -> tuple[str | None, str]:
     return version.mlflow_run_id, f"{run.info.artifact_uri}/{weights}" if logged else ours
 
 
+def _mark_champion(client: Any, group: str, before: ModelVersion | None, champion: ModelVersion | None) -> None:
+    """Tag the champion's run, no more that of the one before, and link it on the experiment's page."""
+    for version, tag in ((before, ""), (champion, CHAMPION)):
+        if version is not None:
+            with _unless_away(client, tenant=version.tenant_id, version=version.version):
+                client.set_tag(version.mlflow_run_id, CHAMPION_TAG, tag)
+    link_champion(client, group, (champion.version, str(champion.mlflow_run_id)) if champion else None)
+
+
 def _set_alias(client: Any, name: str, alias: str, now: str | None, wanted: str | None) -> None:
     if wanted is None and now is not None:
         client.delete_registered_model_alias(name, alias)
-    elif wanted is not None and str(now) != wanted:
+    elif wanted is not None and now != wanted:
         client.set_registered_model_alias(name, alias, wanted)

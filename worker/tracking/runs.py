@@ -13,9 +13,9 @@ from typing import Any
 from jobs.tables import Json
 from ml.runtime.events import Steps
 from ml.spec.pipeline import PipelineSpec
+from worker.tracking import experiment
 from worker.tracking.provenance import code_revision, environment
 
-EXPERIMENT = "renalq"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 """MLflow's code for what it does not have (any more)."""
 METRICS_AT_ONCE = 1000
@@ -27,8 +27,9 @@ NOT_A_METRIC = ("epoch", "epochs", "attempt")
 
 @dataclass(frozen=True)
 class Description:
-    """Metadata of a run. Its name is the job's id: a name given by a client may be a patient's."""
+    """Metadata of a run. Its name is the job's, or else the pipeline's; the version follows once there is one."""
 
+    name: str
     spec: PipelineSpec
     job_id: uuid.UUID
     params: Json
@@ -53,11 +54,16 @@ def describe(
     dataset_digest: str | None,
     revision: str | None = None,
     versions: Json | None = None,
+    name: str | None = None,
 ) -> Description:
-    """A run of this code on this machine, unless `revision` and `versions` are given."""
+    """A run of this code on this machine, unless `revision` and `versions` are given.
+
+    Args:
+        name: the job's, if it has one.
+    """
     tags = {"renalq.job_id": str(job_id), "mlflow.source.git.commit": revision or code_revision() or "unknown"}
     tags |= {f"environment.{name}": str(value) for name, value in (versions or environment(spec.packages)).items()}
-    return Description(spec, job_id, params, tags, dataset_digest)
+    return Description(name or spec.name, spec, job_id, params, tags, dataset_digest)
 
 
 def connect(url: str) -> Any:
@@ -73,7 +79,7 @@ def connect(url: str) -> Any:
 def answers(client: Any) -> bool:
     """Whether MLflow answers: what failed then failed for a reason of its own."""
     try:
-        client.get_experiment_by_name(EXPERIMENT)
+        client.get_experiment_by_name(experiment.NAME)
     except Exception:
         return False
     return True
@@ -113,9 +119,8 @@ def _active_run(client: Any, run_id: str) -> Any | None:
 
 
 def _create_run(client: Any, what: Description) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
-    return str(client.create_run(experiment, run_name=str(what.job_id), tags=what.tags).info.run_id)
+    place = experiment.open_experiment(client)
+    return str(client.create_run(place, run_name=what.name, tags=what.tags).info.run_id)
 
 
 def _log_inputs(client: Any, run: str, what: Description) -> None:

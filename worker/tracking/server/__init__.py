@@ -1,0 +1,1 @@
+"""MLflow's tracking server: started behind a login, and confined to a folder of its own."""
