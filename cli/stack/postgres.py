@@ -37,8 +37,11 @@ def postgres_binaries() -> Path:
     )
 
 
-def prepare_postgres(folder: Path, fsync: bool = True) -> ServerPlan:
-    """Create `folder`/postgres if there is none, and plan a server on a free port. `create_database` comes later."""
+def prepare_postgres(folder: Path, fsync: bool = True, port: int | None = None) -> ServerPlan:
+    """Create `folder`/postgres if there is none, and plan a server on `port`, by default a free one.
+
+    `create_database` comes later.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     binaries, data = postgres_binaries(), folder / "postgres"
     password = secret_file(folder / "postgres.password")
@@ -47,7 +50,7 @@ def prepare_postgres(folder: Path, fsync: bool = True) -> ServerPlan:
     _check_version(binaries, data)
     _chown_to_server(data)
     _clear_stale_lock(data)
-    port = free_port()
+    port = port or free_port()
     url = f"postgresql+psycopg2://renalq:{password}@{LOOPBACK}:{port}/renalq"
     command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port)]
     for setting in _postgres_settings(fsync):

@@ -30,11 +30,11 @@ def redis_binary() -> Path:
     )
 
 
-def prepare_redis(folder: Path) -> ServerPlan:
-    """Write `folder`/redis/redis.conf (0600, it holds the password) and plan a server on a free port."""
+def prepare_redis(folder: Path, port: int | None = None) -> ServerPlan:
+    """Write `folder`/redis/redis.conf (0600, it holds the password); plan a server on `port`, by default a free one."""
     data = folder / "redis"
     data.mkdir(parents=True, exist_ok=True)
-    password, port = secret_file(folder / "redis.password"), free_port()
+    password, port = secret_file(folder / "redis.password"), port or free_port()
     lines = [f"bind {LOOPBACK}", f"port {port}", f"requirepass {password}", f'dir "{data.resolve()}"']
     lines += ["appendonly yes", 'save ""', "daemonize no", "always-show-logo no", "tcp-keepalive 30"]
     write_secret(data / "redis.conf", "\n".join(lines) + "\n")
