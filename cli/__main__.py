@@ -10,10 +10,12 @@ from cli.commands import jobs
 from cli.commands.datasets import datasets
 from cli.commands.keys import keys
 from cli.commands.models import models
+from cli.commands.stack import down, logs, status
 from cli.commands.weights import weights
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="renalq", prog_name="renalq")
 def main() -> None:
     """RenalQ: train, track and use a kidney-CT classifier. Not for diagnosis."""
 
@@ -22,7 +24,7 @@ def main() -> None:
 @click.option("--flower/--no-flower", default=True, help="Celery's monitor.")
 @click.option("--mlflow/--no-mlflow", default=True, help="The tracking server.")
 def up(flower: bool, mlflow: bool) -> None:
-    """Start everything on this machine; Ctrl-C stops it."""
+    """Start everything on this machine; Ctrl-C or `renalq down` stops it."""
     from rich.console import Console
 
     from cli.stack.launch import CannotStartError
@@ -54,7 +56,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*jobs.ALL, models, datasets, keys, weights):
+for _command in (*jobs.ALL, models, datasets, keys, weights, status, logs, down):
     main.add_command(_command)
 
 

@@ -16,6 +16,13 @@ GIB = 1024**3
 MIB = 1024**2
 
 
+def _port_of(what: str, offset: int) -> str:
+    return (
+        f"Port at which `renalq up` serves {what}, on loopback. Empty: RENALQ_PORT + {offset}, or another if that is "
+        "taken; kept in HOME/ports.json."
+    )
+
+
 class Settings(BaseSettings):
     """The settings of all processes. `docs/settings.md` lists them; a test keeps it up to date."""
 
@@ -24,6 +31,15 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".renalq"), description="Folder for all state of `renalq up`.")
     host: str = Field("127.0.0.1", description="Address that the API binds to.")
     port: int = Field(8080, ge=1, le=65535, description="Port that the API binds to.")
+    flower_port: int | None = Field(None, ge=1, le=65535, description=_port_of("Flower", 100))
+    mlflow_port: int | None = Field(None, ge=1, le=65535, description=_port_of("MLflow", 200))
+    postgres_port: int | None = Field(None, ge=1, le=65535, description=_port_of("its own Postgres", 300))
+    redis_port: int | None = Field(None, ge=1, le=65535, description=_port_of("its own Redis", 400))
+    log_bytes: int = Field(
+        10 * MIB,
+        ge=64 * 1024,
+        description="Size at which `renalq up` rotates a log in HOME/logs; it keeps three older files (bytes).",
+    )
     database_url: str = Field(
         "postgresql+psycopg2://renalq@127.0.0.1:5432/renalq",
         description="Postgres, as an SQLAlchemy URL. If not set, `renalq up` starts its own.",

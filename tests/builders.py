@@ -1,5 +1,7 @@
 """Builders: rows as the verbs make them, in the state that a test asks for. Nothing here writes a state by hand."""
 
+import datetime as dt
+import os
 import uuid
 from typing import Any
 
@@ -14,6 +16,7 @@ from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.stack_state import ServiceState, ServiceStatus, StackState
 from jobs.states import JobKind, JobState, Lane
 from jobs.tables import Dataset, Job, Json, ModelVersion, Scan, ScanResult, Unit, new_id
 
@@ -149,3 +152,16 @@ def make_model(
     version = promotion.register(session, held, made, GatePolicy(), measured)
     lifecycle.succeed(session, held, metrics=metrics)
     return version
+
+
+def service(name: str, state: ServiceState, essential: bool = False, last_death: str = "") -> ServiceStatus:
+    """A process of `renalq up` that is in this state since now."""
+    since = dt.datetime.now(dt.UTC)
+    return ServiceStatus(name=name, state=state, since=since, essential=essential, pid=1, last_death=last_death)
+
+
+def stack(*services: ServiceStatus, ready: bool = True, pid: int | None = None) -> StackState:
+    """What `renalq up` says of itself; by default this process is it."""
+    return StackState(
+        ready=ready, pid=pid or os.getpid(), port=8080, addresses={}, pids={}, logs="logs", services=list(services)
+    )

@@ -94,6 +94,7 @@ class ProblemSchema(Schema):
     request_id = fields.String(required=True)
     errors = fields.List(fields.Nested(FieldProblemSchema))
     reasons = fields.List(fields.String())
+    degraded = fields.List(fields.String())
 
 
 class ProblemApi(Api):

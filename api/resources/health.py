@@ -1,4 +1,5 @@
-"""Liveness and readiness. Only Postgres is asked: the API has no connection to Redis."""
+"""Liveness and readiness. Only Postgres is asked: the API has no connection to Redis. In `renalq up` a file says which
+processes do not run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from api.http.auth import public
 from api.http.bodies import Blueprint
 from api.http.context import services, transaction
 from api.http.problems import RETRY_SECONDS, ProblemSchema, problem
+from jobs import stack_state
 from jobs.queue import processes
 from jobs.states import Lane
 from jobs.tables import Process
@@ -29,6 +31,19 @@ class HealthSchema(ma.Schema):
     reasons = fields.List(fields.String())
 
 
+class ReadinessSchema(HealthSchema):
+    """Whether jobs can be processed, and what does not run."""
+
+    degraded = fields.List(
+        fields.String(),
+        required=True,
+        metadata={
+            "description": "Processes of `renalq up` that died and are being started again, such as MLflow. Those that "
+            "jobs cannot do without are in `reasons` too, once they are missed."
+        },
+    )
+
+
 @blueprint.route("/live")
 @public
 @blueprint.response(200, HealthSchema)
@@ -40,16 +55,22 @@ def live() -> dict[str, Any]:
 
 @blueprint.route("/ready")
 @public
-@blueprint.response(200, HealthSchema)
+@blueprint.response(200, ReadinessSchema)
 @blueprint.alt_response(503, schema=ProblemSchema, content_type="application/problem+json")
 @blueprint.doc(operationId="ready", security=[])
 def ready() -> dict[str, Any] | Response:
     """Show whether jobs can be accepted and processed; if not, why."""
-    reasons = not_ready_reasons()
+    reasons, degraded = not_ready_reasons(), impairments()
     if not reasons:
-        return {"status": "ready", "reasons": []}
-    headers = {"Retry-After": str(RETRY_SECONDS)}
-    return problem(503, "NOT_READY", "Jobs cannot be done now. " + " ".join(reasons), headers, reasons=reasons)
+        return {"status": "ready", "reasons": [], "degraded": degraded}
+    headers, detail = {"Retry-After": str(RETRY_SECONDS)}, "Jobs cannot be done now. " + " ".join(reasons)
+    return problem(503, "NOT_READY", detail, headers, reasons=reasons, degraded=degraded)
+
+
+def impairments() -> list[str]:
+    """The processes of `renalq up` that do not run, a sentence each; in containers none is known."""
+    state = stack_state.read(services().settings.home)
+    return [] if state is None else stack_state.impairments(state)
 
 
 def not_ready_reasons() -> list[str]:

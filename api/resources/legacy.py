@@ -29,7 +29,7 @@ from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, probl
 from api.http.responses import BINARY, JSON, PNG, download
 from api.http.versioning import only_at_the_root
 from api.intake import scan_store
-from api.resources.health import NO_DATABASE, not_ready_reasons
+from api.resources.health import NO_DATABASE, impairments, not_ready_reasons
 from api.resources.jobs.explanations import MISSING_NOTE
 from api.resources.jobs.predict import predict_many, predict_one
 from api.resources.jobs.schemas import JobSchema
@@ -133,7 +133,8 @@ class ModelInfoSchema(ma.Schema):
 
 
 class OlderHealthSchema(ma.Schema):
-    """Whether jobs are being processed (`degraded`: they are accepted, and wait), and the champion."""
+    """Whether all is well (`degraded`: jobs are accepted and wait, or something else than jobs fails: `reasons`), and
+    the champion."""
 
     status = fields.String(required=True, validate=validate.OneOf(["healthy", "degraded"]))
     reasons = fields.List(fields.String(), required=True)
@@ -319,6 +320,7 @@ def health() -> dict[str, Any]:
     reasons = not_ready_reasons()
     if "Authorization" in request.headers and NO_DATABASE not in reasons:  # without a database no key can be checked
         g.principal = authenticated()
+    reasons += impairments()
     may_read = "principal" in g and g.principal.may(Scope.JOBS_READ)
     return {
         "status": "degraded" if reasons else "healthy",

@@ -15,7 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import psutil
 import psycopg2
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -24,6 +23,7 @@ from cli.stack.launch import CannotStartError
 from cli.stack.postgres import postgres_binaries, postgres_version
 from cli.stack.redis_server import ask_redis, redis_binary
 from cli.stack.services import REPOSITORY
+from jobs import stack_state
 from jobs.settings import Settings
 
 GIB = 1024**3
@@ -172,18 +172,10 @@ def port(settings: Settings) -> Finding:
         try:
             sock.bind((settings.host, settings.port))
         except OSError as error:
-            if _is_running(settings.home / "stack.json"):
+            if stack_state.read(settings.home) is not None:
                 return _ok("port", f"{place} is taken, by the stack that runs in {settings.home.resolve()}")
             return _problem("port", f"{place}: {error.strerror}", "set RENALQ_PORT to a free port")
-    return _ok("port", f"{place} is free; all other ports are taken as they come")
-
-
-def _is_running(state: Path) -> bool:
-    """Whether the `renalq up` that wrote this file still runs: a killed one leaves the file behind."""
-    try:
-        return psutil.pid_exists(int(json.loads(state.read_text())["pid"]))
-    except (OSError, ValueError, KeyError):
-        return False
+    return _ok("port", f"{place} is free")
 
 
 def postgres(settings: Settings) -> Finding:

@@ -16,8 +16,8 @@ import psutil
 from rich.console import Console
 
 from cli.stack.launch import CannotStartError
+from jobs import stack_state
 
-MAX_LOG_BYTES = 10 * 1024**2
 LOGIN_USER = "renalq"
 """The user of Flower and MLflow."""
 HANDOVER_SECONDS = 25.0
@@ -58,7 +58,7 @@ class Home:
     @property
     def state(self) -> Path:
         """Process ids, ports and addresses of the running stack, without passwords."""
-        return self.path / "stack.json"
+        return self.path / stack_state.FILE
 
     @property
     def lock(self) -> Path:
@@ -80,11 +80,10 @@ class Home:
             )
         self.path.chmod(0o700)
 
-    def rotate_logs(self) -> None:
-        """Keep one old copy of large logs: a stack that runs every day must not fill the disk."""
-        for log in self.logs.glob("*.log"):
-            if log.stat().st_size > MAX_LOG_BYTES:
-                log.replace(log.with_suffix(".log.1"))
+    @property
+    def ports(self) -> Path:
+        """The ports that the last start chose."""
+        return self.path / "ports.json"
 
 
 def _user_name(uid: int) -> str:
@@ -108,7 +107,7 @@ def locked(home: Home, console: Console) -> Iterator[int]:
             if owner is not None:
                 raise CannotStartError(
                     f"Another `renalq up` (process {owner}) already uses {home.path}: "
-                    "stop it, or set RENALQ_HOME and RENALQ_PORT to others."
+                    "stop it (renalq down), or set RENALQ_HOME and RENALQ_PORT to others."
                 )
             if time.monotonic() > deadline:
                 raise CannotStartError(f"Processes of an earlier stack in {home.path} do not end.")
@@ -118,6 +117,19 @@ def locked(home: Home, console: Console) -> Iterator[int]:
         stream.write(f"{os.getpid()}\n")
         stream.flush()
         yield stream.fileno()
+
+
+def running(home: Home) -> int | None:
+    """Process id of the `renalq up` that uses this home; None without one."""
+    return None if is_free(home) else _owner(home.lock)
+
+
+def is_free(home: Home) -> bool:
+    """Whether neither a stack nor what a killed one has left uses this home."""
+    if not home.lock.exists():
+        return True
+    with home.lock.open() as stream:
+        return _try_lock(stream.fileno())
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -49,23 +49,30 @@ def with_pdeathsig(command: list[str], on_death: signal.Signals = signal.SIGTERM
 def start(
     command: list[str], log: Path, environ: Mapping[str, str], folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a command (see `with_pdeathsig`) in its own session; stdout and stderr are appended to `log`.
+    """`spawn` a command whose stdout and stderr are appended to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return spawn(command, stream.fileno(), environ, folder)
+
+
+def spawn(
+    command: list[str], output: int, environ: Mapping[str, str], folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command (see `with_pdeathsig`) in its own session, with stdout and stderr to the descriptor `output`.
 
     What it writes is for its user alone: scans, keys and networks among it.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            env=dict(environ),
-            cwd=folder,
-            umask=0o077,
-            # Its own session: Ctrl-C in the terminal reaches only this process, which ends the others in order.
-            start_new_session=True,
-        )
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=dict(environ),
+        cwd=folder,
+        umask=0o077,
+        # Its own session: Ctrl-C in the terminal reaches only this process, which ends the others in order.
+        start_new_session=True,
+    )
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:

@@ -7,12 +7,14 @@ mark is an environment variable, so grandchildren in sessions of their own are f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import suppress
 from enum import IntEnum
 
 import psutil
@@ -21,6 +23,8 @@ from cli.stack.launch import STACK_MARK
 
 SERVICES_SECONDS = 6.0
 SERVERS_SECONDS = 6.0
+KILL_SECONDS = 2.0
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Stage(IntEnum):
@@ -69,6 +73,30 @@ def _send(processes: Iterator[psutil.Process] | list[psutil.Process], number: si
             process.send_signal(number)
         except (psutil.Error, OSError):
             continue
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all descendants whose parent dies (prctl(2), Linux only).
+
+    So `kill_orphans` finds what a dead service leaves, also what has no mark and a session of its own, as the
+    backends of Postgres: as long as one of them lives, Postgres does not start again.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_orphans(started: Container[int]) -> None:
+    """Kill the children of this process that it has not `started` itself."""
+    left = [child for child in psutil.Process().children() if child.pid not in started]
+    _send(left, signal.SIGKILL)
+    psutil.wait_procs(left, KILL_SECONDS)
+
+
+def collect_orphans(started: Container[int]) -> None:
+    """Collect orphans that have ended by themselves; whoever `started` a process waits for that one."""
+    with suppress(ChildProcessError):  # no children at all
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in started:
+            os.waitpid(ended.si_pid, 0)
 
 
 def start(token: str, keep_open: int) -> subprocess.Popen[bytes]:

@@ -68,8 +68,10 @@ class DatabaseUrls:
         )
 
 
-def prepare_postgres(folder: Path, fsync: bool = True, run_as: str = "") -> ServerPlan:
-    """Create `folder`/postgres if there is none, and plan a server on a free port. The plan's URL is the superuser's.
+def prepare_postgres(folder: Path, fsync: bool = True, port: int | None = None, run_as: str = "") -> ServerPlan:
+    """Create `folder`/postgres if there is none, and plan a server on `port`, by default a free one.
+
+    The plan's URL is the superuser's.
 
     Args:
         run_as: see `server_user`.
@@ -86,7 +88,7 @@ def prepare_postgres(folder: Path, fsync: bool = True, run_as: str = "") -> Serv
     if user is not None:
         user.own(data)  # Postgres requires it
     _clear_stale_lock(data)
-    port = free_port()
+    port = port or free_port()
     url = f"postgresql+psycopg2://renalq:{password}@{LOOPBACK}:{port}/{DATABASE}"
     command = [str(binaries / "postgres"), "-D", _seen_by(user, data), "-p", str(port)]
     for setting in _postgres_settings(fsync):

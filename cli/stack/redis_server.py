@@ -31,15 +31,15 @@ def redis_binary() -> Path:
     )
 
 
-def prepare_redis(folder: Path, run_as: str = "") -> ServerPlan:
-    """Write `folder`/redis/redis.conf (0600, it holds the password) and plan a server on a free port.
+def prepare_redis(folder: Path, port: int | None = None, run_as: str = "") -> ServerPlan:
+    """Write `folder`/redis/redis.conf (0600, it holds the password); plan a server on `port`, by default a free one.
 
     Args:
         run_as: see `server_user`.
     """
     data = folder / "redis"
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    user, password, port = server_user(run_as), secret_file(folder / "redis.password"), free_port()
+    user, password, port = server_user(run_as), secret_file(folder / "redis.password"), port or free_port()
     place = HERE if user else str(data.resolve())
     lines = [f"bind {LOOPBACK}", f"port {port}", f"requirepass {password}", f'dir "{place}"']
     lines += ["appendonly yes", 'save ""', "daemonize no", "always-show-logo no", "tcp-keepalive 30"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cli.stack.home import LOGIN_USER
@@ -15,6 +16,7 @@ from cli.stack.server_plan import LOOPBACK, ServerPlan
 from cli.stack.supervisor import Service
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+OK, UNAUTHORIZED = 200, 401
 
 
 def _python(*arguments: str) -> list[str]:
@@ -24,7 +26,9 @@ def _python(*arguments: str) -> list[str]:
 def server(plan: ServerPlan) -> Service:
     """Postgres or Redis. The PG… variables of libpq are emptied: a Postgres server obeys them as well."""
     unset = {name: "" for name in ("PGDATA", "PGPORT", "PGOPTIONS") if name in os.environ}
-    return Service(plan.name, plan.command, Stage.SERVERS, unset, stop_signal=plan.stop_signal, grace_seconds=15)
+    return Service(
+        plan.name, plan.command, Stage.SERVERS, unset, plan.stop_signal, grace_seconds=15, answers=plan.answers
+    )
 
 
 def roles(urls: DatabaseUrls) -> Service:
@@ -48,9 +52,10 @@ def api(environ: dict[str, str]) -> Service:
     """The REST API. Waiting clients are disconnected after the grace time; they ask again."""
     conf = str(REPOSITORY / "api" / "gunicorn_conf.py")
     bind = f"{environ['RENALQ_HOST']}:{environ['RENALQ_PORT']}"
+    live = connectable(environ["RENALQ_HOST"]), int(environ["RENALQ_PORT"]), "/health/live"
     command = _python("gunicorn", "-c", conf, "--bind", bind, "api:create_app()")
     # glibc gives threads their own heaps, up to eight per core, and never returns what they free.
-    return Service("api", command, Stage.SERVICES, {**environ, "MALLOC_ARENA_MAX": "2"})
+    return Service("api", command, Stage.SERVICES, {**environ, "MALLOC_ARENA_MAX": "2"}, answers=_gives(live, OK))
 
 
 def dispatcher(environ: dict[str, str]) -> Service:
@@ -62,7 +67,7 @@ def worker(name: str, queues: str, environ: dict[str, str]) -> Service:
     """One Celery worker. 15 s are enough to hand a unit back; a hung worker is killed, and its lease expires."""
     app = _python("celery", "-A", "worker.app", "worker")
     options = ["--queues", queues, "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
-    return Service(f"worker-{name}", [*app, *options], Stage.WORKERS, environ, grace_seconds=15, restarts=True)
+    return Service(f"worker-{name}", [*app, *options], Stage.WORKERS, environ, grace_seconds=15)
 
 
 def mlflow(port: int, store: str, folder: Path, password: str) -> Service:
@@ -72,7 +77,8 @@ def mlflow(port: int, store: str, folder: Path, password: str) -> Service:
     """
     command = _python("worker.tracking.server", "--host", LOOPBACK, "--port", str(port), "--folder", str(folder))
     login = {"MLFLOW_AUTH_ADMIN_USERNAME": LOGIN_USER, "MLFLOW_AUTH_ADMIN_PASSWORD": password}
-    return Service("mlflow", command, Stage.SERVICES, {"MLFLOW_BACKEND_STORE_URI": store, **login})
+    environ, answers = {"MLFLOW_BACKEND_STORE_URI": store, **login}, _gives((LOOPBACK, port, "/health"), OK)
+    return Service("mlflow", command, Stage.SERVICES, environ, essential=False, answers=answers)
 
 
 def tracking_login(password: str) -> dict[str, str]:
@@ -83,10 +89,22 @@ def tracking_login(password: str) -> dict[str, str]:
 def flower(port: int, password: str, environ: dict[str, str]) -> Service:
     """Celery's monitor, on loopback and with a password, which is passed by environment, not by argument."""
     command = _python("celery", "-A", "worker.app", "flower", f"--address={LOOPBACK}", f"--port={port}")
-    return Service("flower", command, Stage.WORKERS, {**environ, "FLOWER_BASIC_AUTH": f"{LOGIN_USER}:{password}"})
+    login = {"FLOWER_BASIC_AUTH": f"{LOGIN_USER}:{password}"}
+    answers = _gives((LOOPBACK, port, "/"), UNAUTHORIZED)
+    return Service("flower", command, Stage.WORKERS, {**environ, **login}, essential=False, answers=answers)
 
 
-def http_status(host: str, port: int, path: str, seconds: float = 5.0) -> int:
+def connectable(host: str) -> str:
+    """The address at which a server that binds to `host` is reached from this machine."""
+    return LOOPBACK if host in ("0.0.0.0", "::", "") else host  # noqa: S104 (compared, not bound)
+
+
+def _gives(place: tuple[str, int, str], status: int) -> Callable[[], bool]:
+    """Whether a GET of this host, port and path is answered with that status."""
+    return lambda: http_status(*place) == status
+
+
+def http_status(host: str, port: int, path: str, seconds: float = 2.0) -> int:
     """Status of a GET without proxies and redirects; 0 if there is no answer."""
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:

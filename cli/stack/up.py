@@ -1,33 +1,35 @@
 """`renalq up`: all of RenalQ on one machine, from this virtual environment alone.
 
 Order of start: postgres and redis → databases → migrations → first admin key → mlflow, api, dispatcher, workers,
-flower. They stop in the reverse order, so that workers hand their units back while Postgres still runs.
+flower. They stop in the reverse order, so that workers hand their units back while Postgres still runs. A process that
+dies is started again, at the same address; only one that jobs need, and that does not stay alive, ends the stack.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import socket
 import time
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from cli.stack import services
 from cli.stack.home import Home, locked, write_login, write_secret
-from cli.stack.launch import CannotStartError
+from cli.stack.ports import choose_ports, require_free
 from cli.stack.postgres import DatabaseUrls, prepare_postgres
 from cli.stack.redis_server import prepare_redis
-from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan, free_port
+from cli.stack.server_plan import LOOPBACK, START_SECONDS, ServerPlan
 from cli.stack.supervisor import ServiceDiedError, StopRequestedError, Supervisor
-from jobs import keys
+from jobs import keys, stack_state
 from jobs.db import session_factory
 from jobs.settings import Settings
+from jobs.stack_state import ServiceState, StackState
 
 MIGRATE_SECONDS = 60.0
 READY_SECONDS = 120.0
@@ -50,6 +52,8 @@ class Stack:
     home: Home
     console: Console
     supervisor: Supervisor
+    ports: dict[str, int]
+    ready: bool = False
     began: float = field(default_factory=time.monotonic)
     addresses: dict[str, str] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
@@ -60,6 +64,25 @@ class Stack:
         """One line of progress."""
         seconds = time.monotonic() - self.began
         self.console.print(f"[green]✓[/] {name:<15} {seconds:5.1f} s  {text}", highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line of what goes wrong. It may be a line of a log, with brackets that are no markup of rich's."""
+        with suppress(OSError, SystemExit):  # the terminal is gone: rich exits then, and the stack is to go on
+            self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    def publish(self) -> None:
+        """Write the home's stack.json."""
+        state = StackState(
+            ready=self.ready,
+            pid=os.getpid(),
+            port=self.settings.port,
+            addresses=self.addresses,
+            pids=self.supervisor.pids(),
+            logs=str(self.home.logs),
+            services=self.supervisor.statuses(),
+        )
+        with suppress(OSError):  # a full disk does not end the stack
+            stack_state.write(self.home.path, state)
 
 
 def up(options: Options, console: Console) -> int:
@@ -74,26 +97,35 @@ def up(options: Options, console: Console) -> int:
     home.prepare()
     with locked(home, console) as lock:
         home.state.unlink(missing_ok=True)  # left by a stack that was killed
-        _require_free(settings.host, settings.port)
-        home.rotate_logs()
-
-        def report(text: str) -> None:
-            console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
-
+        require_free(settings.host, settings.port, "RENALQ_PORT")
+        ports = choose_ports(settings, _own_parts(settings, options), home.ports)
         try:
-            with Supervisor(home.logs, services.REPOSITORY, lock, report) as supervisor:
-                stack = Stack(settings, options, home, console, supervisor)
+            supervisor = Supervisor(home.logs, services.REPOSITORY, lock, settings.log_bytes)
+            stack = Stack(settings, options, home, console, supervisor, ports)
+            supervisor.on_event, supervisor.on_change = stack.warn, stack.publish
+            with supervisor:
                 _start(stack)
                 supervisor.watch()
         except StopRequestedError as asked:
             console.print(f"Stopped ({asked}).", highlight=False)
             return 0
         except ServiceDiedError as death:
-            console.print(f"[red]✗[/] {death}", highlight=False, soft_wrap=True)
+            console.print(f"[red]✗[/] {escape(str(death))}", highlight=False, soft_wrap=True)
             return 1
         finally:
             home.state.unlink(missing_ok=True)
     return 0
+
+
+def _own_parts(settings: Settings, options: Options) -> list[str]:
+    """Those parts with a port of their own that this stack starts; for the others the settings name a server."""
+    wanted = {
+        "postgres": "database_url" not in settings.model_fields_set,
+        "redis": "redis_url" not in settings.model_fields_set,
+        "mlflow": options.mlflow and not settings.mlflow_url,
+        "flower": options.flower,
+    }
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def _start(stack: Stack) -> None:
@@ -111,25 +143,24 @@ def _start(stack: Stack) -> None:
     stack.say("tables", "up to date")
     _first_key(stack.home, databases.application)
     _start_services(stack)
-    _write_state(stack, ready=False)
     _wait_until_ready(stack)
-    _write_state(stack, ready=True)
+    stack.ready = True
+    stack.publish()
     _announce(stack)
 
 
 def _start_servers(stack: Stack) -> tuple[DatabaseUrls, str]:
     """URLs of the databases and of Redis: those given, or of servers that are started here side by side."""
-    given, run_as = stack.settings.model_fields_set, stack.settings.run_as
-    fsync = os.environ.get("RENALQ_DEV_FSYNC", "on") != "off"
+    fsync, run_as = os.environ.get("RENALQ_DEV_FSYNC", "on") != "off", stack.settings.run_as
     plans: dict[str, ServerPlan] = {}
-    if "database_url" not in given:
-        plans["postgres"] = prepare_postgres(stack.home.path, fsync, run_as)
-    if "redis_url" not in given:
-        plans["redis"] = prepare_redis(stack.home.path, run_as)
+    if "postgres" in stack.ports:
+        plans["postgres"] = prepare_postgres(stack.home.path, fsync, stack.ports["postgres"], run_as)
+    if "redis" in stack.ports:
+        plans["redis"] = prepare_redis(stack.home.path, stack.ports["redis"], run_as)
     for plan in plans.values():
         stack.supervisor.start(services.server(plan))
     for plan in plans.values():
-        stack.supervisor.wait_for(plan.answers, f"{plan.name} to answer", START_SECONDS)
+        stack.supervisor.wait_until_running(plan.name, START_SECONDS)
         stack.say(plan.name, _host_port(plan.url))
         stack.addresses[plan.name] = _host_port(plan.url)
     databases = _databases(stack, plans.get("postgres"))
@@ -153,9 +184,9 @@ def _host_port(url: str) -> str:
 
 def _start_mlflow(stack: Stack, store: str) -> None:
     """Started before the other services because it is the slowest. A given RENALQ_MLFLOW_URL is used instead."""
-    if stack.settings.mlflow_url or not stack.options.mlflow:
+    if "mlflow" not in stack.ports:
         return
-    home, port = stack.home, free_port()
+    home, port = stack.home, stack.ports["mlflow"]
     home.mlflow.mkdir(mode=0o700, exist_ok=True)
     address = f"http://{LOOPBACK}:{port}"
     password = write_login(home.mlflow_login, address)
@@ -193,12 +224,12 @@ def _start_services(stack: Stack) -> None:
     start(services.dispatcher(tracking))
     start(services.worker("predict", "urgent,batch", tracking))
     start(services.worker("train", "train", tracking))
-    if stack.options.flower:
+    if "flower" in stack.ports:
         _start_flower(stack)
 
 
 def _start_flower(stack: Stack) -> None:
-    port = free_port()
+    port = stack.ports["flower"]
     address = f"http://{LOOPBACK}:{port}"
     password = write_login(stack.home.flower, address)
     stack.supervisor.start(services.flower(port, password, stack.environ))
@@ -206,26 +237,33 @@ def _start_flower(stack: Stack) -> None:
 
 
 def _wait_until_ready(stack: Stack) -> None:
-    host, port = _connectable(stack.settings.host), stack.settings.port
+    host, port = services.connectable(stack.settings.host), stack.settings.port
     stack.addresses["api"] = f"http://{host}:{port}"
-
-    def answers(path: str, expected: int, at: int = port) -> bool:
-        return services.http_status(host, at, path) == expected
-
-    wait = stack.supervisor.wait_for
-    wait(lambda: answers("/health/live", 200), "the API to answer", READY_SECONDS)
+    stack.supervisor.wait_until_running("api", READY_SECONDS)
     stack.say("api", stack.addresses["api"])
-    wait(lambda: answers("/health/ready", 200), "/health/ready", READY_SECONDS)
+
+    def is_ready() -> bool:
+        return services.http_status(host, port, "/health/ready") == services.OK
+
+    stack.supervisor.wait_for(is_ready, "/health/ready", READY_SECONDS)
     stack.say("workers", "ready: " + ", ".join(name for name in stack.supervisor.pids() if "worker" in name))
-    for name, path, expected in (("mlflow", "/health", 200), ("flower", "/", 401)):
-        if name in stack.addresses:
-            at = make_url(stack.addresses[name]).port or 0
-            wait(lambda p=path, e=expected, a=at: answers(p, e, a), f"{name} to answer", READY_SECONDS)  # type: ignore[misc]
-            stack.say(name, stack.addresses[name])
+    for name in ("mlflow", "flower"):
+        if name in stack.ports:
+            _wait_for_optional(stack, name)
 
 
-def _connectable(host: str) -> str:
-    return LOOPBACK if host in ("0.0.0.0", "::", "") else host  # noqa: S104 (compared, not bound)
+def _wait_for_optional(stack: Stack, name: str) -> None:
+    """Until it answers, has died or takes too long: then the stack is ready without it."""
+    supervisor, deadline = stack.supervisor, time.monotonic() + READY_SECONDS
+
+    def is_known() -> bool:
+        return supervisor.state(name) is not ServiceState.STARTING or time.monotonic() > deadline
+
+    supervisor.wait_for(is_known, name, math.inf)
+    if supervisor.state(name) is ServiceState.RUNNING:
+        stack.say(name, stack.addresses[name])
+    else:
+        stack.warn(f"{name} does not answer yet; jobs go on without it")
 
 
 def _announce(stack: Stack) -> None:
@@ -235,30 +273,5 @@ def _announce(stack: Stack) -> None:
         lines += [f"  Flower     {stack.addresses['flower']}   (user and password: {stack.home.flower})"]
     if "mlflow" in stack.addresses:
         lines += [f"  MLflow     {stack.addresses['mlflow']}   (user and password: {stack.home.mlflow_login})"]
-    lines += [f"  logs       {stack.home.logs}", "Stop with Ctrl-C."]
+    lines += [f"  logs       {stack.home.logs}", "Stop with Ctrl-C or renalq down."]
     stack.console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
-def _write_state(stack: Stack, ready: bool) -> None:
-    state = {
-        "ready": ready,
-        "pid": os.getpid(),
-        "port": stack.settings.port,
-        "addresses": stack.addresses,
-        "pids": stack.supervisor.pids(),
-        "logs": str(stack.home.logs),
-    }
-    draft = stack.home.state.with_suffix(".json.new")
-    draft.write_text(json.dumps(state, indent=2) + "\n")
-    draft.replace(stack.home.state)
-
-
-def _require_free(host: str, port: int) -> None:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CannotStartError(
-                f"Cannot listen on {host}:{port} ({error.strerror}): set RENALQ_PORT to a free port."
-            ) from error

@@ -8,11 +8,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import select
 
+from jobs import stack_state
 from jobs.db import Sessions
 from jobs.events import webhooks
 from jobs.events.webhooks import EventType
 from jobs.queue import processes
 from jobs.queue.processes import Heartbeat
+from jobs.settings import Settings
+from jobs.stack_state import ServiceState
 from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Delivery, ModelVersion, Scan
 from tests import builders
@@ -123,7 +126,25 @@ def test_readiness_names_what_is_missing(client: FlaskClient, sessions: Sessions
     with sessions.begin() as session:
         processes.upsert(session, Heartbeat("t", processes.WORKER, ["train"]))
     answer = client.get("/health/ready")
-    assert (answer.status_code, answer.get_json()) == (200, {"status": "ready", "reasons": []})
+    assert (answer.status_code, answer.get_json()) == (200, {"status": "ready", "reasons": [], "degraded": []})
+
+
+def test_health_tells_of_a_dead_process_that_jobs_do_not_need(
+    client: FlaskClient, sessions: Sessions, settings: Settings
+) -> None:
+    with sessions.begin() as session:
+        processes.upsert(session, Heartbeat("d", processes.DISPATCHER, broker_reachable=True))
+        processes.upsert(session, Heartbeat("w", processes.WORKER, ["urgent", "batch", "train"]))
+    sentence = "mlflow: restarting, since it was killed by SIGKILL. Jobs go on without it."
+    assert client.get("/health").get_json()["status"] == "healthy"
+    dead = builders.service("mlflow", ServiceState.RESTARTING, last_death="was killed by SIGKILL")
+    stack_state.write(settings.home, builders.stack(dead))
+    ready, whole = client.get("/health/ready"), client.get("/health").get_json()
+    assert (ready.status_code, ready.get_json()) == (200, {"status": "ready", "reasons": [], "degraded": [sentence]})
+    assert (whole["status"], whole["reasons"]) == ("degraded", [sentence])
+    with sessions.begin() as session:
+        processes.deregister(session, "w")
+    assert client.get("/health/ready").get_json()["degraded"] == [sentence]
 
 
 def test_probes_need_no_key(door: Door) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +273,28 @@ def test_weights_are_downloaded_whole_or_not_at_all(ask: Ask, tmp_path: Path) ->
     assert "SHA-256" in result.output
     assert file.read_bytes() == b"weights"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert CliRunner().invoke(main, ["--version"]).output == f"renalq, version {version('renalq')}\n"
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "down"])
+def test_without_a_stack_the_commands_say_so(tmp_path: Path, command: str) -> None:
+    shown = CliRunner().invoke(main, [command], env={"RENALQ_HOME": str(tmp_path / "none")})
+    assert re.search(f"(No stack runs|There are no logs) in {tmp_path}", shown.output)
+    assert shown.exit_code == (0 if command == "down" else 1)
+
+
+def test_down_waits_for_what_a_killed_stack_has_left(tmp_path: Path) -> None:
+    lock = tmp_path / "stack.lock"
+    code = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print(flush=True); time.sleep(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as reaper:
+        assert reaper.stdout is not None
+        reaper.stdout.readline()
+        shown = CliRunner().invoke(main, ["down"], env={"RENALQ_HOME": str(tmp_path)})
+        assert (shown.exit_code, "has stopped" in shown.output) == (0, True)
+        assert reaper.wait(5) == 0, "it was not killed, and has ended"

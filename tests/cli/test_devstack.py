@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import socket
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 import requests
 
 from cli.stack.server_plan import LOOPBACK
-from tests.process_tree import alive, eventually
+from tests.process_tree import alive, eventually, speaking_of
 from tests.whole_stack import RunningStack
 
 pytestmark = pytest.mark.slow
@@ -68,6 +71,16 @@ def test_flower_is_behind_the_password_of_its_private_file(whole_stack: RunningS
 def test_mlflow_answers_where_the_state_says(whole_stack: RunningStack) -> None:
     address = whole_stack.state()["addresses"]["mlflow"]
     assert requests.get(f"{address}/health", timeout=10).status_code == 200
+
+
+def test_status_and_logs_show_the_stack(whole_stack: RunningStack) -> None:
+    state, shown = whole_stack.state(), json.loads(whole_stack.renalq("status", "--json").stdout)
+    assert (shown["pids"], shown["reasons"]) == (state["pids"], [])
+    assert {service["state"] for service in shown["services"]} == {"running"}
+    assert "database system is ready to accept connections" in whole_stack.renalq("logs", "postgres").stdout
+    assert all(f"/{name}.log <==" in whole_stack.renalq("logs", "-n", "1").stdout for name in state["pids"])
+    refused = whole_stack.renalq("logs", "postgre")
+    assert (refused.returncode, "there are logs of: api, dispatcher, flower" in refused.stderr) == (1, True)
 
 
 def test_the_state_names_all_processes_and_no_password(whole_stack: RunningStack) -> None:
@@ -139,13 +152,12 @@ def test_two_stacks_run_side_by_side_end_apart_and_come_back(tmp_path: Path, sta
     assert len(one.everyone()) > 7
     one.ends_without_a_trace(signal.SIGINT)
     assert other.get("/health/ready").status_code == 200
-    again = _after_kill_9_the_next_up_starts_with_the_same_key(other, start)
-    _a_killed_worker_comes_back(again)
-    _a_killed_redis_ends_the_stack(again)
+    _after_kill_9_the_next_up_starts_with_the_same_key_and_addresses(other, start)
 
 
-def _after_kill_9_the_next_up_starts_with_the_same_key(stack: RunningStack, start: Any) -> RunningStack:
-    everyone, key = stack.everyone(), stack.key()
+def _after_kill_9_the_next_up_starts_with_the_same_key_and_addresses(stack: RunningStack, start: Any) -> None:
+    everyone, key, addresses = stack.everyone(), stack.key(), stack.state()["addresses"]
+    assert set(addresses) == {"api", "postgres", "redis"}
     stack.process.kill()
     stack.process.wait()
     again: RunningStack = start(stack.home, *SMALL, port=stack.port)  # at once: it waits for the orphan reaper
@@ -153,18 +165,57 @@ def _after_kill_9_the_next_up_starts_with_the_same_key(stack: RunningStack, star
     again.ready()
     assert again.key() == key
     assert again.get("/jobs", Authorization=f"Bearer {key}").status_code == 200
-    return again
+    assert again.state()["addresses"] == addresses
 
 
-def _a_killed_worker_comes_back(stack: RunningStack) -> None:
-    os.kill(stack.state()["pids"]["worker-train"], signal.SIGKILL)
-    eventually(lambda: "worker-train was killed by SIGKILL" in stack.said(), what="the death is told")
-    eventually(lambda: stack.get("/health/ready").status_code == 200, what="ready again")
+KILLED = ("mlflow", "flower", "api", "redis", "dispatcher", "postgres", "worker-predict", "worker-train")
 
 
-def _a_killed_redis_ends_the_stack(stack: RunningStack) -> None:
+def test_jobs_go_on_while_one_process_after_another_is_killed(home: Path, start: Any) -> None:
+    stack = start(home).ready()
+    assert set(KILLED) == set(stack.state()["pids"])
+    jobs = [_upload(stack)]
+    for name in KILLED:
+        os.kill(stack.state()["pids"][name], signal.SIGKILL)
+        jobs.append(eventually(lambda: _upload(stack), 60, f"a job is accepted after the death of {name}"))
+        eventually(lambda at=name: _runs_again(stack, at), 90, f"{name} runs again")  # type: ignore[misc]
+        jobs.append(_upload(stack))
+    eventually(lambda: all(_has_ended(stack, job) for job in jobs), 90, "all jobs have ended")
+    assert stack.process.poll() is None
+    shown = stack.renalq("status")
+    assert shown.returncode == 0, shown.stdout
+    assert all(re.search(rf"^{name} +running .* was killed by SIGKILL$", shown.stdout, re.MULTILINE) for name in KILLED)
+    _down_leaves_nothing(stack)
+
+
+def _upload(stack: RunningStack) -> str:
+    """The id of a job that checks a dataset; empty if the stack does not accept it now."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("Normal/one.png", b"no image")
+    try:
+        files, key = {"file": ("scans.zip", packed.getvalue())}, {"Authorization": f"Bearer {stack.key()}"}
+        answer = requests.post(f"{stack.url}/v1/datasets", files=files, headers=key, timeout=10)
+    except requests.RequestException:
+        return ""
+    return str(answer.json()["job_id"]) if answer.status_code == 202 else ""
+
+
+def _runs_again(stack: RunningStack, name: str) -> bool:
+    service = next(each for each in stack.state()["services"] if each["name"] == name)
+    return bool(service["restarts"] and service["state"] == "running")
+
+
+def _has_ended(stack: RunningStack, job: str) -> bool:
+    return bool(stack.get(f"/v1/jobs/{job}", Authorization=f"Bearer {stack.key()}").json().get("terminal"))
+
+
+def _down_leaves_nothing(stack: RunningStack) -> None:
     everyone = stack.everyone()
-    os.kill(stack.state()["pids"]["redis"], signal.SIGKILL)
-    assert stack.process.wait(60) == 1
-    assert f"redis was killed by SIGKILL (log: {stack.home / 'logs' / 'redis.log'}" in stack.said()
+    down = stack.renalq("down")
+    assert (down.returncode, "has stopped" in down.stdout) == (0, True)
     assert alive(everyone) == []
+    assert speaking_of(stack.home) == []
+    assert stack.process.wait(5) == 0
+    assert "No stack runs" in stack.renalq("down").stdout
+    assert "No stack runs" in stack.renalq("status").stderr

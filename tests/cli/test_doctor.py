@@ -15,7 +15,9 @@ import pytest
 from cli.stack import doctor
 from cli.stack.doctor import Level
 from cli.stack.server_plan import LOOPBACK, free_port
+from jobs import stack_state
 from jobs.settings import Settings
+from tests.builders import stack
 
 REPOSITORY = Path(__file__).parents[2]
 SUBJECTS = ["Python", "torch", "torchvision", "weights", "disk", "port", "Postgres", "Redis", "MLflow", "Flower"]
@@ -72,7 +74,7 @@ def test_a_taken_port_is_a_problem_unless_our_stack_has_it(tmp_path: Path) -> No
     with closing(socket.create_server((LOOPBACK, 0))) as taken:
         settings = Settings(home=tmp_path, port=taken.getsockname()[1])
         assert doctor.port(settings).level == Level.PROBLEM
-        (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid()}))
+        stack_state.write(tmp_path, stack())
         assert doctor.port(settings).level == Level.OK
 
 

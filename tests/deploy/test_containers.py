@@ -53,6 +53,11 @@ def test_every_service_that_lasts_is_watched() -> None:
         assert watched, f"{name} has no healthcheck"
 
 
+def test_every_log_is_bounded() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert set(service.get("logging", {}).get("options", {})) == {"max-size", "max-file"}, f"{name} fills the disk"
+
+
 def test_only_the_api_is_reachable_from_other_machines() -> None:
     for name, service in COMPOSE["services"].items():
         for port in service.get("ports", []):
