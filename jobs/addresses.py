@@ -7,7 +7,7 @@ URLs are checked when they are received, and again before use.
 
 import re
 import socket
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 Host = tuple[str, int | None]
@@ -82,8 +82,9 @@ def is_public(address: str) -> bool:
 
 def is_fetchable(address: str) -> bool:
     """Whether an allowed host's name may lead to this IP address: not to this link, to many, or to a cloud's own."""
-    ip = ip_address(address)
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    ip: IPv4Address | IPv6Address = ip_address(address)
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
     return not (ip.is_link_local or ip.is_multicast or ip.is_unspecified or any(ip in one for one in CLOUD_NETWORKS))
 
 
