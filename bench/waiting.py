@@ -118,7 +118,7 @@ def gets(api: Api, job: str) -> list[float]:
 def _api(folder: Path) -> Iterator[Api]:
     with embedded_postgres(folder) as url:
         port, ours = free_port(), {"RENALQ_HOME": str(folder), "RENALQ_HOST": LOOPBACK, "RENALQ_DATABASE_URL": url}
-        ours["RENALQ_PORT"] = str(port)
+        ours |= {"RENALQ_PORT": str(port), "RENALQ_FETCH_HOSTS": LOOPBACK}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RENALQ_")} | ours
         subprocess.run(services.migration(ours).command, cwd=ROOT, env=environ, check=True)
         with session_factory(url, pool_size=1).begin() as session:

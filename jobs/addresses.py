@@ -1,13 +1,13 @@
-"""Checks of URLs that scans are fetched from and webhooks are sent to, against server-side request forgery (SSRF).
+"""Checks of URLs that files are fetched from and webhooks are sent to, against server-side request forgery (SSRF).
 
-RenalQ runs inside a network that clients cannot reach themselves. So scans are fetched only from the hosts in
-`RENALQ_FETCH_HOSTS`, and webhooks are sent only to the hosts in `RENALQ_WEBHOOK_HOSTS` and to the public internet. URLs
-are checked when they are received, and again before use.
+RenalQ runs inside a network that clients cannot reach themselves. So scans and datasets are fetched only from the hosts
+in `RENALQ_FETCH_HOSTS`, and webhooks are sent only to the hosts in `RENALQ_WEBHOOK_HOSTS` and to the public internet.
+URLs are checked when they are received, and again before use.
 """
 
 import re
 import socket
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 Host = tuple[str, int | None]
@@ -18,12 +18,16 @@ URL_CHARACTERS = re.compile(r"https?://[!-\[\]-~]+", re.IGNORECASE)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MALFORMED = "Must be an http:// or https:// address, with all but ASCII percent-encoded."
 CREDENTIALS = "Must not hold a user name or a password."
-REFUSED = "Scans are not fetched from this host. Add it to RENALQ_FETCH_HOSTS, or store the scan with POST /scans."
+SEND = "send the file itself (POST /scans, POST /datasets)."
+REFUSED = f"Nothing is fetched from this host. Add it to RENALQ_FETCH_HOSTS, or {SEND}"
+NO_FETCH_HOSTS = f"Nothing is fetched from addresses here: RENALQ_FETCH_HOSTS names no host. Set it, or {SEND}"
 NOT_PUBLIC = "Webhooks are not sent to this host: it is not a public one. Add it to RENALQ_WEBHOOK_HOSTS."
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 """Addresses outside include IPv4 addresses in IPv6 notation (mapped, NAT64)."""
 EXTRA_NON_PUBLIC_NETWORKS = tuple(map(IPv4Network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24")))
 """Served by the host of a virtual machine or by a relay; some versions of Python count them as public."""
+CLOUD_NETWORKS = (*EXTRA_NON_PUBLIC_NETWORKS, IPv4Network("100.100.100.200/32"), IPv6Network("fd00:ec2::/32"))
+"""Where clouds answer a machine that asks for its credentials, beside link-local addresses."""
 
 
 def parse_hosts(text: str) -> frozenset[Host]:
@@ -36,7 +40,9 @@ def parse_hosts(text: str) -> frozenset[Host]:
 
 
 def fetch_url_error(url: str, hosts: frozenset[Host]) -> str | None:
-    """Why scans cannot be fetched from this URL, or None. The text does not quote the URL: it may contain a name."""
+    """Why nothing can be fetched from this URL, or None. The text does not quote the URL: it may contain a name."""
+    if not hosts:
+        return NO_FETCH_HOSTS
     return malformed_url_error(url) or (None if is_allowed(url, hosts) else REFUSED)
 
 
@@ -72,6 +78,14 @@ def is_public(address: str) -> bool:
     if isinstance(ip, IPv6Address) and (ip not in GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
         return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in EXTRA_NON_PUBLIC_NETWORKS)
+
+
+def is_fetchable(address: str) -> bool:
+    """Whether an allowed host's name may lead to this IP address: not to this link, to many, or to a cloud's own."""
+    ip: IPv4Address | IPv6Address = ip_address(address)
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return not (ip.is_link_local or ip.is_multicast or ip.is_unspecified or any(ip in one for one in CLOUD_NETWORKS))
 
 
 def _is_inside(url: str) -> bool:

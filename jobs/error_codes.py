@@ -125,6 +125,7 @@ ERROR_CODES = {
             429,
         ),
         ErrorCode("UNAVAILABLE", "Postgres does not respond", "Repeat after `Retry-After`.", 503),
+        ErrorCode("SERVER_BUSY", "Other large bodies are being read", "Repeat after `Retry-After`.", 503),
         ErrorCode("TOO_MANY_WATCHERS", "Too many clients wait", "Poll instead of streaming.", 503),
         ErrorCode(
             "NOT_DONE_YET",
@@ -173,7 +174,7 @@ ERROR_CODES = {
         ErrorCode(
             "DOWNLOAD_FAILED",
             "`source_url` could not be fetched",
-            "Check that it can be reached and is shared publicly.",
+            "See `RENALQ_FETCH_HOSTS`; check that the workers reach it and that it is shared publicly.",
             of_job=True,
         ),
         ErrorCode(

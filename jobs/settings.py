@@ -180,7 +180,8 @@ class Settings(BaseSettings):
 
     fetch_hosts: str = Field(
         "",
-        description="Hosts that workers may fetch scans from, such as `pacs.example,10.0.0.5:8042`. Empty: none.",
+        description="Hosts that workers may fetch scans and datasets from, such as `pacs.example,10.0.0.5:8042`. "
+        "Empty: none.",
     )
     fetch_seconds: float = Field(30, gt=0, description="Time limit of fetching one scan (s).")
 

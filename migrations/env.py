@@ -4,6 +4,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 import jobs.tables  # noqa: F401  (fills Base.metadata)
+from jobs import logs
 from jobs.db import Base, make_engine
 from jobs.settings import Settings
 
@@ -24,5 +25,6 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
+    logs.hide_messages()  # an error of Postgres quotes values
     with make_engine(Settings().database_url, application="renalq-migrate").connect() as own:
         run(own)

@@ -41,6 +41,7 @@ from ml.runtime.events import Emit, Event, Failed, to_json
 from ml.runtime.threads import sleep_while_waiting
 from ml.spec.image import NETWORKS
 from ml.spec.image_pipeline import STAGES
+from ml.spec.private_logs import hide_messages
 
 log = logging.getLogger("ml")
 
@@ -170,6 +171,7 @@ def _run_job(parsed: argparse.Namespace) -> int:
     """A worker's child: the training that a JSON file describes, of whichever pipeline; its events on stdout."""
     signal.signal(signal.SIGTERM, _end_at_once)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    hide_messages()  # its files are those of the service's clients
 
     def train(emit: Emit) -> None:
         from ml.pipelines import TrainingJob, pipeline_of

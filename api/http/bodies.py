@@ -1,9 +1,9 @@
 """Requests into validated values: a parser for queries, a decorator for bodies. Unknown fields are refused."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
-from typing import Any, NoReturn, TypeVar, cast
+from functools import cache, wraps
+from io import SEEK_END
+from typing import IO, Any, NoReturn, TypeVar, cast
 
 import flask
 import flask_smorest
@@ -13,14 +13,17 @@ from marshmallow import fields, validate
 from webargs.core import is_json
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.exceptions import RequestEntityTooLarge
 
+from api.http.body import json_text
 from api.http.body.content_coding import ACCEPTED
 from api.http.body.multipart import MULTIPART
-from api.http.body.spool import JSON_BYTES, UploadRequest
-from api.http.fields import File, find_unstorable, pointer_step
+from api.http.body.spool import JSON_BYTES, SCAN_JSON_BYTES, SMALL_BYTES, UploadRequest
+from api.http.context import tenant
+from api.http.fields import Base64, File, find_unstorable, pointer_step
 from api.http.problems import MEDIA_TYPE, InvalidFields, ProblemSchema
 from api.http.responses import CSV, JSON, NDJSON
-from jobs.errors import MalformedBody, UnsupportedMedia
+from jobs.errors import Invalid, MalformedBody, TooLarge, UnsupportedMedia
 
 View = TypeVar("View", bound=Callable[..., Any])
 RELATED = ("multipart/related", "multipart/mixed")
@@ -88,7 +91,7 @@ class Parser(FlaskParser):
 
     def handle_error(self, error: ma.ValidationError, req: Any, schema: Any, **kwargs: Any) -> NoReturn:
         """Respond with 422 and a JSON pointer for each error."""
-        raise InvalidFields(list(pointers(error.messages)))
+        raise InvalidFields(pointers(error.messages))
 
 
 class Blueprint(flask_smorest.Blueprint):
@@ -169,17 +172,17 @@ def _body(kinds: dict[str, Declared]) -> Any:
         schema = _schema(kinds[MULTIPART], parts)
         raw = _multipart(schema, parts)
     elif JSON in kinds and (is_json(request.mimetype) or not request.mimetype):
-        raw = _json()
+        raw = _json(SCAN_JSON_BYTES if _takes_scans(kinds[JSON]) else JSON_BYTES)
         schema = _schema(kinds[JSON], raw)
     elif request.mimetype in (CSV, NDJSON) and request.mimetype in kinds:
         schema = _schema(kinds[request.mimetype], None)
-        raw = {"manifest": FileStorage(cast(UploadRequest, request).spooled()), **_query(schema)}
+        raw = {"manifest": FileStorage(_whole_body()[0]), **_query(schema)}
     else:
         raise UnsupportedMedia(_other_media(kinds))
     try:
         return schema.load(raw, unknown=ma.RAISE)
     except ma.ValidationError as error:
-        raise InvalidFields(list(pointers(error.messages))) from None
+        raise InvalidFields(pointers(error.messages)) from None
 
 
 def _other_media(kinds: Mapping[str, Declared]) -> str:
@@ -197,27 +200,44 @@ def _schema(declared: Declared, raw: Any) -> ma.Schema:
     return declared.of(raw.get("kind"))
 
 
-def _json() -> Any:
-    limit = request.max_content_length
-    request.max_content_length = min(JSON_BYTES, limit) if limit is not None else JSON_BYTES
-    text = request.get_data(cache=False)
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant) if text else {}
-        _refuse_unstorable(value)
-    except RecursionError:
-        raise InvalidFields([("", "Nested too deeply.")]) from None
-    except json.JSONDecodeError as error:  # its own text may quote the body
-        raise MalformedBody(f"The body is not JSON: see line {error.lineno}, column {error.colno}.") from None
-    except UnicodeDecodeError as error:
-        encoding = error.encoding.upper()  # which its first bytes tell
-        raise MalformedBody(f"The body is not JSON: its byte {error.start + 1} is not {encoding}.") from None
-    except ValueError as error:
-        raise MalformedBody(f"The body is not JSON: {error}.") from None
+@cache
+def _takes_scans(declared: Declared) -> bool:
+    """Whether a field of the body takes a scan in base64."""
+    schemas = declared.schemas.values() if isinstance(declared, OneOf) else [declared]
+    found = [field for schema in schemas for field in schema._declared_fields.values()]
+    return any(isinstance(getattr(field, "inner", field), Base64) for field in found)
+
+
+def _json(limit: int) -> Any:
+    request.max_content_length = min(limit, request.max_content_length or limit)
+    file, size = _whole_body()
+    if size > SMALL_BYTES and limit > JSON_BYTES:
+        value = json_text.parse_file(file, cast(UploadRequest, request).new_file)
+    else:
+        value = _parsed(file.read()) if size else {}
+    _refuse_unstorable(value)
     return value
 
 
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"it has no {word}")
+def _whole_body() -> tuple[IO[bytes], int]:
+    """The body as a file, and its size; it is a large body's turn."""
+    ours = cast(UploadRequest, request)
+    try:
+        file = ours.spooled()
+    except (RequestEntityTooLarge, TooLarge):
+        ours.discard(SCAN_JSON_BYTES)
+        raise
+    size = file.seek(0, SEEK_END)
+    file.seek(0)
+    if size > SMALL_BYTES:
+        ours.take_turn(tenant())
+    return file, size
+
+
+def _parsed(text: bytes) -> Any:
+    if json_text.is_costly(text):
+        cast(UploadRequest, request).take_turn(tenant())
+    return json_text.parse(text)
 
 
 def _parts() -> MultiDict[str, Any]:
@@ -257,13 +277,16 @@ def _part(field: Any, name: str, values: list[Any]) -> Any:
 def _value_of(name: str, text: str) -> Any:
     """The value of a part that is no text: it is written as JSON."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        _refuse_unstorable({name: value})
-    except (ValueError, RecursionError):
+        value = _parsed(text.encode())
+    except MalformedBody:
         raise InvalidFields([(f"/{pointer_step(name)}", "Not valid JSON.")]) from None
+    except Invalid as error:
+        raise InvalidFields([(f"/{pointer_step(name)}", str(error))]) from None
+    _refuse_unstorable({name: value})
     return value
 
 
 def _refuse_unstorable(value: Any) -> None:
-    if wrong := find_unstorable(value):
-        raise InvalidFields(wrong[:20])
+    wrong = InvalidFields(find_unstorable(value))
+    if wrong.errors:
+        raise wrong

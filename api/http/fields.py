@@ -1,12 +1,13 @@
-"""Strict fields: the string "2" is no number, and 1 is no boolean."""
+"""Strict fields: the string "2" is no number, and 1 is no boolean. Lengths are checked before what they are of."""
 
 import datetime as dt
+import io
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import marshmallow as ma
@@ -14,10 +15,13 @@ from flask_smorest.fields import Upload
 from marshmallow import fields, validate
 from werkzeug.datastructures import FileStorage
 
+from api.http.body.json_text import LongString
 from api.http.body.transfer_encoding import DamagedText, decode_base64
 
 VERSION = re.compile(r"^(champion|[1-9][0-9]{0,8})$")
 """A model version in a request. Use `fullmatch`: `match` would allow a line break at the end."""
+STEP_LENGTH = 100
+"""Most characters of a step of a JSON pointer: a client's key may be longer."""
 
 
 def one_of(of: type[StrEnum]) -> validate.OneOf:
@@ -61,13 +65,22 @@ class Time(fields.AwareDateTime):
 
 
 class Base64(fields.String):
-    """Bytes in base64; data URLs, the URL-safe alphabet and line breaks are accepted, padding may be left out."""
+    """A file in base64; data URLs, the URL-safe alphabet and line breaks are accepted, padding may be left out."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         try:
-            return decode_base64(super()._deserialize(value, attr, data, **kwargs))
+            if isinstance(value, LongString):
+                return _decoded(value.pieces(), value.open_file())
+            return _decoded([super()._deserialize(value, attr, data, **kwargs)], io.BytesIO())
         except DamagedText as error:
             raise ma.ValidationError(str(error)) from None
+
+
+def _decoded(pieces: Iterable[str], file: IO[bytes]) -> FileStorage:
+    for block in decode_base64(pieces):
+        file.write(block)
+    file.seek(0)
+    return FileStorage(file)
 
 
 class ImageOrScanId(Base64):
@@ -85,6 +98,16 @@ class File(Upload):
         if not isinstance(value, FileStorage):
             raise ma.ValidationError('Send it as a file, with a file name: `filename="…"` in its Content-Disposition.')
         return value
+
+
+class List(fields.List):
+    """A list whose length is checked before its elements."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
+        for check in self.validators:
+            if isinstance(check, validate.Length) and isinstance(value, list):
+                check(value)
+        return super()._deserialize(value, attr, data, **kwargs)
 
 
 class Answer(ma.Schema):
@@ -140,9 +163,9 @@ class Metadata(fields.Dict):
         super().__init__(keys=fields.String(validate=validate.Length(1, 64)), values=label, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
-        labels: dict[str, Any] = super()._deserialize(value, attr, data, **kwargs)
-        if len(labels) > 50:
+        if isinstance(value, Mapping) and len(value) > 50:
             raise ma.ValidationError("At most 50 labels.")
+        labels: dict[str, Any] = super()._deserialize(value, attr, data, **kwargs)
         wrong = {key: [why] for key, label in labels.items() if (why := _label_error(label))}
         if wrong:
             raise ma.ValidationError(wrong)  # type: ignore[arg-type]
@@ -188,18 +211,18 @@ def parse_uuid(text: str) -> uuid.UUID | None:
     return found if str(found) == text.lower() else None
 
 
-def find_unstorable(value: Any, pointer: str = "") -> list[tuple[str, str]]:
+def find_unstorable(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
     """JSON pointer and message for each value that Postgres cannot store: NUL, lone surrogates, infinite numbers."""
-    if isinstance(value, str):
-        return [(pointer, "Holds a character that cannot be stored.")] if not _is_storable(value) else []
-    if isinstance(value, float):
-        return [] if math.isfinite(value) else [(pointer, "Must be a finite number.")]
-    children: Any = ()
-    if isinstance(value, Mapping):
-        children = [*((key, key) for key in value if not _is_storable(str(key))), *value.items()]
-    elif isinstance(value, list):
-        children = enumerate(value)
-    return [wrong for key, child in children for wrong in find_unstorable(child, f"{pointer}/{pointer_step(key)}")]
+    if isinstance(value, str) and not _is_storable(value):
+        yield pointer, "Holds a character that cannot be stored."
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield pointer, "Must be a finite number."
+    elif isinstance(value, Mapping | list):
+        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(key, str) and not _is_storable(key):
+                yield f"{pointer}/{pointer_step(key)}", "Holds a character that cannot be stored."
+            if isinstance(child, str | float | Mapping | list):
+                yield from find_unstorable(child, f"{pointer}/{pointer_step(key)}")
 
 
 def _is_storable(text: str) -> bool:
@@ -211,5 +234,6 @@ def _is_storable(text: str) -> bool:
 
 
 def pointer_step(key: Any) -> str:
-    """A key as one step of a JSON pointer (RFC 6901). Characters that cannot be encoded are replaced."""
-    return str(key).replace("~", "~0").replace("/", "~1").encode("utf-8", "replace").decode()
+    """A key as one step of a JSON pointer (RFC 6901), cut after `STEP_LENGTH`. Characters that cannot be encoded are
+    replaced."""
+    return str(key)[:STEP_LENGTH].replace("~", "~0").replace("/", "~1").encode("utf-8", "replace").decode()

@@ -161,9 +161,8 @@ def _fingerprint(args: Sequence[Any]) -> str:
 def _to_json(value: Any) -> Any:
     """A value that JSON has no type for; a file as its hash, so that memory stays flat."""
     if isinstance(value, FileStorage):
-        return {"file": value.filename, "sha256": _hash(value.stream)}
-    if isinstance(value, bytes):
-        return {"sha256": hashlib.sha256(value).hexdigest()}
+        sent_as = {} if value.filename is None else {"file": value.filename}  # none: in base64
+        return {**sent_as, "sha256": _hash(value.stream)}
     return str(value)
 
 

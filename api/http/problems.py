@@ -4,10 +4,10 @@
 """
 
 import errno
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from api.http.body.content_coding import ACCEPTED
-from api.http.body.spool import JSON_BYTES
+from api.http.body.spool import JSON_BYTES, SCAN_JSON_BYTES
 from api.http.fields import one_of
 from api.http.versioning import PREFIX
 from jobs.error_codes import ERROR_CODES
@@ -43,6 +43,11 @@ RETRYABLE = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
 HTTP_CODES = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 """Codes of what Flask and werkzeug raise."""
 
+MAX_ERRORS = 20
+"""Most errors in an answer."""
+DETAIL_LENGTH, POINTER_LENGTH = 1000, 500
+"""Most characters of a text for people, and of a JSON pointer."""
+
 log = structlog.get_logger()
 
 
@@ -57,9 +62,12 @@ class Location(StrEnum):
 class InvalidFields(Invalid):
     """Fields of the request are missing, unknown or ill-typed: `errors` names each."""
 
-    def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
-        super().__init__()
-        self.errors = errors
+    def __init__(self, errors: Iterable[tuple[str, str]], more: int = 0) -> None:
+        """`more`: how many errors there are beside these."""
+        found = list(islice(errors, MAX_ERRORS + 1))
+        self.errors = found[:MAX_ERRORS]
+        rest = f"{more} more" if more else "more"
+        super().__init__(f"{self.__doc__} There are {rest}." if more or len(found) > MAX_ERRORS else None)
 
 
 class StorageFull(Unavailable):
@@ -159,7 +167,7 @@ def problem(
         "type": f"{PREFIX}/problems/{code}" if known else "about:blank",
         "title": known.title if known else HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
+        "detail": _cut(detail, DETAIL_LENGTH),
         "instance": f"urn:renalq:request:{request_id}",
         "code": code,
         "request_id": request_id,
@@ -176,7 +184,14 @@ def _field_errors(error: RenalQError) -> list[dict[str, str]]:
         found = error.errors
     elif isinstance(error, Invalid) and error.pointer is not None:
         found = [(error.pointer, str(error))]
-    return [{"pointer": pointer, "detail": why, "in": _location(pointer)} for pointer, why in found]
+    return [
+        {"pointer": _cut(pointer, POINTER_LENGTH), "detail": _cut(why, DETAIL_LENGTH), "in": _location(pointer)}
+        for pointer, why in found
+    ]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _location(pointer: str) -> Location:
@@ -190,8 +205,10 @@ def _location(pointer: str) -> Location:
 
 def _too_large() -> TooLarge:
     limit = request.max_content_length
-    if limit == JSON_BYTES:  # this limit has no setting
+    if limit == SCAN_JSON_BYTES:  # these limits have no setting
         return TooLarge(f"JSON is taken up to {limit} bytes. Send scans as multipart files, or fewer at once.")
+    if limit == JSON_BYTES:
+        return TooLarge(f"JSON is taken up to {limit} bytes here. Send less at once, or a batch as a manifest (CSV).")
     return TooLarge(limit=limit, setting="RENALQ_MAX_UPLOAD_BYTES")
 
 
@@ -212,9 +229,7 @@ def _storage_error(error: OSError) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    """A bug. Only its type and stack are logged: the message may contain a patient's data."""
-    frames = traceback.extract_tb(error.__traceback__)[-12:]
-    trace = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-    log.error("unexpected", error=type(error).__name__, trace=trace)
+    """A bug."""
+    log.error("unexpected", error=type(error).__name__, exc_info=error)
     detail = "Something went wrong here. Give the request_id to your administrator."
     return problem(500, RenalQError.code, detail)

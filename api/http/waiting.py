@@ -4,9 +4,11 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from typing import cast
 
 from flask import Response, request
 
+from api.http.body.spool import UploadRequest
 from api.http.change_listener import Subscription
 from api.http.context import services, tenant, transaction
 from api.http.versioning import address
@@ -99,6 +101,7 @@ def _preferred(job_id: uuid.UUID, enough: Enough = _never) -> tuple[JobView, dic
 
 def _wait(job_id: uuid.UUID, seconds: float, enough: Enough = _never) -> tuple[JobView, bool]:
     """The job at its end, when it is `enough`, or after `seconds`; and whether there was a slot to wait in."""
+    cast(UploadRequest, request).end_turn()
     try:
         with services().listener.subscribe(job_id) as subscription:
             return _wait_until(job_id, subscription, time.monotonic() + seconds, enough), True

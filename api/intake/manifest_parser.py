@@ -5,7 +5,6 @@ Lines are read one at a time, and errors of all lines are reported together, so 
 
 import csv
 import io
-import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,14 +18,15 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from api.http.bodies import pointers
+from api.http.body import json_text
 from api.http.fields import HttpUrl, exactly_one, find_unstorable
-from api.http.problems import InvalidFields
+from api.http.problems import MAX_ERRORS, InvalidFields
+from jobs.errors import Invalid, MalformedBody, TooLarge
 
 SOURCES = ("file", "scan_id", "url")
 """Columns that identify a row's scan."""
 MAX_LINE_BYTES = 64 * 1024
 """Longest line: a URL, a file name and three keys are shorter, however they are escaped."""
-MAX_ERRORS = 20
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t"
 KNOWN = (*SOURCES, "custom_id", "patient", "study")
@@ -89,7 +89,7 @@ class ErrorCollector:
     def raise_if_any(self) -> None:
         """Raise InvalidFields if there are errors."""
         if self._errors:
-            raise InvalidFields([*self._errors, *([("/manifest", f"And {self._more} more.")] if self._more else [])])
+            raise InvalidFields(self._errors, self._more)
 
 
 def parse_manifest(stream: IO[bytes], max_rows: int, errors: ErrorCollector) -> list[Row]:
@@ -153,8 +153,8 @@ def _row(line: int, cells: Cells) -> Row:
 
 def _json_cells(text: str) -> Cells:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json_text.parse(text.encode())
+    except (MalformedBody, TooLarge, Invalid):
         value = None
     if not isinstance(value, dict):
         raise ma.ValidationError('Not a JSON object. Write one a line, such as {"file": "1.png", "custom_id": "7"}.')

@@ -9,7 +9,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Answer, Time, one_of
+from api.http.fields import Answer, List, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageSchema, one_page
 from api.http.versioning import address
@@ -24,7 +24,7 @@ class KeyRequest(ma.Schema):
     """A new key."""
 
     name = fields.String(required=True, validate=validate.Length(1, 200))
-    scopes = fields.List(fields.String(validate=one_of(Scope)), required=True, validate=validate.Length(1, 4))
+    scopes = List(fields.String(validate=one_of(Scope)), required=True, validate=validate.Length(1, 4))
 
 
 class KeySchema(Answer):

@@ -5,7 +5,6 @@ on, and the response names it.
 """
 
 import datetime as dt
-import io
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from api.http import waiting
 from api.http.auth import authenticated, needs, public
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Base64, Time
+from api.http.fields import Base64, List, Time
 from api.http.idempotency import idempotent
 from api.http.pipelines.fields import spec_of
 from api.http.problems import RETRY_SECONDS, InvalidFields, ProblemSchema, problem
@@ -98,7 +97,7 @@ class NewestTrainRequest(TrainRequest):
 class ImagesJson(ma.Schema):
     """Images or DICOM files in base64."""
 
-    images = fields.List(Base64(), required=True, validate=validate.Length(1, MAX_IMAGES))
+    images = List(Base64(), required=True, validate=validate.Length(1, MAX_IMAGES))
 
 
 class FoundSchema(ma.Schema):
@@ -263,17 +262,16 @@ def batch_predict(body: dict[str, Any]) -> Predictions:
     return _predictions(job_id)
 
 
-def _batch(images: list[bytes]) -> uuid.UUID:
+def _batch(images: list[FileStorage]) -> uuid.UUID:
     _refuse_unreadable(images)
-    files = [FileStorage(io.BytesIO(image)) for image in images]
-    return predict_many({"files": files, "metadata": {}, "whole_files": True})  # as many answers as images
+    return predict_many({"files": images, "metadata": {}, "whole_files": True})  # as many answers as images
 
 
-def _refuse_unreadable(images: list[bytes]) -> None:
+def _refuse_unreadable(images: list[FileStorage]) -> None:
     wrong = []
     for number, image in enumerate(images):
         try:
-            scan_store.inspect_scan(io.BytesIO(image), spec_of({}).inputs)
+            scan_store.inspect_scan(image.stream, spec_of({}).inputs)
         except (BadInput, TooLarge) as error:
             wrong.append((f"/images/{number}", str(error)))
     if wrong:

@@ -1,6 +1,5 @@
 """Scans: images and DICOM files, stored once by content."""
 
-import io
 import uuid
 from typing import Any
 
@@ -10,7 +9,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import tenant, transaction
-from api.http.fields import Base64, File, Time
+from api.http.fields import Base64, File, List, Time
 from api.http.idempotency import idempotent
 from api.http.pipelines.fields import PipelineName, spec_of
 from api.http.versioning import address
@@ -40,7 +39,7 @@ class ScanJson(ma.Schema):
 class KnownRequest(ma.Schema):
     """SHA-256 of files, in hex."""
 
-    sha256 = fields.List(
+    sha256 = List(
         fields.String(validate=validate.Regexp(r"\A[0-9a-f]{64}\Z", error="Must be 64 lower-case hex digits.")),
         required=True,
         validate=validate.Length(max=MAX_SCANS),
@@ -79,7 +78,7 @@ class KnownScansSchema(ma.Schema):
 @idempotent()
 def create_scan(body: dict[str, Any]) -> tuple[Scan, int, dict[str, str]]:
     """Store a scan. The same bytes give the same id."""
-    stream = body["file"].stream if "file" in body else io.BytesIO(body["image"])
+    stream = body["file" if "file" in body else "image"].stream
     media = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
     scan, new = scan_store.store_scan(stream, media)
     return scan, 201 if new else 200, {"Location": address(f"/scans/{scan.id}")}

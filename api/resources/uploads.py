@@ -180,7 +180,7 @@ def _file_name(metadata: str) -> str | None:
         name, _, value = pair.strip().partition(" ")
         if name == "filename":
             try:
-                name = decode_base64(value).decode()
+                name = b"".join(decode_base64([value])).decode()
             except ValueError:
                 raise InvalidFields([("/headers/Upload-Metadata", "`filename` must be UTF-8 in base64.")]) from None
             return scan_store.file_name(FileStorage(filename=name))

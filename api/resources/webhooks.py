@@ -12,7 +12,7 @@ from marshmallow import fields, validate
 from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import services, tenant, transaction
-from api.http.fields import Answer, HttpUrl, Time, one_of
+from api.http.fields import Answer, HttpUrl, List, Time, one_of
 from api.http.idempotency import idempotent
 from api.http.paging import PageQuery, PageSchema, one_page
 from api.http.versioning import address
@@ -31,7 +31,7 @@ class WebhookRequest(ma.Schema):
     """A new webhook. Without `events` it receives all types that exist now."""
 
     url = HttpUrl(required=True)
-    events = fields.List(
+    events = List(
         fields.String(validate=one_of(EventType)),
         load_default=lambda: list(map(str, EventType)),
         validate=validate.Length(1, len(EventType)),

@@ -115,6 +115,7 @@ def _postgres_settings(fsync: bool) -> list[str]:
         "log_timezone=UTC",
         "max_wal_size=256MB",
         "log_min_error_statement=panic",  # a statement holds values, such as whose slices a result is of
+        "log_error_verbosity=terse",  # and so does an error's DETAIL
     ]
     return settings if fsync else [*settings, "fsync=off", "full_page_writes=off", "synchronous_commit=off"]
 

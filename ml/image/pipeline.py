@@ -118,8 +118,7 @@ def _config(job: TrainingJob) -> PipelineConfig:
     from ml.runtime.config import PipelineConfig
 
     config = PipelineConfig.below(job.folder / "artifacts")
-    archive = job.archive or job.folder / "data.zip"
-    scans = {"source_url": job.source_url, "local_data_file": archive}
+    scans = {"source_url": None, "local_data_file": job.archive or job.folder / "data.zip"}
     return config.model_copy(update={"data_ingestion": config.data_ingestion.model_copy(update=scans)})
 
 

@@ -61,19 +61,18 @@ def _outcome_of(open_: Callable[[], Any]) -> Any:
 class TrainingJob:
     """One training, as the worker hands it to its child: all of it is read from one JSON file (`python -m ml run`).
 
-    `params` are complete and checked. The dataset is `archive` (a zip), or is to be fetched from `source_url`; what is
-    written lies below `folder`. Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training
-    goes on from `resume`. `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to
-    score on the same test items, with `champion_threshold` and `champion_pooling` where they were set anew.
-    `test_archive`: a zip of the items to test on, and on nothing else. `cache`: a folder for what the next training can
-    use again, of `cache_bytes` at most. `titles`: name → value of what a report's head names, such as the job.
+    `params` are complete and checked. The dataset is `archive` (a zip); what is written lies below `folder`.
+    Checkpoints go to `checkpoints`, at least `checkpoint_seconds` apart, and the training goes on from `resume`.
+    `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to score on the same test
+    items, with `champion_threshold` and `champion_pooling` where they were set anew. `test_archive`: a zip of the items
+    to test on, and on nothing else. `cache`: a folder for what the next training can use again, of `cache_bytes` at
+    most. `titles`: name → value of what a report's head names, such as the job.
     """
 
     pipeline: str
     params: Mapping[str, Any]
     folder: Path
     archive: Path | None = None
-    source_url: str | None = None
     checkpoints: Path | None = None
     checkpoint_seconds: float = 60.0
     resume: Path | None = None

@@ -152,6 +152,11 @@ class Server:
             )
         eventually(self._answers, 30, path.read_text)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; its children belong to it."""
+        return self._process.pid
+
     def kill(self) -> None:
         """kill -9, with its worker."""
         with suppress(ProcessLookupError):

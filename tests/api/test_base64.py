@@ -93,7 +93,7 @@ def test_blocks_of_any_size_decode_to_the_same(size: int) -> None:
 def test_every_length_comes_back(length: int) -> None:
     content = SCAN[-length:] if length else b""
     for text in (base64.b64encode(content), base64.urlsafe_b64encode(content).rstrip(b"=")):
-        assert decode_base64(text.decode()) == content
+        assert b"".join(decode_base64([text.decode()])) == content
 
 
 def test_padding_that_goes_on_is_refused_in_blocks() -> None:

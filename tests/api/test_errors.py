@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,13 @@ from werkzeug.test import TestResponse
 
 from api import create_app
 from api.http.auth import public
-from api.http.body.spool import JSON_BYTES
-from jobs import logs
+from api.http.body.spool import SCAN_JSON_BYTES
 from jobs.db import Sessions
 from jobs.error_codes import ERROR_CODES
 from jobs.settings import Settings
 from tests.api.conftest import Door, file, png, zipped
 from tests.applications import application
+from tests.private_logs import service_logs
 
 UNKNOWN = "01a1fee2-02aa-7524-a44d-7ccf93fff0eb"
 
@@ -219,10 +218,10 @@ def test_a_body_that_is_too_large_is_413_and_names_the_setting(settings: Setting
 
 
 def test_json_that_is_too_large_is_413_and_names_the_way_and_no_setting(client: FlaskClient) -> None:
-    answer = client.post("/predict", data=bytes(JSON_BYTES + 1), content_type="application/json")
+    answer = client.post("/predict", data=bytes(SCAN_JSON_BYTES + 1), content_type="application/json")
     detail = assert_problem(answer, 413, "TOO_LARGE")["detail"]
     assert "multipart" in detail
-    assert str(JSON_BYTES) in detail
+    assert str(SCAN_JSON_BYTES) in detail
     assert "RENALQ_" not in detail
 
 
@@ -235,10 +234,7 @@ def test_a_defect_of_ours_is_500_and_tells_nobody_what_it_was_about(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     app = create_app(settings)
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level)
-    logs.configure("api")
-    try:
+    with service_logs():
 
         @public
         def broken() -> None:
@@ -249,8 +245,6 @@ def test_a_defect_of_ours_is_500_and_tells_nobody_what_it_was_about(
         body = assert_problem(answer, 500, "INTERNAL")
         assert "Canary" not in json.dumps(body)
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    finally:
-        root.handlers[:], root.level = before
     assert "Canary" not in json.dumps(lines)
     assert any(line.get("error") == "RuntimeError" for line in lines)
 
@@ -270,10 +264,7 @@ def test_without_postgres_the_answer_is_503_and_the_process_still_lives(tmp_path
 def test_names_and_labels_of_clients_are_in_no_log(
     client: FlaskClient, champion: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level)
-    logs.configure("api", "DEBUG")
-    try:
+    with service_logs("api", "DEBUG"):
         archive = zipped({"Normal/Canary^Patient.png": png()})
         client.post("/datasets", data={"file": file(archive, "Canary.zip"), "name": "Canary"})
         client.post("/jobs/predict", data={"file": file(png(), "Canary\r\nset.png"), "metadata": '{"p": "Canary"}'})
@@ -281,8 +272,6 @@ def test_names_and_labels_of_clients_are_in_no_log(
         client.get("/jobs?metadata[p]=Canary")
         client.get("/Canary", headers={"X-Request-Id": "Canary\x1b[31m"})
         logged = capsys.readouterr()
-    finally:
-        root.handlers[:], root.level = before
     lines = [json.loads(line) for line in logged.err.splitlines()]
     assert len([line for line in lines if line["event"] == "request"]) == 5
     assert "Canary" not in logged.err + logged.out

@@ -19,7 +19,7 @@ from tests.faults.sabotage import Sabotage
 from tests.faults.work import single
 from tests.processes import Stack, eventually, stack
 from tests.receivers import Receiver, allowing, receiving
-from worker.dispatcher.webhook_client import DeliveryFailed, post
+from worker.dispatcher.webhook_client import NO_ANSWER, DeliveryFailed, post
 
 pytestmark = pytest.mark.faults
 
@@ -122,7 +122,8 @@ def test_39_a_receiver_on_this_machine_hears_nothing_unless_it_is_named(fast: Se
             with sessions() as session:
                 return session.scalar(select(Delivery).where(Delivery.state == "failed"))
 
-        assert eventually(refused, 30, processes.logs).error == NOT_PUBLIC
+        told = NO_ANSWER.format(seconds=processes.settings.webhook_seconds)
+        assert eventually(refused, 30, processes.logs).error == told
         assert receiver.received == []
 
 

@@ -6,7 +6,17 @@ What webhooks are not sent to is tried in tests/faults/test_webhooks.py (case 39
 import pytest
 from pydantic import ValidationError
 
-from jobs.addresses import CREDENTIALS, MALFORMED, NOT_PUBLIC, REFUSED, fetch_url_error, parse_hosts, webhook_url_error
+from jobs.addresses import (
+    CREDENTIALS,
+    MALFORMED,
+    NO_FETCH_HOSTS,
+    NOT_PUBLIC,
+    REFUSED,
+    fetch_url_error,
+    is_fetchable,
+    parse_hosts,
+    webhook_url_error,
+)
 from jobs.settings import Settings
 
 HOSTS = parse_hosts("Scans.example, 10.0.0.5:8042,[::1]:9000,")
@@ -63,9 +73,19 @@ def test_malformed_host_list_is_refused_by_the_settings(hosts: str) -> None:
         Settings(fetch_hosts=hosts)
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "fd00:ec2::254", "168.63.129.16", "::"],
+)
+def test_an_allowed_name_leads_to_no_address_of_the_machines_cloud(address: str) -> None:
+    assert not is_fetchable(address)
+    assert is_fetchable("10.0.0.5")
+    assert is_fetchable("127.0.0.1")
+
+
 def test_by_default_no_host_is_allowed() -> None:
     assert Settings.model_fields["fetch_hosts"].default == ""
-    assert fetch_url_error("http://scans.example/", parse_hosts("")) == REFUSED
+    assert fetch_url_error("http://scans.example/", parse_hosts("")) == NO_FETCH_HOSTS
 
 
 @pytest.mark.parametrize(

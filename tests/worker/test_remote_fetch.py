@@ -1,15 +1,19 @@
 """Scans by their address, from a real server that behaves well and badly."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from urllib3.util import connection
 
 from jobs.settings import Settings
-from worker.handlers.remote_fetch import FetchFailed, fetch
+from worker.handlers.remote_fetch import NO_ANSWER, FetchFailed, fetch, fetch_dataset
 
 SCAN = bytes(range(256)) * 1000
 PATIENT = "erika-mustermann"
@@ -17,10 +21,14 @@ DRIPPED = 50
 
 
 class Server(ThreadingHTTPServer):
-    """Counts its connections."""
+    """Counts its connections, and keeps the headers of requests."""
 
     daemon_threads = True
     connections = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.headers: list[Message] = []
 
     def process_request(self, *arguments: object) -> None:
         self.connections += 1
@@ -33,6 +41,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if isinstance(self.server, Server):
+            self.server.headers.append(self.headers)
         kind, _, rest = self.path.strip("/").partition("/")
         getattr(self, f"do_{kind}")(rest)
 
@@ -192,3 +202,78 @@ def test_no_log_contains_a_url(at: str, tmp_path: Path, allowing: Settings, capl
     with caplog.at_level("DEBUG"):
         fetch(f"{at}/scan/{PATIENT}", tmp_path, allowing)
     assert PATIENT not in caplog.text
+
+
+# --- no way around the guard ---
+
+
+def test_a_name_is_looked_up_once_and_leads_to_no_address_of_the_cloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, reached = [], []
+
+    def looked_up(name: str, port: int, **_: Any) -> list[Any]:
+        asked.append(name)
+        found = "169.254.169.254" if len(asked) == 1 else "10.0.0.5"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (found, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    monkeypatch.setattr(connection, "create_connection", lambda address, *_, **__: reached.append(address))
+    error = refused(f"http://scans.example/{PATIENT}", tmp_path, Settings(fetch_hosts="scans.example"))
+    assert (error.code, asked, reached) == ("FETCH_UNREACHABLE", ["scans.example"], [])
+
+
+def test_a_name_leads_to_its_address(at: str, tmp_path: Path, allowing: Settings) -> None:
+    allowing.fetch_hosts = allowing.fetch_hosts.replace("127.0.0.1", "localhost")
+    assert fetch(f"{at.replace('127.0.0.1', 'localhost')}/scan/1", tmp_path, allowing).read_bytes() == SCAN
+
+
+def test_neither_proxies_nor_passwords_of_the_environment_are_used(
+    server: Server, at: str, tmp_path: Path, allowing: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    netrc = tmp_path / "home" / ".netrc"
+    netrc.write_text("default login worker password hunter2\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert fetch(f"{at}/scan/1", tmp_path, allowing).read_bytes() == SCAN
+    assert [headers.get("Authorization") for headers in server.headers] == [None]
+
+
+def test_no_error_tells_a_port_scanner_what_is_there(tmp_path: Path) -> None:
+    """A closed port, an open one that does not speak HTTP, one that speaks it without TLS, a name that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as open_port, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as plain:
+        threading.Thread(target=lambda: open_port.accept()[0].sendall(b"-ERR unknown command\r\n"), daemon=True).start()
+        threading.Thread(target=plain.serve_forever, args=(0.01,), daemon=True).start()
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            closed = gone.getsockname()[1]
+        addresses = [
+            f"http://127.0.0.1:{closed}", f"http://127.0.0.1:{open_port.getsockname()[1]}",
+            f"https://127.0.0.1:{plain.server_port}", "http://no-such-host.invalid:80",
+        ]  # fmt: skip
+        hosts = ",".join(address.partition("//")[2] for address in addresses)
+        settings = Settings(fetch_hosts=hosts, fetch_seconds=2)
+        told = {str(refused(f"{address}/{PATIENT}", tmp_path, settings)) for address in addresses}
+        plain.shutdown()
+    assert told == {NO_ANSWER}
+
+
+# --- datasets ---
+
+
+def test_a_dataset_is_fetched_as_far_as_the_guard_lets_it(at: str, tmp_path: Path, allowing: Settings) -> None:
+    told: list[tuple[int, int]] = []
+    found = fetch_dataset(f"{at}/scan/1", tmp_path, allowing, lambda *progress: told.append(progress))
+    assert found.read_bytes() == SCAN
+    assert told[-1] == (len(SCAN), len(SCAN))
+    allowing.max_archive_bytes = len(SCAN) - 1
+    with pytest.raises(FetchFailed, match="RENALQ_MAX_ARCHIVE_BYTES"):
+        fetch_dataset(f"{at}/endless/1", tmp_path, allowing, lambda *_: None)
+
+
+def test_a_share_link_of_google_drive_needs_the_hosts_that_it_leads_to(tmp_path: Path) -> None:
+    link = "https://drive.google.com/file/d/1A2b3C4d5E6f7G8h9I/view?usp=sharing"
+    with pytest.raises(FetchFailed, match="RENALQ_FETCH_HOSTS"):
+        fetch_dataset(link, tmp_path, Settings(fetch_hosts="drive.google.com"), lambda *_: None)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import threading
 import uuid
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.worker.conftest import Hold
 from worker.execution.resources import Resources
 from worker.execution.unit import UnitLease, WorkFailed
 from worker.handlers import training_request
+from worker.handlers.train import RunState, run_training
 
 
 @pytest.fixture
@@ -75,6 +79,50 @@ def test_parameters_that_this_code_does_not_know_fail_the_job_by_name(hold: Hold
     error = refused(hold(colour="red"), tmp_path / "own")
     assert (error["code"], error["retryable"]) == ("BAD_PARAMS", False)
     assert "colour" in error["detail"]
+
+
+# --- a dataset that is fetched ---
+
+
+def addressed(sessions: Sessions, resources: Resources, url: str) -> UnitLease:
+    """A held training on what lies at this address."""
+    with sessions.begin() as session:
+        job = builders.make_job(session, source_url=url)
+        return UnitLease(builders.claim(session, builders.units_of(session, job)[0]), resources)
+
+
+def test_a_dataset_at_an_address_is_fetched_for_the_child(
+    sessions: Sessions, resources: Resources, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "ct.zip").write_bytes(b"a zip")
+    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as site:
+        threading.Thread(target=site.serve_forever, args=(0.01,), daemon=True).start()
+        resources.settings.fetch_hosts = host = f"127.0.0.1:{site.server_port}"
+        unit = addressed(sessions, resources, f"http://{host}/ct.zip")
+        request = unit.in_transaction(lambda session: training_request.read(session, unit))
+        fetched = training_request.with_source(unit, request, tmp_path)
+        site.shutdown()
+    (tmp_path / "own").mkdir()
+    file = training_request.write(unit, fetched, tmp_path / "own", None)
+    assert TrainingJob.of(json.loads(file.read_text())).archive.read_bytes() == b"a zip"
+    assert host not in file.read_text()
+    assert RunState.of(fetched).progress("data_ingestion", 0) == fetched.spec.progress("data_ingestion", 0.4)
+
+
+@pytest.mark.parametrize("hosts", ["", "scans.example"])
+def test_an_address_that_is_not_allowed_any_more_fails_the_job_at_once(
+    sessions: Sessions, resources: Resources, hosts: str
+) -> None:
+    resources.settings.fetch_hosts = hosts
+    unit = addressed(sessions, resources, "http://127.0.0.1:1/Canary.zip")
+    with pytest.raises(WorkFailed) as raised:
+        run_training(unit)
+    error = raised.value.error
+    assert (error["code"], error["retryable"]) == ("DOWNLOAD_FAILED", False)
+    assert "RENALQ_FETCH_HOSTS" in error["detail"]
+    assert "Canary" not in error["detail"]
 
 
 # --- weights to begin from ---

@@ -35,7 +35,7 @@ from tests.processes import eventually
 from tests.receivers import SHORT, Receiver, allowing, receiving
 from worker.dispatcher import webhook_client
 from worker.dispatcher import webhook_sender as sending
-from worker.dispatcher.webhook_client import DeliveryFailed, post
+from worker.dispatcher.webhook_client import NO_ANSWER, DeliveryFailed, post
 from worker.dispatcher.webhook_sender import MAX_PARALLEL, MAX_PARALLEL_PER_TENANT, sending_webhooks
 
 TOKEN = "token-4711"  # of an address that nobody else may learn
@@ -350,13 +350,12 @@ def test_a_silent_name_server_does_not_delay_past_the_deadline(
 
 
 @pytest.mark.parametrize("url", ["http://{host}/", "http://no-such-host.invalid/", "http://" + "a" * 64 + ".example/"])
-def test_errors_contain_nothing_of_the_url(url: str, settings: Settings) -> None:
+def test_errors_contain_nothing_of_the_url_nor_why_there_was_no_answer(url: str, settings: Settings) -> None:
     with receiving() as gone:
         pass
     with pytest.raises(DeliveryFailed) as caught:
         post(url.format(host=gone.host) + TOKEN, b"{}", {}, allowing(settings, gone))
-    assert str(caught.value).startswith("The receiver cannot be reached (")
-    assert TOKEN not in str(caught.value)
+    assert str(caught.value) == NO_ANSWER.format(seconds=SHORT["webhook_seconds"])
     assert caught.value.__suppress_context__
 
 
@@ -431,13 +430,13 @@ def test_https_checks_the_name_of_the_certificate(
     with pytest.raises(DeliveryFailed, match="did not answer within"):
         post(f"https://localhost:{secure.server_port}/drip", b"{}", {}, quick)
     quick = allowing(settings, secure)
-    with pytest.raises(DeliveryFailed, match="SSLCertVerificationError"):
+    with pytest.raises(DeliveryFailed, match="did not answer"):
         post(f"https://127.0.0.1:{secure.server_port}/hook", b"{}", {}, quick)
     assert len(secure.received) == 2
 
 
 def test_an_untrusted_certificate_is_refused(secure: Receiver, settings: Settings) -> None:
     quick = allowing(settings, secure).model_copy(update={"webhook_hosts": f"localhost:{secure.server_port}"})
-    with pytest.raises(DeliveryFailed, match="SSLCertVerificationError"):
+    with pytest.raises(DeliveryFailed, match="did not answer"):
         post(f"https://localhost:{secure.server_port}/hook", b"{}", {}, quick)
     assert secure.received == []

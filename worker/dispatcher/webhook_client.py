@@ -1,7 +1,8 @@
 """One request to a webhook's receiver: to a checked address, with a deadline, without following redirects.
 
 A host name is resolved once, and the connection goes to the address that was checked: DNS rebinding has no effect. No
-error message contains the URL, or anything of the response but its status.
+error message contains the URL, or anything of the response but its status; and there is one message for all reasons why
+there was no response: others would tell which names and ports an internal network has.
 """
 
 import socket
@@ -15,10 +16,18 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from threading import Thread, Timer
 from urllib.parse import SplitResult, urlsplit
 
-from jobs.addresses import DEFAULT_PORTS, NOT_PUBLIC, is_allowed, is_public, malformed_url_error
+import structlog
+
+from jobs.addresses import DEFAULT_PORTS, is_allowed, is_public, malformed_url_error
 from jobs.settings import Settings
 
 MIN_WAIT = 0.001
+NO_ANSWER = (
+    "The receiver did not answer within {seconds:g} s (RENALQ_WEBHOOK_SECONDS), or refused the connection. One that is "
+    "not public must be in RENALQ_WEBHOOK_HOSTS."
+)
+
+log = structlog.get_logger()
 
 
 class DeliveryFailed(Exception):
@@ -43,11 +52,8 @@ def post(url: str, body: bytes, headers: Mapping[str, str], settings: Settings) 
                 return status
             raise TimeoutError
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a host name that cannot be encoded
-        late = time.monotonic() >= deadline
-        slow = f"did not answer within {settings.webhook_seconds:g} s (RENALQ_WEBHOOK_SECONDS)"
-        raise DeliveryFailed(
-            f"The receiver {slow if late else f'cannot be reached ({type(error).__name__})'}."
-        ) from None
+        log.warning("webhook_unanswered", error=type(error).__name__)
+        raise DeliveryFailed(NO_ANSWER.format(seconds=settings.webhook_seconds)) from None
 
 
 def _exchange(parts: SplitResult, sock: socket.socket, body: bytes, headers: Mapping[str, str]) -> int:
@@ -67,7 +73,7 @@ def _connect(url: str, parts: SplitResult, deadline: float, settings: Settings) 
     if not is_allowed(url, settings.receiver_hosts):
         addresses = [address for address in addresses if is_public(address)]
     if not addresses:
-        raise DeliveryFailed(NOT_PUBLIC)
+        raise ConnectionRefusedError
     sock = _connect_first(addresses, port, deadline)
     if parts.scheme == "http":
         return sock

@@ -6,7 +6,6 @@ predicts it.
 
 import io
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -122,11 +121,7 @@ def _explained(unit: UnitLease, request: ExplanationRequest, finding: Finding, f
     except Exception as error:
         if isinstance(error, DeviceOutOfMemory) or is_out_of_memory(error):
             explainers().clear()  # frees its device memory
-        (*_, last) = traceback.extract_tb(error.__traceback__)
-        # The error's text may contain details of the scan, which do not belong in a log.
-        log.error(
-            "explanation_failed", ordinal=finding[0], error=type(error).__name__, at=f"{last.filename}:{last.lineno}"
-        )
+        log.error("explanation_failed", ordinal=finding[0], error=type(error).__name__, exc_info=error)
         return None
 
 

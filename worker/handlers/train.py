@@ -38,16 +38,25 @@ class RunState:
     """What the child has reported so far."""
 
     spec: PipelineSpec
+    done: float = 0.0
+    """Fraction of the first stage that was done before the child began."""
     stages: list[Json] = field(default_factory=list)
     evaluated: events.Evaluated | None = None
     finished: events.Finished | None = None
     failed: events.Failed | None = None
 
     @classmethod
-    def of(cls, spec: PipelineSpec) -> "RunState":
+    def of(cls, request: TrainingRequest) -> "RunState":
         """Before the first event: all stages wait."""
         waiting = {"state": "queued", "started_at": None, "finished_at": None}
-        return cls(spec, [{"name": stage.name, **waiting} for stage in spec.stages])
+        done = training_request.DOWNLOAD_SHARE if request.source else 0.0
+        return cls(request.spec, done, [{"name": stage.name, **waiting} for stage in request.spec.stages])
+
+    def progress(self, stage: str, fraction: float) -> float:
+        """The job's progress when so much of a stage is done."""
+        if stage == self.spec.stages[0].name:
+            fraction = self.done + (1 - self.done) * fraction
+        return self.spec.progress(stage, fraction)
 
 
 def run_training(unit: UnitLease) -> None:
@@ -61,6 +70,7 @@ def run_training(unit: UnitLease) -> None:
     run = live.Run(unit.resources.settings, what, lambda run_id: _save_run_id(unit, run_id), request.mlflow_run_id)
     try:
         with unit.workspace() as folder:
+            request = training_request.with_source(unit, request, folder)
             state = _follow_child(unit, request, run, folder)
             _finish(unit, request, run, state)
             run.end("FINISHED", live.END_TIMEOUT_SECONDS)  # while the files still stand
@@ -104,7 +114,7 @@ def _run_child(
 ) -> RunState:
     job = training_request.write(unit, request, folder, checkpoint)
     log_file = folder / "training.log"
-    state = RunState.of(request.spec)
+    state = RunState.of(request)
     with child(job, unit.resources.settings.cancel_grace_seconds, log_file) as process:
         unit.when_interrupted(process.stop)
         run.measure(process.pid)
@@ -156,11 +166,11 @@ def _keep_log(unit: UnitLease, log_file: Path) -> None:
 def _handle_event(unit: UnitLease, run: live.Run, state: RunState, event: events.Event) -> None:
     match event:
         case events.StageStarted():
-            _set_stage(unit, state, event.stage, "running", "started_at", state.spec.progress(event.stage, 0.0))
+            _set_stage(unit, state, event.stage, "running", "started_at", state.progress(event.stage, 0.0))
         case events.StageFinished():
-            _set_stage(unit, state, event.stage, "succeeded", "finished_at", state.spec.progress(event.stage, 1.0))
+            _set_stage(unit, state, event.stage, "succeeded", "finished_at", state.progress(event.stage, 1.0))
         case events.Progress():
-            unit.report(progress=state.spec.progress(event.stage, event.fraction))
+            unit.report(progress=state.progress(event.stage, event.fraction))
         case events.Evaluated():
             state.evaluated = event
             run.log_scores(event.metrics)

@@ -1,9 +1,10 @@
 """A training job's request, read from its rows, and the file that hands it to the child process that runs it."""
 
 import json
+import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -14,11 +15,17 @@ from jobs.queue import checkpoints
 from jobs.tables import Checkpoint, Dataset, Job, Json
 from ml.pipelines import TrainingJob
 from ml.runtime.config import parse
-from ml.runtime.errors import BadParams, WeightsMissing
+from ml.runtime.errors import BadParams, DownloadFailed, WeightsMissing
 from ml.spec.pipeline import PipelineSpec
 from ml.spec.registry import UnknownPipeline, spec_of
 from worker.execution.unit import UnitLease, WorkFailed
+from worker.handlers.remote_fetch import FetchFailed, OnBlock, fetch_dataset
 from worker.tracking.provenance import code_revision
+
+DOWNLOAD_SHARE = 0.4
+"""Of the first stage's progress, if the dataset is fetched."""
+REPORT_SECONDS, REPORT_BYTES = 0.5, 256 * 1024
+"""Between two reports of a download's progress."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class TrainingRequest:
     archive_sha256: str | None
     dataset_digest: str | None
     source_url: str | None
+    source: Path | None  # what was fetched from it
     base_sha256: str | None  # weights of the version to start from
     champion: Champion | None
     test_sha256: str | None  # of the locked test set
@@ -67,6 +75,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         archive_sha256=dataset.archive_sha256 if dataset else None,
         dataset_digest=dataset.digest if dataset else None,
         source_url=job.source_url,
+        source=None,
         base_sha256=_base(session, job),
         champion=_champion(session, job),
         test_sha256=_locked_test(session, job),
@@ -132,6 +141,41 @@ def _champion(session: Session, job: Job) -> Champion | None:
     return Champion(found.id, found.weights_sha256, found.metrics.get("threshold"), found.metrics.get("pooling"))
 
 
+# --- a dataset that is fetched ---
+
+
+def with_source(unit: UnitLease, request: TrainingRequest, folder: Path) -> TrainingRequest:
+    """The request with its dataset in the unit's folder, if it is to be fetched.
+
+    Raises:
+        WorkFailed
+    """
+    if request.source_url is None:
+        return request
+    try:
+        source = fetch_dataset(request.source_url, folder, unit.resources.settings, _reporter(unit, request.spec))
+    except FetchFailed as error:
+        raise WorkFailed(DownloadFailed.code, f"source_url: {error}", error.retryable) from None
+    return replace(request, source=source)
+
+
+def _reporter(unit: UnitLease, spec: PipelineSpec) -> OnBlock:
+    """Report the download as progress of the first stage, and stop it when the unit is interrupted."""
+    stage, reported_at, reported_bytes = spec.stages[0].name, time.monotonic(), 0
+
+    def report(came: int, announced: int) -> None:
+        nonlocal reported_at, reported_bytes
+        unit.check()
+        # Slower than this is no progress: the unit is taken back after `stall_seconds`.
+        if time.monotonic() - reported_at < REPORT_SECONDS or came - reported_bytes < REPORT_BYTES:
+            return
+        reported_at, reported_bytes = time.monotonic(), came
+        fraction = DOWNLOAD_SHARE * min(came / announced, 1.0) if announced else 0.0
+        unit.report(stage=stage, progress=spec.progress(stage, fraction))
+
+    return report
+
+
 # --- for the child ---
 
 
@@ -145,15 +189,14 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
     archive, champion = folder / "data.zip", request.champion
     checkpoints_folder = folder / "checkpoints"
     checkpoints_folder.mkdir()
-    if request.archive_sha256 is not None:
-        archive.symlink_to(store.fetch(request.archive_sha256, folder))
+    source = request.source or store.fetch(str(request.archive_sha256), folder)
+    archive.symlink_to(source)
     test = store.fetch(request.test_sha256, folder) if request.test_sha256 is not None else None
     job = TrainingJob(
         pipeline=request.spec.name,
         params=request.params,
         folder=folder,
-        archive=archive if request.archive_sha256 is not None else None,
-        source_url=request.source_url,
+        archive=archive,
         checkpoints=checkpoints_folder,
         checkpoint_seconds=settings.checkpoint_seconds,
         resume=resume,

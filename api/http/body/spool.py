@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,14 +16,20 @@ from flask import Request, current_app
 from werkzeug.utils import cached_property
 
 from api.http.body.content_coding import body_stream
+from api.http.body.large_bodies import LargeBodies
 from api.http.body.multipart import MultipartParser
 from jobs.errors import MalformedBody
 
 MAX_PARTS = 20_000
 """Parts of one multipart body: ten thousand scans with a custom id each."""
-JSON_BYTES = 32 * 1024 * 1024
-"""Largest JSON body (bytes). It is held in memory, so larger scans must come as multipart."""
+JSON_BYTES = 1024 * 1024
+"""Largest JSON body (bytes)."""
+SCAN_JSON_BYTES = 32 * 1024 * 1024
+"""Largest JSON body where scans come in base64 (bytes). Larger scans must come as multipart."""
+SMALL_BYTES = 64 * 1024
+"""Bodies up to this size stay in memory."""
 SPOOL_FOLDER = "incoming"
+TURNS = LargeBodies()
 FRAMINGS = {"chunked", "identity"}
 """Transfer codings that the server has read already."""
 
@@ -99,6 +106,7 @@ class UploadRequest(Request):
     max_form_parts = MAX_PARTS
     form_data_parser_class = MultipartParser
     _spool: Spool | None = None
+    _turn: str | None = None
 
     @cached_property
     def stream(self) -> IO[bytes]:
@@ -125,14 +133,48 @@ class UploadRequest(Request):
             self._spool = Spool(current_app.config["SPOOL_FOLDER"])
         return self._spool.section()  # type: ignore[return-value]
 
+    def discard(self, limit: int) -> None:
+        """Read on to the body's end, but no more than `limit` bytes: a client that is still sending reads no answer."""
+        with suppress(Exception):  # each server has its own for a broken connection
+            while limit > 0 and (block := self.input_stream.read(SMALL_BYTES)):
+                limit -= len(block)
+
+    def new_file(self) -> IO[bytes]:
+        """A file that is freed with the request."""
+        return self._get_file_stream(None, None)
+
     def spooled(self) -> IO[bytes]:
-        """The whole body as one file."""
-        section = self._get_file_stream(None, None)
+        """The whole body as one file; in memory up to `SMALL_BYTES`."""
+        begin = io.BytesIO()
+        while begin.tell() <= SMALL_BYTES and (block := self.stream.read(SMALL_BYTES)):
+            begin.write(block)
+        if begin.tell() <= SMALL_BYTES:
+            begin.seek(0)
+            return begin
+        section = self.new_file()
+        section.write(begin.getbuffer())
         shutil.copyfileobj(self.stream, section)
         section.seek(0)
         return section
+
+    def take_turn(self, tenant_id: str) -> None:
+        """Wait until few other requests hold the objects of a large body; the turn ends with the request at the latest.
+
+        Raises:
+            ServerBusy
+        """
+        if self._turn is None:
+            TURNS.enter(tenant_id)
+            self._turn = tenant_id
+
+    def end_turn(self) -> None:
+        """Let the next large body in, before a request waits for something else."""
+        if self._turn is not None:
+            TURNS.leave(self._turn)
+            self._turn = None
 
     def close(self) -> None:
         super().close()
         if self._spool is not None:
             self._spool.close()
+        self.end_turn()

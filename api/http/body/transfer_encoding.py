@@ -1,6 +1,8 @@
 """Bytes written as text: base64 (RFC 4648, both alphabets) and quoted-printable (RFC 2045), decoded as they come."""
 
 import binascii
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -91,25 +93,49 @@ DECODERS: dict[str, type[Decoder]] = {
 """By `Content-Transfer-Encoding`, in lower case."""
 
 
-def decode_base64(text: str) -> bytes:
-    """The bytes of a text in base64, or of a data URL with one (RFC 2397).
+def decode_base64(pieces: Iterable[str]) -> Iterator[bytes]:
+    """The bytes of a text in base64, or of a data URL with one (RFC 2397), piece by piece.
 
     Raises:
         DamagedText
     """
-    data = _without_data_url(text.strip()).encode("ascii", "replace")
+    decoder, held, size, spaces = Base64(), "", 0, False
+    for piece in _without_data_url(pieces):
+        text = held + piece
+        if not size:
+            bare = text.lstrip()
+            spaces |= " " in text.removesuffix(bare)
+            text = bare
+        kept = text.rstrip()
+        held = text.removeprefix(kept)  # white space at the end, unless something follows
+        data = kept.encode("ascii", "replace")
+        size += len(data.translate(None, LINE_BREAKS))
+        yield decoder.decode(data)
     # A space at an end may have been a `+` too; then what is left is no multiple of four.
-    at_an_end = text.strip() != text.strip("\r\n\t")
-    if at_an_end and len(data.translate(None, LINE_BREAKS)) % 4:
+    if size % 4 and (spaces or " " in held):
         raise DamagedText(SPACES)
-    decoder = Base64()
-    return decoder.decode(data) + decoder.end()
+    yield decoder.end()
 
 
-def _without_data_url(text: str) -> str:
-    if text[:5].lower() != "data:":
-        return text
-    _, comma, data = text.partition(",")
+def _without_data_url(pieces: Iterable[str]) -> Iterator[str]:
+    left = iter(pieces)
+    first = next(left, "")
+    if first.lstrip()[:5].lower() != "data:":
+        yield first
+        yield from left
+        return
+    _, comma, data = first.partition(",")
     if not comma:
         raise DamagedText("Not a data URL: a comma goes before the data.")
-    return unquote_to_bytes(data).decode("ascii", "replace").strip()
+    yield from _unescaped(chain([data], left))
+
+
+def _unescaped(pieces: Iterable[str]) -> Iterator[str]:
+    """Percent-decoded (RFC 3986); an escape may be divided over two pieces."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        cut = text.rfind("%", max(len(text) - 2, 0))
+        held = "" if cut < 0 else text[cut:]
+        yield unquote_to_bytes(text[: len(text) - len(held)]).decode("ascii", "replace")
+    yield unquote_to_bytes(held).decode("ascii", "replace")

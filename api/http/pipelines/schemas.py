@@ -11,7 +11,7 @@ from marshmallow import fields, validate
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from api.http.fields import Boolean, Float
+from api.http.fields import Boolean, Float, List
 from ml.spec.describe import range_of
 from ml.spec.params import contradictions
 
@@ -165,9 +165,9 @@ def _list(kind: Json, api: Json) -> fields.Field[Any]:
     shown = _present(kind, "minItems", "maxItems")
     if "prefixItems" not in kind:
         checks: Check = validate.Length(kind.get("minItems"), kind.get("maxItems"))
-        return fields.List(_scalar(kind["items"], {}), validate=checks, metadata=shown)
+        return List(_scalar(kind["items"], {}), validate=checks, metadata=shown)
     check = partial(_check_tuple, kind["prefixItems"], api.get("message", f"Must be {range_of(kind)}."))
-    return fields.List(_scalar(_hull(kind["prefixItems"]), {}), validate=check, metadata=shown)
+    return List(_scalar(_hull(kind["prefixItems"]), {}), validate=check, metadata=shown)
 
 
 def _hull(items: list[Json]) -> Json:

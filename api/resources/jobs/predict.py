@@ -1,6 +1,5 @@
 """Prediction requests, and the jobs made of them: scans stored, model pinned, rows written."""
 
-import io
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import admit, principal, quota, services, tenant, transaction
-from api.http.fields import File, ImageOrScanId, Metadata, ModelChoice, exactly_one
+from api.http.fields import File, ImageOrScanId, List, Metadata, ModelChoice, exactly_one
 from api.http.idempotency import key
 from api.http.pipelines.fields import PipelineName, TaskName, spec_of
 from api.intake import manifests, scan_store
@@ -72,7 +71,7 @@ class PredictUpload(_Prediction):
 
 
 class _CustomIds(_Prediction):
-    custom_ids = fields.List(fields.String(validate=validate.Length(1, 200)))
+    custom_ids = List(fields.String(validate=validate.Length(1, 200)), validate=validate.Length(max=MAX_SCANS))
 
 
 class BatchJson(_CustomIds):
@@ -81,7 +80,7 @@ class BatchJson(_CustomIds):
     `custom_ids` follow the order of `scan_ids`.
     """
 
-    scan_ids = fields.List(fields.UUID(), validate=validate.Length(1, MAX_SCANS))
+    scan_ids = List(fields.UUID(), validate=validate.Length(1, MAX_SCANS))
     dataset_id = fields.UUID()
     upload_id = fields.UUID()
 
@@ -95,7 +94,7 @@ class BatchJson(_CustomIds):
 class BatchUpload(_CustomIds):
     """Many files, or one zip of them. `custom_ids` follow the order of the files, unless a manifest says all."""
 
-    files: Any = fields.List(File(), validate=validate.Length(1, MAX_SCANS))
+    files: Any = List(File(), validate=validate.Length(1, MAX_SCANS))
     manifest: Any = File(metadata={"description": MANIFEST})
 
     @ma.validates_schema
@@ -120,7 +119,7 @@ def predict_one(body: Body) -> uuid.UUID:
     Raises:
         BadInput, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
     """
-    source: Any = body["file"].stream if "file" in body else body.get("image", body.get("scan_id"))
+    source: Any = body.get("file", body.get("image", body.get("scan_id")))
     name = scan_store.file_name(body["file"]) if "file" in body else None
     if isinstance(source, uuid.UUID):
         with transaction() as session:
@@ -128,12 +127,11 @@ def predict_one(body: Body) -> uuid.UUID:
             scan_store.results_of_stored(session, [source])
         scan_id = source
     else:
-        stream = io.BytesIO(source) if isinstance(source, bytes) else source
         # Before the model: a file that is no image gets the same error with or without a champion.
-        media = scan_store.inspect_scan(stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
+        media = scan_store.inspect_scan(source.stream, spec_of(body).inputs, "/file" if "file" in body else "/image")
         model = _pin_model(body)
         admit()
-        scan_id = scan_store.store_scan(stream, media)[0].id
+        scan_id = scan_store.store_scan(source.stream, media)[0].id
     return _submit(JobKind.PREDICT, Lane.URGENT, body, model, [NewResult(scan_id, name, body.get("custom_id"))])
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import marshmallow as ma
 from marshmallow import fields, validate
 
-from api.http.context import principal, quota, tenant, transaction
+from api.http.context import principal, quota, services, tenant, transaction
 from api.http.fields import HttpUrl, Metadata, exactly_one
 from api.http.idempotency import key
 from api.http.pipelines.fields import PipelineName, PipelineParams, TaskName, spec_of
+from jobs.addresses import fetch_url_error
 from jobs.datasets import catalog
 from jobs.errors import Invalid
 from jobs.models import registry
@@ -49,6 +50,8 @@ def train_one(body: Body) -> uuid.UUID:
     Raises:
         DatasetNotFound, DatasetNotReady, Invalid, QueueFull
     """
+    if "source_url" in body and (why := fetch_url_error(body["source_url"], services().settings.allowed_hosts)):
+        raise Invalid(why, "/source_url")
     with transaction() as session:
         if "dataset_id" in body:
             dataset = catalog.ready(session, tenant(), body["dataset_id"], spec_of(body).name)

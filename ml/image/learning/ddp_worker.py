@@ -28,6 +28,7 @@ from ml.image.learning.train import ResumePoint, TrainConfig, TrainData, train
 from ml.image.networks import network
 from ml.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from ml.spec.image import Params
+from ml.spec.private_logs import hide_messages
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def training_group(
 
 def main() -> int:
     """Run the worker whose `RankConfig` is in the file that the command line names."""
+    hide_messages()  # the leader tells what went wrong
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the leader reacts, and ends them
     threading.Thread(target=_exit_with_leader, daemon=True).start()
     config = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - written by the leader, in its own folder
