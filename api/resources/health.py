@@ -1,4 +1,4 @@
-"""Liveness and readiness. Only Postgres is asked: the API has no connection to Redis."""
+"""Liveness and readiness. Only Postgres is asked, where the dispatcher says whether it reaches Redis."""
 
 from collections.abc import Sequence
 from typing import Any
