@@ -14,21 +14,25 @@ from api.http.body.spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
 from api.http.fields import VERSION, parse_uuid
+from api.http.traffic import rates, request_counts
+from api.http.traffic.rates import Rates
+from api.http.traffic.request_counts import RequestCounts
 from api.resources import (
     datasets,
     feedback,
     health,
     keys,
     legacy,
-    metrics,
     pages,
     problem_types,
     scans,
     studies,
     uploads,
+    usage,
     webhooks,
 )
 from api.resources.jobs import routes as jobs
+from api.resources.metrics import routes as metrics
 from api.resources.models import drift
 from api.resources.models import routes as models
 from jobs.db import session_factory
@@ -36,8 +40,8 @@ from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
-    jobs, studies, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, problem_types,
-    legacy, pages,
+    jobs, studies, feedback, datasets, scans, uploads, models, drift, keys, usage, webhooks, health, metrics,
+    problem_types, legacy, pages,
 )  # fmt: skip
 UNKNOWN_ID = uuid.UUID(int=0)
 
@@ -84,7 +88,9 @@ def build(settings: Settings) -> Flask:
     app.url_map.converters["version"] = VersionConverter
     app.extensions[EXTENSION] = _services(settings)
     request_log.register(app)
+    request_counts.register(app, lambda: app.extensions[EXTENSION].requests)
     auth.register(app)
+    rates.register(app)
     problems.register(app)
     app.after_request(_drop_content_type)
     versioning.register(app)
@@ -102,7 +108,8 @@ def _drop_content_type(response: Response) -> Response:
 def _services(settings: Settings) -> Services:
     sessions = session_factory(settings.database_url, settings.db_pool, "renalq-api")
     listener = ChangeListener(sessions.kw["bind"], settings.wait_slots)
-    return Services(settings, sessions, BlobStore(settings.artifacts), listener)
+    blobs = BlobStore(settings.artifacts)
+    return Services(settings, sessions, blobs, listener, Rates(settings), RequestCounts(sessions))
 
 
 def _register_blueprints(app: Flask) -> None:

@@ -69,6 +69,7 @@ ERROR_CODES = {
         ErrorCode("NO_RESULTS", "Such a job has no results per scan", "Read the metrics of a training.", 409),
         ErrorCode("WRONG_STATE", "The job's state does not allow this", "`detail` names the states that do.", 409),
         ErrorCode("TOO_MANY_WEBHOOKS", "No more webhooks are allowed", "Delete one.", 409),
+        ErrorCode("KEY_ENDED", "The API key was revoked or has expired", "Make a new key with `POST /keys`.", 409),
         ErrorCode(
             "IDEMPOTENCY_IN_FLIGHT",
             "The first request with this key is still being answered",
@@ -123,6 +124,13 @@ ERROR_CODES = {
             "Too much of yours is in the queue",
             "Wait for your jobs to end (`Retry-After`), or cancel some.",
             429,
+        ),
+        ErrorCode("RATE_LIMITED", "Too many requests in a short time", "Wait `Retry-After`, then send fewer.", 429),
+        ErrorCode(
+            "STORAGE_QUOTA_EXCEEDED",
+            "Your share of the storage is full",
+            "Delete what you do not need (`GET /usage`), or ask for a higher `RENALQ_QUOTA_STORAGE_BYTES`.",
+            507,
         ),
         ErrorCode("UNAVAILABLE", "Postgres does not respond", "Repeat after `Retry-After`.", 503),
         ErrorCode("SERVER_BUSY", "Other large bodies are being read", "Repeat after `Retry-After`.", 503),

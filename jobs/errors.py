@@ -6,7 +6,7 @@
     │                             StudyNotFound
     ├── Conflict            409   WrongState NoChampion PromotionRefused NothingBefore NoDataset DatasetNotReady
     │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
-    │                             WrongOffset TooManyWebhooks
+    │                             WrongOffset TooManyWebhooks KeyEnded
     ├── ResultsExpired      410
     ├── MalformedBody       400
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict WeightsMissing
@@ -17,6 +17,8 @@
     ├── Unauthorized        401
     ├── ScopeMissing        403
     ├── QuotaExceeded       429
+    ├── RateLimited         429
+    ├── StorageQuotaExceeded 507
     ├── Unavailable         503   TooManyWatchers QueueFull
     └── LeaseLost                 inside a worker only: another worker holds the unit now
 
@@ -169,6 +171,12 @@ class TooManyWebhooks(Conflict):
     code = "TOO_MANY_WEBHOOKS"
 
 
+class KeyEnded(Conflict):
+    """This key was revoked or has expired, so that nothing can follow it. Make a new one with POST /keys."""
+
+    code = "KEY_ENDED"
+
+
 class ResultsExpired(RenalQError):
     """This job's results were deleted: they are kept for RENALQ_RESULTS_DAYS days. Submit the scans anew."""
 
@@ -275,6 +283,23 @@ class QuotaExceeded(RenalQError):
     """You have {queued} unfinished {what}; {limit} are allowed. Wait for some to end, cancel them, or send fewer."""
 
     status, code = 429, "QUOTA_EXCEEDED"
+
+
+class RateLimited(RenalQError):
+    """Too many requests: {amount} in one {unit} are allowed {whose}. Wait {seconds} s, then go on more slowly."""
+
+    status, code = 429, "RATE_LIMITED"
+
+    @property
+    def seconds(self) -> int:
+        """When the next request is taken (s)."""
+        return int(self.facts["seconds"])
+
+
+class StorageQuotaExceeded(RenalQError):
+    """You store {used} of {limit} bytes: {more} more do not fit. Delete what you do not need (GET /usage shows it)."""
+
+    status, code = 507, "STORAGE_QUOTA_EXCEEDED"
 
 
 class Unavailable(RenalQError):

@@ -4,6 +4,7 @@ A process creates `Settings()` once, at its start, and passes it on. No other mo
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from jobs.addresses import Host, parse_hosts
 
 GIB = 1024**3
 MIB = 1024**2
+RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
 def _port_of(what: str, offset: int) -> str:
@@ -136,6 +138,11 @@ class Settings(BaseSettings):
     quota_scans: int = Field(200_000, ge=1, description="Limit of scans that one tenant may have in the queue.")
     quota_batches: int = Field(100, ge=1, description="Limit of batches that one tenant may have in the queue.")
     queue_ceiling: int = Field(1_000_000, ge=1, description="Limit of scans in the queue, of all tenants together.")
+    quota_storage_bytes: int = Field(
+        1024 * GIB,
+        ge=0,
+        description="Limit of bytes that one tenant may store: scans, datasets and open uploads. 0: none.",
+    )
     idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is kept (h).")
 
     results_days: float = Field(
@@ -203,7 +210,19 @@ class Settings(BaseSettings):
     )
 
     wait_slots: int = Field(
-        200, ge=1, le=240, description="Clients that may wait at once (Prefer: wait, event streams, legacy calls)."
+        200,
+        ge=1,
+        le=240,
+        description="Clients that may wait at once (Prefer: wait, streams, legacy calls), in equal shares by tenant, "
+        "then by key.",
+    )
+    rate_key: str = Field(
+        "1000/second",
+        description="Limit of requests with one key, such as `1000/second` or `100/second;2000/minute`. Empty: none.",
+    )
+    rate_failed_login: str = Field(
+        "30/minute",
+        description="Limit of requests with an invalid key from one address (IPv6: from one /64). Empty: none.",
     )
     db_pool: int = Field(16, ge=1, description="Database connections per process.")
     promote_min_f1: float = Field(0.85, ge=0, le=1, description="The first champion needs at least this F1.")
@@ -278,6 +297,13 @@ class Settings(BaseSettings):
     @classmethod
     def _parseable_hosts(cls, text: str) -> str:
         parse_hosts(text)
+        return text
+
+    @field_validator("rate_key", "rate_failed_login")
+    @classmethod
+    def _parseable_rates(cls, text: str) -> str:
+        if not all(RATE.fullmatch(rate.strip()) for rate in text.split(";") if text.strip()):
+            raise ValueError("write NUMBER/second, /minute, /hour or /day, such as 100/second;2000/minute")
         return text
 
     @field_validator("webhook_retry_seconds")

@@ -9,6 +9,8 @@ from api import create_app
 from api.http.body.spool import SPOOL_FOLDER
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
+from api.http.traffic.rates import Rates
+from api.http.traffic.request_counts import RequestCounts
 from jobs.db import Sessions, session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
@@ -38,7 +40,8 @@ def application(settings: Settings, sessions: Sessions | None = None) -> Iterato
 def bind(app: Flask, settings: Settings, sessions: Sessions) -> Services:
     """Give an application the settings and the database of another. A test compares it with a new one."""
     listener = ChangeListener(sessions.kw["bind"], settings.wait_slots)
-    services = Services(settings, sessions, BlobStore(settings.artifacts), listener)
+    blobs = BlobStore(settings.artifacts)
+    services = Services(settings, sessions, blobs, listener, Rates(settings), RequestCounts(sessions))
     app.extensions[EXTENSION] = services
     app.config.update(MAX_CONTENT_LENGTH=settings.max_upload_bytes, SPOOL_FOLDER=settings.home / SPOOL_FOLDER)
     return services

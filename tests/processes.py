@@ -39,6 +39,7 @@ def small_settings(home: Path, database_url: str, redis_url: str) -> Settings:
         process_seconds=0.5,
         retry_base_seconds=0.1,
         fetch_hosts="example.org",
+        rate_failed_login="",  # the counters of all tests are in one Redis, and their address is the same
     )
 
 

@@ -35,7 +35,7 @@ def test_a_file_fits_in_a_head() -> None:
 
 
 def test_a_folder_has_rooms_before_it_is_full() -> None:
-    folders = {path.parent for path in files(*FOLDERS)}
+    folders = {path.parent for path in files(*FOLDERS)} - {ROOT / "migrations" / "versions"}  # a history only grows
     counts = {folder.relative_to(ROOT): len(list(folder.glob("*.py"))) for folder in folders}
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from flask import Flask, current_app, g, request
 
-from api.http.context import transaction
+from api.http.context import services, transaction
 from jobs import keys
 from jobs.errors import ScopeMissing, Unauthorized
 from jobs.keys import Principal, Scope
@@ -55,6 +55,7 @@ def _check() -> None:
     if access == PUBLIC:
         return
     g.principal = authenticated()
+    services().rates.count_request(g.principal.key_id)
     if access is None:
         raise ScopeMissing("This endpoint is open to nobody.")
     if not g.principal.may(Scope(access)):
@@ -66,6 +67,7 @@ def authenticated() -> Principal:
 
     Raises:
         Unauthorized
+        RateLimited: too many requests of this address had an invalid key.
     """
     secret = _secret()
     if not secret:
@@ -73,7 +75,8 @@ def authenticated() -> Principal:
     with transaction() as session:
         found = keys.authenticate(session, secret)
     if found is None:
-        raise Unauthorized("This key is unknown or was revoked.")
+        services().rates.count_failed_login(request.remote_addr or "")
+        raise Unauthorized("This key is unknown, was revoked, or has expired. Ask an administrator for a new one.")
     return found
 
 

@@ -3,14 +3,20 @@
 The thread receives Postgres' NOTIFY on one connection of its own. While it has none, each waiter polls every
 `POLL_SECONDS`: without a listener waiters are slower, but miss nothing. A job that changes often wakes each of its
 waiters once every `READ_SECONDS`, since each reads the job then.
+
+The slots are shared: while some are free, everybody takes what they need. Once all are taken, a newcomer gets the slot
+of the tenant that has most, if that has at least two more; else that of a key of its own tenant, by the same rule. So
+each of n tenants can have an n-th of them, and of its share each of its keys, whatever the others do.
 """
 
 import threading
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
 
 import structlog
 from sqlalchemy.engine import Engine
@@ -32,21 +38,38 @@ log = structlog.get_logger()
 
 
 class Subscription:
-    """Notices when one job may have changed. Made by `ChangeListener.subscribe`."""
+    """Notices when one job may have changed. Made by `ChangeListener.subscribe`.
 
-    def __init__(self, listener: "ChangeListener") -> None:
+    Args:
+        holder: whose slot it is.
+        number: of the subscription, in the order of their beginnings.
+    """
+
+    def __init__(self, listener: "ChangeListener", job_id: uuid.UUID, holder: "Holder", number: int) -> None:
         self._listener = listener
+        self.job_id, self.holder, self.number = job_id, holder, number
+        self._ended = False
         self._told_until = 0.0  # READ_SECONDS for each change that was told, from the time it was told
         self.event = threading.Event()
 
+    @property
+    def closed(self) -> bool:
+        """Whether to stop waiting: the process ends, or another client got the slot."""
+        return self._ended or self._listener.closed
+
+    def end(self) -> None:
+        """Take the slot away, and wake whoever waits."""
+        self._ended = True
+        self.event.set()
+
     def wait(self, seconds: float) -> bool:
-        """Wait for a change, `seconds` at most. False: there was none. Returns at once when the listener closes.
+        """Wait for a change, `seconds` at most. False: there was none. Returns at once when it is closed.
 
         Changes in fast succession are told together, the last one among them. Without a connected listener it returns
         True every `POLL_SECONDS`, so that the caller reads the job itself.
         """
         deadline = time.monotonic() + seconds
-        while not self._listener.closed:
+        while not self.closed:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -66,6 +89,14 @@ class Subscription:
         time.sleep(min(max(pause, 0.0), longest))
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Whose waiting it is."""
+
+    tenant_id: str
+    key_id: uuid.UUID
+
+
 class ChangeListener:
     """The waiters of one process, and the thread that wakes them.
 
@@ -78,31 +109,56 @@ class ChangeListener:
         self._engine = engine
         self._slots = slots
         self._lock = threading.Lock()
+        self._numbers = count()
         self._subscriptions: dict[uuid.UUID, set[Subscription]] = defaultdict(set)
         self._thread: threading.Thread | None = None
         self.listening = False
         self.closed = False
 
     @contextmanager
-    def subscribe(self, job_id: uuid.UUID) -> Iterator[Subscription]:
+    def subscribe(self, job_id: uuid.UUID, holder: Holder) -> Iterator[Subscription]:
         """Subscribe to a job for the length of the block. Read the job only inside it, or a change may be missed.
 
         Raises:
-            TooManyWatchers: all slots are taken.
+            TooManyWatchers: all slots are taken, and `holder` has its share.
         """
-        subscription = Subscription(self)
         with self._lock:
-            if self.waiting >= self._slots or self.closed:
+            if self.closed:
                 raise TooManyWatchers
+            if self.waiting >= self._slots:
+                self._take_slot(holder)
+            subscription = Subscription(self, job_id, holder, next(self._numbers))
             self._subscriptions[job_id].add(subscription)
             self._start()
         try:
             yield subscription
         finally:
             with self._lock:
-                self._subscriptions[job_id].discard(subscription)
-                if not self._subscriptions[job_id]:
-                    del self._subscriptions[job_id]
+                self._remove(subscription)
+
+    def _take_slot(self, holder: Holder) -> None:
+        """End a subscription of the largest tenant, or of the largest key in the holder's tenant: the latest one."""
+        all_ = list(self._all())
+        tenants = Counter(one.holder.tenant_id for one in all_)
+        largest = max(tenants, key=lambda tenant: tenants[tenant])
+        if tenants[largest] < tenants[holder.tenant_id] + 2:
+            largest = holder.tenant_id
+        keys = Counter(one.holder for one in all_ if one.holder.tenant_id == largest)
+        key = max(keys, key=lambda one: keys[one], default=holder)
+        if largest == holder.tenant_id and keys[key] < keys[holder] + 2:
+            raise TooManyWatchers
+        latest = max((one for one in all_ if one.holder == key), key=lambda one: one.number)
+        self._remove(latest)
+        latest.end()
+
+    def _remove(self, subscription: Subscription) -> None:
+        of_job = self._subscriptions.get(subscription.job_id, set())
+        of_job.discard(subscription)
+        if not of_job:
+            self._subscriptions.pop(subscription.job_id, None)
+
+    def _all(self) -> Iterator[Subscription]:
+        return chain.from_iterable(self._subscriptions.values())
 
     @property
     def waiting(self) -> int:
@@ -149,6 +205,6 @@ class ChangeListener:
 
     def _wake_all(self) -> None:
         with self._lock:
-            subscriptions = [one for of_job in self._subscriptions.values() for one in of_job]
+            subscriptions = list(self._all())
         for subscription in subscriptions:
             subscription.event.set()

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from flask import current_app, g
 from sqlalchemy.orm import Session
 
-from api.http.change_listener import ChangeListener
+from api.http.change_listener import ChangeListener, Holder
+from api.http.traffic.rates import Rates
+from api.http.traffic.request_counts import RequestCounts
 from jobs.db import Sessions
 from jobs.keys import Principal
 from jobs.queue import submission
@@ -25,6 +27,8 @@ class Services:
     sessions: Sessions
     blobs: BlobStore
     listener: ChangeListener
+    rates: Rates
+    requests: RequestCounts
 
 
 def services() -> Services:
@@ -62,3 +66,8 @@ def principal() -> Principal:
 def tenant() -> str:
     """The tenant of the request's key."""
     return principal().tenant_id
+
+
+def holder() -> Holder:
+    """Whose slot a waiting request takes."""
+    return Holder(tenant(), principal().key_id)

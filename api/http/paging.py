@@ -1,7 +1,5 @@
 """Lists in pages: their queries and schemas."""
 
-from typing import Any
-
 import marshmallow as ma
 from marshmallow import fields, validate
 
@@ -32,8 +30,3 @@ class NamedQuery(ma.Schema):
 
     limit = fields.Integer(load_default=100, validate=validate.Range(1, 100))
     after = fields.String(load_default="", metadata={"description": "`next` of the previous page."})
-
-
-def one_page(rows: Any) -> dict[str, Any]:
-    """A complete list as its only page."""
-    return {"data": rows, "has_more": False, "next": None}

@@ -28,6 +28,7 @@ from jobs.errors import (
     Invalid,
     PromotionRefused,
     QuotaExceeded,
+    RateLimited,
     RenalQError,
     TooLarge,
     Unauthorized,
@@ -147,6 +148,8 @@ def error_response(error: RenalQError) -> Response:
         headers["Accept-Encoding"] = ACCEPTED
     if isinstance(error, RETRYABLE):
         headers["Retry-After"] = str(1 if isinstance(error, IdempotencyInFlight) else RETRY_SECONDS)
+    if isinstance(error, RateLimited):
+        headers["Retry-After"] = str(error.seconds)
     more: dict[str, Any] = {"reasons": error.reasons} if isinstance(error, PromotionRefused) else {}
     if errors := _field_errors(error):
         more["errors"] = errors

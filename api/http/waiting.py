@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Callable
 from typing import cast
 
-from flask import Response, request
+from flask import Response, g, request
 
 from api.http.body.spool import UploadRequest
 from api.http.change_listener import Subscription
-from api.http.context import services, tenant, transaction
+from api.http.context import holder, services, tenant, transaction
 from api.http.versioning import address
 from jobs.errors import TooManyWatchers
 from jobs.results import queries
@@ -42,7 +42,7 @@ def wait_for_end(job_id: uuid.UUID, seconds: float) -> JobView:
     """The job when it has ended, or after `seconds`.
 
     With all waiting slots taken it returns at once: a waiter without a slot would hold one of the threads that the
-    slots leave for other requests.
+    slots leave for other requests. So it does when others get its slot.
     """
     view, _ = _wait(job_id, seconds)
     return view
@@ -103,14 +103,16 @@ def _wait(job_id: uuid.UUID, seconds: float, enough: Enough = _never) -> tuple[J
     """The job at its end, when it is `enough`, or after `seconds`; and whether there was a slot to wait in."""
     cast(UploadRequest, request).end_turn()
     try:
-        with services().listener.subscribe(job_id) as subscription:
-            return _wait_until(job_id, subscription, time.monotonic() + seconds, enough), True
+        with services().listener.subscribe(job_id, holder()) as subscription:
+            g.waited = True
+            view = _wait_until(job_id, subscription, time.monotonic() + seconds, enough)
+            return view, view.terminal or not subscription.closed
     except TooManyWatchers:
         return job(job_id), False
 
 
 def _wait_until(job_id: uuid.UUID, subscription: Subscription, deadline: float, enough: Enough) -> JobView:
-    listener, view = services().listener, job(job_id)
-    while not (view.terminal or enough(view) or listener.closed) and subscription.wait(deadline - time.monotonic()):
+    view = job(job_id)
+    while not (view.terminal or enough(view) or subscription.closed) and subscription.wait(deadline - time.monotonic()):
         view = job(job_id)
     return view

@@ -1,5 +1,6 @@
 """Incoming scans: inspected, stored once under their content hash, registered once for each tenant."""
 
+import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import Services, services, tenant, transaction
-from jobs.errors import BadInput, Invalid, RenalQError, ScanNotFound, TooLarge
+from api.intake.storage_room import StorageRoom, storage_room
+from jobs.db import Sessions
+from jobs.errors import BadInput, Invalid, RenalQError, ScanNotFound, StorageQuotaExceeded, TooLarge
 from jobs.queue.submission import NewResult
 from jobs.results import scan_registry
 from jobs.settings import Settings
@@ -64,7 +67,12 @@ def inspect_scan(stream: IO[bytes], inputs: Inputs, pointer: str | None = None) 
 
 
 def store_scan(stream: IO[bytes], media: Media) -> tuple[Scan, bool]:
-    """Store an inspected scan. Returns it, and whether it is new."""
+    """Store an inspected scan. Returns it, and whether it is new.
+
+    Raises:
+        StorageQuotaExceeded
+    """
+    storage_room().take(_size(stream), partial(_is_stored, services().sessions, tenant(), stream))
     blob = services().blobs.put(stream)
     with transaction() as session:
         wanted = new_id()
@@ -74,13 +82,18 @@ def store_scan(stream: IO[bytes], media: Media) -> tuple[Scan, bool]:
 
 
 def store_scans(scans: Iterable[IncomingScan], inputs: Inputs) -> list[NewResult]:
-    """Store many scans. One that the pipeline cannot read becomes a failed result; the others are stored."""
+    """Store many scans. One that the pipeline cannot read becomes a failed result; the others are stored.
+
+    Raises:
+        StorageQuotaExceeded: those that fit are stored, so that they count.
+    """
     results: list[NewResult] = []
-    store = partial(_store, services(), inputs)
     with ThreadPoolExecutor(WRITERS) as pool:
         for batch in _batched(scans, REGISTER_BATCH):
-            outcomes = list(pool.map(store, batch))
+            outcomes = list(pool.map(partial(_store, services(), inputs, storage_room(), tenant()), batch))
             ids = _registered([(one.blob, one.media) for one in outcomes if one.blob and one.media])
+            for error in (one.error for one in outcomes if isinstance(one.error, StorageQuotaExceeded)):
+                raise error
             results += [_result(one, ids) for one in outcomes]
     return results
 
@@ -133,13 +146,23 @@ def printable_name(name: str) -> str | None:
     return printable[-MAX_NAME_LENGTH:] or None
 
 
-def _store(shared: Services, inputs: Inputs, incoming: IncomingScan) -> StoreOutcome:
+def _store(shared: Services, inputs: Inputs, room: StorageRoom, owner: str, incoming: IncomingScan) -> StoreOutcome:
     try:
         stream = incoming.open()
         media = _inspect(shared.settings, inputs, stream)
-    except (Invalid, TooLarge) as error:
+        room.take(_size(stream), partial(_is_stored, shared.sessions, owner, stream))
+    except (Invalid, TooLarge, StorageQuotaExceeded) as error:
         return StoreOutcome(incoming, error=error)
     return StoreOutcome(incoming, shared.blobs.put(stream), media)
+
+
+def _is_stored(sessions: Sessions, owner: str, stream: IO[bytes]) -> bool:
+    """Whether the tenant has this scan already."""
+    stream.seek(0)
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    stream.seek(0)
+    with sessions.begin() as session:
+        return bool(scan_registry.by_hash(session, owner, [digest]))
 
 
 def _inspect(settings: Settings, inputs: Inputs, stream: IO[bytes]) -> Media:

@@ -19,6 +19,7 @@ from sqlalchemy import delete, select
 from werkzeug.datastructures import FileStorage
 
 from api.http.context import services, tenant, transaction
+from api.intake.storage_room import release_after_success, reserve
 from jobs.db import NOW, seconds
 from jobs.errors import TooLarge, UploadBusy, UploadIncomplete, UploadNotFound
 from jobs.storage.blobs import sync
@@ -74,13 +75,14 @@ def create(size: int, name: str | None) -> Upload:
     """Create an upload, and delete expired ones.
 
     Raises:
-        TooLarge
+        TooLarge, StorageQuotaExceeded
     """
     settings = services().settings
     if size > settings.max_upload_bytes:
         raise TooLarge(limit=settings.max_upload_bytes, setting="RENALQ_MAX_UPLOAD_BYTES")
     prune_expired()
     with transaction() as session:
+        reserve(session, size)
         upload = Upload(tenant_id=tenant(), size=size, name=name)
         session.add(upload)
     path = _path(upload.id)
@@ -132,6 +134,7 @@ def from_upload(field: str, many: bool = False) -> Callable[[Callable[[Any], Res
                 return function(body)
             with lock_upload(body["upload_id"]) as upload:
                 file = upload.whole()
+                release_after_success(upload.upload.size)
                 result = function({**body, field: [file] if many else file})
                 upload.remove()
             return result

@@ -1,5 +1,6 @@
 """Datasets: create, list, show, delete."""
 
+import os
 import uuid
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -17,6 +18,7 @@ from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.feedback_zip import feedback_zip
+from api.intake.storage_room import storage_room
 from api.intake.upload_store import from_upload
 from jobs.datasets import catalog
 from jobs.datasets.catalog import DatasetView
@@ -123,6 +125,7 @@ def create_dataset(body: dict[str, Any]) -> Accepted:
 
 
 def _created(body: dict[str, Any], name: str, stream: IO[bytes]) -> Accepted:
+    storage_room().take(stream.seek(0, os.SEEK_END))
     stream.seek(0)
     blob = services().blobs.put(stream)
     with transaction() as session:

@@ -1,5 +1,5 @@
-"""Liveness and readiness. Only Postgres is asked: the API has no connection to Redis. In `renalq up` a file says which
-processes do not run."""
+"""Liveness and readiness. Only Postgres is asked, where the dispatcher says whether it reaches Redis. In `renalq up` a
+file says which processes do not run."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -14,7 +14,7 @@ from api.http.bodies import Blueprint, accepts_body
 from api.http.context import services, tenant, transaction
 from api.http.fields import Answer, HttpUrl, List, Time, one_of
 from api.http.idempotency import idempotent
-from api.http.paging import PageQuery, PageSchema, one_page
+from api.http.paging import PageQuery, PageSchema
 from api.http.versioning import address
 from jobs import addresses
 from jobs.errors import Invalid
@@ -98,12 +98,13 @@ def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[st
 
 @blueprint.route("")
 @needs(Scope.JOBS_READ)
+@blueprint.arguments(PageQuery, location="query")
 @blueprint.response(200, WebhooksPage)
 @blueprint.doc(operationId="listWebhooks")
-def list_webhooks() -> dict[str, Any]:
+def list_webhooks(query: dict[str, Any]) -> Page[webhooks.Webhook]:
     """List webhooks, oldest first."""
     with transaction() as session:
-        return one_page(webhooks.list_webhooks(session, tenant()))
+        return webhooks.list_webhooks(session, tenant(), **query)
 
 
 @blueprint.route("/<id:webhook_id>")

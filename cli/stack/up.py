@@ -204,7 +204,7 @@ def _first_key(home: Home, database_url: str) -> None:
     try:
         with sessions.begin() as session:
             if not _is_valid(session, home.admin_key):
-                secret = keys.create(session, name="admin", scopes=[keys.Scope.ADMIN]).secret
+                secret = keys.create(session, "admin", [keys.Scope.ADMIN, keys.Scope.OPERATOR]).secret
                 # Written before the commit: a file whose key was never committed is replaced at the next start.
                 write_secret(home.admin_key, secret + "\n")
     finally:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import PreparedStatement
 from jobs.errors import TooManyWebhooks, WebhookNotFound
+from jobs.paging import Page, page
 from jobs.tables import Json, Webhook, new_id
 
 DELIVERIES_CHANNEL = "renalq_deliveries"
@@ -80,7 +81,7 @@ def create(session: Session, tenant_id: str, url: str, events: Sequence[str]) ->
     """
     # Serialized per tenant, so that two concurrent calls cannot exceed the limit.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtext("webhooks:" + tenant_id))))
-    if len(list_webhooks(session, tenant_id)) >= MAX_WEBHOOKS:
+    if len(list_webhooks(session, tenant_id, MAX_WEBHOOKS).data) >= MAX_WEBHOOKS:
         raise TooManyWebhooks(most=MAX_WEBHOOKS)
     secret = PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
     webhook = Webhook(tenant_id=tenant_id, url=url, events=list(dict.fromkeys(events)), secret=secret)
@@ -90,9 +91,12 @@ def create(session: Session, tenant_id: str, url: str, events: Sequence[str]) ->
     return webhook
 
 
-def list_webhooks(session: Session, tenant_id: str) -> Sequence[Webhook]:
+def list_webhooks(session: Session, tenant_id: str, limit: int, after: uuid.UUID | None = None) -> Page[Webhook]:
     """The tenant's webhooks, oldest first."""
-    return session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id).order_by(Webhook.id)).all()
+    query = select(Webhook).where(Webhook.tenant_id == tenant_id).order_by(Webhook.id).limit(limit + 1)
+    if after is not None:
+        query = query.where(Webhook.id > after)
+    return page(session.scalars(query).all(), limit, lambda webhook: webhook.id)
 
 
 def get(session: Session, tenant_id: str, webhook_id: uuid.UUID) -> Webhook:

@@ -16,6 +16,8 @@ INLINE_ROWS = 1000
 """Results that one request or one worker ends, about 50 ms."""
 BATCH_ROWS = 2000
 """Results that the leader ends in one transaction, besides what is left of the last unit."""
+QUEUE_BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
+"""Upper bounds (s) of the classes in which ended jobs are counted by their time in the queue."""
 
 # The last unfinished unit is looked for from the end: units are done from the front, where the index keeps an entry of
 # each as long as any transaction is older.
@@ -39,7 +41,9 @@ WITH done AS (
             SELECT units.error FROM units WHERE job_id = $1 AND units.state = 'failed' AND explains IS NULL
             ORDER BY units.finished_at DESC LIMIT 1) END
     FROM done WHERE jobs.id = done.id
-    RETURNING jobs.id, tenant_id, kind, jobs.state, total, succeeded, failed, cancelled, error
+    RETURNING jobs.id, tenant_id, kind, jobs.state, total, succeeded, failed, cancelled, error,
+        extract(epoch FROM coalesce(started_at, finished_at) - created_at)::float8 AS queued,
+        extract(epoch FROM finished_at - coalesce(started_at, finished_at))::float8 AS ran
 ), event AS (
     INSERT INTO job_events (job_id, tenant_id, type, data)
     SELECT id, tenant_id, state, jsonb_build_object('counts', jsonb_build_object(
@@ -47,10 +51,21 @@ WITH done AS (
 ), unloaded AS (
     UPDATE tenant_loads SET scans = scans - total, batches = batches - (kind = 'predict_batch')::int
     FROM ended WHERE tenant_loads.tenant_id = ended.tenant_id
+    RETURNING tenant_loads.tenant_id
+), counted AS (
+    INSERT INTO job_counts AS counts
+        (tenant_id, kind, state, bucket, jobs, succeeded, failed, cancelled, queue_seconds, run_seconds)
+    SELECT tenant_id, kind, state, width_bucket(queued, {bounds}), 1, succeeded, failed, cancelled, queued, ran
+    FROM ended, (SELECT count(*) FROM unloaded) AS load_first
+    ON CONFLICT (tenant_id, kind, state, bucket) DO UPDATE SET jobs = counts.jobs + 1,
+        succeeded = counts.succeeded + excluded.succeeded, failed = counts.failed + excluded.failed,
+        cancelled = counts.cancelled + excluded.cancelled,
+        queue_seconds = counts.queue_seconds + excluded.queue_seconds,
+        run_seconds = counts.run_seconds + excluded.run_seconds
 )
 SELECT tenant_id, kind, state, total, state = 'failed' AND error IS NULL AS unexplained,
     EXISTS (SELECT FROM webhooks WHERE webhooks.tenant_id = ended.tenant_id) AS has_webhooks FROM ended
-""",
+""".replace("{bounds}", f"ARRAY{[float(bound) for bound in QUEUE_BOUNDS]}::float8[]"),
 )
 
 

@@ -5,7 +5,7 @@ Every change of state is one guarded UPDATE; zero rows changed means "refused". 
 There are no deadlocks, since every transaction takes its locks in this order:
 
     registry or blob (advisory) → idempotency key → dataset → job → unit → results → checkpoints
-        → model versions → counts → tenant's load → webhook → deliveries
+        → model versions → counts → tenant's load → counts of ended jobs → webhook → deliveries
 
 A transaction waits for the lock of one job at most, and of its units only under that lock or for a single one (a
 heartbeat, a claim). Whatever takes several jobs, or several units without their job, skips locked rows (`claim_next`,
@@ -29,7 +29,7 @@ from jobs.events.job_events import CANCELLATION, place, record, wake_dispatcher
 from jobs.queue import explanations
 from jobs.queue.completion import INLINE_ROWS, cancel_units, finish_job_if_done
 from jobs.queue.leases import Claim, is_held, lock_job, update_held, with_job_lock
-from jobs.queue.outcomes import ScanOutcome, engines_of, finish_items, write_outcomes
+from jobs.queue.outcomes import ScanOutcome, count_failure, engines_of, finish_items, write_outcomes
 from jobs.queue.splitting import should_split, split
 from jobs.settings import Settings
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState, UnitState
@@ -187,6 +187,7 @@ def fail_guarded(
     if row is None:
         raise LeaseLost
     write_outcomes(session, claim, outcomes)
+    count_failure(session, claim, error, row.state != UnitState.FAILED)
     if row.state != UnitState.FAILED:
         if should_split(claim.kind, error, row.failures, retry.max_failures):
             split(session, claim, failures=max(0, retry.max_failures - 2))

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import all_, func, literal, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, PreparedStatement
 from jobs.queue.leases import Claim
 from jobs.states import PREDICTIONS, ResultState
-from jobs.tables import Job, Json, ScanResult
+from jobs.tables import Job, Json, ScanResult, UnitCount
 
 CLASS, DISPOSITION = "class", "disposition"
 """Figures that are counted by word; all others are numeric and counted by bin."""
@@ -52,6 +53,19 @@ def add_counts(session: Session, job_id: uuid.UUID, **increments: int) -> None:
     values = {name: getattr(Job, name) + number for name, number in increments.items() if number}
     if values:
         session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+def count_failure(session: Session, claim: Claim, error: Json, retried: bool) -> None:
+    """Count a failed attempt of a unit by its error's code, for metrics."""
+    new = insert(UnitCount).values(
+        tenant_id=claim.tenant_id,
+        kind=claim.kind,
+        code=str(error.get("code"))[:80],
+        retried=int(retried),
+        ended=int(not retried),
+    )
+    both = {name: getattr(UnitCount, name) + new.excluded[name] for name in ("retried", "ended")}
+    session.execute(new.on_conflict_do_update(index_elements=["tenant_id", "kind", "code"], set_=both))
 
 
 # One statement writes a whole chunk, up to 2048 rows. The ordinals are passed once more as an array: without statistics

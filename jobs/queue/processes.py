@@ -29,11 +29,18 @@ class Heartbeat:
     kind: str
     lanes: Sequence[str] = ()
     broker_reachable: bool = True
+    device: str | None = None
 
 
 def upsert(session: Session, beat: Heartbeat) -> None:
     """Record the heartbeat, by Postgres' clock."""
-    values = {"kind": beat.kind, "lanes": list(beat.lanes), "broker_reachable": beat.broker_reachable, "seen_at": NOW}
+    values = {
+        "kind": beat.kind,
+        "lanes": list(beat.lanes),
+        "broker_reachable": beat.broker_reachable,
+        "device": beat.device,
+        "seen_at": NOW,
+    }
     session.execute(
         insert(Process).values(name=beat.name, **values).on_conflict_do_update(index_elements=["name"], set_=values)
     )

@@ -12,7 +12,7 @@ from jobs.errors import LeaseLost
 from jobs.queue.completion import finish_job_if_done
 from jobs.queue.leases import Claim, is_held, lock_job, update_held
 from jobs.queue.lifecycle import RetryPolicy, fail_guarded
-from jobs.queue.outcomes import finish_items
+from jobs.queue.outcomes import count_failure, finish_items
 from jobs.states import JobKind, ResultState, UnitState
 from jobs.tables import Job, Json, Unit
 
@@ -75,7 +75,7 @@ def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], error: Json
     lock_job(session, claim.job_id)
     try:
         if row.cancel_requested_at is not None:
-            _cancel_reaped(session, claim, lost)
+            _cancel_reaped(session, claim, lost, error)
         else:
             fail_guarded(session, claim, error, retry, and_(is_held(claim), lost))
     except LeaseLost:
@@ -83,8 +83,9 @@ def _reap_one(session: Session, row: Any, lost: ColumnElement[bool], error: Json
     return True
 
 
-def _cancel_reaped(session: Session, claim: Claim, lost: ColumnElement[bool]) -> None:
+def _cancel_reaped(session: Session, claim: Claim, lost: ColumnElement[bool], error: Json) -> None:
     """A cancelled job need not wait for another worker only to stop it."""
     update_held(session, claim, lost, state=UnitState.CANCELLED, finished_at=NOW, lease_expires_at=None)
     finish_items(session, claim, ResultState.CANCELLED, None)
+    count_failure(session, claim, error, retried=False)
     finish_job_if_done(session, claim.job_id)

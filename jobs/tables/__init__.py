@@ -6,6 +6,7 @@ migrations. Every row that belongs to a tenant has `tenant_id`.
 
 from jobs.tables.blob import ReleasedBlob
 from jobs.tables.columns import Json, new_id
+from jobs.tables.count import JobCount, RequestCount, StorageChange, UnitCount
 from jobs.tables.dataset import Dataset
 from jobs.tables.job import (
     IS_CANCELLING,
@@ -48,6 +49,7 @@ __all__ = [
     "DeliveryState",
     "IdempotencyKey",
     "Job",
+    "JobCount",
     "JobEvent",
     "Json",
     "ModelEvaluation",
@@ -59,12 +61,15 @@ __all__ = [
     "PromotionMethod",
     "RegistryMirror",
     "ReleasedBlob",
+    "RequestCount",
     "Scan",
     "ScanResult",
+    "StorageChange",
     "StudyCount",
     "TenantLoad",
     "Truth",
     "Unit",
+    "UnitCount",
     "Upload",
     "Webhook",
     "new_id",

@@ -30,6 +30,9 @@ class ApiKey(Base):
     scopes: Mapped[list[str]] = mapped_column(ARRAY(String(40)))
     created_at: Mapped[dt.datetime] = time_of_insert()
     revoked_at: Mapped[dt.datetime | None] = optional_time()
+    expires_at: Mapped[dt.datetime | None] = optional_time()  # null: never
+    last_used_at: Mapped[dt.datetime | None] = optional_time()  # to the hour
+    replaces: Mapped[uuid.UUID | None] = mapped_column(Uuid)  # the key that it was rotated from
 
 
 class IdempotencyKey(Base):

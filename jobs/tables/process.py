@@ -24,4 +24,5 @@ class Process(Base):
     lanes: Mapped[list[str]] = mapped_column(ARRAY(String(20)), default=list)
     broker_reachable: Mapped[bool] = mapped_column(Boolean, default=False)
     seen_at: Mapped[dt.datetime] = time_of_insert()
+    device: Mapped[str | None] = mapped_column(String(100))  # what a worker computes on; null: it has not said
     weights: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # by pipeline; null: it has not said

@@ -27,7 +27,9 @@ UPLOADS = {"Tus-Resumable": "1.0.0", "Upload-Offset": "0", "Content-Type": "appl
 
 
 def told(client: FlaskClient, method: str, path: str) -> dict:
-    sent = {"json": {"label": "Tumor"}} if path.endswith("/truth") else {"headers": UPLOADS}
+    bodies = {"truth": {"label": "Tumor"}, "rotate": {}}
+    name = path.rpartition("/")[2]
+    sent = {"json": bodies[name]} if name in bodies else {"headers": UPLOADS}
     body = assert_problem(client.open(path, method=method, **sent), 404)
     return {key: value for key, value in body.items() if key not in ("instance", "request_id")}
 

@@ -13,6 +13,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import update
 
 from api.http import change_listener
+from api.http.change_listener import Holder
 from jobs.db import Sessions
 from jobs.queue import lifecycle
 from jobs.queue.leases import Claim
@@ -94,7 +95,9 @@ def test_a_job_that_changes_often_is_read_four_times_a_second(
 
 def test_the_first_changes_after_a_rest_are_told_at_once(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(change_listener, "READ_SECONDS", 60)
-    with app.extensions["renalq"].listener.subscribe(uuid.uuid4()) as subscription:
+    with app.extensions["renalq"].listener.subscribe(
+        uuid.uuid4(), Holder(builders.TENANT, uuid.uuid4())
+    ) as subscription:
         started = time.monotonic()
         for _ in range(change_listener.READ_AT_ONCE):
             subscription.event.set()

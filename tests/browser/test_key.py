@@ -104,7 +104,7 @@ def test_a_key_that_is_revoked_meanwhile_closes_everything(
     visit.page.get_by_role("button", name="Model card").click()
     visit.page.get_by_role("dialog").get_by_role("heading", name="Intended use").wait_for()
     with sessions.begin() as session:
-        for key in keys.list_keys(session, builders.TENANT):
+        for key in keys.list_keys(session, builders.TENANT).data:
             keys.revoke(session, builders.TENANT, key.id)
     expect(visit.page.get_by_role("alert")).to_contain_text("unknown or was revoked")
     expect(visit.page.get_by_label("API key")).to_be_focused()

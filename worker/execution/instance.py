@@ -5,6 +5,7 @@ neither makes the new one busy nor has to wait for a lease to expire.
 """
 
 import os
+import subprocess
 import uuid
 
 import structlog
@@ -13,6 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.queue import reaping
 from jobs.queue.lifecycle import RetryPolicy
 from worker.execution.resources import Resources
+
+CPU = "cpu"
+DRIVER_SECONDS = 10.0
+"""How long the driver may take to name its devices."""
 
 WORKER = "RENALQ_WORKER"
 """Environment variable set by a worker's parent process for its children: NODE/INSTANCE."""
@@ -52,6 +57,17 @@ def take_back_lost_units(resources: Resources, holders: str) -> int:
     if units:
         structlog.get_logger().warning("lost_units_taken_back", units=units)
     return units
+
+
+def device_name() -> str:
+    """What this machine's workers compute on: the model of the first GPU that the driver names, else `cpu`. Asked of
+    the driver's own program, since CUDA must not be initialized in a worker's parent process."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return CPU
+    return said.partition("\n")[0].strip()[:100] or CPU
 
 
 def _is_dead(worker: str) -> bool:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def _report_alive(sender: Any, **_: Any) -> None:
 
 
 def _keep_alive(opened: "Resources", sign: processes.Heartbeat) -> None:
+    sign = replace(sign, device=instance.device_name())
     registered = False
     while True:
         try:

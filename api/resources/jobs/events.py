@@ -12,8 +12,8 @@ from marshmallow import fields
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.http import responses
-from api.http.change_listener import ChangeListener, Subscription
-from api.http.context import services, tenant
+from api.http.change_listener import Subscription
+from api.http.context import holder, services, tenant
 from api.http.fields import Time
 from api.http.paging import PageSchema
 from api.http.responses import SSE
@@ -47,24 +47,24 @@ def stream_events(job_id: uuid.UUID) -> Response:
     Raises:
         TooManyWatchers
     """
-    sessions, listener, owner = services().sessions, services().listener, tenant()
+    sessions, owner = services().sessions, tenant()
     stack = ExitStack()
-    subscription = stack.enter_context(listener.subscribe(job_id))
+    subscription = stack.enter_context(services().listener.subscribe(job_id, holder()))
 
     def read(after: int) -> tuple[JobView, Page[JobEvent]]:
         with sessions.begin() as session:
             return queries.job(session, owner, job_id), queries.events(session, job_id, ROWS, after)
 
-    return responses.stream(_server_sent(read, listener, subscription, _last_event_id()), SSE, stack.close)
+    return responses.stream(_server_sent(read, subscription, _last_event_id()), SSE, stack.close)
 
 
 Read = Callable[[int], tuple[JobView, Page[JobEvent]]]
 
 
-def _server_sent(read: Read, listener: ChangeListener, subscription: Subscription, after: int) -> Iterator[str]:
+def _server_sent(read: Read, subscription: Subscription, after: int) -> Iterator[str]:
     yield "retry: 2000\n\n"
     sent_at = time.monotonic()
-    while not listener.closed:
+    while not subscription.closed:  # the client reconnects with its Last-Event-ID
         try:
             view, found = read(after)  # the job before its events: if it has ended, its last event is among them
         except (SQLAlchemyError, JobNotFound):

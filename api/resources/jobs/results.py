@@ -16,8 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from api.http import responses
-from api.http.change_listener import ChangeListener, Subscription
-from api.http.context import services, tenant
+from api.http.change_listener import Subscription
+from api.http.context import holder, services, tenant
 from api.http.fields import one_of
 from api.http.paging import NumberedQuery, PageSchema
 from api.http.responses import CSV
@@ -162,8 +162,8 @@ def stream_pages(
         TooManyWatchers
     """
     stack, listener = ExitStack(), services().listener
-    subscription = None if view.terminal else stack.enter_context(listener.subscribe(view.job.id))
-    pages = _pages_to_end(read, listener, subscription, after, schema)
+    subscription = None if view.terminal else stack.enter_context(listener.subscribe(view.job.id, holder()))
+    pages = _pages_to_end(read, subscription, after, schema)
     return responses.stream(as_csv(pages) if kind == CSV else _ndjson(pages), kind, stack.close)
 
 
@@ -171,7 +171,7 @@ ReadPage = Callable[[int | None], Page[Any]]
 
 
 def _pages_to_end(
-    read: ReadPage, listener: ChangeListener, subscription: Subscription | None, after: int | None, schema: ma.Schema
+    read: ReadPage, subscription: Subscription | None, after: int | None, schema: ma.Schema
 ) -> Iterator[list[Json]]:
     """Lists of rows until the job has ended; an empty one to keep the connection alive.
 
@@ -190,7 +190,7 @@ def _pages_to_end(
         if not found.has_more:
             return
         if subscription is not None and len(found.data) < ROWS:
-            if listener.closed:
+            if subscription.closed:
                 raise _incomplete()
             subscription.wait(responses.KEEP_ALIVE_SECONDS)
         if time.monotonic() - sent_at >= responses.KEEP_ALIVE_SECONDS:

@@ -1,0 +1,1 @@
+"""Requests, limited by key and address, and counted by route and status."""
