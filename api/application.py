@@ -16,6 +16,7 @@ from api.http.context import EXTENSION, Services
 from api.http.fields import VERSION, parse_uuid
 from api.resources import (
     datasets,
+    deletions,
     feedback,
     health,
     keys,
@@ -36,8 +37,8 @@ from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
-    jobs, studies, feedback, datasets, scans, uploads, models, drift, keys, webhooks, health, metrics, problem_types,
-    legacy, pages,
+    jobs, studies, feedback, datasets, scans, uploads, models, drift, deletions, keys, webhooks, health, metrics,
+    problem_types, legacy, pages,
 )  # fmt: skip
 UNKNOWN_ID = uuid.UUID(int=0)
 

@@ -8,6 +8,7 @@ import click
 
 from cli.commands import jobs
 from cli.commands.datasets import datasets
+from cli.commands.deletions import delete, deletions
 from cli.commands.keys import keys
 from cli.commands.models import models
 from cli.commands.weights import weights
@@ -54,7 +55,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*jobs.ALL, models, datasets, keys, weights):
+for _command in (*jobs.ALL, models, datasets, delete, deletions, keys, weights):
     main.add_command(_command)
 
 

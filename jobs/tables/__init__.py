@@ -7,6 +7,7 @@ migrations. Every row that belongs to a tenant has `tenant_id`.
 from jobs.tables.blob import ReleasedBlob
 from jobs.tables.columns import Json, new_id
 from jobs.tables.dataset import Dataset
+from jobs.tables.deletion import Deletion, DeletionKind, ReleasedRun
 from jobs.tables.job import (
     IS_CANCELLING,
     IS_QUEUED,
@@ -44,6 +45,8 @@ __all__ = [
     "Artifact",
     "Checkpoint",
     "Dataset",
+    "Deletion",
+    "DeletionKind",
     "Delivery",
     "DeliveryState",
     "IdempotencyKey",
@@ -59,6 +62,7 @@ __all__ = [
     "PromotionMethod",
     "RegistryMirror",
     "ReleasedBlob",
+    "ReleasedRun",
     "Scan",
     "ScanResult",
     "StudyCount",
