@@ -19,6 +19,7 @@ from api.http.traffic.rates import Rates
 from api.http.traffic.request_counts import RequestCounts
 from api.resources import (
     datasets,
+    deletions,
     feedback,
     health,
     keys,
@@ -40,7 +41,7 @@ from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
 BLUEPRINTS = (
-    jobs, studies, feedback, datasets, scans, uploads, models, drift, keys, usage, webhooks, health, metrics,
+    jobs, studies, feedback, datasets, scans, uploads, models, drift, deletions, keys, usage, webhooks, health, metrics,
     problem_types, legacy, pages,
 )  # fmt: skip
 UNKNOWN_ID = uuid.UUID(int=0)

@@ -8,6 +8,7 @@ import click
 
 from cli.commands import jobs
 from cli.commands.datasets import datasets
+from cli.commands.deletions import delete, deletions
 from cli.commands.keys import keys
 from cli.commands.models import models
 from cli.commands.stack import down, logs, status
@@ -56,7 +57,9 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(machine=as_json))
 
 
-for _command in (*jobs.ALL, models, datasets, keys, weights, status, logs, down):
+for _command in (
+    *jobs.ALL, models, datasets, delete, deletions, keys, weights, status, logs, down,
+):  # fmt: skip
     main.add_command(_command)
 
 

@@ -66,6 +66,13 @@ ERROR_CODES = {
         ErrorCode(
             "DATASET_IN_USE", "An unfinished job needs the dataset", "Wait for that job's end, or cancel it.", 409
         ),
+        ErrorCode(
+            "STILL_NEEDED",
+            "Something that is kept needs what is to be deleted",
+            "`detail` says what, and what to do.",
+            409,
+        ),
+        ErrorCode("SCAN_DELETED", "The scan was deleted", "Send the scan again.", 409, of_scan=True),
         ErrorCode("NO_RESULTS", "Such a job has no results per scan", "Read the metrics of a training.", 409),
         ErrorCode("WRONG_STATE", "The job's state does not allow this", "`detail` names the states that do.", 409),
         ErrorCode("TOO_MANY_WEBHOOKS", "No more webhooks are allowed", "Delete one.", 409),

@@ -3,10 +3,10 @@
     RenalQError
     ├── NotFound            404   JobNotFound DatasetNotFound ScanNotFound ModelNotFound KeyNotFound ArtifactNotFound
     │                             UploadNotFound WebhookNotFound DeliveryNotFound ResultNotFound TruthNotFound
-    │                             StudyNotFound
+    │                             StudyNotFound DeletionNotFound
     ├── Conflict            409   WrongState NoChampion PromotionRefused NothingBefore NoDataset DatasetNotReady
     │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
-    │                             WrongOffset TooManyWebhooks KeyEnded
+    │                             WrongOffset TooManyWebhooks KeyEnded StillNeeded ScanDeleted
     ├── ResultsExpired      410
     ├── MalformedBody       400
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict WeightsMissing
@@ -91,6 +91,10 @@ class TruthNotFound(NotFound):
     """Nobody has told what this scan shows. POST its label to this address."""
 
 
+class DeletionNotFound(NotFound):
+    """No receipt has this id. List yours with GET /deletions."""
+
+
 class UploadNotFound(NotFound):
     """No upload has this id: it was used, has expired, or never was. Begin one with POST /uploads."""
 
@@ -142,9 +146,21 @@ class DatasetNotReady(Conflict):
 
 
 class DatasetInUse(Conflict):
-    """A job that has not ended needs this dataset. Cancel the job or wait for its end."""
+    """Job {job_id} has not ended and needs this dataset. Cancel it, or wait for its end."""
 
     code = "DATASET_IN_USE"
+
+
+class StillNeeded(Conflict):
+    """Something that is kept needs this."""
+
+    code = "STILL_NEEDED"
+
+
+class ScanDeleted(Conflict):
+    """A scan of this request was deleted just now. Send the same again: it is stored anew."""
+
+    code = "SCAN_DELETED"
 
 
 class NoResults(Conflict):

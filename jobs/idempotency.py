@@ -9,10 +9,10 @@ second one: a job holds the key itself (`Job.idempotency_key`), and for other re
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, select, text, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -24,6 +24,8 @@ LOCK_SECONDS = 60.0
 """A request that has not been answered for so long (s) counts as dead."""
 PRUNED_AT_ONCE = 1000
 """Keys that are deleted in one transaction."""
+LOCATED = func.right(IdempotencyKey.headers["Location"].astext, 36)
+"""SQL: the id at the end of the address of what the request made."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ WHERE keys.tenant_id = expired.tenant_id AND keys.key_sha256 = expired.key_sha25
 def prune(session: Session, hours: float, limit: int = PRUNED_AT_ONCE) -> int:
     """Delete up to `limit` keys older than this, also from their jobs, and return how many were deleted."""
     return int(session.execute(PRUNE, {"seconds": hours * 3600, "limit": limit}).rowcount)  # type: ignore[attr-defined]
+
+
+def forget(session: Session, tenant_id: str, made: Sequence[uuid.UUID], keys: Sequence[str] = ()) -> None:
+    """Delete the keys whose responses show one of these resources, and those with these hashes."""
+    showing = or_(
+        and_(IdempotencyKey.headers.has_key("Location"), LOCATED.in_([str(each) for each in made])),
+        IdempotencyKey.made_id.in_(made),
+        IdempotencyKey.key_sha256.in_(keys),
+    )
+    mine = select(IdempotencyKey.key_sha256).where(IdempotencyKey.tenant_id == tenant_id, showing)
+    ordered = mine.order_by(IdempotencyKey.key_sha256).with_for_update()  # so that two requests cannot deadlock
+    gone = delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key_sha256.in_(ordered))
+    session.execute(gone.execution_options(synchronize_session=False))
 
 
 def _stored_response(session: Session, keyed: KeyedRequest) -> StoredResponse:

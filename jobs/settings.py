@@ -161,6 +161,18 @@ class Settings(BaseSettings):
         description="A stored scan that no kept result and no feedback needs is deleted so long after it was last sent "
         "(days). 0: never.",
     )
+    model_days: float = Field(
+        0,
+        ge=0,
+        description="A model version is deleted, with its training, so long after it was made or last promoted, unless "
+        "it is champion or an unfinished job needs it (days). 0: never.",
+    )
+    dataset_days: float = Field(
+        0,
+        ge=0,
+        description="A dataset is deleted so long after its upload and the end of the last job that used it (days). "
+        "0: never.",
+    )
     feedback_days: float = Field(0, ge=0, description="Feedback is deleted so long after it was sent (days). 0: never.")
     checkpoint_days: float = Field(
         7,
@@ -173,6 +185,13 @@ class Settings(BaseSettings):
         ge=0,
         description="A file in the blob store that no row refers to is deleted so long after it was found (days). "
         "0: never.",
+    )
+
+    deletion_grace_seconds: float = Field(
+        3600,
+        gt=0,
+        description="A file without a row, and a deleted model version, are kept for so long (s): longer than any "
+        "request takes from finding them to committing what refers to them.",
     )
 
     max_upload_bytes: int = Field(4 * GIB, gt=0, description="Largest accepted request body (bytes).")

@@ -14,7 +14,7 @@ import structlog
 from flask import Flask, Response, current_app, g, request
 from flask_smorest import Api
 from marshmallow import Schema, fields
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
@@ -30,6 +30,7 @@ from jobs.errors import (
     QuotaExceeded,
     RateLimited,
     RenalQError,
+    ScanDeleted,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -39,8 +40,9 @@ from jobs.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
-RETRYABLE = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy)
+RETRYABLE = (QuotaExceeded, Unavailable, IdempotencyInFlight, UploadBusy, ScanDeleted)
 """Errors that a later try may not meet: they carry `Retry-After`."""
+SCAN_CONSTRAINT = "fk_scan_results_scan_id_scans"
 HTTP_CODES = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 """Codes of what Flask and werkzeug raise."""
 
@@ -135,6 +137,7 @@ def register(app: Flask) -> None:
     for kind in (OperationalError, InterfaceError, PoolTimeout):
         app.register_error_handler(kind, _database_unavailable)
     app.register_error_handler(DBAPIError, _database_error)
+    app.register_error_handler(IntegrityError, _integrity_error)
     app.register_error_handler(OSError, _storage_error)
     app.register_error_handler(Exception, _unexpected)
 
@@ -213,6 +216,12 @@ def _too_large() -> TooLarge:
     if limit == JSON_BYTES:
         return TooLarge(f"JSON is taken up to {limit} bytes here. Send less at once, or a batch as a manifest (CSV).")
     return TooLarge(limit=limit, setting="RENALQ_MAX_UPLOAD_BYTES")
+
+
+def _integrity_error(error: IntegrityError) -> Response:
+    """A job refers to a scan that was deleted between the two transactions of its request."""
+    constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+    return error_response(ScanDeleted()) if constraint == SCAN_CONSTRAINT else _unexpected(error)
 
 
 def _database_unavailable(error: Exception) -> Response:

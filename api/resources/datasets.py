@@ -20,6 +20,8 @@ from api.intake import scan_store
 from api.intake.feedback_zip import feedback_zip
 from api.intake.storage_room import storage_room
 from api.intake.upload_store import from_upload
+from api.resources.deletions import Accepted as DeletionAccepted
+from api.resources.deletions import DeletionSchema, accepted
 from jobs.datasets import catalog
 from jobs.datasets.catalog import DatasetView
 from jobs.keys import Scope
@@ -157,9 +159,8 @@ def get_dataset(dataset_id: uuid.UUID) -> DatasetView:
 
 @blueprint.route("/<id:dataset_id>", methods=["DELETE"])
 @needs(Scope.JOBS_WRITE)
-@blueprint.response(204)
+@blueprint.response(202, DeletionSchema)
 @blueprint.doc(operationId="deleteDataset")
-def delete_dataset(dataset_id: uuid.UUID) -> None:
-    """Delete a dataset that no unfinished job uses. Its zip leaves the disk within two hours."""
-    with transaction() as session:
-        catalog.delete(session, tenant(), dataset_id)
+def delete_dataset(dataset_id: uuid.UUID) -> DeletionAccepted:
+    """Delete a dataset that no unfinished job uses, and the jobs that checked it. The receipt says what went."""
+    return accepted(catalog.delete, dataset_id)

@@ -10,7 +10,7 @@ from api.http.auth import needs
 from api.http.bodies import Blueprint, accepts_body
 from api.http.context import principal, tenant, transaction
 from api.http.fields import Answer, Time
-from api.http.idempotency import idempotent
+from api.http.idempotency import attach_resource, idempotent
 from jobs.keys import Scope
 from jobs.models import feedback
 from jobs.results import queries
@@ -50,6 +50,7 @@ class TruthSchema(Answer):
 def report_truth(body: dict[str, Any], job_id: uuid.UUID, scan_id: uuid.UUID) -> Truth:
     """Report the true class of a scan. A second report corrects the first."""
     with transaction() as session:
+        attach_resource(session, job_id)  # first: idempotency keys are locked before jobs
         view = queries.job(session, tenant(), job_id)
         return feedback.record(session, view, scan_id, body["label"], principal().key_id)
 

@@ -15,6 +15,7 @@ from api.http.pipelines.fields import PipelineName, spec_of
 from api.http.versioning import address
 from api.intake import scan_store
 from api.intake.scan_store import MAX_SCANS
+from api.resources.deletions import Accepted, DeletionSchema, accepted
 from jobs.keys import Scope
 from jobs.results import scan_registry
 from jobs.tables import Scan
@@ -103,3 +104,12 @@ def get_scan(scan_id: uuid.UUID) -> Scan:
     """Show a scan."""
     with transaction() as session:
         return scan_registry.get(session, tenant(), scan_id)
+
+
+@blueprint.route("/<id:scan_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.response(202, DeletionSchema)
+@blueprint.doc(operationId="deleteScan")
+def delete_scan(scan_id: uuid.UUID) -> Accepted:
+    """Delete a scan with all results, explanations and feedback of it. The receipt says what went."""
+    return accepted(scan_registry.delete, scan_id)

@@ -145,6 +145,7 @@ function newRow(job) {
   row.querySelector("time").dateTime = job.created_at;
   row.querySelector("time").title = time.format(new Date(job.created_at));
   row.querySelector(".cancel").addEventListener("click", () => cancel(row, job));
+  row.querySelector(".delete").addEventListener("click", () => remove(row, job));
   return row;
 }
 
@@ -163,6 +164,9 @@ function showJob(row, job) {
   const button = row.querySelector(".cancel");
   button.hidden = job.terminal || job.cancel_requested;
   button.setAttribute("aria-label", `Cancel ${row.querySelector(".job-kind").textContent}`);
+  const remover = row.querySelector(".delete");
+  remover.hidden = !job.terminal;
+  remover.setAttribute("aria-label", `Delete ${row.querySelector(".job-kind").textContent}`);
 }
 
 function stage(job) {
@@ -190,6 +194,19 @@ async function cancel(row, job) {
   try {
     const cancelled = await read(job.links.cancel, { method: "POST" });
     if (still()) showJob(row, cancelled);
+  } catch (error) {
+    row.querySelector(".job-stage").textContent = error.message;
+  }
+  button.disabled = false;
+}
+
+async function remove(row, job) {
+  if (!confirm("Delete this job with its results, and its scans that nothing else needs? It cannot be undone.")) return;
+  const button = row.querySelector(".delete");
+  button.disabled = true;
+  try {
+    await read(job.links.self, { method: "DELETE" });
+    row.remove();
   } catch (error) {
     row.querySelector(".job-stage").textContent = error.message;
   }

@@ -4,15 +4,19 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import exists, or_, select, update
+from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from jobs import idempotency
+from jobs.db import seconds
+from jobs.deletions import receipts
+from jobs.deletions.of_jobs import forget_answers, hide
 from jobs.errors import DatasetInUse, DatasetNotFound, DatasetNotReady, Invalid, NoDataset
 from jobs.paging import Page, page
 from jobs.queue.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.states import TERMINAL, DatasetState, JobKind, JobState, Lane
 from jobs.storage.blobs import Blob
-from jobs.tables import Dataset, Job, Json
+from jobs.tables import Dataset, Deletion, DeletionKind, Job, Json
 from ml.spec.pipeline import IMAGE
 
 
@@ -139,23 +143,48 @@ def finish_check(
     )
 
 
-def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID) -> None:
-    """Delete a dataset. Its zip is deleted by retention, unless another row refers to the same bytes.
+def delete(session: Session, tenant_id: str, dataset_id: uuid.UUID, by_key: uuid.UUID | None = None) -> Deletion:
+    """Delete a dataset, and the jobs that checked it. Idempotent. Its zip is deleted by retention, unless another row
+    refers to the same bytes.
 
     Raises:
         DatasetNotFound
         DatasetInUse: a job that has not ended needs it.
     """
+    checks = Job.dataset_id == dataset_id, Job.kind == JobKind.INGEST
+    job_ids = session.scalars(select(Job.id).where(*checks)).all()
+    idempotency.forget(session, tenant_id, [dataset_id])
+    forget_answers(session, tenant_id, job_ids)
     # The lock blocks new trainings with it: their foreign key waits for it.
     mine = select(Dataset).where(Dataset.id == dataset_id, Dataset.tenant_id == tenant_id).with_for_update()
     dataset = session.scalar(mine)
     if dataset is None:
-        raise DatasetNotFound
+        return receipts.repeated(session, tenant_id, DeletionKind.DATASET, dataset_id, DatasetNotFound)
     needs = or_(Job.dataset_id == dataset_id, Job.test_dataset_id == dataset_id)
-    if session.scalar(select(exists().where(needs, Job.state.not_in(TERMINAL)))):
-        raise DatasetInUse
+    job_id = session.scalar(select(Job.id).where(needs, Job.state.not_in(TERMINAL)).limit(1))
+    if job_id is not None:
+        raise DatasetInUse(job_id=job_id)
+    deletion = receipts.begin(session, tenant_id, DeletionKind.DATASET, dataset_id, by_key)
+    checked = select(Job.id).where(*checks).order_by(Job.id).with_for_update(of=Job)
+    hide(session, deletion, session.scalars(checked).all())
+    receipts.add_counts(deletion, {"datasets": 1})
     session.delete(dataset)
     session.flush()
+    return deletion
+
+
+def delete_old(session: Session, days: float) -> bool:
+    """Delete the oldest dataset that was uploaded, and last used by a job, more than `days` ago. True: there may be
+    more."""
+    before = func.now() - seconds(days * 24 * 3600)
+    uses = or_(Job.dataset_id == Dataset.id, Job.test_dataset_id == Dataset.id)
+    used = exists().where(uses, or_(Job.finished_at.is_(None), Job.finished_at >= before))
+    old = select(Dataset.tenant_id, Dataset.id).where(Dataset.created_at < before, ~used).order_by(Dataset.created_at)
+    found = session.execute(old.limit(1)).first()
+    if found is None:
+        return False
+    delete(session, *found)
+    return True
 
 
 def _datasets(tenant_id: str):  # type: ignore[no-untyped-def]

@@ -118,14 +118,24 @@ def rollback(
     now = current_promotion(session, registry.find_champion(session, tenant_id, pipeline, task))
     if now is None:
         raise NoChampion
-    if now.back_id is None:
-        raise NothingBefore
-    back = session.get_one(Promotion, now.back_id)
-    version = session.get_one(ModelVersion, back.model_id)
+    back, version = _step_back(session, now)
     reason = (reason or "").strip() or None
     set_champion(session, version, PromotionMethod.ROLLBACK, back.back_id, reason=reason, key_id=key_id)
     cards.notify_registry_sync(session)
     return version
+
+
+def _step_back(session: Session, now: Promotion) -> tuple[Promotion, ModelVersion]:
+    """The promotion to return to, and its version; past those whose versions were deleted."""
+    back_id = now.back_id
+    while back_id is not None:
+        back = session.get_one(Promotion, back_id)
+        mine = ModelVersion.id == back.model_id, ModelVersion.tenant_id == now.tenant_id
+        version = session.scalar(select(ModelVersion).where(*mine))
+        if version is not None:
+            return back, version
+        back_id = back.back_id
+    raise NothingBefore
 
 
 # --- history ---

@@ -4,11 +4,11 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Integer, cast, func, select
 from sqlalchemy.orm import Session
 
 from jobs.errors import Invalid, ModelNotFound, NoChampion
-from jobs.tables import Job, Json, ModelVersion
+from jobs.tables import Deletion, DeletionKind, Job, Json, ModelVersion
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
 
@@ -158,5 +158,8 @@ def _number(wanted: Any) -> int:
 
 
 def _next_version(session: Session, tenant_id: str) -> int:
-    last = select(func.coalesce(func.max(ModelVersion.version), 0)).where(ModelVersion.tenant_id == tenant_id)
-    return (session.scalar(last) or 0) + 1
+    """One more than any so far: the number of a deleted version is not used again."""
+    last = select(func.max(ModelVersion.version)).where(ModelVersion.tenant_id == tenant_id)
+    deleted = select(func.max(cast(Deletion.target, Integer)))
+    deleted = deleted.where(Deletion.tenant_id == tenant_id, Deletion.kind == DeletionKind.MODEL)
+    return max(session.scalar(last) or 0, session.scalar(deleted) or 0) + 1

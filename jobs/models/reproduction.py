@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from jobs.datasets import catalog
 from jobs.errors import DatasetGone, DatasetNotFound, JobNotFound, WrongState
 from jobs.events.job_events import record
+from jobs.queue import submission
 from jobs.queue.leases import Claim
 from jobs.queue.submission import UNLIMITED, NewJob, Quota, submit
 from jobs.states import JobKind, JobState, Lane
@@ -46,6 +47,7 @@ def reproduce(
     if old.state != JobState.SUCCEEDED:
         raise WrongState(state=old.state, verb="reproducing", allowed=str(JobState.SUCCEEDED))
     _require_data(session, old)
+    submission.require_version(session, old)
     again = NewJob(
         tenant_id=tenant_id,
         kind=JobKind.TRAIN,

@@ -17,7 +17,7 @@ from jobs.queue.leases import with_job_lock
 from jobs.queue.outcomes import add_counts
 from jobs.settings import Settings
 from jobs.states import PREDICTIONS, DatasetState, JobKind, JobState, Lane, ResultState
-from jobs.tables import Dataset, Job, Json, ScanResult, TenantLoad, Unit, new_id
+from jobs.tables import Dataset, Job, Json, ModelVersion, ScanResult, TenantLoad, Unit, new_id
 from ml.spec.pipeline import DEFAULT_TASK, FILE, IMAGE
 from ml.spec.registry import installed
 
@@ -146,7 +146,7 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
 
     Raises:
         JobNotFound: no such job of this tenant.
-        WrongState: the job has not ended, or has succeeded.
+        WrongState: the job has not ended, or has succeeded, or what it needs was deleted.
         QuotaExceeded, QueueFull
     """
     mine = Job.id == job_id, Job.tenant_id == tenant_id
@@ -161,6 +161,7 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
         return made
     if not kept.are_kept(session, job_id):
         raise WrongState("This job's results have expired, and with them which scans failed: submit those anew.")
+    require_version(session, old)
     scans = _unsuccessful_scans(session, old)
     if old.kind in PREDICTIONS and not scans:
         detail = "None of this job's failed scans is stored: upload them again with a new job."
@@ -169,6 +170,18 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
     if old.kind == JobKind.INGEST:
         _move_dataset_check(session, old, job)
     return job
+
+
+def require_version(session: Session, old: Job) -> None:
+    """Refuse what no worker could do: with a version that was deleted since.
+
+    Raises:
+        WrongState
+    """
+    needed = old.model_id if old.kind in PREDICTIONS else old.base_model_id
+    mine = select(ModelVersion.id).where(ModelVersion.id == needed, ModelVersion.tenant_id == old.tenant_id)
+    if needed is not None and session.scalar(mine) is None:
+        raise WrongState("The model version that this job needs was deleted: submit it anew, with another one.")
 
 
 def _lock_dataset(session: Session, *job: ColumnElement[bool]) -> None:

@@ -8,16 +8,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from jobs import idempotency
 from jobs.db import NOW, seconds
-from jobs.errors import ScanNotFound
-from jobs.tables import Scan
+from jobs.deletions import receipts
+from jobs.errors import ScanNotFound, StillNeeded
+from jobs.tables import Deletion, DeletionKind, Job, Scan, ScanResult, Truth
 
 FRESH_SECONDS = 3600.0
 """`sent_at` is written again after this time (s), so that a scan that is sent a thousand times is not."""
+_SENT: dict[str, Any] = {"sent_at": NOW, "deletion_id": None}
+"""Whoever sends a scan again keeps it from going with a deleted job."""
 
 
 def register(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -26,7 +30,7 @@ def register(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         # In the same order everywhere, so that two requests with the same scans cannot deadlock.
         ordered = sorted(rows, key=lambda row: str(row["sha256"]))
         key = ["sha256", "tenant_id"]
-        kept = insert(Scan).on_conflict_do_update(index_elements=key, set_={"sent_at": NOW}, where=_is_stale())
+        kept = insert(Scan).on_conflict_do_update(index_elements=key, set_=_SENT, where=_is_stale())
         session.execute(kept, ordered)
 
 
@@ -40,6 +44,30 @@ def get(session: Session, tenant_id: str, scan_id: uuid.UUID) -> Scan:
     if found is None:
         raise ScanNotFound
     return found
+
+
+def delete(session: Session, tenant_id: str, scan_id: uuid.UUID, by_key: uuid.UUID | None = None) -> Deletion:
+    """Delete a scan with all results, explanations and feedback of it. Idempotent. The same bytes may be sent again at
+    once, and become another scan.
+
+    Raises:
+        ScanNotFound
+        StillNeeded: a job that has not ended predicts it.
+    """
+    told_in = set(session.scalars(select(Truth.job_id).where(Truth.scan_id == scan_id)))
+    idempotency.forget(session, tenant_id, [scan_id, *(job_id for job_id in told_in if job_id)])
+    mine = Scan.id == scan_id, Scan.tenant_id == tenant_id
+    # FOR UPDATE: no result or feedback may refer to it meanwhile.
+    if session.scalar(select(Scan.id).where(*mine).with_for_update()) is None:
+        return receipts.repeated(session, tenant_id, DeletionKind.SCAN, scan_id, ScanNotFound)
+    unfinished = select(ScanResult.job_id).join(Job, Job.id == ScanResult.job_id)
+    job_id = session.scalar(unfinished.where(ScanResult.scan_id == scan_id, Job.finished_at.is_(None)).limit(1))
+    if job_id is not None:
+        raise StillNeeded(f"Job {job_id} predicts this scan. Wait for its end, or cancel it, and then delete the scan.")
+    deletion = receipts.begin(session, tenant_id, DeletionKind.SCAN, scan_id, by_key)
+    hidden = {"tenant_id": receipts.hidden_tenant(deletion.id), "deletion_id": deletion.id}
+    session.execute(update(Scan).where(Scan.id == scan_id).values(**hidden))
+    return deletion
 
 
 def known(session: Session, tenant_id: str, scan_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
@@ -64,10 +92,10 @@ def by_hash(session: Session, tenant_id: str, hashes: Sequence[str]) -> dict[str
 def _refresh(session: Session, *which: ColumnElement[bool]) -> None:
     """Waits for a deletion that is under way: what is found afterwards stays."""
     stale = select(Scan.id).where(*which, _is_stale()).order_by(Scan.sha256).with_for_update(key_share=True)
-    sent = update(Scan).where(Scan.id.in_(stale)).values(sent_at=NOW)
+    sent = update(Scan).where(Scan.id.in_(stale)).values(**_SENT)
     session.execute(sent.execution_options(synchronize_session=False))
 
 
 def _is_stale() -> ColumnElement[bool]:
-    stale: ColumnElement[bool] = func.coalesce(Scan.sent_at, Scan.created_at) < NOW - seconds(FRESH_SECONDS)
-    return stale
+    stale = func.coalesce(Scan.sent_at, Scan.created_at) < NOW - seconds(FRESH_SECONDS)
+    return or_(stale, Scan.deletion_id.is_not(None))

@@ -10,10 +10,10 @@ from collections import Counter
 from itertools import groupby
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, String, case, cast, func, or_, select
+from sqlalchemy import ColumnElement, String, and_, case, cast, func, or_, select
 from sqlalchemy.orm import Session
 
-from jobs.errors import StudyNotFound
+from jobs.errors import ScanDeleted, StudyNotFound
 from jobs.paging import Page, page
 from jobs.queue import kept
 from jobs.results.queries import START, JobView, require_prediction
@@ -72,7 +72,8 @@ def of_uid(
         raise StudyNotFound
     of_study = ScanResult.tenant_id == tenant_id, _uid() == uid, _uid().is_not(None)
     ended = Job.id.in_(select(ScanResult.job_id).where(*of_study)), Job.state.in_(TERMINAL)
-    query = select(Job).where(*ended, Job.id < (after or LAST_ID)).order_by(Job.id.desc()).limit(limit + 1)
+    mine = Job.tenant_id == tenant_id, Job.id < (after or LAST_ID)  # a job that is being deleted has another tenant
+    query = select(Job).where(*ended, *mine).order_by(Job.id.desc()).limit(limit + 1)
     found = page(session.scalars(query).all(), limit, lambda job: job.id)
     if not found.data and after is None:
         raise StudyNotFound
@@ -131,8 +132,11 @@ def _patient() -> ColumnElement[str | None]:
 
 
 def _belongs() -> ColumnElement[bool]:
-    """Not what failed without telling its study: a report or a broken file is no study of its own."""
-    return or_(ScanResult.state.not_in(NOT_SUCCEEDED), ScanResult.study.is_not(None), _uid().is_not(None))
+    """Not what failed without telling its study: a report or a broken file is no study of its own. Nor what is left of
+    the result of a deleted scan."""
+    has_scan = ScanResult.error["code"].astext.is_distinct_from(ScanDeleted.code)
+    told = or_(ScanResult.state.not_in(NOT_SUCCEEDED), ScanResult.study.is_not(None), _uid().is_not(None))
+    return and_(has_scan, told)
 
 
 def _rows(session: Session, key: Any, *which: ColumnElement[bool]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from jobs.db import NOW, Base, seconds
+from jobs.db import NOW, seconds
 from jobs.tables.columns import first_id
 
 ROWS = 2000
@@ -34,13 +34,13 @@ def id_bound(session: Session, days: float) -> uuid.UUID:
 
 def delete_some(
     session: Session,
-    table: type[Base],
     key: tuple[InstrumentedAttribute[Any], ...],
-    job_ids: Sequence[uuid.UUID],
+    owners: Sequence[uuid.UUID],
     rows: int,
     *which: ColumnElement[bool],
 ) -> int:
-    """Delete up to `rows` rows of these jobs in the order of the key, which begins with the job. Returns how many."""
-    some = select(*key).where(key[0].in_(job_ids), *which).order_by(*key).limit(rows)
-    gone = delete(table).where(tuple_(*key).in_(some)).execution_options(synchronize_session=False)
+    """Delete up to `rows` rows of these jobs (or model versions) in the order of the key, which begins with the owner.
+    Returns how many."""
+    some = select(*key).where(key[0].in_(owners), *which).order_by(*key).limit(rows)
+    gone = delete(key[0].class_).where(tuple_(*key).in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]

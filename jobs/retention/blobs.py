@@ -8,6 +8,8 @@ asked, and no row ever refers to missing bytes.
 """
 
 import datetime as dt
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.types import String
 
 from jobs.db import NOW, Sessions, seconds
+from jobs.deletions import receipts
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
-from jobs.tables import Artifact, Dataset, ModelVersion, ReleasedBlob, Scan
+from jobs.tables import Artifact, Dataset, Deletion, ModelVersion, ReleasedBlob, Scan
 
 log = structlog.get_logger()
 
@@ -34,7 +37,8 @@ REFERENCES: Sequence[InstrumentedAttribute[str]] = (
 )
 """Every column whose value keeps a blob. Each of these tables has the trigger `released_blobs`."""
 GRACE_SECONDS = 3600.0
-"""Longer than any process takes from storing bytes to committing the row that refers to them (s): minutes at most."""
+"""Longer than any process takes from storing bytes to committing the row that refers to them (s): minutes at most. The
+default of RENALQ_DELETION_GRACE_SECONDS; a blob that could not be deleted is tried again so much later."""
 BLOBS = 200
 """Blobs in one step."""
 THREADS = 8
@@ -57,6 +61,7 @@ class Planned:
     sha256: str
     due_at: dt.datetime
     action: Action
+    deletion_id: uuid.UUID | None = None
 
 
 def step(sessions: Sessions, store: BlobStore, settings: Settings) -> bool:
@@ -67,7 +72,8 @@ def step(sessions: Sessions, store: BlobStore, settings: Settings) -> bool:
         with ThreadPoolExecutor(THREADS) as pool:
             done = list(pool.map(lambda one: _succeeds(store, one), planned))
         with sessions.begin() as session:
-            record(session, [one for one, good in zip(planned, done, strict=True) if good])
+            grace = settings.deletion_grace_seconds
+            record(session, [one for one, good in zip(planned, done, strict=True) if good], grace)
             _postpone(session, [one for one, good in zip(planned, done, strict=True) if not good])
     return len(planned) == BLOBS
 
@@ -83,7 +89,11 @@ def plan(session: Session) -> list[Planned]:
     due = select(ReleasedBlob).where(ReleasedBlob.due_at <= func.now()).order_by(ReleasedBlob.due_at).limit(BLOBS)
     rows = session.scalars(due).all()
     kept = referenced(session, [row.sha256 for row in rows])
-    return [Planned(row.sha256, row.due_at, _action(row.aside, row.sha256 in kept)) for row in rows]
+    return [_planned(row, row.sha256 in kept) for row in rows]
+
+
+def _planned(row: ReleasedBlob, kept: bool) -> Planned:
+    return Planned(row.sha256, row.due_at, _action(row.aside, kept), row.deletion_id)
 
 
 def _action(aside: bool, kept: bool) -> Action:
@@ -112,21 +122,39 @@ def _succeeds(store: BlobStore, one: Planned) -> bool:
     return True
 
 
-def record(session: Session, done: Sequence[Planned]) -> None:
-    """Note what was done, but for blobs that were released again meanwhile."""
+def record(session: Session, done: Sequence[Planned], grace: float = GRACE_SECONDS) -> None:
+    """Note what was done, but for blobs that were released again meanwhile.
+
+    Args:
+        grace: how long a blob is set aside (s).
+    """
     aside = [one for one in done if one.action == Action.SET_ASIDE]
     finished = [one for one in done if one.action != Action.SET_ASIDE]
-    session.execute(delete(ReleasedBlob).where(ReleasedBlob.sha256.in_(_unchanged(finished))))
-    session.execute(_later(aside).values(aside=True))
+    gone = delete(ReleasedBlob).where(ReleasedBlob.sha256.in_(_unchanged(finished))).returning(ReleasedBlob.sha256)
+    recorded = set(session.scalars(gone.execution_options(synchronize_session=False)))
+    session.execute(_later(aside, grace).values(aside=True))
+    _count(session, [one for one in finished if one.sha256 in recorded])
+
+
+def _count(session: Session, finished: Iterable[Planned]) -> None:
+    """Note in the receipts how many files went, and how many are needed by others. In the order of their ids."""
+    counts: dict[uuid.UUID, Counter[str]] = {}
+    for one in finished:
+        if one.deletion_id is not None:
+            name = "files" if one.action == Action.DELETE else "files_kept"
+            counts.setdefault(one.deletion_id, Counter())[name] += 1
+    for deletion_id in sorted(counts):
+        if (deletion := session.get(Deletion, deletion_id, with_for_update=True)) is not None:
+            receipts.add_counts(deletion, counts[deletion_id])
 
 
 def _postpone(session: Session, failed: Sequence[Planned]) -> None:
-    session.execute(_later(failed))
+    session.execute(_later(failed, GRACE_SECONDS))
 
 
-def _later(rows: Iterable[Planned]):  # type: ignore[no-untyped-def]
+def _later(rows: Iterable[Planned], wait: float):  # type: ignore[no-untyped-def]
     unchanged = ReleasedBlob.sha256.in_(_unchanged(rows))
-    return update(ReleasedBlob).where(unchanged).values(due_at=NOW + seconds(GRACE_SECONDS))
+    return update(ReleasedBlob).where(unchanged).values(due_at=NOW + seconds(wait))
 
 
 def _unchanged(rows: Iterable[Planned]) -> Select[str]:

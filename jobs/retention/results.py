@@ -11,6 +11,7 @@ from sqlalchemy import Select, and_, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import NOW, Sessions
+from jobs.deletions import receipts
 from jobs.queue.kept import IS_EXPLANATION, first
 from jobs.retention.batches import ROWS, delete_some, older_than
 from jobs.settings import Settings
@@ -39,9 +40,9 @@ def expire(session: Session, days: float, rows: int = ROWS) -> bool:
     job_ids = _lock_expired_jobs(session, days)
     if not job_ids:
         return False
-    left = rows - delete_some(session, ScanResult, (ScanResult.job_id, ScanResult.ordinal), job_ids, rows)
+    left = rows - delete_some(session, (ScanResult.job_id, ScanResult.ordinal), job_ids, rows)
     if left:
-        delete_some(session, Artifact, (Artifact.job_id, Artifact.name), job_ids, left, IS_EXPLANATION)
+        delete_some(session, (Artifact.job_id, Artifact.name), job_ids, left, IS_EXPLANATION)
     emptied = _emptied(session, job_ids)
     _mark_expired(session, emptied)
     return len(emptied) < len(job_ids) or len(job_ids) == JOBS
@@ -49,8 +50,10 @@ def expire(session: Session, days: float, rows: int = ROWS) -> bool:
 
 def oldest(days: float) -> Select[uuid.UUID]:
     """The next jobs whose results expire. The index ix_jobs_unexpired has this condition."""
-    old = Job.kind.in_(PREDICTIONS), Job.results_expired_at.is_(None), older_than(Job.finished_at, days)
-    return select(Job.id).where(*old).order_by(Job.finished_at, Job.id).limit(JOBS)
+    ended = Job.kind.in_(PREDICTIONS), Job.results_expired_at.is_(None), older_than(Job.finished_at, days)
+    # Of what is deleted on request, results take their scans along: see jobs/retention/deletions.py.
+    old = select(Job.id).where(*ended, ~receipts.is_hidden(Job.tenant_id))
+    return old.order_by(Job.finished_at, Job.id).limit(JOBS)
 
 
 def _lock_expired_jobs(session: Session, days: float) -> Sequence[uuid.UUID]:

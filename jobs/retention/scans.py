@@ -7,7 +7,7 @@ passed once a round, not once a step.
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, select
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
@@ -37,22 +37,28 @@ class ScanSweep:
         return more
 
 
-def delete_unneeded(session: Session, scan_ids: Sequence[uuid.UUID], days: float) -> None:
-    """Delete those of the scans that nothing refers to and that were not sent for `days`. Locked ones are skipped."""
-    unneeded = _unneeded(scan_ids, days)
-    locked = session.scalars(select(Scan.id).where(unneeded).with_for_update(of=Scan, skip_locked=True)).all()
+def delete_unneeded(session: Session, scan_ids: Sequence[uuid.UUID], days: float) -> int:
+    """Delete those of the scans that nothing refers to and that were not sent for `days`. Locked ones are skipped.
+    Returns how many were deleted."""
+    return delete_unreferred(session, scan_ids, older_than(func.coalesce(Scan.sent_at, Scan.created_at), days))
+
+
+def delete_unreferred(session: Session, scan_ids: Sequence[uuid.UUID], which: ColumnElement[bool]) -> int:
+    """As `delete_unneeded`, of scans for which `which` holds."""
+    unneeded = and_(which, ~is_referred())
+    locked = select(Scan.id).where(Scan.id.in_(scan_ids), unneeded).with_for_update(of=Scan, skip_locked=True)
+    free = session.scalars(locked).all()
     # A job may have been submitted after that statement began. While the lock is held, its foreign key waits.
-    gone = delete(Scan).where(_unneeded(locked, days)).execution_options(synchronize_session=False)
-    session.execute(gone)
+    gone = delete(Scan).where(Scan.id.in_(free), unneeded).execution_options(synchronize_session=False)
+    return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]
+
+
+def is_referred() -> ColumnElement[bool]:
+    """SQL: a result or feedback refers to the scan."""
+    return or_(*(exists().where(column == Scan.id) for column in (ScanResult.scan_id, Truth.scan_id)))
 
 
 def _next_scans(session: Session, after: uuid.UUID, days: float) -> Sequence[uuid.UUID]:
     bound = id_bound(session, days)
     scans = select(Scan.id).where(Scan.id > after, Scan.id < bound).order_by(Scan.id).limit(ROWS)
     return session.scalars(scans).all()
-
-
-def _unneeded(scan_ids: Sequence[uuid.UUID], days: float) -> ColumnElement[bool]:
-    referred = (exists().where(column == Scan.id) for column in (ScanResult.scan_id, Truth.scan_id))
-    last_sent = func.coalesce(Scan.sent_at, Scan.created_at)
-    return and_(Scan.id.in_(scan_ids), older_than(last_sent, days), *(~each for each in referred))

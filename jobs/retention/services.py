@@ -5,13 +5,13 @@ from functools import partial
 from typing import NamedTuple
 
 from jobs.db import Sessions
-from jobs.retention import blobs, checkpoints, feedback, jobs, results, study_counts
+from jobs.retention import blobs, checkpoints, deletions, feedback, jobs, local, results, study_counts
 from jobs.retention.orphans import OrphanSweep
 from jobs.retention.scans import ScanSweep
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
-TEN_MINUTES, DAY = 600.0, 24 * 3600.0
+SOON, MINUTE, TEN_MINUTES, DAY = 2.0, 60.0, 600.0, 24 * 3600.0
 
 
 class RetentionService(NamedTuple):
@@ -25,15 +25,21 @@ class RetentionService(NamedTuple):
 def services(sessions: Sessions, store: BlobStore, settings: Settings) -> list[RetentionService]:
     """All services. One whose setting is 0 does nothing."""
     steps = {
+        "delete_on_request": (SOON, deletions.step),
         "expire_results": (TEN_MINUTES, results.step),
         "delete_jobs": (TEN_MINUTES, jobs.step),
         "delete_feedback": (TEN_MINUTES, feedback.step),
         "delete_scans": (TEN_MINUTES, ScanSweep().step),
         "delete_study_counts": (TEN_MINUTES, study_counts.step),
         "delete_checkpoints": (TEN_MINUTES, checkpoints.step),
-        "delete_blobs": (TEN_MINUTES, blobs.step),
+        "delete_blobs": (min(MINUTE, settings.deletion_grace_seconds / 4), blobs.step),
+        "delete_local_files": (TEN_MINUTES, _sweep_local),
         "find_orphans": (DAY, OrphanSweep().step),
     }
     return [
         RetentionService(name, every, partial(step, sessions, store, settings)) for name, (every, step) in steps.items()
     ]
+
+
+def _sweep_local(sessions: Sessions, store: BlobStore, settings: Settings) -> bool:
+    return local.sweep(sessions, settings)

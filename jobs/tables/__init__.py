@@ -8,6 +8,7 @@ from jobs.tables.blob import ReleasedBlob
 from jobs.tables.columns import Json, new_id
 from jobs.tables.count import JobCount, RequestCount, StorageChange, UnitCount
 from jobs.tables.dataset import Dataset
+from jobs.tables.deletion import Deletion, DeletionKind, ReleasedRun
 from jobs.tables.job import (
     IS_CANCELLING,
     IS_QUEUED,
@@ -45,6 +46,8 @@ __all__ = [
     "Artifact",
     "Checkpoint",
     "Dataset",
+    "Deletion",
+    "DeletionKind",
     "Delivery",
     "DeliveryState",
     "IdempotencyKey",
@@ -61,6 +64,7 @@ __all__ = [
     "PromotionMethod",
     "RegistryMirror",
     "ReleasedBlob",
+    "ReleasedRun",
     "RequestCount",
     "Scan",
     "ScanResult",

@@ -1,11 +1,13 @@
 """The table of blobs whose last referring row may be gone."""
 
 import datetime as dt
+import uuid
 
 from sqlalchemy import (
     Boolean,
     DateTime,
     String,
+    Uuid,
     func,
 )
 from sqlalchemy.orm import Mapped, mapped_column
@@ -26,3 +28,4 @@ class ReleasedBlob(Base):
     due_at: Mapped[dt.datetime] = mapped_column(
         DateTime(timezone=True), server_default=func.clock_timestamp(), index=True
     )
+    deletion_id: Mapped[uuid.UUID | None] = mapped_column(Uuid, index=True)  # whose receipt waits for it

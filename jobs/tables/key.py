@@ -9,12 +9,16 @@ from sqlalchemy import (
     String,
     Text,
     Uuid,
+    text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.db import Base
 from jobs.tables.columns import Json, id_column, optional_time, tenant_column, time_of_insert
+
+LOCATED = text("\"right\"(headers ->> 'Location'::text, 36)")
+"""SQL: the id at the end of the address of what the request made."""
 
 
 class ApiKey(Base):
@@ -39,7 +43,12 @@ class IdempotencyKey(Base):
     """An Idempotency-Key: the request that it was sent with, and the first response once there is one."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
+    __table_args__ = (
+        Index("ix_idempotency_keys_created_at", "created_at"),
+        # For the deletion of what the response shows.
+        Index("ix_idempotency_keys_location", LOCATED, postgresql_where=text("headers ? 'Location'")),
+        Index("ix_idempotency_keys_made_id", "made_id", postgresql_where=text("made_id IS NOT NULL")),
+    )
 
     tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
     key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)

@@ -126,7 +126,7 @@ class Promotion(Base):
     tenant_id: Mapped[str] = mapped_column(String(63))
     pipeline: Mapped[str] = pipeline_column()
     task: Mapped[str] = task_column()
-    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
+    model_id: Mapped[uuid.UUID] = mapped_column(Uuid)  # no foreign key: the history outlives a deleted version
     version: Mapped[int] = mapped_column(Integer)
     replaced: Mapped[int | None] = mapped_column(Integer)  # the version that was champion before
     back_id: Mapped[int | None] = mapped_column(ForeignKey("promotions.id"))
@@ -145,7 +145,7 @@ class OperatingPointChange(Base):
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(63))
-    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("model_versions.id"))
+    model_id: Mapped[uuid.UUID] = mapped_column(Uuid)  # no foreign key, as of promotions
     point: Mapped[Json] = mapped_column(JSONB)  # see ml.spec.operating_point.OperatingPoint
     replaced: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))
     reason: Mapped[str] = mapped_column(Text)

@@ -10,7 +10,9 @@ from sqlalchemy import (
     Index,
     Integer,
     String,
+    Uuid,
     func,
+    text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -25,6 +27,7 @@ class Scan(Base):
     __table_args__ = (
         # The hash first: blobs are shared by all tenants, and their deletion asks whether any has it.
         Index("uq_scans_sha256_tenant_id", "sha256", "tenant_id", unique=True),
+        Index("ix_scans_deletion_id", "deletion_id", postgresql_where=text("deletion_id IS NOT NULL")),
         {"postgresql_with": LARGE_TABLE},
     )
 
@@ -38,6 +41,8 @@ class Scan(Base):
     frames: Mapped[int | None] = mapped_column(Integer)  # null: stored before they were counted
     created_at: Mapped[dt.datetime] = time_of_insert()
     sent_at: Mapped[dt.datetime | None] = optional_time()  # when it was sent again last, to the hour
+    # A deletion that takes the scan with it, unless something else needs it or somebody sends it again.
+    deletion_id: Mapped[uuid.UUID | None] = mapped_column(Uuid)
 
 
 class Upload(Base):

@@ -52,6 +52,8 @@ class Delivery(Base):
         # For the sender: each webhook's first due delivery, however many wait behind it.
         Index("ix_deliveries_due", "webhook_id", "next_at", postgresql_where=text("state = 'pending'")),
         Index("ix_deliveries_webhook_id_id", "webhook_id", "id"),
+        # For the deletion of a job.
+        Index("ix_deliveries_job_id", text("(data ->> 'job_id')"), postgresql_where=text("data ? 'job_id'")),
     )
 
     id: Mapped[uuid.UUID] = id_column()

@@ -66,7 +66,7 @@ class ImagePipeline(Pipeline):
         environment = RunEnvironment(
             weights_dir=job.weights_dir,
             base_weights=job.base_model,
-            cache=Cache(job.cache, job.cache_bytes) if job.cache else None,
+            cache=Cache(job.cache, job.cache_bytes, tuple(job.cache_owners)) if job.cache else None,
             checkpoints=CheckpointPlan(job.checkpoints, job.checkpoint_seconds, job.resume),
             revision=job.revision,
             champion=job.champion,

@@ -66,7 +66,8 @@ class TrainingJob:
     `base_model`: the file that the parameters' `weights` stands for. `champion`: a model file to score on the same test
     items, with `champion_threshold` and `champion_pooling` where they were set anew. `test_archive`: a zip of the items
     to test on, and on nothing else. `cache`: a folder for what the next training can use again, of `cache_bytes` at
-    most. `titles`: name → value of what a report's head names, such as the job.
+    most; its new entries name `cache_owners`, ids of what they must go with. `titles`: name → value of what a report's
+    head names, such as the job.
     """
 
     pipeline: str
@@ -83,6 +84,7 @@ class TrainingJob:
     test_archive: Path | None = None
     cache: Path | None = None
     cache_bytes: int = 0
+    cache_owners: Sequence[str] = ()
     weights_dir: Path | None = None
     revision: str | None = None
     titles: Mapping[str, str] = field(default_factory=dict)

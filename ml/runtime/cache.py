@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ml.spec.pipeline import CACHE_OWNERS
+
 log = logging.getLogger("ml")
 
 
@@ -29,10 +31,12 @@ def key_of(**parts: object) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries, each a folder of files, with at most `max_bytes` in total."""
+    """A folder of entries, each a folder of files, with at most `max_bytes` in total. `owners`: ids that new entries
+    name (`ml.spec.pipeline.CACHE_OWNERS`): whoever deletes one of these deletes the entry."""
 
     folder: Path
     max_bytes: int
+    owners: tuple[str, ...] = ()
 
     def find(self, key: str) -> Path | None:
         """The entry's folder, which counts as used now; None if there is no such entry."""
@@ -45,6 +49,8 @@ class Cache:
 
     def store(self, key: str, files: Mapping[str, np.ndarray | bytes]) -> None:
         """Store an entry, replacing an older one, and removing others if necessary. A full disk is only logged."""
+        if self.owners:
+            files = {**files, CACHE_OWNERS: "\n".join(self.owners).encode()}
         size = sum(len(content) if isinstance(content, bytes) else content.nbytes for content in files.values())
         if size > self.max_bytes:
             return

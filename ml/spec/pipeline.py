@@ -21,6 +21,10 @@ OVERLAY, HEATMAP, BLANK_NOTE = ".png", ".heatmap.png", ".blank.txt"
 """The files of an explanation, by suffix: a picture for people, the bare heatmap, a note that the heatmap is empty."""
 
 
+CACHE_OWNERS = "owners.txt"
+"""The file in a cache entry that names the datasets and jobs that it was computed from, an id a line."""
+
+
 class _Declaration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

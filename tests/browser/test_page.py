@@ -11,7 +11,7 @@ from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.queue.outcomes import ScanOutcome
 from jobs.states import JobKind, JobState
-from jobs.tables import ModelVersion, ScanResult
+from jobs.tables import Deletion, ModelVersion, ScanResult
 from tests import builders
 from tests.browser.conftest import SCAN, Overlay, Visit, one
 from tests.stand_in import worker
@@ -237,3 +237,21 @@ PALE = """() => {
     })
     .filter(([ratio, least]) => ratio < least);
 }"""
+
+
+def test_an_ended_job_is_deleted_from_the_list_after_a_question(visit: Visit, sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job_id = builders.make_job(session, state=JobState.FAILED).id
+        builders.make_job(session)
+    visit.enter()
+    row = visit.page.locator(f'.job[data-id="{job_id}"]')
+    visit.page.once("dialog", lambda dialog: dialog.dismiss())
+    row.get_by_role("button", name="Delete Training").click()
+    expect(row).to_have_count(1)
+    visit.page.once("dialog", lambda dialog: dialog.accept())
+    row.get_by_role("button", name="Delete Training").click()
+    expect(row).to_have_count(0)
+    expect(visit.page.locator(".job")).to_have_count(1)
+    expect(visit.page.get_by_role("button", name="Delete")).to_have_count(0)
+    with sessions() as session:
+        assert [deletion.target for deletion in session.scalars(select(Deletion))] == [str(job_id)]

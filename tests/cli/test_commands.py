@@ -78,6 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PATCH(self) -> None:
         self._answer()
 
+    def do_DELETE(self) -> None:
+        self._answer()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -298,3 +301,35 @@ def test_down_waits_for_what_a_killed_stack_has_left(tmp_path: Path) -> None:
         shown = CliRunner().invoke(main, ["down"], env={"RENALQ_HOME": str(tmp_path)})
         assert (shown.exit_code, "has stopped" in shown.output) == (0, True)
         assert reaper.wait(5) == 0, "it was not killed, and has ended"
+
+
+RECEIPT = {
+    "id": "r1", "kind": "job", "target": "j2", "state": "deleting", "counts": {"results": 12, "scans": 3},
+    "left": {"files": 3, "mlflow_runs": 0}, "created_at": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+
+
+def test_a_deletion_asks_first(ask: Ask) -> None:
+    result, asked = ask({}, "delete", "job", "j2")
+    assert (result.exit_code, asked) == (1, {})
+    assert "cannot be undone" in result.output
+
+
+def test_a_deletion_prints_what_went_and_what_is_left(ask: Ask) -> None:
+    result, asked = ask({"DELETE /jobs/j2?scans=keep": RECEIPT}, "delete", "job", "j2", "--keep-scans", "--yes")
+    assert result.exit_code == 0, result.output
+    assert list(asked) == ["DELETE /jobs/j2?scans=keep"]
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert lines == ["job j2 is deleting: receipt r1", "12 results", "3 scans", "3 files left"]
+
+
+def test_a_deletion_is_waited_for(ask: Ask) -> None:
+    done = {**RECEIPT, "state": "deleted", "left": {"files": 0, "mlflow_runs": 0}}
+    answers = {"DELETE /models/3": {**RECEIPT, "kind": "model"}, "GET /deletions/r1": done}
+    result, _ = ask(answers, "delete", "model", "3", "--yes", "--wait")
+    assert "is deleted" in result.output
+
+
+def test_receipts_are_listed(ask: Ask) -> None:
+    result, _ = ask({"GET /deletions?limit=20": {"data": [RECEIPT]}}, "deletions")
+    assert result.output.splitlines()[1].split() == ["r1", "job", "j2", "deleting", "2026-01-01T00:00:00Z"]

@@ -20,22 +20,26 @@ from sqlalchemy.orm import Session
 from jobs import idempotency
 from jobs.datasets import catalog
 from jobs.db import NOW, make_engine
+from jobs.deletions.of_jobs import delete_job
 from jobs.errors import RenalQError
 from jobs.events import deliveries, webhooks
 from jobs.idempotency import KeyedRequest
 from jobs.models import promotion
+from jobs.models.deletion import delete_version
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.queue import checkpoints, completion, dispatch, explanations, leases, lifecycle, reaping, submission
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.submission import NewJob, NewResult
+from jobs.results import scan_registry
 from jobs.retention import checkpoints as retained_checkpoints
+from jobs.retention import deletions, results
 from jobs.retention import jobs as retention
-from jobs.retention import results
+from jobs.settings import Settings
 from jobs.states import JobKind, JobState, Lane
 from jobs.storage.blobs import Blob
-from jobs.tables import Dataset, Delivery, IdempotencyKey, Job, ScanResult, Unit
+from jobs.tables import Dataset, Delivery, IdempotencyKey, Job, Scan, ScanResult, Unit, new_id
 from tests import builders
 from tests.builders import BROKEN, SCORES, TENANT, TRANSIENT
 from tests.databases import Database, Databases
@@ -54,7 +58,8 @@ class World:
     """Ids of what the verbs work on, all of one tenant.
 
     A large batch has units in all states in which a unit can wait or run; another one was cancelled. Their model was
-    trained on a dataset, on which another training has failed. A third training runs.
+    trained on a dataset, on which another training has failed. A third training runs. A prediction has ended;
+    another one, a scan and a model version are being deleted.
     """
 
     dataset: uuid.UUID
@@ -69,6 +74,9 @@ class World:
     training: Claim
     webhook: uuid.UUID
     delivery: uuid.UUID
+    ended: uuid.UUID
+    scan: uuid.UUID
+    deleted: list[uuid.UUID]
 
 
 def build(session: Session) -> World:
@@ -87,12 +95,27 @@ def build(session: Session) -> World:
     training = builders.claim(session, builders.units_of(session, running)[0])
     for epoch in (1, 2):
         checkpoints.save(session, training, _checkpoint(epoch))
-    builders.make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, scans=4, model_id=model)
+    ended = builders.make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, scans=4, model_id=model).id
+    scan = session.scalars(select(ScanResult.scan_id).where(ScanResult.job_id == ended).limit(1)).one()
+    deleted = _delete_some(session, model, scan)
     batch, units, held, explaining = _batch(session, model)
     _age(session, builders.make_job(session, JobKind.PREDICT_BATCH, scans=6, chunk=2).id)
     delivery = session.scalars(select(Delivery.id).where(Delivery.webhook_id == webhook).limit(1)).one()
     jobs = dataset_id, unchecked, failed, check, model, batch
-    return World(*jobs, units, held, explaining, training, webhook, delivery)
+    return World(*jobs, units, held, explaining, training, webhook, delivery, ended, scan, deleted)
+
+
+def _delete_some(session: Session, model: uuid.UUID, scan: uuid.UUID | None) -> list[uuid.UUID]:
+    """A prediction that shares a scan with another, a scan with results, and a version: none of their rows has gone."""
+    new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=model)
+    job = submission.submit(session, new, [NewResult(scan), NewResult(builders.make_scan(session).id)])
+    held = builders.claim(session, builders.units_of(session, job)[0])
+    lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held))
+    other = builders.make_job(session, JobKind.PREDICT, JobState.SUCCEEDED, scans=1, model_id=model).id
+    its_scan = session.scalars(select(ScanResult.scan_id).where(ScanResult.job_id == other)).one()
+    version = builders.make_model(session, {"f1": 0.5}).version
+    asked = delete_job(session, TENANT, job.id), scan_registry.delete(session, TENANT, its_scan)
+    return [deletion.id for deletion in (*asked, delete_version(session, TENANT, str(version)))]
 
 
 def _batch(session: Session, model: uuid.UUID) -> tuple[uuid.UUID, list[uuid.UUID], Claim, Claim]:
@@ -127,7 +150,25 @@ def _checkpoint(epoch: int) -> checkpoints.StoredCheckpoint:
     return checkpoints.StoredCheckpoint(epoch, f"{epoch}.safetensors", Blob(SHA, 1))
 
 
+HASTY = Settings(deletion_grace_seconds=1e-6)
 Verb = Callable[[Session, World], Any]
+
+
+def _send_again(session: Session, world: World) -> None:
+    """All scans, also those that are being deleted, by their hashes."""
+    columns = Scan.sha256, Scan.size, Scan.media_type
+    rows = [{**row._asdict(), "tenant_id": TENANT, "id": new_id()} for row in session.execute(select(*columns))]
+    scan_registry.register(session, rows)
+    scan_registry.by_hash(session, TENANT, [row["sha256"] for row in rows])
+
+
+def _predict_again(session: Session, world: World) -> None:
+    """As a request that has found the scan before."""
+    submission.submit(session, NewJob(TENANT, JobKind.PREDICT, Lane.URGENT), [NewResult(world.scan)])
+
+
+def _delete_version(session: Session, world: World) -> None:
+    delete_version(session, TENANT, "2")
 
 
 def _outcomes(session: Session, world: World) -> list[Any]:
@@ -209,6 +250,16 @@ VERBS: dict[str, Verb] = {
         session, TENANT, "1", GatePolicy(), force=True, reason="to see"
     ),
     "use an expired key": lambda session, world: idempotency.acquire(session, KEY, 24),
+    "delete a job": lambda session, world: delete_job(session, TENANT, world.ended),
+    "delete the failed job": lambda session, world: delete_job(session, TENANT, world.failed),
+    "delete a scan": lambda session, world: scan_registry.delete(session, TENANT, world.scan),
+    "delete a version": _delete_version,
+    "delete rows of a job": lambda session, world: deletions.delete_batch(session, world.deleted[0], HASTY),
+    "delete a few rows of a job": lambda session, world: deletions.delete_batch(session, world.deleted[0], HASTY, 2),
+    "delete rows of a scan": lambda session, world: deletions.delete_batch(session, world.deleted[1], HASTY),
+    "delete rows of a version": lambda session, world: deletions.delete_batch(session, world.deleted[2], HASTY),
+    "send scans again": _send_again,
+    "predict a scan again": _predict_again,
     "expire results": lambda session, world: results.expire(session, -1),
     "delete jobs": lambda session, world: retention.delete_jobs(session, -1),
     "release checkpoints": lambda session, world: retained_checkpoints.release(

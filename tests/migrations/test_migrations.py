@@ -17,7 +17,7 @@ from tests.faults.sabotage import Sabotage
 from tests.faults.work import batch, champion, training, wrong
 from tests.processes import stack
 
-OWNED_BY_NOBODY = {"processes", "released_blobs", "request_counts"}
+OWNED_BY_NOBODY = {"processes", "released_blobs", "released_runs", "request_counts"}
 
 
 def test_models_and_migrations_agree(sessions: Sessions) -> None:

@@ -11,9 +11,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from jobs import idempotency
+from jobs.datasets import catalog
 from jobs.db import Sessions
 from jobs.events import deliveries
 from jobs.events.job_events import CANCELLATION
+from jobs.models import deletion as model_deletion
 from jobs.models import drift
 from jobs.queue import completion, processes, reaping, submission
 from jobs.queue.lifecycle import RetryPolicy
@@ -59,6 +61,8 @@ class Maintenance:
             Service("prune_deliveries", PRUNE_SECONDS, self._in_transaction(self._prune_deliveries)),
             Service("prune_processes", PRUNE_SECONDS, self._in_transaction(_once(processes.prune))),
             Service("prune_loads", PRUNE_SECONDS, self._in_transaction(_once(submission.prune_loads))),
+            Service("delete_models", PRUNE_SECONDS, self._in_transaction(self._delete_models)),
+            Service("delete_datasets", PRUNE_SECONDS, self._in_transaction(self._delete_datasets)),
             Service("drift", settings.drift_seconds, self._check_drift),
             *(Service(*each) for each in retention.services(self._sessions, self._artifacts, settings)),
         ]
@@ -96,6 +100,14 @@ class Maintenance:
 
     def _prune_deliveries(self, session: Session) -> bool:
         return deliveries.prune(session, self._settings.delivery_days) == deliveries.PRUNED_AT_ONCE
+
+    def _delete_models(self, session: Session) -> bool:
+        days = self._settings.model_days
+        return bool(days) and model_deletion.delete_old(session, days)
+
+    def _delete_datasets(self, session: Session) -> bool:
+        days = self._settings.dataset_days
+        return bool(days) and catalog.delete_old(session, days)
 
     def _request_tracking(self) -> bool:
         with self._sessions.begin() as session:

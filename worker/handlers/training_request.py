@@ -55,6 +55,7 @@ class TrainingRequest:
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
     titles: dict[str, str]
+    cache_owners: tuple[str, ...]
 
 
 def read(session: Session, unit: UnitLease) -> TrainingRequest:
@@ -82,7 +83,13 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
         titles=_titles(job, dataset),
+        cache_owners=_cache_owners(job),
     )
+
+
+def _cache_owners(job: Job) -> tuple[str, ...]:
+    """Whose pixels and features the training caches: its datasets', or what it fetches itself."""
+    return tuple(str(owner) for owner in (job.dataset_id or job.id, job.test_dataset_id) if owner)
 
 
 def _titles(job: Job, dataset: Dataset | None) -> dict[str, str]:
@@ -207,6 +214,7 @@ def write(unit: UnitLease, request: TrainingRequest, folder: Path, resume: Path 
         test_archive=test,
         cache=settings.feature_cache if settings.feature_cache_bytes else None,
         cache_bytes=settings.feature_cache_bytes,
+        cache_owners=request.cache_owners,
         weights_dir=settings.weights,
         revision=code_revision(),
         titles=request.titles,

@@ -22,7 +22,7 @@ from jobs.states import JobKind, JobState
 from jobs.tables import Artifact, Dataset, Job, Json, ModelVersion
 from ml.spec.registry import spec_of
 from worker.execution.resources import Resources
-from worker.tracking import registry_sync, runs
+from worker.tracking import registry_sync, run_deletion, runs
 from worker.tracking.provenance import BASE_WEIGHTS
 from worker.tracking.runs import Description, describe
 
@@ -39,8 +39,10 @@ STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.CANCELLED: "KILLED"}
 
 
 def is_behind(session: Session) -> bool:
-    """Whether an ended training is to be recorded in MLflow now, or its registry is behind."""
-    return session.scalar(_due_jobs().limit(1)) is not None or registry_sync.is_behind(session)
+    """Whether an ended training is to be recorded in MLflow now, a deleted one's run to be deleted, or its registry is
+    behind."""
+    missed = session.scalar(_due_jobs().limit(1)) is not None
+    return missed or registry_sync.is_behind(session) or run_deletion.is_due(session)
 
 
 def mark_tracked(session: Session, job_id: uuid.UUID, run_id: str | None) -> None:
@@ -60,12 +62,14 @@ def ask_again(session: Session) -> int:
 
 
 def backfill_runs(resources: Resources) -> int:
-    """Record ended trainings from their rows, then synchronize the registry. Returns the number of trainings; 0 also
-    if MLflow is still away."""
+    """Delete the runs of deleted trainings, record ended ones from their rows, then synchronize the registry. Returns
+    the number of recorded trainings; 0 also if MLflow is still away."""
     client, done = runs.connect(resources.settings.mlflow_url), 0
     if not runs.answers(client):
         log.warning("mlflow_away")
         return 0
+    with _log_and_continue():
+        run_deletion.delete_runs(client, resources.sessions)
     with _log_and_continue():
         done = _record_due(client, resources)
     with _log_and_continue():

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, show, follow, cancel, retry, reproduce."""
+"""Jobs: submit, list, show, follow, cancel, retry, reproduce, delete."""
 
 import uuid
 from typing import Any
@@ -13,6 +13,7 @@ from api.http.idempotency import idempotent, key
 from api.http.paging import NamedQuery, NumberedQuery
 from api.http.responses import BINARY, BYTES, CSV, JSON, NDJSON, PNG, SSE, TEXT, download, negotiate
 from api.http.versioning import address
+from api.resources.deletions import Accepted, DeletionSchema, accepted
 from api.resources.jobs import events, results, studies, summaries
 from api.resources.jobs.events import EventsPage
 from api.resources.jobs.predict import (
@@ -25,8 +26,17 @@ from api.resources.jobs.predict import (
     predict_one,
 )
 from api.resources.jobs.results import ResultsQuery
-from api.resources.jobs.schemas import ArtifactsPage, JobSchema, JobsPage, JobsQuery, MetricsSchema
+from api.resources.jobs.schemas import (
+    DELETE,
+    ArtifactsPage,
+    DeleteQuery,
+    JobSchema,
+    JobsPage,
+    JobsQuery,
+    MetricsSchema,
+)
 from api.resources.jobs.train import TrainRequest, train_one
+from jobs.deletions import of_jobs
 from jobs.keys import Scope
 from jobs.models import reproduction
 from jobs.paging import Page
@@ -120,6 +130,16 @@ def list_jobs(query: dict[str, Any]) -> Page[queries.JobView]:
 def get_job(job_id: uuid.UUID) -> waiting.Answer | Response:
     """Show a job; with `Prefer: wait=N`, at its end, or with `If-None-Match` once it has changed."""
     return waiting.conditional_job(job_id)
+
+
+@blueprint.route("/<id:job_id>", methods=["DELETE"])
+@needs(Scope.JOBS_WRITE)
+@blueprint.arguments(DeleteQuery, location="query")
+@blueprint.response(202, DeletionSchema)
+@blueprint.doc(operationId="deleteJob")
+def delete_job(query: dict[str, Any], job_id: uuid.UUID) -> Accepted:
+    """Delete an ended job, and its scans that nothing else needs. The receipt says what went."""
+    return accepted(of_jobs.delete_job, job_id, with_scans=query["scans"] == DELETE)
 
 
 @blueprint.route("/<id:job_id>/metrics")

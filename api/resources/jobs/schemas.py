@@ -32,6 +32,19 @@ class JobsQuery(PageQuery):
     )
 
 
+DELETE, KEEP = "delete", "keep"
+
+
+class DeleteQuery(ma.Schema):
+    """What is deleted with a job."""
+
+    scans = fields.String(
+        load_default=DELETE,
+        validate=ma.validate.OneOf([DELETE, KEEP]),
+        metadata={"description": "Its scans that no other result and no feedback needs: deleted with it, or kept."},
+    )
+
+
 class StageSchema(ma.Schema):
     """One stage of a training."""
 

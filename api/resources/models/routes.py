@@ -1,4 +1,4 @@
-"""Model versions: list, compare, promote, roll back; weights and model cards."""
+"""Model versions: list, compare, promote, roll back, delete; weights and model cards."""
 
 from typing import Any
 from uuid import UUID
@@ -12,6 +12,7 @@ from api.http.context import principal, services, tenant, transaction
 from api.http.idempotency import attach_resource, idempotent
 from api.http.paging import NumberedQuery
 from api.http.responses import BINARY, BYTES, JSON, MARKDOWN, TEXT, download, negotiate
+from api.resources.deletions import Accepted, DeletionSchema, accepted
 from api.resources.models.schemas import (
     ChampionQuery,
     CompareQuery,
@@ -29,6 +30,7 @@ from jobs.errors import ModelNotFound, NoChampion
 from jobs.keys import Scope
 from jobs.models import cards, comparison, operating_points, promotion, registry
 from jobs.models.comparison import Comparison
+from jobs.models.deletion import delete_version
 from jobs.models.gate import GatePolicy
 from jobs.paging import Page
 from jobs.tables import ModelVersion, Promotion
@@ -112,6 +114,17 @@ def patch_model(body: dict[str, Any], version: str) -> ModelVersion:
     with transaction() as session:
         find_version(session, version)
         return operating_points.set_point(session, tenant(), version, **body, key_id=principal().key_id)
+
+
+@blueprint.route("/<version:version>", methods=["DELETE"])
+@needs(Scope.MODELS_WRITE)
+@blueprint.response(202, DeletionSchema)
+@blueprint.doc(operationId="deleteModel")
+def delete_model(version: str) -> Accepted:
+    """Delete a version that is not champion and that no unfinished job uses, and the training that made it."""
+    with transaction() as session:
+        wanted = str(find_version(session, version).version) if version == registry.CHAMPION else version
+    return accepted(delete_version, wanted)
 
 
 @blueprint.route("/<version:version>/promote", methods=["POST"])

@@ -1,0 +1,1 @@
+"""Deletions on request: their receipts, and of ended jobs what every deletion needs."""
