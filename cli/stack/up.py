@@ -191,7 +191,7 @@ def _start_services(stack: Stack) -> None:
 def _start_flower(stack: Stack) -> None:
     port, password = free_port(), secrets.token_urlsafe(18)
     address = f"http://{LOOPBACK}:{port}"
-    stack.supervisor.start(services.flower(port, password, stack.environ))
+    stack.supervisor.start(services.flower(port, password, stack.home.flower_history, stack.environ))
     write_secret(stack.home.flower, f"address: {address}\nuser: renalq\npassword: {password}\n")
     stack.addresses["flower"] = address
 

@@ -46,6 +46,7 @@ class TrainingRequest:
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
     titles: dict[str, str]
+    progress: float = 0.0
 
 
 def read(session: Session, unit: UnitLease) -> TrainingRequest:
@@ -71,6 +72,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         mlflow_run_id=job.mlflow_run_id,
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
         titles=_titles(job, dataset),
+        progress=job.progress,
     )
 
 
