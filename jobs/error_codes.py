@@ -208,7 +208,13 @@ ERROR_CODES = {
         ErrorCode("WORKER_LOST", "Its workers died", "See the worker's log.", of_job=True),
         ErrorCode("STALLED", "It made no progress", "See the worker's log.", of_job=True),
         ErrorCode("DATABASE_LOST", "Postgres went away during the job", "Retry the job.", of_job=True),
-        ErrorCode("MODEL_MISSING", "The version's weights cannot be read", "Train it again.", of_job=True),
+        ErrorCode(
+            "MODEL_MISSING",
+            "The version's file is gone, or cannot be read",
+            "Train it again, or name another version.",
+            409,
+            of_job=True,
+        ),
         ErrorCode("PIPELINE_MISSING", "The worker lacks the pipeline", "Install it on the workers too.", of_job=True),
         ErrorCode("ALL_SCANS_FAILED", "Every scan failed", "See `/results?state=failed`.", of_job=True),
         # Of scans

@@ -5,8 +5,8 @@
     │                             UploadNotFound WebhookNotFound DeliveryNotFound ResultNotFound TruthNotFound
     │                             StudyNotFound DeletionNotFound
     ├── Conflict            409   WrongState NoChampion PromotionRefused NothingBefore NoDataset DatasetNotReady
-    │                             DatasetInUse DatasetGone NoResults IdempotencyInFlight UploadIncomplete
-    │                             WrongOffset TooManyWebhooks KeyEnded StillNeeded ScanDeleted
+    │                             DatasetInUse DatasetGone ModelFileGone NoResults IdempotencyInFlight
+    │                             UploadIncomplete WrongOffset TooManyWebhooks KeyEnded StillNeeded ScanDeleted
     ├── ResultsExpired      410
     ├── MalformedBody       400
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict WeightsMissing
@@ -173,6 +173,12 @@ class DatasetGone(Conflict):
     """The dataset of this training was deleted, so that it cannot be done again. Upload it, and train anew."""
 
     code = "DATASET_GONE"
+
+
+class ModelFileGone(Conflict):
+    """The file of version {version} is not stored any more. Train it again, or name another version."""
+
+    code = "MODEL_MISSING"
 
 
 class IdempotencyInFlight(Conflict):

@@ -14,6 +14,7 @@ from api.http.traffic.request_counts import RequestCounts
 from jobs.db import Sessions, session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
+from tests import builders
 
 _idle: list[Flask] = []
 
@@ -28,6 +29,7 @@ def application(settings: Settings, sessions: Sessions | None = None) -> Iterato
     """
     app = _idle.pop() if _idle else create_app(settings)
     services = bind(app, settings, sessions or session_factory(settings.database_url, settings.db_pool))
+    builders.store_weights(settings)
     try:
         yield app
     finally:

@@ -3,6 +3,7 @@
 import datetime as dt
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
@@ -16,8 +17,10 @@ from jobs.queue import leases, lifecycle
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import ScanOutcome
 from jobs.queue.submission import NewJob, NewResult, submit
+from jobs.settings import Settings
 from jobs.stack_state import ServiceState, ServiceStatus, StackState
 from jobs.states import JobKind, JobState, Lane
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Dataset, Job, Json, ModelVersion, Scan, ScanResult, Unit, new_id
 
 TENANT = "default"
@@ -43,6 +46,18 @@ def paired(ours: float | None, theirs: float | None, reach: float = 0.03) -> Jso
     gap = ours - theirs
     f1 = {"ours": ours, "theirs": theirs, "difference": gap, "low": gap - reach, "high": gap + reach}
     return {"groups": 60, "differences": {"f1": f1}, "mcnemar": {"statistic": 0.5, "p": 0.48}, "delong": None}
+
+
+WEIGHTS = "a" * 64
+"""The file of versions that tests make."""
+
+
+def store_weights(settings: Settings, sha256: str = WEIGHTS) -> Path:
+    """Put something where the store keeps the file of a version: it takes a hash at its word."""
+    path = BlobStore(settings.artifacts).fetch(sha256, settings.home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"weights")
+    return path
 
 
 def make_scan(session: Session, tenant_id: str = TENANT, sha256: str | None = None) -> Scan:
@@ -148,7 +163,7 @@ def make_model(
         tests = paired(metrics["f1"], champion.metrics["f1"])
         measured = PairedScores(champion.id, "", "c" * 64, 93, metrics, champion.metrics, tests)
     given = {"classes": ["Normal", "Tumor"], "params": {}, "dataset_digest": "d" * 64, "code_revision": "abc"}
-    made = NewModel(**{"weights_sha256": "a" * 64, "metrics": metrics, **given, **new})
+    made = NewModel(**{"weights_sha256": WEIGHTS, "metrics": metrics, **given, **new})
     version = promotion.register(session, held, made, GatePolicy(), measured)
     lifecycle.succeed(session, held, metrics=metrics)
     return version

@@ -27,6 +27,15 @@ TRACK = "renalq.track"
 
 EVENTS_DELAY_SECONDS = 0.1
 
+SHOWN_AS = {
+    JobKind.TRAIN: "renalq.train",
+    JobKind.PREDICT: "renalq.predict",
+    JobKind.PREDICT_BATCH: "renalq.predict_batch",
+    JobKind.INGEST: "renalq.check_dataset",
+}
+"""What Flower and Celery's log call a unit's task, by the kind of its job."""
+EXPLAIN_SHOWN_AS = "renalq.explain"
+
 app = Celery("renalq", broker=SETTINGS.redis_url, include=["worker.tasks"])
 
 app.conf.update(
@@ -80,13 +89,19 @@ app.conf.update(
 )
 
 
-def publish_unit(task: str, lane: Lane, unit_id: str) -> None:
-    """Publish a unit's message.
+def shown_as(kind: JobKind, explains: bool = False) -> str:
+    """The name of a unit's task for people."""
+    return EXPLAIN_SHOWN_AS if explains else SHOWN_AS[kind]
+
+
+def publish_unit(task: str, lane: Lane, unit_id: str, job_id: str, shown: str) -> None:
+    """Publish a unit's message. `shown`: see `shown_as`.
 
     Raises:
         kombu.exceptions.OperationalError: Redis cannot be reached.
     """
-    app.send_task(task, kwargs={"unit_id": unit_id}, queue=lane.value, retry=False, ignore_result=True)
+    ids = {"unit_id": unit_id, "job_id": job_id}
+    app.send_task(task, kwargs=ids, queue=lane.value, shadow=shown, retry=False, ignore_result=True)
 
 
 def publish_tracking() -> None:

@@ -85,7 +85,8 @@ class Parser(FlaskParser):
             if bracket and inner.endswith("]") and isinstance(schema.fields.get(outer), fields.Dict):
                 found.setdefault(outer, {})[inner[:-1]] = value
             else:
-                found[name] = value
+                is_list = isinstance(schema.fields.get(name), fields.List)
+                found[name] = req.args.getlist(name) if is_list else value
         _refuse_unstorable(found)
         return found
 

@@ -22,6 +22,7 @@ from jobs.events import deliveries, webhooks
 from jobs.events.webhooks import EventType
 from jobs.keys import Scope
 from jobs.paging import Page
+from jobs.states import JobKind
 from jobs.tables import Delivery, DeliveryState
 
 blueprint = Blueprint("webhooks", __name__, url_prefix="/webhooks", description="Webhooks and their deliveries.")
@@ -36,6 +37,11 @@ class WebhookRequest(ma.Schema):
         load_default=lambda: list(map(str, EventType)),
         validate=validate.Length(1, len(EventType)),
     )
+    kinds = fields.List(
+        fields.String(validate=one_of(JobKind)),
+        validate=validate.Length(1, len(JobKind)),
+        metadata={"description": "Only events of such jobs; without it, of all. Events of models come anyway."},
+    )
 
 
 class WebhookSchema(Answer):
@@ -44,6 +50,9 @@ class WebhookSchema(Answer):
     id = fields.UUID()
     url = fields.String()
     events = fields.List(fields.String(validate=one_of(EventType)))
+    kinds = fields.List(
+        fields.String(validate=one_of(JobKind)), allow_none=True, metadata={"description": "Of jobs; null: all."}
+    )
     created_at = Time()
 
 
@@ -92,7 +101,7 @@ def create_webhook(body: dict[str, Any]) -> tuple[webhooks.Webhook, int, dict[st
     if why := addresses.webhook_url_error(body["url"], services().settings.receiver_hosts):
         raise Invalid(why, "/url")
     with transaction() as session:
-        new = webhooks.create(session, tenant(), body["url"], body["events"])
+        new = webhooks.create(session, tenant(), body["url"], body["events"], body.get("kinds"))
     return new, 201, {"Location": address(f"/webhooks/{new.id}")}
 
 

@@ -56,6 +56,11 @@ class Home:
         return self.path / "mlflow"
 
     @property
+    def flower_history(self) -> Path:
+        """What Flower has seen, for its next start: ids and states, no patient data."""
+        return self.path / "flower.db"
+
+    @property
     def state(self) -> Path:
         """Process ids, ports and addresses of the running stack, without passwords."""
         return self.path / stack_state.FILE

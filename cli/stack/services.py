@@ -86,9 +86,21 @@ def tracking_login(password: str) -> dict[str, str]:
     return {"MLFLOW_TRACKING_USERNAME": LOGIN_USER, "MLFLOW_TRACKING_PASSWORD": password}
 
 
-def flower(port: int, password: str, environ: dict[str, str]) -> Service:
+FLOWER_OPTIONS = (
+    # It only shows: a task that is revoked here would be dispatched again. POST /jobs/ID/cancel ends a job.
+    "--read-only=true",
+    "--persistent=true",
+    "--state-save-interval=30000",  # ms, besides at its end: it may be killed
+    "--max-tasks=10000",  # all of them are saved each time, in 0.2 s
+    "--tasks-columns=name,state,kwargs,exception,result,received,runtime,worker,uuid",
+)
+"""Of Flower, here and in docker-compose.yml: what happened is told with the jobs' ids, and survives a restart."""
+
+
+def flower(port: int, password: str, history: Path, environ: dict[str, str]) -> Service:
     """Celery's monitor, on loopback and with a password, which is passed by environment, not by argument."""
-    command = _python("celery", "-A", "worker.app", "flower", f"--address={LOOPBACK}", f"--port={port}")
+    place = [f"--address={LOOPBACK}", f"--port={port}", f"--db={history}"]
+    command = _python("celery", "-A", "worker.app", "flower", *place, *FLOWER_OPTIONS)
     login = {"FLOWER_BASIC_AUTH": f"{LOGIN_USER}:{password}"}
     answers = _gives((LOOPBACK, port, "/"), UNAUTHORIZED)
     return Service("flower", command, Stage.WORKERS, {**environ, **login}, essential=False, answers=answers)

@@ -232,7 +232,7 @@ def _start_flower(stack: Stack) -> None:
     port = stack.ports["flower"]
     address = f"http://{LOOPBACK}:{port}"
     password = write_login(stack.home.flower, address)
-    stack.supervisor.start(services.flower(port, password, stack.environ))
+    stack.supervisor.start(services.flower(port, password, stack.home.flower_history, stack.environ))
     stack.addresses["flower"] = address
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Integer, cast, func, select
 from sqlalchemy.orm import Session
 
-from jobs.errors import Invalid, ModelNotFound, NoChampion
+from jobs.errors import Invalid, ModelFileGone, ModelNotFound, NoChampion
+from jobs.storage.blobs import BlobStore
 from jobs.tables import Deletion, DeletionKind, Job, Json, ModelVersion
 from ml.spec.pipeline import DEFAULT_TASK, IMAGE
 from ml.spec.registry import spec_of
@@ -136,6 +137,27 @@ def base_model(session: Session, tenant_id: str, params: Json, pipeline: str = I
         detail = f"Version {number} is a {theirs}, and network is {ours}: set network: {theirs}, or take other weights."
         raise Invalid(detail, "/params/network")
     return base
+
+
+def require_file(version: ModelVersion, store: BlobStore) -> None:
+    """Refuse a version whose file is not stored any more: its job could only fail.
+
+    Raises:
+        ModelFileGone
+    """
+    if not store.holds(version.weights_sha256):
+        raise ModelFileGone(version=version.version)
+
+
+def require_files_of(session: Session, job: Job, store: BlobStore) -> None:
+    """`require_file` for the versions that a job is pinned to: the one that predicts, the one that it trains on from.
+
+    Raises:
+        ModelFileGone, ModelNotFound
+    """
+    for model_id in (job.model_id, job.base_model_id):
+        if model_id is not None:
+            require_file(by_id(session, model_id), store)
 
 
 def by_id(session: Session, model_id: uuid.UUID) -> ModelVersion:

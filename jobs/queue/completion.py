@@ -75,8 +75,7 @@ def finish_job_if_done(session: Session, job_id: uuid.UUID) -> None:
     if ended is None:
         return
     if ended.has_webhooks:
-        data = {"job_id": str(job_id), "kind": ended.kind, "state": ended.state}
-        webhooks.emit(session, ended.tenant_id, f"job_{job_id}_{ended.state}", f"job.{ended.state}", data)
+        webhooks.emit_job(session, ended.tenant_id, job_id, ended.kind, ended.state)
     if ended.unexplained:
         session.execute(update(Job).where(Job.id == job_id).values(error=_error_of_scans(session, job_id, ended.total)))
 

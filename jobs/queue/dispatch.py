@@ -40,6 +40,7 @@ class WaitingUnit:
     overdue: bool = False
     reserved: bool = False
     explains: bool = False
+    job_id: uuid.UUID | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,12 @@ WITH RECURSIVE alive AS MATERIALIZED (
 ), share AS MATERIALIZED (
     SELECT $2 + ceil((SELECT workers FROM idle) / greatest(count(first), 1)::float8)::int AS units FROM queues
 ), waiting AS (
-    SELECT jsonb_agg(jsonb_build_array(due.id, queues.lane, queues.tenant_id, due.kind, due.scans,
+    SELECT jsonb_agg(jsonb_build_array(due.id, due.job_id, queues.lane, queues.tenant_id, due.kind, due.scans,
         due.state = 'dispatched' AND due.rings > 0, due.state = 'dispatched' AND due.rings = 0, queues.explains))
         AS units
     FROM queues CROSS JOIN LATERAL (
         SELECT * FROM (
-            SELECT id, scans, state, rings, CASE WHEN NOT ({unit_is_cancelled})
+            SELECT id, job_id, scans, state, rings, CASE WHEN NOT ({unit_is_cancelled})
                 THEN coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = units.job_id)) END AS kind
             FROM units
             WHERE state IN ('queued', 'dispatched')
@@ -241,12 +242,12 @@ class QueueReader:
 
 
 def _snapshot(row: Any) -> QueueSnapshot:
-    read = Counter((Lane(lane), tenant, explains) for _, lane, tenant, *_, explains in row.waiting or ())
+    read = Counter((Lane(lane), tenant, explains) for _, _, lane, tenant, *_, explains in row.waiting or ())
     messages = [(Lane(lane), late) for _, lane, sent, late in row.dispatched or () if sent]
     return QueueSnapshot(
         waiting=[
-            WaitingUnit(uuid.UUID(unit), Lane(lane), tenant, JobKind(kind), *rest)
-            for unit, lane, tenant, kind, *rest in sorted(row.waiting or (), key=lambda unit: unit[-1])
+            WaitingUnit(uuid.UUID(unit), Lane(lane), tenant, JobKind(kind), *rest, job_id=uuid.UUID(job))  # type: ignore[misc]
+            for unit, job, lane, tenant, kind, *rest in sorted(row.waiting or (), key=lambda unit: unit[-1])
         ],
         dispatched=Counter(lane for lane, _ in messages),
         running=[RunningUnit(uuid.UUID(unit), Lane(lane), *rest) for unit, lane, *rest in row.running or ()],

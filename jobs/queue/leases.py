@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from jobs.db import PreparedStatement
 from jobs.errors import LeaseLost
-from jobs.states import JobKind, Lane, UnitState
+from jobs.events import webhooks
+from jobs.states import JobKind, JobState, Lane, UnitState
 from jobs.tables import IS_CANCELLING, IS_QUEUED, Job, Unit, new_id
 
 
@@ -122,7 +123,8 @@ WITH wanted AS MATERIALIZED (
 ), claimed AS (
     UPDATE units SET state = 'running', attempt = units.attempt + 1, fence = nextval('unit_fence_seq'), worker = $2,
         lease_expires_at = clock_timestamp() + make_interval(secs => $3), started_at = clock_timestamp(),
-        progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL
+        progress_at = clock_timestamp(), yield_requested_at = NULL, error = NULL,
+        done = NULL, warmup_seconds = NULL, expected_at = NULL
     FROM due LEFT JOIN job ON true
     WHERE units.id = (SELECT id FROM due) AND (job.id IS NOT NULL OR (NOT writes_job AND NOT {is_cancelling}))
         AND units.attempt = (SELECT attempt FROM wanted)
@@ -138,7 +140,9 @@ WITH wanted AS MATERIALIZED (
     WHERE starts OR attempt > 1
 )
 SELECT id, job_id, tenant_id, coalesce(kind, (SELECT kind FROM jobs WHERE jobs.id = claimed.job_id)) AS kind,
-    attempt, fence, worker, explains IS NOT NULL AS explains, ordinal
+    attempt, fence, worker, explains IS NOT NULL AS explains, ordinal,
+    CASE WHEN starts THEN EXISTS (SELECT FROM webhooks
+        WHERE webhooks.tenant_id = claimed.tenant_id AND 'job.started' = ANY (webhooks.events)) END AS has_webhooks
 FROM claimed
 """
 OF_ITS_JOB = {
@@ -167,19 +171,21 @@ CLAIM_NEXT = PreparedStatement(
 
 def claim(session: Session, unit_id: uuid.UUID, worker: str, lease: float) -> Claim | None:
     """Take a lease on the unit. None: it is taken, ended, cancelled, or not due yet."""
-    return _claimed(CLAIM_UNIT(session, str(unit_id), worker, lease).first())
+    return _claimed(session, CLAIM_UNIT(session, str(unit_id), worker, lease).first())
 
 
 def claim_next(session: Session, lane: Lane, worker: str, lease: float) -> Claim | None:
     """Take a lease on the next unit reserved for the lane's busy workers (see `jobs/queue/dispatch.py`)."""
-    return _claimed(CLAIM_NEXT(session, str(lane), worker, lease).first())
+    return _claimed(session, CLAIM_NEXT(session, str(lane), worker, lease).first())
 
 
-def _claimed(row: Any) -> Claim | None:
+def _claimed(session: Session, row: Any) -> Claim | None:
     if row is None:
         return None
     ids = uuid.UUID(str(row.id)), uuid.UUID(str(row.job_id))
     kind = JobKind(row.kind)
+    if row.has_webhooks:
+        webhooks.emit_job(session, row.tenant_id, ids[1], kind, JobState.RUNNING)
     return Claim(*ids, row.tenant_id, kind, row.attempt, row.fence, row.worker, row.explains, row.ordinal)
 
 

@@ -10,7 +10,9 @@ from sqlalchemy.orm import Session
 
 from jobs.db import NOW
 from jobs.errors import JobNotFound, QueueFull, QuotaExceeded, WeightsMissing, WrongState
+from jobs.events import webhooks
 from jobs.events.job_events import record, wake_dispatcher
+from jobs.events.webhooks import Receiver
 from jobs.queue import kept, processes
 from jobs.queue.completion import finish_job_if_done
 from jobs.queue.leases import with_job_lock
@@ -49,6 +51,7 @@ class NewJob:
     retry_of: uuid.UUID | None = None
     reproduction_of: uuid.UUID | None = None
     warnings: Sequence[Json] = ()
+    receiver: Receiver | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def submit(
     _insert_results(session, job, scans, {o: u["id"] for u, part in zip(units, parts, strict=True) for o in part})
     record(session, job.id, job.tenant_id, "submitted", {"kind": job.kind, "total": job.total})
     _add_load(session, job, quota)
+    if new.receiver is not None:
+        webhooks.attach(session, job.tenant_id, job.id, new.receiver)
     finish_job_if_done(session, job.id)  # a batch in which every scan failed already is finished
     wake_dispatcher(session, str(job.id))
     session.refresh(job)
@@ -166,7 +171,7 @@ def retry(session: Session, tenant_id: str, job_id: uuid.UUID, chunk: int = 128,
     if old.kind in PREDICTIONS and not scans:
         detail = "None of this job's failed scans is stored: upload them again with a new job."
         raise WrongState(detail)
-    job = submit(session, _retry_of(old), scans, chunk, quota)
+    job = submit(session, _retry_of(session, old), scans, chunk, quota)
     if old.kind == JobKind.INGEST:
         _move_dataset_check(session, old, job)
     return job
@@ -197,11 +202,11 @@ def _move_dataset_check(session: Session, old: Job, new: Job) -> None:
         raise WrongState("This dataset was checked to the end. GET /datasets/ID says what to mend; upload it anew.")
 
 
-def _retry_of(old: Job) -> NewJob:
-    own = ("metadata", "idempotency_key", "retry_of", "warnings")
+def _retry_of(session: Session, old: Job) -> NewJob:
+    own = ("metadata", "idempotency_key", "retry_of", "warnings", "receiver")
     copied: Json = {field.name: getattr(old, field.name) for field in fields(NewJob) if field.name not in own}
     copied |= {"kind": JobKind(old.kind), "lane": Lane(old.lane)}
-    return NewJob(**copied, metadata=old.labels, retry_of=old.id)
+    return NewJob(**copied, metadata=old.labels, retry_of=old.id, receiver=webhooks.receiver_of(session, old.id))
 
 
 def _unsuccessful_scans(session: Session, old: Job) -> list[NewResult]:
@@ -277,7 +282,7 @@ def _require_weights(session: Session, new: NewJob) -> None:
 
 def _new_job(new: NewJob, total: int) -> Job:
     given = {**vars(new), "params": new.params or {}, "labels": new.metadata or {}, "warnings": list(new.warnings)}
-    del given["metadata"]  # SQLAlchemy has an attribute of this name
+    del given["metadata"], given["receiver"]  # SQLAlchemy has an attribute of the first name; no column of the other
     return Job(id=new_id(), total=total, **given)
 
 

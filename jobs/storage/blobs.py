@@ -76,6 +76,10 @@ class BlobStore:
         """Whether the blob is stored."""
         return bool(self._fs.exists(self._key(sha256)))
 
+    def holds(self, sha256: str) -> bool:
+        """Whether `open` and `fetch` find the blob: also one that was set aside."""
+        return self.exists(sha256) or bool(self._fs.exists(self._aside(sha256)))
+
     def fetch(self, sha256: str, folder: Path) -> Path:
         """A local file with the blob's content: the stored file itself if local, otherwise a copy in `folder`."""
         if self._local is not None:

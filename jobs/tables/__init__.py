@@ -35,7 +35,7 @@ from jobs.tables.process import Process
 from jobs.tables.result import NOT_SUCCEEDED, ScanResult
 from jobs.tables.scan import Scan, Upload
 from jobs.tables.unit import Unit
-from jobs.tables.webhook import Delivery, DeliveryState, Webhook
+from jobs.tables.webhook import Delivery, DeliveryState, JobWebhook, Webhook
 
 __all__ = [
     "IS_CANCELLING",
@@ -54,6 +54,7 @@ __all__ = [
     "Job",
     "JobCount",
     "JobEvent",
+    "JobWebhook",
     "Json",
     "ModelEvaluation",
     "ModelVersion",

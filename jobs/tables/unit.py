@@ -6,6 +6,7 @@ import uuid
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -83,4 +84,7 @@ class Unit(Base):
     progress_at: Mapped[dt.datetime | None] = optional_time()
     yield_requested_at: Mapped[dt.datetime | None] = optional_time()  # set when other work should have this worker
     finished_at: Mapped[dt.datetime | None] = optional_time()
+    done: Mapped[int | None] = mapped_column(Integer)  # its scans that the attempt that runs has computed
+    warmup_seconds: Mapped[float | None] = mapped_column(Double)  # of an attempt, until its network was loaded
+    expected_at: Mapped[dt.datetime | None] = optional_time()  # when the attempt that runs will end, by its worker
     error: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml.spec import image_compat
 from ml.spec.image import Params
+from ml.spec.image_shortages import shortages
 from ml.spec.junk_files import PATIENT_LIST
 from ml.spec.pipeline import IMAGE, Bound, Card, Gate, Inputs, PipelineSpec, Stage, StoredParams
 
@@ -131,6 +132,7 @@ SPEC = PipelineSpec(
         architecture=image_compat.network,
     ),
     renamed_params=image_compat.RENAMED,
+    shortages=shortages,
     packages=("torch", "torchvision", "openvino", "numpy", "pillow", "pydicom", "scikit-learn"),
 )
 

@@ -8,7 +8,7 @@ only workers and their children import it (see `ml.pipelines`).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import IO, Any, NamedTuple
 
@@ -135,6 +135,20 @@ class Card(_Declaration):
     rows: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda details: {"Classes": ", ".join(details["classes"])}
 
 
+class DatasetFacts(NamedTuple):
+    """What a training's request is checked against: items by class, and the `inspection` of the dataset's check, which
+    is the pipeline's own. `tested_on`: items by class of the dataset that is locked for testing, if there is one."""
+
+    classes: Mapping[str, int]
+    inspection: Mapping[str, Any] = {}
+    tested_on: Mapping[str, int] | None = None
+
+
+Shortages = Callable[[Any, DatasetFacts], Iterable[tuple[str, str]]]
+"""(valid parameters, dataset) → pairs of a field (one of the parameters, or `test_dataset_id`) and a sentence: what the
+dataset is certain to be too thin for, and what to do."""
+
+
 FILE = "file:"
 """How the names of a site's own files begin among readable weights: clients are not told which files there are."""
 
@@ -168,6 +182,7 @@ class PipelineSpec(_Declaration):
     `runtime`: "module:attribute" of its `ml.pipelines.Pipeline`. `tasks`: which of train, predict and explain it does.
     `public_artifacts`: files that hold neither items nor names of files, so that MLflow may show them. `phases`: values
     of an epoch's `phase`, in order. `packages`: distributions whose versions decide a model's numbers.
+    `shortages`: what of a training's request a dataset does not suffice for, found out when it is submitted.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
@@ -186,6 +201,7 @@ class PipelineSpec(_Declaration):
     packages: tuple[str, ...] = ()
     stored: StoredParams = StoredParams()
     renamed_params: Mapping[str, str] = {}
+    shortages: Shortages = lambda params, dataset: ()
 
     def progress(self, stage: str, fraction: float) -> float:
         """The job's progress, 0 to just below 1, at a fraction of a stage."""

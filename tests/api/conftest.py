@@ -77,12 +77,13 @@ def stranger(door: Door) -> FlaskClient:
 
 
 @pytest.fixture
-def champion(sessions: Sessions) -> ModelVersion:
+def champion(sessions: Sessions, settings: Settings) -> ModelVersion:
     """A champion, made by a training."""
+    builders.store_weights(settings)
     with sessions.begin() as session:
         job = builders.make_job(session)
         held = builders.claim(session, builders.units_of(session, job)[0])
-        new = NewModel("a" * 64, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
+        new = NewModel(builders.WEIGHTS, ["Normal", "Tumor"], {"epochs": 2}, builders.SCORES, "d" * 64, "abc123")
         made = promotion.register(session, held, new, GatePolicy())
         lifecycle.succeed(session, held, metrics={"accuracy": 0.97, "f1": 0.97})
     return made

@@ -1,14 +1,17 @@
 """Webhooks as their owner sees them."""
 
+import base64
+import uuid
+
 import pytest
 from flask.testing import FlaskClient
 
 from jobs.db import Sessions
 from jobs.events import deliveries, webhooks
 from jobs.events.deliveries import Attempt
-from jobs.events.webhooks import EventType
+from jobs.events.webhooks import EventType, Receiver
 from tests import builders
-from tests.api.conftest import Door
+from tests.api.conftest import Door, file, png
 from tests.api.test_errors import assert_problem
 
 URL = "https://ris.example/hook?token=7"
@@ -41,6 +44,62 @@ def test_a_webhook_hears_of_everything_unless_it_names_events_and_shows_its_secr
     assert (shown.status_code, shown.get_json()) == (200, body)
 
 
+def test_a_webhook_may_ask_for_some_kinds_of_jobs(client: FlaskClient) -> None:
+    made = client.post("/webhooks", json={"url": URL, "kinds": ["train", "ingest"]}).get_json()
+    assert made["kinds"] == client.get(f"/webhooks/{made['id']}").get_json()["kinds"] == ["train", "ingest"]
+
+
+# --- the webhook of a single job ---
+
+SECRET = "whsec_" + "c2VjcmV0" * 4
+TRAIN = {"source_url": "https://example.org/ct.zip"}
+
+
+@pytest.mark.parametrize("kind", ["train", "predict", "batch", "manifest"])
+def test_every_submission_may_name_one(client: FlaskClient, sessions: Sessions, champion: object, kind: str) -> None:
+    own = {"webhook": URL, "webhook_events": ["job.started", "job.failed"], "webhook_secret": SECRET}
+    submitted = {
+        "train": lambda: client.post("/jobs/train", json={**TRAIN, **own}),
+        "predict": lambda: client.post("/jobs/predict", data={"file": file(png()), **own}),
+        "batch": lambda: client.post("/jobs/predict/batch", data={"files": [file(png())], **own}),
+        "manifest": lambda: client.post(
+            "/jobs/predict/batch", query_string=own, data=b"scan_id\n" + scan(sessions), content_type="text/csv"
+        ),
+    }
+    answer = submitted[kind]()
+    assert answer.status_code == 202, answer.get_json()
+    with sessions() as session:
+        found = webhooks.receiver_of(session, uuid.UUID(answer.get_json()["id"]))
+    assert found == Receiver(URL, SECRET, ["job.started", "job.failed"])
+    assert client.get("/webhooks").get_json()["data"] == []
+
+
+def scan(sessions: Sessions) -> bytes:
+    with sessions.begin() as session:
+        return str(builders.make_scan(session).id).encode()
+
+
+@pytest.mark.parametrize(
+    ("own", "pointer"),
+    [
+        ({"webhook": "http://127.0.0.1/"}, "/webhook"),
+        ({"webhook": "http://169.254.169.254/latest"}, "/webhook"),
+        ({"webhook": "https://me:secret@ris.example/"}, "/webhook"),
+        ({"webhook": URL, "webhook_events": ["model.created"]}, "/webhook_events/0"),
+        ({"webhook": URL, "webhook_secret": "whsec_short"}, "/webhook_secret"),
+        ({"webhook_events": ["job.failed"]}, "/webhook_events"),
+        ({"webhook_secret": SECRET}, "/webhook_secret"),
+    ],
+)
+def test_an_address_that_no_webhook_may_have_is_refused_with_the_job(
+    client: FlaskClient, champion: object, own: dict, pointer: str
+) -> None:
+    for path, body in (("train", TRAIN), ("predict", {"image": base64.b64encode(png()).decode()})):
+        problem = assert_problem(client.post(f"/jobs/{path}", json={**body, **own}), 422)
+        assert [error["pointer"] for error in problem["errors"]] == [pointer]
+    assert client.get("/jobs?state=queued").get_json()["data"] == []
+
+
 def test_sent_again_with_its_key_it_is_the_same_webhook_without_the_secret(client: FlaskClient) -> None:
     first, again = (
         client.post("/webhooks", json={"url": URL}, headers={"Idempotency-Key": "w"}).get_json() for _ in range(2)
@@ -61,7 +120,9 @@ def test_sent_again_with_its_key_it_is_the_same_webhook_without_the_secret(clien
         ({"url": "http://[::ffff:10.0.0.1]/"}, "/url"),
         ({"url": "http://localhost:9000/"}, "/url"),
         ({"url": URL, "events": []}, "/events"),
-        ({"url": URL, "events": ["job.started"]}, "/events/0"),
+        ({"url": URL, "events": ["job.finished"]}, "/events/0"),
+        ({"url": URL, "kinds": []}, "/kinds"),
+        ({"url": URL, "kinds": ["explain"]}, "/kinds/0"),
     ],
 )
 def test_what_cannot_be_a_webhook_is_422(client: FlaskClient, body: dict, pointer: str) -> None:

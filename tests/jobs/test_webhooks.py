@@ -4,21 +4,22 @@ import datetime as dt
 import threading
 import uuid
 from collections.abc import Collection
+from dataclasses import replace
 
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
 
 from jobs.db import Sessions
-from jobs.errors import TooManyWebhooks
+from jobs.errors import TooManyWebhooks, WebhookNotFound
 from jobs.events import deliveries, webhooks
 from jobs.events.deliveries import Attempt, DueDelivery
-from jobs.events.webhooks import EventType
+from jobs.events.webhooks import EventType, Receiver
 from jobs.models import promotion
 from jobs.models.gate import GatePolicy
 from jobs.models.registry import NewModel
 from jobs.paging import Page
-from jobs.queue import lifecycle
+from jobs.queue import lifecycle, submission
 from jobs.states import TERMINAL, JobKind, JobState
 from jobs.tables import Delivery, Job, Webhook, new_id
 from tests import builders
@@ -57,7 +58,8 @@ def test_job_end_emits_one_event_with_ids_and_states(sessions: Sessions, state: 
         make_webhook(session)
         job = builders.make_job(session, JobKind.PREDICT, state, scans=1, metadata={"patient": "Erika"})
         data = {"job_id": str(job.id), "kind": "predict", "state": str(state)}
-        assert delivered(session) == [(f"job.{state}", f"job_{job.id}_{state}", data)]
+        ends = [row for row in delivered(session) if row[0] != "job.started"]
+        assert ends == [(f"job.{state}", f"job_{job.id}_{state}", data)]
 
 
 def test_partially_succeeded_batch_emits_its_event(sessions: Sessions) -> None:
@@ -66,11 +68,94 @@ def test_partially_succeeded_batch_emits_its_event(sessions: Sessions) -> None:
         job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=2)
         held = builders.claim(session, builders.units_of(session, job)[0])
         lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held, failed=1))
-        assert [type_ for type_, _, _ in delivered(session)] == ["job.partially_succeeded"]
+        assert [type_ for type_, _, _ in delivered(session)] == ["job.started", "job.partially_succeeded"]
 
 
 def test_every_terminal_state_has_an_event_type() -> None:
-    assert {f"job.{state}" for state in TERMINAL} == {event for event in EventType if event.startswith("job.")}
+    assert {f"job.{state}" for state in TERMINAL} == set(webhooks.JOB_ENDS)
+    assert set(webhooks.JOB_EVENTS) - set(webhooks.JOB_ENDS) == {EventType.JOB_STARTED, EventType.JOB_PROGRESS}
+
+
+def test_a_started_job_emits_one_event_however_often_it_is_claimed(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        make_webhook(session, EventType.JOB_STARTED)
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=20)
+        first, second = builders.units_of(session, job)
+        lifecycle.requeue(session, builders.claim(session, first), "DRAINED")
+        builders.claim(session, second)
+        builders.claim(session, first)
+        data = {"job_id": str(job.id), "kind": "predict_batch", "state": "running"}
+        assert delivered(session) == [("job.started", f"job_{job.id}_started", data)]
+
+
+def test_a_webhook_of_some_kinds_hears_of_those_jobs_and_of_models(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        webhooks.create(session, TENANT, URL, list(EventType), [JobKind.PREDICT, JobKind.PREDICT])
+        for kind in (JobKind.INGEST, JobKind.PREDICT):
+            builders.make_job(session, kind, JobState.FAILED, scans=int(kind == JobKind.PREDICT))
+        webhooks.emit(session, TENANT, "drift", EventType.MODEL_DRIFTED, {})
+        found = [(type_, data.get("kind")) for type_, _, data in delivered(session)]
+    assert found == [("job.started", "predict"), ("job.failed", "predict"), ("model.drifted", None)]
+
+
+# --- a job's own receiver ---
+
+OWN = Receiver("https://ris.example/jobs/7", "whsec_own")
+
+
+def own_of(session: Session) -> list[Webhook]:
+    return list(session.scalars(select(Webhook).where(Webhook.of_jobs)))
+
+
+def test_a_job_tells_the_receiver_that_it_names_and_no_other_job_does(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job_id = str(builders.make_job(session, JobKind.INGEST, JobState.FAILED, receiver=OWN).id)
+        builders.make_job(session, JobKind.INGEST, JobState.FAILED)
+        assert [type_ for type_, *_ in delivered(session)] == ["job.failed"]
+    with sessions.begin() as session:
+        due = claimed(session)
+        assert (due.url, due.secret, due.data["job_id"]) == (OWN.url, OWN.secret, job_id)
+        assert webhooks.list_webhooks(session, TENANT) == []
+        with pytest.raises(WebhookNotFound):
+            webhooks.get(session, TENANT, due.webhook_id)
+
+
+def test_jobs_with_the_same_receiver_share_a_webhook_and_a_retry_keeps_it(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        started = replace(OWN, events=[EventType.JOB_STARTED])
+        old = builders.make_job(session, JobKind.TRAIN, JobState.FAILED, receiver=started)
+        builders.make_job(session, JobKind.INGEST, receiver=OWN)
+        builders.make_job(session, JobKind.INGEST, receiver=replace(OWN, secret=""))
+        again = submission.retry(session, TENANT, old.id)
+        assert webhooks.receiver_of(session, again.id) == started
+        assert len(own_of(session)) == 2
+
+
+def test_a_receiver_that_had_unsubscribed_hears_of_the_next_job_that_names_it(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        builders.make_job(session, JobKind.INGEST, JobState.FAILED, receiver=OWN)
+    with sessions.begin() as session:
+        deliveries.record_attempt(session, claimed(session), Attempt(410, "gone"), RETRIES)
+        builders.make_job(session, JobKind.INGEST, JobState.FAILED, receiver=OWN)
+    with sessions.begin() as session:
+        assert deliveries.claim(session, 60, [], []) is not None
+
+
+def test_receivers_do_not_count_among_webhooks_and_go_when_nothing_refers_to_them(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        jobs = [
+            builders.make_job(session, JobKind.INGEST, receiver=replace(OWN, url=f"{OWN.url}/{number}"))
+            for number in range(webhooks.MAX_WEBHOOKS + 1)
+        ]
+        make_webhook(session)
+        webhooks.prune(session, days=0)
+        assert len(own_of(session)) == len(jobs)
+        session.execute(delete(Job).where(Job.id != jobs[0].id))
+        webhooks.prune(session, days=1)
+        assert len(own_of(session)) == len(jobs)
+        webhooks.prune(session, days=0)
+        assert [webhook.url for webhook in own_of(session)] == [f"{OWN.url}/0"]
+        assert len(webhooks.list_webhooks(session, TENANT)) == 1
 
 
 def test_webhook_receives_its_events_of_its_own_tenant(sessions: Sessions) -> None:

@@ -1,6 +1,7 @@
 """Webhooks on their way, to real receivers that behave well and badly."""
 
 import datetime as dt
+import json
 import socket
 import ssl
 import threading
@@ -24,10 +25,13 @@ from sqlalchemy.exc import OperationalError
 from jobs.addresses import DEFAULT_PORTS
 from jobs.db import Sessions
 from jobs.events import deliveries, webhooks
+from jobs.events.progress import emit_progress
 from jobs.events.webhooks import EventType
+from jobs.events.webhooks import Receiver as JobReceiver
 from jobs.queue import lifecycle
+from jobs.queue.submission import NewJob, NewResult, submit
 from jobs.settings import Settings
-from jobs.states import JobKind
+from jobs.states import JobKind, JobState, Lane
 from jobs.tables import Delivery, Webhook
 from tests import builders
 from tests.builders import TENANT
@@ -90,7 +94,8 @@ def test_an_ended_prediction_tells_how_many_studies_have_which_disposition(
     sessions: Sessions, settings: Settings, receiver: Receiver
 ) -> None:
     """Two slices of one study, one of another; no UID leaves the house."""
-    webhook = subscribe(sessions, receiver.url)
+    with sessions.begin() as session:
+        webhook = webhooks.create(session, TENANT, receiver.url, [EventType.JOB_SUCCEEDED])
     with sessions.begin() as session:
         job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=3)
         (unit,) = builders.units_of(session, job)
@@ -102,7 +107,80 @@ def test_an_ended_prediction_tells_how_many_studies_have_which_disposition(
     with sending_webhooks(allowing(settings, receiver)):
         (received,) = receiver.first()
     data = received.verified(webhook.secret)["data"]
-    assert data == {"job_id": str(job.id), "kind": "predict_batch", "state": "succeeded", "studies": {"tumor": 2}}
+    assert (data["job_id"], data["state"], data["studies"]) == (str(job.id), "succeeded", {"tumor": 2})
+
+
+def test_the_body_has_what_the_client_calls_its_job_and_where_to_go_on_and_no_file_name(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    webhook = subscribe(sessions, receiver.url)
+    with sessions.begin() as session:
+        own = [NewResult(builders.make_scan(session).id, name="DOE^JANE.dcm", custom_id="order-7")]
+        new = NewJob(TENANT, JobKind.PREDICT, Lane.URGENT, name="ward 3", metadata={"study": 7})
+        job = submit(session, new, own)
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held))
+    with sending_webhooks(allowing(settings, receiver)):
+        started, ended_ = sorted(
+            (received.verified(webhook.secret) for received in receiver.first(2)), key=lambda event: event["timestamp"]
+        )
+    assert (started["type"], ended_["type"]) == ("job.started", "job.succeeded")
+    for event in (started, ended_):
+        data = event["data"]
+        assert (data["name"], data["metadata"], data["custom_id"]) == ("ward 3", {"study": 7}, "order-7")
+        assert data["links"]["self"] == f"/v1/jobs/{job.id}"
+        assert data["links"]["results"] == f"/v1/jobs/{job.id}/results"
+    assert b"DOE" not in b"".join(received.body for received in receiver.received)
+    with sessions() as session:
+        kept = json.dumps(session.scalars(select(Delivery.data)).all())
+    assert not [word for word in ("order-7", "ward 3", "study") if word in kept], "only ids are kept with a delivery"
+
+
+def test_progress_is_that_of_the_moment_and_none_is_sent_of_an_ended_job(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    with sessions.begin() as session:
+        webhooks.create(session, TENANT, receiver.url, [EventType.JOB_PROGRESS])
+        jobs = [builders.make_job(session) for _ in range(2)]
+        held = [builders.claim(session, builders.units_of(session, job)[0]) for job in jobs]
+        for one in held:
+            lifecycle.report(session, one, progress=0.2, seconds_left=60)
+        emit_progress(session)
+        lifecycle.report(session, held[0], progress=0.5, seconds_left=30)
+        lifecycle.fail(session, held[1], builders.BROKEN)
+        running, failed = (one.job_id for one in held)
+    with sending_webhooks(allowing(settings, receiver)):
+        rows = {row.job_id: row for row in ended(sessions, 2)}
+    (received,) = receiver.received
+    data = json.loads(received.body)["data"]
+    assert (data["job_id"], data["progress"], data["state"]) == (str(running), 0.5, "running")
+    assert 25 < data["eta_seconds"] <= 30
+    late = rows[failed]
+    assert (late.state, late.attempts, late.status) == ("failed", 1, None)
+    assert "has ended" in str(late.error)
+
+
+def test_a_failed_progress_is_not_sent_again(sessions: Sessions, settings: Settings) -> None:
+    with receiving(500) as failing, sessions.begin() as session:
+        webhooks.create(session, TENANT, failing.url, [EventType.JOB_PROGRESS])
+        held = builders.claim(session, builders.units_of(session, builders.make_job(session))[0])
+        lifecycle.report(session, held, progress=0.2)
+        emit_progress(session)
+        session.commit()
+        with sending_webhooks(allowing(settings, failing)):
+            (row,) = ended(sessions)
+    assert (row.state, row.attempts) == ("failed", 1)
+
+
+def test_a_receiver_of_a_job_without_a_secret_gets_no_signature(
+    sessions: Sessions, settings: Settings, receiver: Receiver
+) -> None:
+    with sessions.begin() as session:
+        builders.make_job(session, JobKind.INGEST, JobState.FAILED, receiver=JobReceiver(receiver.url))
+    with sending_webhooks(allowing(settings, receiver)):
+        (received,) = receiver.first()
+    assert "webhook-signature" not in received.headers
+    assert received.event_id.endswith("_failed")
 
 
 def test_deliveries_due_before_the_start_are_sent_and_awaited_at_the_end(

@@ -27,7 +27,7 @@ from jobs.queue import dispatch, lifecycle, pace, processes
 from jobs.queue.dispatch import QueueReader
 from jobs.settings import Settings
 from jobs.states import Lane
-from worker.app import TASK_OF, publish_unit
+from worker.app import TASK_OF, publish_unit, shown_as
 from worker.dispatcher.leadership import PlanningConnection, planning_connection
 from worker.dispatcher.maintenance import BROKER_ERRORS, TRACKING, Maintenance
 from worker.dispatcher.scheduler import FairScheduler, Plan
@@ -36,7 +36,7 @@ from worker.dispatcher.webhook_sender import sending_webhooks
 
 log = structlog.get_logger()
 
-Publish = Callable[[str, Lane, str], None]
+Publish = Callable[[str, Lane, str, str, str], None]
 Begin = Callable[[], AbstractContextManager[Session]]
 BATCHING_SECONDS = 0.02
 """While no worker is idle, notifications of so many seconds are answered by one snapshot."""
@@ -190,7 +190,8 @@ class Dispatcher:
 
     def _published(self, unit: dispatch.WaitingUnit) -> bool:
         try:
-            self._publish(TASK_OF[unit.kind], unit.lane, str(unit.unit_id))
+            shown = shown_as(unit.kind, unit.explains)
+            self._publish(TASK_OF[unit.kind], unit.lane, str(unit.unit_id), str(unit.job_id), shown)
         except BROKER_ERRORS as error:
             log.warning("broker_unreachable", error=type(error).__name__)
             return False

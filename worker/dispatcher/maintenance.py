@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from jobs import idempotency
 from jobs.datasets import catalog
 from jobs.db import Sessions
-from jobs.events import deliveries
+from jobs.events import deliveries, progress, webhooks
 from jobs.events.job_events import CANCELLATION
 from jobs.models import deletion as model_deletion
 from jobs.models import drift
@@ -33,6 +33,8 @@ REAPED_AT_ONCE = 50
 PRUNE_SECONDS = 600.0
 CANCEL_SECONDS = 5.0
 """How often units of cancelled jobs are searched for, if no notification says that there are some (s)."""
+PROGRESS_SECONDS = 1.0
+"""How often is looked for progress that webhooks are to hear of (s)."""
 BROKER_ERRORS = (BrokerError, RedisError, OSError)
 TRACKING = "tracking"
 
@@ -59,6 +61,7 @@ class Maintenance:
         services = [
             Service("prune_keys", PRUNE_SECONDS, self._in_transaction(self._prune_keys)),
             Service("prune_deliveries", PRUNE_SECONDS, self._in_transaction(self._prune_deliveries)),
+            Service("progress", PROGRESS_SECONDS, self._in_transaction(progress.emit_progress)),
             Service("prune_processes", PRUNE_SECONDS, self._in_transaction(_once(processes.prune))),
             Service("prune_loads", PRUNE_SECONDS, self._in_transaction(_once(submission.prune_loads))),
             Service("delete_models", PRUNE_SECONDS, self._in_transaction(self._delete_models)),
@@ -99,7 +102,9 @@ class Maintenance:
         return idempotency.prune(session, self._settings.idempotency_hours) == idempotency.PRUNED_AT_ONCE
 
     def _prune_deliveries(self, session: Session) -> bool:
-        return deliveries.prune(session, self._settings.delivery_days) == deliveries.PRUNED_AT_ONCE
+        more = deliveries.prune(session, self._settings.delivery_days) == deliveries.PRUNED_AT_ONCE
+        webhooks.prune(session, self._settings.delivery_days)
+        return more
 
     def _delete_models(self, session: Session) -> bool:
         days = self._settings.model_days

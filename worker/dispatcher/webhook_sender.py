@@ -17,14 +17,11 @@ import structlog
 from standardwebhooks import Webhook
 
 from jobs.db import listening, session_factory
-from jobs.errors import RenalQError
 from jobs.events import deliveries
 from jobs.events.deliveries import Attempt, DueDelivery
-from jobs.events.webhooks import DELIVERIES_CHANNEL
-from jobs.results import queries, studies
+from jobs.events.webhooks import DELIVERIES_CHANNEL, EventType
 from jobs.settings import Settings
-from jobs.states import PREDICTIONS
-from jobs.tables import Json
+from worker.dispatcher import webhook_body
 from worker.dispatcher.webhook_client import DeliveryFailed, post
 
 log = structlog.get_logger()
@@ -99,8 +96,10 @@ class WebhookSender:
     def _send(self, due: DueDelivery) -> None:
         attempt = self._attempt(due)
         try:
+            # Progress is not repeated: what is sent next is newer.
+            retries = () if due.type == EventType.JOB_PROGRESS else self._settings.webhook_retries
             with self._sessions.begin() as session:
-                deliveries.record_attempt(session, due, attempt, self._settings.webhook_retries)
+                deliveries.record_attempt(session, due, attempt, retries)
                 # Before the commit, whose NOTIFY announces the next one. Until then a disabled webhook's row is locked.
                 del self._busy[due.webhook_id]
         except Exception as error:  # it is sent again when the claim expires
@@ -110,31 +109,20 @@ class WebhookSender:
     def _attempt(self, due: DueDelivery) -> Attempt:
         """Send it. Neither the URL, which may contain a password, nor the response is logged."""
         try:
-            body, headers = signed_request(replace(due, data=due.data | self._studies(due)))
+            with self._sessions.begin() as session:
+                told = webhook_body.details(session, due, self._settings)
+            body, headers = signed_request(replace(due, data=due.data | told))
             status = post(due.url, body, headers, self._settings)
-        except DeliveryFailed as error:
+        except (DeliveryFailed, webhook_body.Outdated) as error:
             return Attempt(None, str(error))
         except Exception as error:  # a bug must neither end the thread nor block the webhook
             log.error("webhook_not_sent", delivery=str(due.id), error=type(error).__name__)
             return Attempt(None, f"It could not be sent ({type(error).__name__}).")
         return Attempt(status, None if 200 <= status < 300 else status_error(status))
 
-    def _studies(self, due: DueDelivery) -> Json:
-        """How many studies of an ended prediction have which disposition; nothing where there are no results, or too
-        many. No UID is sent: the receiver asks GET /jobs/ID/studies."""
-        if due.data.get("kind") not in PREDICTIONS:
-            return {}
-        try:
-            with self._sessions.begin() as session:
-                view = queries.job(session, due.tenant_id, uuid.UUID(due.data["job_id"]))
-                found = studies.dispositions(session, view, self._settings)
-        except RenalQError:
-            return {}
-        return {} if found is None else {"studies": found}
-
 
 def signed_request(due: DueDelivery) -> tuple[bytes, dict[str, str]]:
-    """The body, and the headers of Standard Webhooks."""
+    """The body, and the headers of Standard Webhooks; without a secret no signature."""
     time_of_event = due.created_at.isoformat().replace("+00:00", "Z")
     body = json.dumps({"type": due.type, "timestamp": time_of_event, "data": due.data})
     headers = {
@@ -143,8 +131,9 @@ def signed_request(due: DueDelivery) -> tuple[bytes, dict[str, str]]:
         "Connection": "close",
         "webhook-id": due.event_id,
         "webhook-timestamp": str(int(due.now.timestamp())),
-        "webhook-signature": Webhook(due.secret).sign(due.event_id, due.now, body),
     }
+    if due.secret:
+        headers["webhook-signature"] = Webhook(due.secret).sign(due.event_id, due.now, body)
     return body.encode(), headers
 
 

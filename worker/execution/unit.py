@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from jobs.queue import lifecycle
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.outcomes import ScanOutcome
+from jobs.states import UnitState
 from jobs.tables import Json
 from ml.runtime.errors import PipelineError
 from worker.execution.resources import Resources
@@ -48,17 +50,30 @@ class WorkFailed(Exception):
         self.error: Json = {"code": code, "detail": detail, "retryable": retryable}
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a unit left its worker, for Celery and Flower. Not only failures have a `code`: so does whatever sends the
+    unit back to the queue. `FAILED` also of a unit that was written as done, but gave no result at all."""
+
+    state: UnitState = UnitState.SUCCEEDED
+    code: str = ""
+
+
 class UnitLease:
     """A unit under lease. A thread sends its heartbeats; `check()` raises as soon as the work should stop.
 
     `outcomes` are the finished scans: they are written with the unit's end, however it ends. `next_claim` is the unit
-    that was claimed in the transaction that ended this one, if `claim_next` found one.
+    that was claimed in the transaction that ended this one, if `claim_next` found one. `ended` says how it ended.
     """
 
     def __init__(self, claim: Claim, resources: Resources, claim_next: Claiming | None = None) -> None:
         self.claim = claim
         self.resources = resources
         self.next_claim: Claim | None = None
+        self.ended = Ended(UnitState.QUEUED, "DATABASE_LOST")
+        self.warmup_seconds: float | None = None
+        """From the claim until the network was loaded; None: it was loaded before, or is not yet."""
+        self.claimed_at = time.monotonic()
         self.is_over = False
         """Whether the unit's success is committed: it needs no heartbeat any more."""
         self._claim_next = claim_next or _no_claim
@@ -124,14 +139,19 @@ class UnitLease:
                 self.check()
             time.sleep(0.2)
 
-    def finish(self, action: Callable[[Session], object], claim_next: bool = True) -> None:
-        """End the unit and claim the next one in one transaction: commits are the main cost of short units."""
+    def finish(self, action: Callable[[Session], Ended | None], claim_next: bool = True) -> None:
+        """End the unit and claim the next one in one transaction: commits are the main cost of short units.
 
-        def end_and_claim(session: Session) -> Claim | None:
-            action(session)
-            return self._claim_next(session) if claim_next else None
+        `action` ends the unit, and returns how if it did not succeed. Then no other is claimed: Celery's task ends with
+        this one, and has its state.
+        """
 
-        self.next_claim = self.in_transaction(end_and_claim, ignore_interrupts=True)
+        def end_and_claim(session: Session) -> tuple[Ended, Claim | None]:
+            ended = action(session) or Ended()
+            succeeded = ended.state == UnitState.SUCCEEDED
+            return ended, self._claim_next(session) if claim_next and succeeded else None
+
+        self.ended, self.next_claim = self.in_transaction(end_and_claim, ignore_interrupts=True)
         self.is_over = True
 
     def workspace(self) -> AbstractContextManager[Path]:
@@ -142,8 +162,9 @@ class UnitLease:
         """Write the state for an exception. If Postgres stays away, the lease expires and the unit is reaped."""
         reason = self._interrupted or error
         try:
-            self.in_transaction(lambda session: _write_end(session, self, reason), ignore_interrupts=True)
+            self.ended = self.in_transaction(lambda session: _write_end(session, self, reason), ignore_interrupts=True)
         except LeaseLost:
+            self.ended = Ended(UnitState.QUEUED, LeaseLost.code)
             log.warning("lease_lost")
         except SQLAlchemyError as unreachable:
             log.error("end_not_written", error=type(unreachable).__name__)
@@ -167,18 +188,22 @@ def is_away(error: SQLAlchemyError) -> bool:
     )
 
 
-def _write_end(session: Session, unit: UnitLease, reason: Exception) -> None:
+def _write_end(session: Session, unit: UnitLease, reason: Exception) -> Ended:
     done = list(unit.outcomes)
     if isinstance(reason, LeaseLost):
         raise reason
     if isinstance(reason, CancelRequested):
         lifecycle.confirm_cancel(session, unit.claim, done)
-    elif isinstance(reason, Draining | Yielding):
-        lifecycle.requeue(session, unit.claim, "DRAINED" if isinstance(reason, Draining) else "YIELDED", done)
-    else:
-        error = _error_of(reason)
-        log.error("unit_failed", code=error["code"], exc_info=reason if error["code"] == "INTERNAL" else None)
-        lifecycle.fail(session, unit.claim, error, RetryPolicy.of(unit.resources.settings), done)
+        return Ended(UnitState.CANCELLED, "CANCELLED")
+    if isinstance(reason, Draining | Yielding):
+        code = "DRAINED" if isinstance(reason, Draining) else "YIELDED"
+        lifecycle.requeue(session, unit.claim, code, done)
+        return Ended(UnitState.QUEUED, code)
+    error = _error_of(reason)
+    log.error("unit_failed", code=error["code"], exc_info=reason if error["code"] == "INTERNAL" else None)
+    return Ended(
+        lifecycle.fail(session, unit.claim, error, RetryPolicy.of(unit.resources.settings), done), error["code"]
+    )
 
 
 def _error_of(reason: Exception) -> Json:

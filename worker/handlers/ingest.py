@@ -9,7 +9,7 @@ from jobs.queue import lifecycle
 from jobs.tables import Dataset, Job, Json
 from ml.pipelines import DatasetCheck, Report, pipeline_of
 from ml.spec.registry import spec_of
-from worker.execution.unit import UnitLease, WorkFailed
+from worker.execution.unit import Ended, UnitLease, WorkFailed
 from worker.handlers.training_request import installed_spec
 
 REPORT_EVERY = 0.5
@@ -31,13 +31,13 @@ def check_upload(unit: UnitLease) -> None:
     unit.finish(lambda session: _write_verdict(session, unit, report))
 
 
-def _write_verdict(session: Session, unit: UnitLease, report: DatasetCheck) -> None:
+def _write_verdict(session: Session, unit: UnitLease, report: DatasetCheck) -> Ended | None:
     digest = None if report.problems else report.digest
     catalog.finish_check(session, unit.claim.job_id, report.classes, digest, list(report.problems), as_json(report))
     if report.problems:
-        lifecycle.fail(session, unit.claim, INVALID)
-    else:
-        lifecycle.succeed(session, unit.claim, metrics={"classes": report.classes, "images": report.items})
+        return Ended(lifecycle.fail(session, unit.claim, INVALID), INVALID["code"])
+    lifecycle.succeed(session, unit.claim, metrics={"classes": report.classes, "images": report.items})
+    return None
 
 
 def as_json(report: DatasetCheck) -> Json:

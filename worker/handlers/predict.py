@@ -17,10 +17,10 @@ from jobs.queue import explanations, lifecycle
 from jobs.queue.explanations import NamedBlob
 from jobs.queue.outcomes import ScanOutcome
 from jobs.results.cache import CachedResult, ScanFrame, cached_results
-from jobs.states import JobKind, ResultState
+from jobs.states import JobKind, ResultState, UnitState
 from jobs.tables import Job, Json, Scan, ScanResult
 from ml.pipelines import Pipeline, Predictor, pipeline_of
-from worker.execution.unit import UnitLease
+from worker.execution.unit import Ended, UnitLease
 from worker.handlers.explain import ExplanationRequest, explain_now
 from worker.handlers.outcomes import DispositionPolicy
 from worker.handlers.prediction_inputs import PinnedModel, ScanSource, pinned_model, scan_items, weights_errors
@@ -57,9 +57,13 @@ class Networks:
     def __init__(self) -> None:
         self._loaded: OrderedDict[tuple[str, str], Predictor] = OrderedDict()
 
+    def holds(self, sha256: str, options: Json) -> bool:
+        """Whether the model is loaded."""
+        return _key(sha256, options) in self._loaded
+
     def get(self, pipeline: Pipeline, sha256: str, options: Json, fetch: Callable[[str], Path]) -> Predictor:
         """The model; if it is not loaded yet, `fetch` returns its file."""
-        key = sha256, options.get("precision", "auto")
+        key = _key(sha256, options)
         if key not in self._loaded:
             while len(self._loaded) >= MAX_LOADED_NETWORKS:
                 self._loaded.popitem(last=False)
@@ -69,6 +73,10 @@ class Networks:
             log.info("network_loaded", sha256=sha256[:12], engine=loaded.engine.name, seconds=took)
         self._loaded.move_to_end(key)
         return self._loaded[key]
+
+
+def _key(sha256: str, options: Json) -> tuple[str, str]:
+    return sha256, options.get("precision", "auto")
 
 
 @cache
@@ -82,7 +90,9 @@ def predict_chunk(unit: UnitLease) -> None:
     chunk = unit.in_transaction(lambda session: _read_chunk(session, unit))
     started = time.monotonic()
     with unit.workspace() as folder:
+        was_loaded = networks().holds(chunk.model.sha256, chunk.options)
         predictor = _predictor(unit, chunk, folder)
+        unit.warmup_seconds = None if was_loaded else time.monotonic() - unit.claimed_at
         explains_now = bool(chunk.options.get("explain")) and _explains_now(unit)
         pipeline = pipeline_of(chunk.model.pipeline)
         scans = scan_items(unit.resources, pipeline, chunk.scans, folder, keep=explains_now)
@@ -93,14 +103,26 @@ def predict_chunk(unit: UnitLease) -> None:
         made = _explained(unit, chunk, scans, folder) if explains_now else []
     seconds = time.monotonic() - started
 
-    def end(session: Session) -> None:
+    def end(session: Session) -> Ended | None:
         later = bool(chunk.options.get("explain")) and not explains_now
         lifecycle.succeed(
-            session, unit.claim, outcomes=unit.outcomes, device_seconds=seconds, enqueue_explanations=later
+            session,
+            unit.claim,
+            outcomes=unit.outcomes,
+            device_seconds=seconds,
+            enqueue_explanations=later,
+            warmup_seconds=unit.warmup_seconds,
         )
         explanations.insert_artifacts(session, unit.claim, made)
+        return _without_results(unit.outcomes)
 
     unit.finish(end)
+
+
+def _without_results(outcomes: Sequence[ScanOutcome]) -> Ended | None:
+    """Of a chunk in which no scan has a result: failed, with the code of the first scan's error."""
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    return Ended(UnitState.FAILED, errors[0]["code"]) if errors and len(errors) == len(outcomes) else None
 
 
 def _explains_now(unit: UnitLease) -> bool:
@@ -162,7 +184,7 @@ def _outcomes(unit: UnitLease, chunk: Chunk, predictor: Predictor, scans: Sequen
     for prediction in predictor.predict([scan for scan, _ in left.values()]):
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            unit.report()
+            unit.report(done=len(unit.outcomes), warmup_seconds=unit.warmup_seconds)
         yield from _repeat(left[prediction.id][1], policy.from_prediction(prediction))
 
 

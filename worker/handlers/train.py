@@ -2,6 +2,7 @@
 
 import mimetypes
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from worker.tracking.runs import describe
 
 log = structlog.get_logger()
 
+END_SECONDS = 2.0
+"""What the end takes when the child is done: its files go into the store and to MLflow."""
+
 
 @dataclass
 class RunState:
@@ -44,19 +48,31 @@ class RunState:
     evaluated: events.Evaluated | None = None
     finished: events.Finished | None = None
     failed: events.Failed | None = None
+    begun_at: float = 0.0
+    """The job's progress when this attempt began: earlier ones may have got far."""
+    started: float = field(default_factory=time.monotonic)
+    is_timed: bool = False
+    """Whether the pipeline reckons its time. Then the shares that its stages have by the spec do not count."""
 
     @classmethod
     def of(cls, request: TrainingRequest) -> "RunState":
         """Before the first event: all stages wait."""
         waiting = {"state": "queued", "started_at": None, "finished_at": None}
         done = training_request.DOWNLOAD_SHARE if request.source else 0.0
-        return cls(request.spec, done, [{"name": stage.name, **waiting} for stage in request.spec.stages])
+        stages = [{"name": stage.name, **waiting} for stage in request.spec.stages]
+        return cls(request.spec, done, stages, begun_at=request.progress)
 
-    def progress(self, stage: str, fraction: float) -> float:
-        """The job's progress when so much of a stage is done."""
-        if stage == self.spec.stages[0].name:
-            fraction = self.done + (1 - self.done) * fraction
-        return self.spec.progress(stage, fraction)
+    def progress(self, stage: str, fraction: float, left: float | None = None) -> float | None:
+        """The job's progress when so much of a stage is done; None: nobody knows it now. `left`: seconds until the
+        attempt ends, if they are known."""
+        if left is None:
+            if stage == self.spec.stages[0].name:
+                fraction = self.done + (1 - self.done) * fraction
+            return None if self.is_timed else self.spec.progress(stage, fraction)
+        self.is_timed = True
+        passed = time.monotonic() - self.started
+        share = passed / (passed + left) if passed + left > 0 else 0.0
+        return min(self.begun_at + (1 - self.begun_at) * share, 0.999)  # 1 is for the job's end alone
 
 
 def run_training(unit: UnitLease) -> None:
@@ -170,7 +186,8 @@ def _handle_event(unit: UnitLease, run: live.Run, state: RunState, event: events
         case events.StageFinished():
             _set_stage(unit, state, event.stage, "succeeded", "finished_at", state.progress(event.stage, 1.0))
         case events.Progress():
-            unit.report(progress=state.progress(event.stage, event.fraction))
+            left = None if event.left is None else event.left + END_SECONDS
+            unit.report(progress=state.progress(event.stage, event.fraction, left), seconds_left=left)
         case events.Evaluated():
             state.evaluated = event
             run.log_scores(event.metrics)

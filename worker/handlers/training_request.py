@@ -55,7 +55,8 @@ class TrainingRequest:
     mlflow_run_id: str | None
     checkpoints: Sequence[Checkpoint]
     titles: dict[str, str]
-    cache_owners: tuple[str, ...]
+    cache_owners: tuple[str, ...] = ()
+    progress: float = 0.0
 
 
 def read(session: Session, unit: UnitLease) -> TrainingRequest:
@@ -84,6 +85,7 @@ def read(session: Session, unit: UnitLease) -> TrainingRequest:
         checkpoints=checkpoints.latest(session, job.id, job.retry_of),
         titles=_titles(job, dataset),
         cache_owners=_cache_owners(job),
+        progress=job.progress,
     )
 
 

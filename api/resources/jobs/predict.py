@@ -20,6 +20,7 @@ from api.intake import manifests, scan_store
 from api.intake.scan_store import MAX_SCANS
 from api.intake.upload_store import from_upload
 from api.resources.jobs.explanations import Explain
+from api.resources.jobs.receivers import NamesReceiver, receiver_of
 from jobs.datasets import catalog
 from jobs.errors import BadArchive, Invalid
 from jobs.models import operating_points, registry
@@ -38,7 +39,7 @@ MANIFEST = (
 )
 
 
-class _Prediction(ma.Schema):
+class _Prediction(NamesReceiver):
     model = ModelChoice()
     pipeline = PipelineName()
     task = TaskName()
@@ -117,7 +118,7 @@ def predict_one(body: Body) -> uuid.UUID:
     """Submit a prediction of one scan: a file, bytes, or a stored scan. Returns the job's id.
 
     Raises:
-        BadInput, TooLarge, ScanNotFound, NoChampion, ModelNotFound, Invalid, QuotaExceeded, QueueFull
+        BadInput, TooLarge, ScanNotFound, NoChampion, ModelNotFound, ModelFileGone, Invalid, QuotaExceeded, QueueFull
     """
     source: Any = body.get("file", body.get("image", body.get("scan_id")))
     name = scan_store.file_name(body["file"]) if "file" in body else None
@@ -143,8 +144,8 @@ def predict_many(body: Body) -> uuid.UUID:
 
     Raises:
         UploadNotFound, UploadIncomplete, UploadBusy
-        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, Invalid, QuotaExceeded,
-        QueueFull
+        BadArchive, ScanNotFound, DatasetNotFound, DatasetNotReady, NoChampion, ModelNotFound, ModelFileGone, Invalid,
+        QuotaExceeded, QueueFull
     """
     limits = Limits.of(services().settings)
     with _zip_members(body, limits) as members:
@@ -226,7 +227,9 @@ def _pin_model(body: Body) -> ModelVersion:
 def _model(session: Session, body: Body) -> ModelVersion:
     version = registry.resolve(session, tenant(), body.get("model"), body.get("pipeline"), body.get("task"))
     _refuse_unable(version, body)
+    receiver_of(body)  # refused before anything is stored
     registry.refuse_unadmitted(version, body.get("precision", "auto"))
+    registry.require_file(version, services().blobs)
     return version
 
 
@@ -263,6 +266,7 @@ def _submit(
         created_by=principal().key_id,
         idempotency_key=key(),
         warnings=list(warnings),
+        receiver=receiver_of(body),
     )
     with transaction() as session:
         if dataset_id is not None:

@@ -38,7 +38,7 @@ from api.resources.jobs.schemas import (
 from api.resources.jobs.train import TrainRequest, train_one
 from jobs.deletions import of_jobs
 from jobs.keys import Scope
-from jobs.models import reproduction
+from jobs.models import registry, reproduction
 from jobs.paging import Page
 from jobs.queue import lifecycle, pace, submission
 from jobs.results import queries
@@ -265,8 +265,9 @@ def retry_job(job_id: uuid.UUID) -> waiting.Answer:
     """Submit what failed or was cancelled as a new job. A repeated request returns the same new job."""
     with transaction() as session:
         chunk = pace.chunk_size(session, Lane.BATCH, services().settings)
-        new_id = submission.retry(session, tenant(), job_id, chunk, quota()).id
-    return waiting.accepted(new_id)
+        new = submission.retry(session, tenant(), job_id, chunk, quota())
+        registry.require_files_of(session, new, services().blobs)
+    return waiting.accepted(new.id)
 
 
 @blueprint.route("/<id:job_id>/reproduce", methods=["POST"])
@@ -278,5 +279,6 @@ def retry_job(job_id: uuid.UUID) -> waiting.Answer:
 def reproduce_job(job_id: uuid.UUID) -> waiting.Answer:
     """Repeat a succeeded training as a new job, which reports whether the metrics match."""
     with transaction() as session:
-        new_id = reproduction.reproduce(session, tenant(), job_id, quota(), principal().key_id, key()).id
-    return waiting.accepted(new_id)
+        new = reproduction.reproduce(session, tenant(), job_id, quota(), principal().key_id, key())
+        registry.require_files_of(session, new, services().blobs)
+    return waiting.accepted(new.id)

@@ -9,6 +9,7 @@ from api.http.paging import PageQuery, PageSchema
 from api.http.pipelines.fields import PipelineName
 from api.http.versioning import address
 from api.resources.models.schemas import DriftedSchema
+from jobs.results.links import ALWAYS, SOMETIMES, job_links
 from jobs.results.queries import JobView
 from jobs.states import JobKind, JobState
 from jobs.tables import Job, Json
@@ -98,10 +99,7 @@ class ReproductionSchema(ma.Schema):
 DRIFTED = "Of a prediction by the champion: on which day its predictions had drifted from its test scans. Else null."
 
 
-LINKED = ("events", "artifacts", "cancel", "retry")
-RESULTS = ("results", "studies", "summary")
-LINKED_BY_KIND = {JobKind.TRAIN: ("metrics",), JobKind.PREDICT: RESULTS, JobKind.PREDICT_BATCH: RESULTS}
-JobLinks = links_schema("JobLinks", ("self", *LINKED), ("metrics", *RESULTS, "reproduce", "mlflow"))
+JobLinks = links_schema("JobLinks", ("self", *ALWAYS), (*SOMETIMES, "mlflow"))
 ArtifactLinks = links_schema("ArtifactLinks", ("self",))
 
 
@@ -206,9 +204,7 @@ def counts(view: JobView) -> dict[str, int]:
 
 def links(job: Job) -> dict[str, str]:
     """URLs of a job."""
-    own, special = address(f"/jobs/{job.id}"), LINKED_BY_KIND.get(JobKind(job.kind), ())
-    again = "reproduce" if (job.kind, job.state) == (JobKind.TRAIN, JobState.SUCCEEDED) else None
-    found = {"self": own, **{name: f"{own}/{name}" for name in (*special, *LINKED, again) if name}}
+    found = job_links(job, address(""))
     mlflow = services().settings.mlflow_public_url.rstrip("/")
     return {**found, "mlflow": f"{mlflow}/#/runs/{job.mlflow_run_id}"} if mlflow and job.mlflow_run_id else found
 
