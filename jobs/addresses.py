@@ -26,7 +26,9 @@ GLOBAL_UNICAST = IPv6Network("2000::/3")
 """Addresses outside include IPv4 addresses in IPv6 notation (mapped, NAT64)."""
 EXTRA_NON_PUBLIC_NETWORKS = tuple(map(IPv4Network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24")))
 """Served by the host of a virtual machine or by a relay; some versions of Python count them as public."""
-CLOUD_NETWORKS = (*EXTRA_NON_PUBLIC_NETWORKS, IPv4Network("100.100.100.200/32"), IPv6Network("fd00:ec2::/32"))
+CLOUD_NETWORKS: tuple[IPv4Network | IPv6Network, ...] = (
+    *EXTRA_NON_PUBLIC_NETWORKS, IPv4Network("100.100.100.200/32"), IPv6Network("fd00:ec2::/32"),
+)  # fmt: skip
 """Where clouds answer a machine that asks for its credentials, beside link-local addresses."""
 
 
