@@ -251,3 +251,10 @@ def test_an_older_experiment_leads_to_no_file_of_home(whole_stack: RunningStack,
     ]
     assert whole_stack.key() not in read.text
     assert not (whole_stack.home / "planted").exists()
+
+
+def test_the_first_page_leads_to_the_runs(mlflow: MLflow) -> None:
+    page = mlflow("GET", "/")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert 'location.replace("#/experiments' in page.text
+    assert '<div id="root"' in page.text, "MLflow's own page"

@@ -48,7 +48,7 @@ def link_champion(client: Any, group: str, champion: tuple[int, str] | None) -> 
 def _view() -> str:
     """The state of the page that the view opens with: newest runs first, with the figures that decide."""
     figures = dict.fromkeys(figure for spec in installed().values() for figure in _leading(spec))
-    columns = ["attributes.`Dataset`", *(f"metrics.`test_{figure}`" for figure in figures), "tags.`renalq.champion`"]
+    columns = [*(f"metrics.`test_{figure}`" for figure in figures), "tags.`renalq.champion`"]
     return json.dumps({"selectedColumns": columns, "orderByKey": "attributes.start_time", "orderByAsc": False})
 
 

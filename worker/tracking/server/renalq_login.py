@@ -15,6 +15,7 @@ from mlflow.server.auth import make_basic_auth_response
 from mlflow.server.constants import ARTIFACTS_DESTINATION_ENV_VAR
 from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from renalq_first_page import first_page
 from werkzeug.datastructures import Authorization
 
 INDIRECT = {"mlflow-artifacts", "runs", "models"}
@@ -23,11 +24,13 @@ REFUSED = "This server keeps all artifacts in its own folder: leave out artifact
 
 
 def authenticate() -> Authorization | Response:
-    """The request's login, or the answer that refuses it."""
+    """The request's login; or an answer: one that refuses it, or the first page."""
     login = request.authorization
     if login is None or not _is_ours(login):
         return make_basic_auth_response()
     _keep_to_own_artifacts()
+    if request.path == "/":
+        return first_page()
     if request.path.endswith("/mlflow/experiments/create") and _names_another_place():
         refusal = jsonify(error_code="INVALID_PARAMETER_VALUE", message=REFUSED)
         refusal.status_code = 400
