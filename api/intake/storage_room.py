@@ -62,9 +62,8 @@ def reserve(session: Session, size: int) -> None:
 
 
 def _room(session: Session) -> StorageRoom:
-    limit = services().settings.quota_storage_bytes
-    used = usage(session, tenant()).total if limit else 0
-    return StorageRoom(used, limit, getattr(g, "released_bytes", 0))
+    used = usage(session, tenant()).total  # also without a quota: reading folds the account
+    return StorageRoom(used, services().settings.quota_storage_bytes, getattr(g, "released_bytes", 0))
 
 
 def release_after_success(size: int) -> None:
