@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -235,9 +236,12 @@ def _own_stdout() -> TextIO:
 
 
 def _json_lines(stream: TextIO) -> Emit:
+    lock = threading.Lock()  # progress is told by a thread of its own
+
     def emit(event: Event) -> None:
-        stream.write(to_json(event) + "\n")
-        stream.flush()
+        with lock:
+            stream.write(to_json(event) + "\n")
+            stream.flush()
 
     return emit
 

@@ -34,7 +34,7 @@ SHOWN_AS = {
     JobKind.INGEST: "renalq.check_dataset",
 }
 """What Flower and Celery's log call a unit's task, by the kind of its job."""
-EXPLAIN_SHOWN_AS = "renalq.explain"
+EXPLAIN_SHOWN_AS, TRACK_SHOWN_AS = "renalq.explain", "renalq.backfill_mlflow"
 
 app = Celery("renalq", broker=SETTINGS.redis_url, include=["worker.tasks"])
 
@@ -100,7 +100,7 @@ def publish_unit(task: str, lane: Lane, unit_id: str, job_id: str, shown: str) -
     Raises:
         kombu.exceptions.OperationalError: Redis cannot be reached.
     """
-    ids = {"unit_id": unit_id, "job_id": job_id}
+    ids = {"job_id": job_id, "unit_id": unit_id}  # in this order: Flower's list shows the beginning
     app.send_task(task, kwargs=ids, queue=lane.value, shadow=shown, retry=False, ignore_result=True)
 
 
@@ -115,7 +115,7 @@ def publish_tracking() -> None:
         channel: Any = connection.default_channel
         if channel.queue_declare(Lane.TRAIN.value).message_count:
             return
-    app.send_task(TRACK, queue=Lane.TRAIN.value, retry=False, ignore_result=True)
+    app.send_task(TRACK, queue=Lane.TRAIN.value, shadow=TRACK_SHOWN_AS, retry=False, ignore_result=True)
 
 
 class DelayedEventsConsumer(Consumer):

@@ -92,7 +92,7 @@ FLOWER_OPTIONS = (
     "--persistent=true",
     "--state-save-interval=30000",  # ms, besides at its end: it may be killed
     "--max-tasks=10000",  # all of them are saved each time, in 0.2 s
-    "--tasks-columns=name,state,kwargs,exception,result,received,runtime,worker,uuid",
+    "--tasks-columns=name,state,received,runtime,worker,kwargs,result,exception,uuid",
 )
 """Of Flower, here and in docker-compose.yml: what happened is told with the jobs' ids, and survives a restart."""
 

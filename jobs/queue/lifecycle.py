@@ -72,18 +72,28 @@ def report(
     progress: float | None = None,
     mlflow_run_id: str | None = None,
     event: tuple[str, Json] | None = None,
+    done: int | None = None,
+    warmup_seconds: float | None = None,
+    seconds_left: float | None = None,
 ) -> None:
     """Record progress, the state of stages, the MLflow run or an event of the unit. With none of them: that the work
     goes on, which locks the unit's row only.
+
+    Of the unit itself: how many of its scans are `done`, what it took until its network was loaded, and how long it
+    will still take, as far as its worker knows. Progress never falls.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended.
     """
     given = {"stage": stage, "stages": stages, "progress": progress, "mlflow_run_id": mlflow_run_id}
-    values = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if values or event is not None:
         lock_job(session, claim.job_id)
-    update_held(session, claim, progress_at=NOW)
+    expected = NOW + seconds(seconds_left) if seconds_left is not None else None
+    own = {"done": done, "warmup_seconds": warmup_seconds, "expected_at": expected}
+    update_held(session, claim, progress_at=NOW, **{name: value for name, value in own.items() if value is not None})
+    if progress is not None:
+        values["progress"] = func.greatest(Job.progress, progress)
     if values:
         session.execute(update(Job).where(Job.id == claim.job_id).values(**values))
     if event is not None:
@@ -92,11 +102,12 @@ def report(
 
 SUCCEED = PreparedStatement(
     "succeed_unit",
-    "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]",
+    "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[], float8",
     """
 WITH job AS MATERIALIZED (SELECT id FROM jobs WHERE id = $1 FOR NO KEY UPDATE),
 succeeded AS (
-    UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL
+    UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL,
+        warmup_seconds = $10
     FROM job
     WHERE units.id = $2 AND fence = $3 AND worker = $4 AND state = 'running' AND units.job_id = job.id
     RETURNING units.job_id
@@ -119,10 +130,12 @@ def succeed(
     metrics: Json | None = None,
     device_seconds: float = 0.0,
     enqueue_explanations: bool = False,
+    warmup_seconds: float | None = None,
 ) -> None:
     """Finish the unit: results, counters and, with the last unit, the job's end, in this one transaction.
 
-    `enqueue_explanations`: append a unit to the job that explains these results.
+    `enqueue_explanations`: append a unit to the job that explains these results. `warmup_seconds`: what it took until
+    its network was loaded, which tells nothing of the next unit.
 
     Raises:
         LeaseLost: another worker holds the unit, or it has ended; nothing was written.
@@ -132,7 +145,8 @@ def succeed(
     metrics_json = None if metrics is None else json.dumps(metrics)
     fence = str(claim.job_id), str(claim.unit_id), claim.fence, claim.worker
     engines = engines_of(outcomes)
-    if SUCCEED(session, *fence, succeeded, failed, device_seconds, metrics_json, engines).first() is None:
+    counted = succeeded, failed, device_seconds, metrics_json, engines, warmup_seconds
+    if SUCCEED(session, *fence, *counted).first() is None:
         raise LeaseLost
     write_outcomes(session, claim, outcomes, counted=True)
     if enqueue_explanations and (ordinal := explanations.enqueue(session, claim)) is not None:

@@ -1,5 +1,8 @@
 """How fast the lanes are served, measured on their latest units: for ETAs, chunk sizes and reservations."""
 
+import datetime as dt
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from jobs.queue import processes
 from jobs.settings import Settings
-from jobs.states import Lane, UnitState
-from jobs.tables import Unit
+from jobs.states import JobKind, Lane, UnitState
+from jobs.tables import Job, Unit
 
 LATEST_UNITS = 20
 """Units of a lane that its pace is measured on."""
@@ -32,10 +35,15 @@ class Pace:
 
 
 def latest_units(lane: str) -> Select[Any, int]:
-    """Duration (s) and scans of the lane's latest predicting units."""
-    took = func.extract("epoch", Unit.finished_at - Unit.started_at).label("seconds")
+    """Duration (s) and scans of the lane's latest predicting units; without the time in which a worker, new to their
+    network, loaded it."""
+    took = func.extract("epoch", Unit.finished_at - Unit.started_at) - func.coalesce(Unit.warmup_seconds, 0)
+    took = func.greatest(took, 0.001).label("seconds")
     succeeded = select(took, Unit.scans).where(
-        Unit.lane == lane, Unit.state == UnitState.SUCCEEDED, Unit.explains.is_(None)
+        Unit.lane == lane,
+        Unit.state == UnitState.SUCCEEDED,
+        Unit.explains.is_(None),
+        Unit.kind.is_distinct_from(str(JobKind.INGEST)),  # checks of datasets share a lane with batches
     )
     return succeeded.order_by(Unit.finished_at.desc()).limit(LATEST_UNITS)
 
@@ -64,9 +72,10 @@ def chunk_size(session: Session, lane: str, settings: Settings) -> int:
 
 
 MEAN_UNIT_SECONDS = """
-SELECT lanes.name, avg(extract(epoch FROM latest.finished_at - latest.started_at))::float
+SELECT lanes.name, avg(extract(epoch FROM finished_at - started_at) - coalesce(warmup_seconds, 0))::float
 FROM unnest(CAST(:lanes AS text[])) AS lanes(name) CROSS JOIN LATERAL (
-    SELECT started_at, finished_at FROM units WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL
+    SELECT started_at, finished_at, warmup_seconds FROM units
+    WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL AND kind IS DISTINCT FROM 'ingest'
     ORDER BY finished_at DESC LIMIT 20) AS latest
 GROUP BY lanes.name
 """
@@ -76,3 +85,69 @@ def mean_unit_seconds(session: Session) -> dict[Lane, float]:
     """Mean duration (s) of each lane's latest predicting units. Lanes without any are left out."""
     rows = session.execute(text(MEAN_UNIT_SECONDS), {"lanes": [str(lane) for lane in Lane]})
     return {Lane(lane): mean for lane, mean in rows}
+
+
+# --- jobs that run ---
+
+
+@dataclass(frozen=True)
+class RunningPace:
+    """Of a running job: scans that its running units have `done`, and when it will end (s from now), if known."""
+
+    done: int = 0
+    seconds_left: float | None = None
+
+
+UNKNOWN_PACE = RunningPace()
+
+# OFFSET keeps the planner from the index of a job's units: only running ones are read, as many as there are workers.
+RUNNING_UNITS = text("""
+SELECT job_id, count(*) AS units, coalesce(sum(done), 0) AS done, coalesce(max(warmup_seconds), 0) AS warmup,
+    max(extract(epoch FROM expected_at - clock_timestamp()))::float8 AS seconds
+FROM (SELECT * FROM units WHERE state = 'running' OFFSET 0) AS running
+WHERE job_id = ANY (:ids) AND explains IS NULL GROUP BY job_id
+""")
+WARMUPS = text("""
+SELECT job_id, max(warmup_seconds) AS warmup
+FROM (SELECT job_id, warmup_seconds FROM units WHERE lane = :lane AND state = 'succeeded' AND explains IS NULL
+    ORDER BY finished_at DESC LIMIT 100) AS latest
+WHERE job_id = ANY (:ids) AND warmup_seconds IS NOT NULL GROUP BY job_id
+""")
+
+
+def running_paces(session: Session, jobs: Sequence[Job], now: dt.datetime) -> dict[uuid.UUID, RunningPace]:
+    """The paces of running trainings, which their workers tell, and of running batches: by the time since their start
+    without that in which their workers loaded the network; before any scan is done, by the lane's latest units."""
+    followed = [job for job in jobs if job.kind in (JobKind.TRAIN, JobKind.PREDICT_BATCH)]
+    if not followed:
+        return {}
+    ids = [job.id for job in followed]
+    running = {row.job_id: row for row in session.execute(RUNNING_UNITS, {"ids": ids})}
+    lanes = {job.lane for job in followed if job.kind == JobKind.PREDICT_BATCH}
+    warmups = {row.job_id: row.warmup for lane in lanes for row in session.execute(WARMUPS, {"lane": lane, "ids": ids})}
+    paces = {lane: lane_pace(session, lane) for lane in lanes}
+    found = {}
+    for job in followed:
+        units = running.get(job.id)
+        if job.kind == JobKind.TRAIN:
+            found[job.id] = _told(units)
+        else:
+            warmup = max(warmups.get(job.id, 0.0), units.warmup if units else 0.0)
+            found[job.id] = _batch_pace(job, now, units, warmup, paces[job.lane])
+    return found
+
+
+def _told(units: Any) -> RunningPace:
+    return RunningPace(0, max(units.seconds, 0.0) if units and units.seconds is not None else None)
+
+
+def _batch_pace(job: Job, now: dt.datetime, units: Any, warmup: float, lane: Pace | None) -> RunningPace:
+    running = int(units.done) if units else 0
+    ended = job.succeeded + job.failed + job.cancelled
+    done, left = ended + running, max(job.total - ended - running, 0)
+    if done and job.started_at is not None:
+        passed = max((now - job.started_at).total_seconds() - warmup, 0.0)
+        return RunningPace(running, passed * left / done)
+    if lane is None:
+        return RunningPace(running)
+    return RunningPace(running, left * lane.seconds_per_scan / max(units.units if units else 0, 1))

@@ -17,6 +17,7 @@ from jobs.db import NOW
 from jobs.errors import ArtifactNotFound, JobNotFound, NoResults
 from jobs.paging import Page, page
 from jobs.queue import kept
+from jobs.queue.pace import UNKNOWN_PACE, RunningPace, running_paces
 from jobs.queue.position import QueuePosition, queue_positions
 from jobs.results.job_filter import JobFilter
 from jobs.states import PREDICTIONS, TERMINAL, JobState, ResultState
@@ -25,6 +26,8 @@ from jobs.tables.columns import LAST_ID
 
 MAX_ORDINAL = 2**31 - 1
 """Greater than any ordinal of a scan in a job."""
+MOST_PROGRESS = 0.999
+"""While a job has not ended: its explanations, say, may still run."""
 START = -1
 """Less than any: `after` of the first page."""
 
@@ -34,12 +37,14 @@ class JobView:
     """A job at the time `now` of Postgres' clock.
 
     `in_queue`: its position while it is queued. `model_drift`: `ModelVersion.drift`, of predictions by the champion.
+    `running`: its pace while it runs.
     """
 
     job: Job
     now: dt.datetime
     in_queue: QueuePosition | None
     model_drift: Json | None = None
+    running: RunningPace = UNKNOWN_PACE
 
     @property
     def terminal(self) -> bool:
@@ -54,10 +59,12 @@ class JobView:
 
     @property
     def progress(self) -> float:
-        """0 to 1: what the workers report, or what a prediction's counters say if that is more."""
+        """0 to 1, which only the end of a job is: what the workers report, or how many of a prediction's scans are
+        done, if that is more."""
         job = self.job
-        done = 1 - self.pending / job.total if job.kind in PREDICTIONS and job.total else 0.0
-        return max(job.progress, done)
+        left = self.pending - self.running.done
+        done = 1 - left / job.total if job.kind in PREDICTIONS and job.total else 0.0
+        return max(job.progress, done if self.terminal else min(done, MOST_PROGRESS))
 
     @property
     def queue_position(self) -> int | None:
@@ -72,6 +79,8 @@ class JobView:
         """
         if self.in_queue is not None:
             return self.in_queue.eta_seconds
+        if self.job.state == JobState.RUNNING and self.running.seconds_left is not None:
+            return round(self.running.seconds_left, 1)
         if self.job.state != JobState.RUNNING or self.job.started_at is None or self.progress <= 0:
             return None
         elapsed = (self.now - self.job.started_at).total_seconds()
@@ -126,7 +135,9 @@ def _views_of() -> Select[tuple[Job, dt.datetime, Json | None]]:
 
 def _views(session: Session, rows: Sequence[Any]) -> list[JobView]:
     found = queue_positions(session, [job.id for job, *_ in rows if job.state == JobState.QUEUED])
-    return [JobView(job, now, found.get(job.id), drift) for job, now, drift in rows]
+    running = [job for job, *_ in rows if job.state == JobState.RUNNING]
+    paces = running_paces(session, running, rows[0].now) if running else {}
+    return [JobView(job, now, found.get(job.id), drift, paces.get(job.id, UNKNOWN_PACE)) for job, now, drift in rows]
 
 
 # --- results, events and artifacts of a job ---

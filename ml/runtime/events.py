@@ -31,11 +31,15 @@ class StageFinished:
 
 @dataclass(frozen=True)
 class Progress:
-    """`fraction` (0–1) of this STAGE is done; at most about two of these a second."""
+    """`fraction` (0–1) of this STAGE is done; at most about two of these a second.
+
+    `left`: seconds until the whole run ends, if the pipeline reckons them.
+    """
 
     event: ClassVar[str] = "progress"
     stage: str
     fraction: float
+    left: float | None = None
 
 
 @dataclass(frozen=True)

@@ -291,3 +291,97 @@ def test_a_chunk_is_ten_seconds_of_work_by_the_lanes_pace(
     with sessions.begin() as session:
         assert chunk_size(session, "batch", Settings()) == pytest.approx(expected, rel=0.05)
         assert chunk_size(session, "urgent", Settings()) == Settings().chunk_scans
+
+
+# --- jobs that run ---
+
+
+def started(sessions: Sessions, scans: int = 100, chunk: int = 10) -> tuple[Job, list[Unit]]:
+    """A batch of chunks."""
+    with sessions.begin() as session:
+        job = builders.make_job(session, JobKind.PREDICT_BATCH, scans=scans, chunk=chunk)
+        return job, builders.units_of(session, job)
+
+
+def begun(seconds: float) -> object:
+    return func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+
+def run(sessions: Sessions, unit: Unit, seconds: float, warmup: float | None = None) -> None:
+    """The unit has taken so long, of it the warm-up for loading a network."""
+    with sessions.begin() as session:
+        held = builders.claim(session, unit)
+        session.execute(update(Unit).where(Unit.id == unit.id).values(started_at=begun(seconds)))
+        session.execute(update(Job).where(Job.id == unit.job_id).values(started_at=begun(seconds)))
+        lifecycle.succeed(session, held, outcomes=builders.outcomes_of(session, held), warmup_seconds=warmup)
+
+
+def test_a_cold_start_does_not_count_for_the_chunks_to_come(sessions: Sessions) -> None:
+    job, units = started(sessions)
+    run(sessions, units[0], seconds=30, warmup=25)
+    assert view(sessions, job.id).eta_seconds == pytest.approx(90 * 0.5, rel=0.05)
+    with sessions.begin() as session:
+        assert chunk_size(session, "batch", Settings(chunk_seconds=10)) in (19, 20)
+
+
+def test_the_check_of_a_dataset_tells_nothing_of_a_batch(sessions: Sessions) -> None:
+    serve(sessions, "batch")
+    history(sessions, JobKind.INGEST, 0, seconds=60)
+    with sessions.begin() as session:
+        assert chunk_size(session, "batch", Settings(chunk_scans=128)) == 128
+    job, _ = started(sessions)
+    assert view(sessions, job.id).eta_seconds is None
+
+
+def test_a_chunk_that_runs_moves_progress_and_eta(sessions: Sessions) -> None:
+    job, units = started(sessions, scans=20, chunk=20)
+    with sessions.begin() as session:
+        held = builders.claim(session, units[0])
+        session.execute(update(Unit).values(started_at=begun(14)))
+        session.execute(update(Job).values(started_at=begun(14)))
+        assert queries.job(session, builders.TENANT, job.id).eta_seconds is None
+        lifecycle.report(session, held, done=5, warmup_seconds=4)
+    seen = view(sessions, job.id)
+    assert (seen.progress, seen.eta_seconds) == (0.25, pytest.approx(15 * 2, rel=0.05))
+    with sessions.begin() as session:
+        lifecycle.requeue(session, held, "DRAINED")
+        again = builders.claim(session, units[0])
+        assert again.attempt == 2
+    assert view(sessions, job.id).progress == 0, "what was lost is to be done again"
+
+
+def test_before_its_first_scan_a_batch_goes_by_the_pace_of_its_lane(sessions: Sessions) -> None:
+    serve(sessions, "batch")
+    history(sessions, JobKind.PREDICT_BATCH, 10, seconds=5)
+    job, units = started(sessions)
+    with sessions.begin() as session:
+        for unit in units[:2]:
+            builders.claim(session, unit)
+    assert view(sessions, job.id).eta_seconds == pytest.approx(25, rel=0.05), "two workers halve it"
+
+
+def test_a_job_that_runs_is_never_done(sessions: Sessions) -> None:
+    """Its scans may all have results, while the last unit ends or explanations are made."""
+    job, units = started(sessions, scans=10)
+    with sessions.begin() as session:
+        held = builders.claim(session, units[0])
+        lifecycle.report(session, held, done=10)
+    assert view(sessions, job.id).progress == 0.999
+
+
+def test_a_training_ends_when_its_worker_says(sessions: Sessions) -> None:
+    (job,) = queue(sessions, "default")
+    with sessions.begin() as session:
+        held = builders.claim(session, builders.units_of(session, job)[0])
+        lifecycle.report(session, held, progress=0.5, seconds_left=40)
+    assert view(sessions, job.id).eta_seconds == pytest.approx(40, abs=2)
+    with sessions.begin() as session:
+        lifecycle.report(session, held, progress=0.3, seconds_left=0)
+    seen = view(sessions, job.id)
+    assert (seen.eta_seconds, seen.progress) == (0, 0.5), "progress never falls"
+    with sessions.begin() as session:
+        lifecycle.requeue(session, held, "DRAINED")
+        builders.claim(session, builders.units_of(session, job)[0])
+    seen = view(sessions, job.id)
+    assert seen.eta_seconds is not None
+    assert seen.eta_seconds >= 0

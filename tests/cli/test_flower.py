@@ -56,7 +56,7 @@ def tell(redis_url: str) -> None:
     with app.connection() as connection, app.events.Dispatcher(connection, hostname="train@test") as events:
         ids = {"unit_id": "7", "job_id": JOB}
         events.send("task-received", uuid="t-7", name="renalq.train", args="()", kwargs=repr(ids), retries=0)
-        events.send("task-started", uuid="t-7", pid=7)
+        events.send("task-started", uuid="t-7")
         events.send("task-failed", uuid="t-7", exception="UnitFailed('BAD_DATASET: …')", traceback="")
 
 

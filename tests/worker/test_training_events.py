@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import select
 
-from jobs.tables import Job, JobEvent
+from jobs.db import NOW
+from jobs.tables import Job, JobEvent, Unit
 from ml.runtime import events
 from ml.spec.registry import spec_of
 from tests.worker.conftest import Hold
@@ -82,3 +83,47 @@ def test_the_log_is_kept_for_an_internal_error_and_not_for_a_clients_mistake(hol
                 unit, RunState(spec_of("image"), failed=events.Failed(code, "why")), cast(Child, None), log_file
             )
         assert len(list(unit.resources.settings.work.glob("*.log"))) == kept
+
+
+# --- progress ---
+
+
+def job_of(unit: UnitLease) -> Job:
+    with unit.resources.sessions() as session:
+        return session.get_one(Job, unit.claim.job_id)
+
+
+def test_without_a_reckoning_the_stages_shares_are_the_progress(hold: Hold) -> None:
+    unit = hold()
+    hear(unit, events.StageStarted("training"), events.Progress("training", 0.5))
+    assert job_of(unit).progress == pytest.approx(0.5)
+
+
+def test_progress_is_the_share_of_the_time_where_the_pipeline_reckons_it(hold: Hold) -> None:
+    unit = hold()
+    told = RunState.of(spec_of("image"))
+    told.started -= 30
+    for event in (
+        events.StageStarted("training"),
+        events.Progress("training", 0.9, left=67.0),
+        events.StageFinished("training", 1.0),
+    ):
+        _handle_event(unit, cast(Run, Listener()), told, event)
+    assert job_of(unit).progress == pytest.approx(0.3, abs=0.01), "of 30 s, 67 s and 3 s for the end"
+    with unit.resources.sessions() as session:
+        (running,) = session.scalars(select(Unit).where(Unit.job_id == unit.claim.job_id))
+        assert 65 < (running.expected_at - session.scalar(select(NOW))).total_seconds() <= 70
+
+
+def test_another_attempt_goes_on_from_where_the_first_one_was(hold: Hold) -> None:
+    told = RunState.of(spec_of("image"), begun_at=0.6)
+    told.started -= 10
+    assert told.progress("training", 0.0, left=30.0) == pytest.approx(0.7, abs=0.01)
+    assert told.progress("training", 0.0, left=0.0) == 0.999
+
+
+def test_progress_moves_even_when_the_end_goes_away(hold: Hold) -> None:
+    told = RunState.of(spec_of("image"))
+    told.started -= 10
+    found = [told.progress("evaluation", 0.9, left=left) for left in (2.0, 4.0, 8.0, 16.0)]
+    assert found == sorted(set(found))

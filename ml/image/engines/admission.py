@@ -11,7 +11,7 @@ ruins a network on all scans, and changes labels near the threshold. The network
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -108,6 +108,7 @@ def admit(
     seen: np.ndarray,
     ood: OodDetector | None = None,
     fitted_in: Dtype = "fp32",
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> Admission:
     """Try every dtype that this machine computes in hardware, if the network gains by it.
 
@@ -119,15 +120,17 @@ def admit(
         seen: training scans, uint8 [m, height, width, 3], for int8's ranges.
         ood: the OOD detector, if there is one.
         fitted_in: the dtype of the descriptors that `ood` was fitted to.
+        on_progress: called with the fraction done, 0 to 1, after each dtype.
     """
     layers, ranges, classes = with_descriptor(model).eval(), None, len(model.classes)
     tried = [dtype for dtype in reversed(supported_dtypes()) if _may_gain(model, dtype)]
     graph, found = shared_graph(layers, model.transform), dict[Dtype, np.ndarray]()
-    for dtype in tried:
+    for number, dtype in enumerate(tried, 1):
         if dtype == "int8":
             ranges = activation_ranges(graph, seen)
         engine = open_engine(layers, model.transform, dtype, ranges, graph=graph)
         found[dtype] = outputs_of(engine, pictures)
+        on_progress(number / len(tried))
     descriptors = {dtype: each[:, classes:] for dtype, each in found.items()}
     ood = _with_shifts(ood, descriptors, fitted_in)
     score_shifts = _score_shifts(ood, descriptors)

@@ -51,6 +51,10 @@ class Features:
         assert self._kept is not None, "scans must not be empty"
         return self._kept
 
+    def missing(self, scans: np.ndarray) -> int:
+        """How many of these scans have no features yet."""
+        return int((~self._known[np.unique(scans)]).sum())
+
     def store_in_cache(self) -> None:
         """Store the features of unchanged scans in the cache, for the next training on them."""
         if self._cached is not None and self._kept is not None and self._group.is_leader:

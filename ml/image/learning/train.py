@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from ml.spec.image import Params
 
 HEAD_COST = 0.1  # of a scan in the head relative to the backbone's forward pass; for the progress only
 FINE_TUNE_COST = 3.0  # of a scan with unfrozen blocks
+BACKBONE = "backbone"
+COSTS = {BACKBONE: 1.0, "head": HEAD_COST, "fine_tune": FINE_TUNE_COST}
+MEASURED_SECONDS = 2.0
 _BEST = "best."
 
 
@@ -255,27 +259,46 @@ def _f1(labels: torch.Tensor, predicted: torch.Tensor, data: TrainData) -> float
 
 
 class _Progress:
-    """The fraction of a training that is done, in units of one scan's forward pass through the backbone."""
+    """The fraction of a training that is done, by time: what a scan costs in the backbone, and in what learns, is
+    measured as soon as both have taken `MEASURED_SECONDS`."""
 
     def __init__(self, config: TrainConfig, data: TrainData, history: Sequence[Epoch]) -> None:
         params, trained = config.params, len(data.split.train)
         changes = params.augmentation is not False
         once = len(data.split.validation) + (0 if changes else trained)
-        self._total, self._done = 0.0, 0.0
+        self._scans, self._done, self._heard = Counter[str](), Counter[str](), Counter[str]()
+        self._seconds: dict[str, float] = defaultdict(float)
         for phase in phases(params):
-            each = trained * ((FINE_TUNE_COST if phase.top else HEAD_COST) + changes)
             done = sum(epoch.phase == phase.name for epoch in history)
-            self._total += once + each * phase.epochs
-            self._done += each * done
-            if done and is_over(params, phase, history):  # a restarted last phase only evaluates
+            self._scans += Counter(
+                {BACKBONE: once + trained * changes * phase.epochs, phase.name: trained * phase.epochs}
+            )
+            over = done and is_over(params, phase, history)  # a restarted last phase only evaluates
+            epochs = phase.epochs if over else done
+            self._done += Counter({BACKBONE: trained * changes * epochs, phase.name: trained * epochs})
+            if over:
                 last = history[-1].phase == phase.name
-                self._done += each * (phase.epochs - done) + (len(data.split.validation) if last else once)
-            data.features(phase.top).on_images(self._add)
-        self._on_progress = config.on_progress
+                self._done[BACKBONE] += len(data.split.validation) if last else once
+            data.features(phase.top).on_images(lambda scans: self._add(BACKBONE, scans))
+        self._on_progress, self._fraction, self._last = config.on_progress, 0.0, time.perf_counter()
 
     def add_learned(self, scans: int, phase: Phase) -> None:
-        self._add((FINE_TUNE_COST if phase.top else HEAD_COST) * scans)
+        self._add(phase.name, scans)
 
-    def _add(self, amount: float) -> None:
-        self._done += amount
-        self._on_progress(min(self._done / self._total, 1.0))
+    def _add(self, kind: str, scans: int) -> None:
+        now = time.perf_counter()
+        self._seconds[kind] += now - self._last
+        self._last = now
+        self._heard[kind] += scans
+        self._done[kind] += scans
+        done = sum(number * self._cost(kind) for kind, number in self._done.items())
+        total = sum(number * self._cost(kind) for kind, number in self._scans.items())
+        self._fraction = max(self._fraction, min(done / total, 1.0))
+        self._on_progress(self._fraction)
+
+    def _cost(self, kind: str) -> float:
+        """Of a scan, in passes through the backbone."""
+        if all(self._seconds[each] >= MEASURED_SECONDS for each in (kind, BACKBONE)):
+            mine, backbone = (self._seconds[each] / self._heard[each] for each in (kind, BACKBONE))
+            return mine / backbone
+        return COSTS[kind]

@@ -36,28 +36,26 @@ from ml.image.stages import champion
 from ml.image.stages.run import Run, write_json
 from ml.image.stages.training import choosing_scans, scan_descriptors, scan_logits
 from ml.runtime.errors import BadParams
-from ml.runtime.events import Epoch, Evaluated, reporter
+from ml.runtime.events import Epoch, Evaluated
 from ml.runtime.versions import installed_versions
 from ml.spec.pooling import Pooling
 
 PACKAGES = ("torch", "torchvision", "openvino", "numpy", "scikit-learn", "scipy", "pillow", "pydicom", "safetensors")
-CHAMPION_SHARE = 0.5  # of the stage's progress, if there is a champion
 
 
 def evaluation(run: Run) -> None:
     """Run the stage; see the module's docstring."""
-    started, on_progress = time.perf_counter(), reporter(run.emit, "evaluation")
-    own_share = 1.0 - (CHAMPION_SHARE if run.environment.champion else 0.0)
+    started, outlook = time.perf_counter(), run.outlook
     model = run.load_model(run.config.training.trained_model_path)
-    run.features(model, 0).on_images(_count_images(run, lambda fraction: on_progress(own_share * fraction)))
+    run.features(model, 0).on_images(_count_images(run, model, outlook.begin("test")))
     outputs, folds = _model_outputs(run, model), _folds(run, model)
     _cache_features(run)
+    outlook.begin("scores")
     leaked = leaks(run.report, run.split, model.metadata.get("begun_lineage", ()))
     context = _counts(run), _patients_known(run), asdict(leaked), folds, _subgroups(run, outputs)
     scores = score(outputs).with_context(*context)
-    comparison = champion.compare_with_champion(
-        run, model, outputs, lambda fraction: on_progress(own_share + (1 - own_share) * fraction)
-    )
+    comparison = champion.compare_with_champion(run, model, outputs, outlook.begin("champion"))
+    outlook.begin("report")
     run.device_seconds += time.perf_counter() - started
     metrics = scores.as_dict() | {
         "test_digest": run.report.digest_of(run.split.test),
@@ -156,8 +154,9 @@ def _reference(run: Run, model: Model, outputs: ModelOutputs) -> dict[str, Any]:
     return drift_reference(statistics, confidences.tolist(), labels, model.classes, rejected, groups)
 
 
-def _count_images(run: Run, on_progress: Callable[[float], None]) -> Callable[[int], None]:
-    total, done = len(run.split.test) + len(run.split.validation), 0
+def _count_images(run: Run, model: Model, on_progress: Callable[[float], None]) -> Callable[[int], None]:
+    total = run.features(model, 0).missing(np.concatenate([run.split.test, run.split.validation]))
+    done = 0
 
     def count(images: int) -> None:
         nonlocal done

@@ -22,7 +22,6 @@ from ml.runtime.archives import extract_zip
 from ml.runtime.cache import key_of
 from ml.runtime.download import fetch
 from ml.runtime.errors import BadDataset, BadParams
-from ml.runtime.events import reporter
 from ml.runtime.tensorfile import reserve
 
 DOWNLOAD_SHARE = 0.4  # of the stage's progress, if the zip is downloaded
@@ -30,7 +29,7 @@ DOWNLOAD_SHARE = 0.4  # of the stage's progress, if the zip is downloaded
 
 def data_ingestion(run: Run) -> None:
     """Run the stage; see the module's docstring."""
-    paths, on_progress = run.config.data_ingestion, reporter(run.emit, "data_ingestion")
+    paths, on_progress = run.config.data_ingestion, run.outlook.begin("decode")
     paths.root_dir.mkdir(parents=True, exist_ok=True)
     begin = 0.0
     if not paths.local_data_file.exists():

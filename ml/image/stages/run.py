@@ -23,6 +23,7 @@ from ml.image.networks import network
 from ml.image.networks.architectures import ARCHITECTURES
 from ml.image.networks.network import Model
 from ml.image.pixels.transforms import Transform
+from ml.image.stages.outlook import Outlook
 from ml.runtime.cache import Cache, Cached, key_of
 from ml.runtime.config import CheckpointPlan, PipelineConfig
 from ml.runtime.errors import BadDataset, BadParams
@@ -71,6 +72,10 @@ class Run:
     features_by_top: dict[int, Features] = field(default_factory=dict)
     """By number of unfrozen blocks."""
     out_of_fold: OutOfFold | None = None
+    outlook: Outlook = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outlook = Outlook(self.emit)
 
     @property
     def transform(self) -> Transform:

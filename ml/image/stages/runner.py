@@ -57,5 +57,6 @@ def run_stage(name: str, run: Run) -> None:
     """Run one stage, between its `stage_started` and `stage_finished` events."""
     started = time.perf_counter()
     run.emit(StageStarted(name))
-    STAGES[name](run)
+    with run.outlook.following(name):
+        STAGES[name](run)
     run.emit(StageFinished(name, round(time.perf_counter() - started, 3)))

@@ -31,8 +31,9 @@ from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector
 from ml.image.pixels.statistics import input_statistics
 from ml.image.stages.crossvalidation import cross_validate, folds_of, take_mean_head
+from ml.image.stages.outlook import costs
 from ml.image.stages.run import Run, train_data, write_json
-from ml.runtime.events import Resumed, Steps, reporter
+from ml.runtime.events import Resumed, Steps
 from ml.runtime.process_group import ProcessGroup
 from ml.spec.pooling import Pooling
 
@@ -50,18 +51,22 @@ def training(run: Run) -> None:
     require_choice(run.params.operate_at, run.report.labels[np.concatenate(choosing)], model.findings)
     if not run.in_one_process:
         network.own_memory(model)
-    on_progress, own_share = reporter(run.emit, "training"), 1 / (1 + run.params.folds)
+    outlook = run.outlook
+    outlook.expect(costs(run.params, run.split, run.environment.champion is not None))
     if run.params.folds:
         folds_of(run)  # refuses too few patients before anything is trained
+    on_progress = outlook.begin("learn")
     with _process_group(run, model) as group:
-        _train(run, model, group, lambda fraction: on_progress(own_share * fraction))
+        _train(run, model, group, on_progress)
     if group.size > 1:  # features are tied to the process group
         run.features_by_top.clear()
-    _cross_validate(run, model, lambda fraction: on_progress(own_share + (1 - own_share) * fraction))
+    _cross_validate(run, model, outlook.begin("folds"))
+    outlook.begin("fit")
     _drop_stale_features(run)
     chosen, ood = choosing_scans(run, lambda scans: scan_logits(run, model, scans)), _fit_ood(run, model)
     calibration, point = calibrate_at(run.params.operate_at, chosen, model.findings)
-    admission = _admit(run, model, calibration, ood)
+    admission = _admit(run, model, calibration, ood, outlook.begin("admit"))
+    outlook.begin("save")
     metadata = _training_metadata(run, model, calibration) | admission.as_dict()
     metadata["operating_point"] = point and point.as_dict()
     metadata["pooling"] = _choose_pooling(run, model, calibration, chosen).as_dict()
@@ -157,7 +162,9 @@ def _choose_pooling(run: Run, model: Model, calibration: Calibration, chosen: Ch
     return choose_pooling(*given, run.params.operate_at, threshold or 0.5, chosen.chosen_on)
 
 
-def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | None) -> Admission:
+def _admit(
+    run: Run, model: Model, calibration: Calibration, ood: OodDetector | None, on_progress: Callable[[float], None]
+) -> Admission:
     """Try engines on some of the validation scans; int8 gets its ranges from training scans.
 
     A test scan chooses nothing. Without validation scans the tried ones are training scans.
@@ -166,7 +173,8 @@ def _admit(run: Run, model: Model, calibration: Calibration, ood: OodDetector | 
     candidates, seen = evenly(known, CANDIDATES), evenly(run.split.train, RANGE_SCANS)
     tried = candidates[most_telling(scan_logits(run, model, candidates), calibration, model.findings)]
     fitted_in = default_dtype(training_precision(run.params))
-    return admit(model, calibration, run.pixels[tried], run.report.labels[tried], run.pixels[seen], ood, fitted_in)
+    scans = run.pixels[tried], run.report.labels[tried], run.pixels[seen]
+    return admit(model, calibration, *scans, ood, fitted_in, on_progress)
 
 
 def _fit_ood(run: Run, model: Model) -> OodDetector | None:

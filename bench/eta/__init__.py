@@ -1,0 +1,1 @@
+"""ETAs and progress of real jobs, scored against when they really ended."""
