@@ -3,13 +3,13 @@
 import uuid
 from functools import partial
 from importlib.metadata import version
+from urllib.parse import urlsplit
 
 from flask import Flask, Response
-from flask_swagger_ui import get_swaggerui_blueprint
 from marshmallow import fields
 from werkzeug.routing import BaseConverter
 
-from api.http import auth, problems, request_log, versioning
+from api.http import auth, problems, request_log, responses, versioning
 from api.http.body.spool import MAX_PARTS, SPOOL_FOLDER, UploadRequest
 from api.http.change_listener import ChangeListener
 from api.http.context import EXTENSION, Services
@@ -20,6 +20,7 @@ from api.http.traffic.request_counts import RequestCounts
 from api.resources import (
     datasets,
     deletions,
+    docs,
     feedback,
     health,
     keys,
@@ -94,6 +95,8 @@ def build(settings: Settings) -> Flask:
     rates.register(app)
     problems.register(app)
     app.after_request(_drop_content_type)
+    app.after_request(_without_host)
+    app.after_request(responses.protect_document)
     versioning.register(app)
     _register_blueprints(app)
     return app
@@ -103,6 +106,17 @@ def _drop_content_type(response: Response) -> Response:
     """Without a body there is no `Content-Type`."""
     if response.status_code in (204, 304):
         response.headers.pop("Content-Type", None)
+    return response
+
+
+def _without_host(response: Response) -> Response:
+    """A redirect to a path: werkzeug makes it of the header `Host`, in which a client may write anything."""
+    if response.location:
+        parts = urlsplit(response.location)
+        # One slash: two would begin another host's address.
+        response.location = parts._replace(scheme="", netloc="", path="/" + parts.path.lstrip("/")).geturl()
+        if 300 <= response.status_code < 400:
+            response.set_data(b"")  # it repeats the address
     return response
 
 
@@ -122,8 +136,8 @@ def _register_blueprints(app: Flask) -> None:
     api.spec.options["security"] = [{"key": []}]
     for module in BLUEPRINTS:
         api.register_blueprint(module.blueprint)
-    app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.json", {"app_name": "RenalQ"}))
-    for endpoint in ("api-docs.openapi_json", "swagger_ui.show", "static"):
+    app.register_blueprint(docs.blueprint)
+    for endpoint in ("api-docs.openapi_json", "static"):
         app.view_functions[endpoint] = auth.public(partial(app.view_functions[endpoint]))
 
 

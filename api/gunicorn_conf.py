@@ -8,15 +8,16 @@ import signal
 from types import FrameType
 from typing import Any
 
-worker_class = "gthread"
+worker_class = "api.server.worker.Worker"
 workers = 1  # one change listener and one connection pool; workers do the work
 threads = 256  # each waiting client holds one; RENALQ_WAIT_SLOTS leaves some for others
-worker_connections = 4 * threads
+backlog = 2048
 keepalive = 30
 graceful_timeout = 8
 timeout = 60
 accesslog = None  # api/http/request_log.py writes a line without patient data
 loglevel = "warning"
+logger_class = "api.server.log.Log"
 control_socket_disable = True  # unused, and it would create a socket in the home folder
 # Heartbeats in memory: a full or slow disk must not make the arbiter kill a live worker.
 worker_tmp_dir = "/dev/shm"  # noqa: S108

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -55,8 +55,9 @@ class Api:
 
     def cancel_all(self) -> None:
         """Cancel every job in the queue."""
-        for job in json.loads(self.ask("GET", "/jobs?state=queued&limit=100")[2])["data"]:
-            self.ask("POST", f"/jobs/{job['id']}/cancel")
+        while jobs := json.loads(self.ask("GET", "/jobs?state=queued&limit=100")[2])["data"]:
+            for job in jobs:
+                self.ask("POST", f"/jobs/{job['id']}/cancel")
 
     def rss_mb(self) -> float:
         """Resident memory of gunicorn's processes; pages that they share are counted in each."""
@@ -66,7 +67,9 @@ class Api:
 def main() -> int:
     """Measure without and with those who wait, in turns, and report."""
     times: dict[str, list[float]] = {"alone": [], "waiting": []}
-    with tempfile.TemporaryDirectory(prefix="renalq-bench-") as folder, _api(Path(folder)) as api:
+    with ExitStack() as everything:
+        folder = Path(everything.enter_context(tempfile.TemporaryDirectory(prefix="renalq-bench-")))
+        api = everything.enter_context(serving(folder, everything.enter_context(migrated_postgres(folder))))
         results: dict[str, Any] = {"ready_seconds": api.ready_seconds, "rss_mb_idle": api.rss_mb()}
         for _ in range(ROUNDS):
             times["alone"] += alone(api)
@@ -115,23 +118,36 @@ def gets(api: Api, job: str) -> list[float]:
 
 
 @contextmanager
-def _api(folder: Path) -> Iterator[Api]:
+def migrated_postgres(folder: Path) -> Iterator[str]:
+    """The URL of a Postgres with our tables."""
     with embedded_postgres(folder) as url:
-        port, ours = free_port(), {"RENALQ_HOME": str(folder), "RENALQ_HOST": LOOPBACK, "RENALQ_DATABASE_URL": url}
-        ours |= {"RENALQ_PORT": str(port), "RENALQ_FETCH_HOSTS": LOOPBACK}
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("RENALQ_")} | ours
-        subprocess.run(services.migration(ours).command, cwd=ROOT, env=environ, check=True)
-        with session_factory(url, pool_size=1).begin() as session:
-            key = f"Bearer {keys.create(session, 'bench', [keys.Scope.ADMIN]).secret}"
-        service, log, started = services.api(ours), folder / "api.log", time.perf_counter()
-        child = launch.start(service.command, log, environ, ROOT)
-        try:
-            while services.http_status(LOOPBACK, port, "/health/live") != 200:
-                assert child.poll() is None, f"the API ended: {launch.last_line(log)}"
-                time.sleep(0.01)
-            yield Api(port, {"Authorization": key}, psutil.Process(child.pid), round(time.perf_counter() - started, 2))
-        finally:
-            launch.stop(child, service.stop_signal, service.grace_seconds)
+        environ = _environ(folder, url, free_port())
+        subprocess.run(services.migration(environ, url).command, cwd=ROOT, env=environ, check=True)
+        yield url
+
+
+@contextmanager
+def serving(folder: Path, url: str, *options: str) -> Iterator[Api]:
+    """An API on this Postgres, as `renalq up` starts it but for these options of gunicorn."""
+    port = free_port()
+    with session_factory(url, pool_size=1).begin() as session:
+        key = f"Bearer {keys.create(session, 'bench', [keys.Scope.ADMIN]).secret}"
+    environ = _environ(folder, url, port)
+    service, log, started = services.api(environ), folder / f"api-{port}.log", time.perf_counter()
+    child = launch.start([*service.command, *options], log, {**environ, **service.environ}, ROOT)
+    try:
+        while services.http_status(LOOPBACK, port, "/health/live") != 200:
+            assert child.poll() is None, f"the API ended: {launch.last_line(log)}"
+            time.sleep(0.01)
+        yield Api(port, {"Authorization": key}, psutil.Process(child.pid), round(time.perf_counter() - started, 2))
+    finally:
+        launch.stop(child, service.stop_signal, service.grace_seconds)
+
+
+def _environ(folder: Path, url: str, port: int) -> dict[str, str]:
+    ours = {"RENALQ_HOME": str(folder), "RENALQ_HOST": LOOPBACK, "RENALQ_DATABASE_URL": url, "RENALQ_PORT": str(port)}
+    ours["RENALQ_FETCH_HOSTS"] = LOOPBACK
+    return {name: value for name, value in os.environ.items() if not name.startswith("RENALQ_")} | ours
 
 
 def _report(results: dict[str, Any]) -> None:

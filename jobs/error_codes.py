@@ -41,6 +41,12 @@ ERROR_CODES = {
         ErrorCode("SCOPE_MISSING", "The key lacks a scope", "Use a key with the scope that `detail` names.", 403),
         ErrorCode("NOT_FOUND", "There is nothing at this address", "Check path and id.", 404),
         ErrorCode("METHOD_NOT_ALLOWED", "The address does not take this method", "See the header `Allow`.", 405),
+        ErrorCode(
+            "TOO_SLOW",
+            "The request came too slowly",
+            "Send it again on a new connection; large files by `POST /uploads`.",
+            408,
+        ),
         ErrorCode("CONFLICT", "The state of a resource does not allow this", "See `detail`.", 409),
         ErrorCode(
             "NO_CHAMPION",
@@ -141,6 +147,12 @@ ERROR_CODES = {
         ),
         ErrorCode("UNAVAILABLE", "Postgres does not respond", "Repeat after `Retry-After`.", 503),
         ErrorCode("SERVER_BUSY", "Other large bodies are being read", "Repeat after `Retry-After`.", 503),
+        ErrorCode(
+            "TOO_MANY_CONNECTIONS",
+            "Too many connections come from one address",
+            "Use fewer at once; a proxy needs `RENALQ_ADDRESS_CONNECTIONS=0`.",
+            503,
+        ),
         ErrorCode("TOO_MANY_WATCHERS", "Too many clients wait", "Poll instead of streaming.", 503),
         ErrorCode(
             "NOT_DONE_YET",

@@ -9,6 +9,7 @@
     │                             UploadIncomplete WrongOffset TooManyWebhooks KeyEnded StillNeeded ScanDeleted
     ├── ResultsExpired      410
     ├── MalformedBody       400
+    ├── TooSlow             408
     ├── Invalid             422   BadInput BadArchive IdempotencyConflict WeightsMissing
     ├── UnsupportedMedia    415   UnsupportedCoding
     ├── TooLarge            413
@@ -221,6 +222,12 @@ class MalformedBody(RenalQError):
     """The body cannot be parsed."""
 
     status, code = 400, "MALFORMED_BODY"
+
+
+class TooSlow(RenalQError):
+    """The body came too slowly (see RENALQ_BODY_SECONDS). Send it again; a large file goes on by POST /uploads."""
+
+    status, code = 408, "TOO_SLOW"
 
 
 class Invalid(RenalQError):

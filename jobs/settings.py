@@ -228,6 +228,30 @@ class Settings(BaseSettings):
         "and its event would be sent again once the delivery is deleted.",
     )
 
+    connections: int = Field(
+        4096,
+        ge=16,
+        description="Connections to the API at once; one without a request gives way to a new one. Fewer where the "
+        "limit of open files is lower.",
+    )
+    address_connections: int = Field(
+        512,
+        ge=0,
+        description="Connections at once from one address (IPv6: one /64). 0: any number, such as behind a proxy that "
+        "limits them itself.",
+    )
+    head_seconds: float = Field(
+        10, gt=0, description="The head of a request must arrive within this time, or the connection is closed (s)."
+    )
+    body_seconds: float = Field(
+        15,
+        gt=0,
+        description="A client may be silent for so long within a body, and four times as long while it is answered; "
+        "what it was silent counts until its bytes make up for it (s).",
+    )
+    least_pace: float = Field(
+        500, gt=0, description="Bytes that make up for a second of silence: the least pace of a body (bytes/s)."
+    )
     wait_slots: int = Field(
         200,
         ge=1,

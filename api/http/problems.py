@@ -6,6 +6,7 @@
 import errno
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import cached_property
 from http import HTTPStatus
 from itertools import islice
 from typing import Any
@@ -118,6 +119,14 @@ class ProblemApi(Api):
         self.DEFAULT_RESPONSE_CONTENT_TYPE = MEDIA_TYPE
         super()._register_responses()
         del self.DEFAULT_RESPONSE_CONTENT_TYPE
+
+    @cached_property
+    def _document(self) -> bytes:
+        return super()._openapi_json().get_data()  # type: ignore[no-any-return]
+
+    def _openapi_json(self) -> Response:
+        """Respond with the OpenAPI document, written once: that takes long, and nobody needs a key to ask for it."""
+        return current_app.response_class(self._document, mimetype="application/json")
 
     def handle_http_exception(self, error: HTTPException) -> Response:
         """Respond to what Flask and werkzeug raise."""

@@ -12,11 +12,6 @@ from api.http.versioning import address, is_versioned
 
 blueprint = Blueprint("pages", __name__, description="The start page.")
 
-POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-)
-"""Content-Security-Policy: nothing from other origins, nothing inline, no HTML from strings."""
 ARGUMENT = re.compile(r"<(?:[^:<>]+:)?")
 NOTICE = "Not for diagnosis."
 
@@ -43,8 +38,6 @@ def first_page() -> Response | tuple[dict[str, object], int, dict[str, str]]:
     if request.accept_mimetypes.best_match([HTML, JSON]) == JSON:
         return _about(), 200, {"Vary": "Accept"}
     response = make_response(render_template("page.html", version=current_app.config["API_VERSION"]))
-    response.headers["Content-Security-Policy"] = POLICY
-    response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["Cache-Control"] = "no-cache"
     response.vary.add("Accept")
     response.add_etag()

@@ -34,6 +34,4 @@ def get_problem_type(code: str) -> ErrorCode | Response:
     found = ERROR_CODES.get(code) or abort(404)
     if negotiate(HTML) != HTML:
         return found
-    response = make_response(render_template("problem.html", problem=found))
-    response.headers["Content-Security-Policy"] = "default-src 'none'"
-    return response
+    return make_response(render_template("problem.html", problem=found))

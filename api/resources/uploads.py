@@ -26,8 +26,6 @@ from jobs.tables import Upload
 
 VERSION = "1.0.0"
 CHUNK = "application/offset+octet-stream"
-IDLE_SECONDS = 15.0
-"""After this long without data a client counts as disconnected, and its upload is unlocked."""
 BIGINT_DIGITS = 18
 
 blueprint = Blueprint("uploads", __name__, url_prefix="/uploads", description="Resumable uploads (tus 1.0.0).")
@@ -143,7 +141,6 @@ def append(headers: dict[str, Any], upload_id: uuid.UUID) -> tuple[None, int, di
         length = 0 if request.content_encoding else request.content_length or 0
         if length > locked.upload.size - locked.offset:
             raise TooLarge(f"The piece goes beyond the upload's {locked.upload.size} bytes. Send only what is missing.")
-        _set_idle_timeout()
         locked.append(request.stream)
         return None, 204, _at(locked.offset, locked.upload)
 
@@ -165,13 +162,6 @@ def _at(offset: int, upload: Upload) -> dict[str, str]:
 
 def _expiry(upload: Upload) -> dict[str, str]:
     return {"Upload-Expires": http_date(upload_store.expires_at(upload).astimezone(dt.UTC))}
-
-
-def _set_idle_timeout() -> None:
-    """Stop reading from a client that has lost its network: gunicorn would wait, and keep the lock, without end."""
-    connection = request.environ.get("gunicorn.socket")
-    if connection is not None:
-        connection.settimeout(IDLE_SECONDS)  # gunicorn resets it before the connection's next request
 
 
 def _file_name(metadata: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Attacks on a running API, as scripts that print what they did, and the tests that hold it against them."""

@@ -134,16 +134,22 @@ def file(content: bytes, name: str = "scan.png") -> tuple[io.BytesIO, str]:
 
 
 class Server:
-    """The API as it runs in service, on a port of its own."""
+    """The API as it runs in service, on a port of its own.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        descriptors: limit of open files; None: this process' own.
+    """
+
+    def __init__(self, settings: Settings, descriptors: int | None = None) -> None:
         self._settings, self._process = settings, None
+        self._limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}"]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Start it, and wait until it takes connections."""
-        command = [sys.executable, "-m", "gunicorn", "-c", "api/gunicorn_conf.py", "--bind", f"127.0.0.1:{self.port}"]
+        command = [*self._limit, sys.executable, "-m", "gunicorn", "-c", "api/gunicorn_conf.py"]
+        command += ["--bind", f"127.0.0.1:{self.port}"]
         fields = self._settings.model_dump(mode="json", exclude_none=True)
         environ = {**os.environ, **{f"RENALQ_{name.upper()}": str(value) for name, value in fields.items()}}
         path = self._settings.home / "api.log"

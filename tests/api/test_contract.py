@@ -1,5 +1,6 @@
 """The OpenAPI document against the application: no generated request finds an answer that it does not name."""
 
+from collections import Counter
 from contextlib import suppress
 
 import pytest
@@ -37,19 +38,41 @@ def servers(operation: APIOperation) -> list[str]:
     return [server["url"].rstrip("/") for server in declared]
 
 
+@pytest.fixture(autouse=True)
+def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the code hold a valid picture, and no worker runs here."""
+    monkeypatch.setattr(waiting, "MAX_WAIT", 0.1)
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
-    app: Flask, door: Door, champion: object, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
+    app: Flask, door: Door, champion: object, mode: GenerationMode
 ) -> None:
-    monkeypatch.setattr(waiting, "MAX_WAIT", 0.1)  # the words of the code hold a valid picture, and no worker runs here
+    fuzzed(app, door, mode, depth(8, 100))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_nor_do_twenty_thousand(app: Flask, door: Door, champion: object) -> None:
+    tried = sum((fuzzed(app, door, mode, 150) for mode in GenerationMode), Counter())
+    print(dict(tried))
+    assert tried.total() >= 20_000
+
+
+def fuzzed(app: Flask, door: Door, mode: GenerationMode, examples: int) -> Counter[int]:
+    """How many requests were answered with each status.
+
+    Args:
+        examples: most requests of each operation.
+    """
     schema = schemathesis.openapi.from_wsgi("/openapi.json", app)
     key = {"Authorization": door.client().environ_base["HTTP_AUTHORIZATION"]}
-    tried: set[int] = set()
+    tried: Counter[int] = Counter()
     for operation in schema.get_all_operations():
         found = operation.ok()
 
         @settings(
-            max_examples=depth(8, 100),
+            max_examples=examples,
             deadline=None,
             derandomize=True,
             database=None,
@@ -59,7 +82,7 @@ def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
         @given(case=found.as_strategy(generation_mode=mode), server=st.sampled_from(servers(found)))
         def ask(case: Case, server: str) -> None:
             answer = case.call(headers=key, base_url=f"http://localhost{server}")
-            tried.add(answer.status_code)
+            tried[answer.status_code] += 1
             waits = answer.status_code == 503 and answer.json()["code"] in ("NOT_READY", "NOT_DONE_YET")
             assert answer.status_code < 500 or waits, (server, case.as_curl_command(), answer.text)
             case.validate_response(answer, checks=CHECKS)
@@ -68,4 +91,5 @@ def test_no_generated_request_finds_an_answer_that_the_document_does_not_name(
 
         with suppress(Unsatisfiable):  # some operations take nothing that could be wrong
             ask()
-    assert {200, 422} <= tried
+    assert {200, 422} <= set(tried)
+    return tried

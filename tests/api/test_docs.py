@@ -21,6 +21,7 @@ DEFINITIONS = [
     rf"problem\(\d+, {CODE}",
     rf"(?:WorkFailed|ScanUnavailable)\({CODE}",
     rf'"code": {CODE}',
+    rf"Refusal\(\s*HTTPStatus\.\w+,\s*{CODE}",
     rf"refusal_code(?:: str)? ?= ?{CODE}",
     rf"^REFUSED, FAILED, UNREACHABLE = {CODE}, {CODE}, {CODE}",
 ]

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import socket
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from werkzeug.http import parse_date
 from werkzeug.test import TestResponse
 
 from api.intake import upload_store
-from api.resources import uploads
 from jobs.db import Sessions
 from jobs.settings import Settings
 from jobs.tables import Dataset, IdempotencyKey, Job, ScanResult, Upload
@@ -213,20 +211,6 @@ def test_a_piece_that_waited_for_a_deletion_finds_nothing(
 
     monkeypatch.setattr(upload_store.fcntl, "flock", after_the_deletion)
     assert_problem(piece(client, path, 0, b"01234"), 404)
-
-
-def test_a_client_that_fell_silent_loses_its_lock_and_not_its_bytes(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.1)
-    path = begin(client, 2 * upload_store.BLOCK)
-    ours, theirs = socket.socketpair()
-    with ours, theirs, ours.makefile("rb") as stream:
-        threading.Thread(target=theirs.sendall, args=(bytes(upload_store.BLOCK),)).start()
-        environ = {"gunicorn.socket": ours, "wsgi.input": stream, "wsgi.input_terminated": True}
-        assert_problem(piece(client, path, 0, bytes(2 * upload_store.BLOCK), **environ), 400)
-    assert offset_of(client, path) == upload_store.BLOCK
-    assert piece(client, path, upload_store.BLOCK, bytes(upload_store.BLOCK)).status_code == 204
 
 
 # --- what was left lying ---

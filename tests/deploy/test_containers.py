@@ -21,7 +21,7 @@ def test_the_dockerfiles_pass_their_linter(name: str) -> None:
 
 def test_compose_names_every_process_of_the_stack() -> None:
     ends = {"roles", "migrate"}
-    lasts = {"postgres", "redis", "api", "dispatcher", "worker-predict", "worker-train", "mlflow", "flower"}
+    lasts = {"postgres", "redis", "api", "proxy", "dispatcher", "worker-predict", "worker-train", "mlflow", "flower"}
     assert set(COMPOSE["services"]) == ends | lasts
 
 
@@ -58,10 +58,10 @@ def test_every_log_is_bounded() -> None:
         assert set(service.get("logging", {}).get("options", {})) == {"max-size", "max-file"}, f"{name} fills the disk"
 
 
-def test_only_the_api_is_reachable_from_other_machines() -> None:
+def test_only_the_proxy_is_reachable_from_other_machines() -> None:
     for name, service in COMPOSE["services"].items():
         for port in service.get("ports", []):
-            assert name == "api" or port.startswith("127.0.0.1:"), f"{name} publishes {port} to everybody"
+            assert name == "proxy" or port.startswith("127.0.0.1:"), f"{name} publishes {port} to everybody"
 
 
 def test_no_password_stands_in_the_files() -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from jobs.errors import MalformedBody, TooLarge, UnsupportedCoding
+from jobs.errors import MalformedBody, TooLarge, TooSlow, UnsupportedCoding
 
 ACCEPTED = "gzip, deflate"
 """Value of `Accept-Encoding` where another coding is refused."""
@@ -44,7 +44,7 @@ def body_stream(stream: IO[bytes], length: int | None, coding: str | None, limit
 
 
 class Received(io.RawIOBase):
-    """A body as it comes from the network. One that is cut off is an error, not a shorter body."""
+    """A body as it comes from the network. One that is cut off, or too slow, is an error, not a shorter body."""
 
     def __init__(self, stream: IO[bytes], length: int | None, limit: int | None) -> None:
         self._stream, self._length, self._limit = stream, length, limit
@@ -65,6 +65,8 @@ class Received(io.RawIOBase):
     def _read(self, wanted: int) -> bytes:
         try:
             data = self._stream.read(wanted)
+        except TimeoutError:
+            raise TooSlow from None
         except Exception:  # each server has its own for a broken connection or chunk
             raise self._cut_off() from None
         if not data and self._length is not None:

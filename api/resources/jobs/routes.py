@@ -11,7 +11,7 @@ from api.http.bodies import Blueprint, OneOf, accepts_body
 from api.http.context import principal, quota, services, tenant, transaction
 from api.http.idempotency import idempotent, key
 from api.http.paging import NamedQuery, NumberedQuery
-from api.http.responses import BINARY, BYTES, CSV, JSON, NDJSON, PNG, SSE, TEXT, download, negotiate
+from api.http.responses import BINARY, BYTES, CSV, HTML, JSON, NDJSON, PDF, PNG, SSE, TEXT, download, negotiate
 from api.http.versioning import address
 from api.resources.deletions import Accepted, DeletionSchema, accepted
 from api.resources.jobs import events, results, studies, summaries
@@ -51,6 +51,13 @@ from jobs.tables import Artifact, Json
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/jobs", description="Trainings and predictions.")
 
+ARTIFACT_CONTENT = {
+    **{kind: {"schema": BINARY} for kind in (PDF, PNG)},
+    **{kind: {"schema": TEXT} for kind in (HTML, CSV, "application/yaml")},
+    JSON: {"schema": {}},
+    "*/*": {"schema": BINARY},
+}
+"""What artifacts are, by their names; those of a pipeline that was installed may be anything."""
 SUBMIT = {JobKind.TRAIN: train_one, JobKind.PREDICT: predict_one, JobKind.PREDICT_BATCH: predict_many}
 JSON_JOB = OneOf({JobKind.TRAIN: TrainRequest, JobKind.PREDICT: PredictJson, JobKind.PREDICT_BATCH: BatchJson})
 UPLOADED_JOB = OneOf({JobKind.PREDICT: PredictUpload, JobKind.PREDICT_BATCH: BatchUpload})
@@ -234,7 +241,7 @@ def list_artifacts(query: dict[str, Any], job_id: uuid.UUID) -> Page[Artifact]:
 @needs(Scope.JOBS_READ)
 @blueprint.response(200, BINARY, content_type=BYTES)
 @blueprint.alt_response(304, description="The client has these bytes.", success=True)
-@blueprint.doc(operationId="getArtifact")
+@blueprint.doc(operationId="getArtifact", responses={200: {"content": ARTIFACT_CONTENT}})
 def get_artifact(job_id: uuid.UUID, name: str) -> Response:
     """Download a file that a job made."""
     with transaction() as session:

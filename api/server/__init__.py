@@ -1,0 +1,1 @@
+"""What stands between the network and the application: gunicorn's worker with deadlines, limits and our errors."""

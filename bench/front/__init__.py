@@ -1,0 +1,1 @@
+"""What the API's own worker costs honest clients, beside gunicorn's."""
