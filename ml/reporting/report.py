@@ -178,7 +178,7 @@ def _of_intervals(scores: Scores) -> str:
     if fewest < MIN_GROUPS:
         return f"{TOO_FEW} The test scans are of {fewest} of the rarest class."
     return (
-        "In simulations of tests with 10 to 200 independent patients a class and 1 to 40 slices each, 92 to 99 of 100 "
+        "In simulations of tests with 10 to 200 independent patients a class and 1 to 40 slices each, 91 to 99 of 100 "
         f"such intervals contained the true figure. Here the rarest class has {fewest}. Patients are left out as a "
         "whole, one after the other (jackknife). Intervals do not cover other sites or scanners."
     )

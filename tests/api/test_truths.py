@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, text
 
 from jobs.datasets.from_feedback import LabelledScan, write_zip
 from jobs.db import Sessions
@@ -23,7 +23,7 @@ from jobs.retention.results import expire
 from jobs.settings import Settings
 from jobs.states import JobKind, JobState
 from jobs.storage.blobs import BlobStore
-from jobs.tables import Dataset, ModelVersion, Scan, ScanResult, Truth
+from jobs.tables import Dataset, ModelVersion, Scan, Truth
 from tests import builders
 from tests.api.conftest import Door, png
 from tests.api.test_errors import assert_problem
@@ -112,10 +112,16 @@ def test_a_truth_is_of_one_slice_and_so_of_no_file_that_holds_several(
     """It would be compared with the answer to the first frame, where a tumour may not be."""
     job_id, scans = batch
     with sessions.begin() as session:
-        session.execute(update(ScanResult).where(ScanResult.scan_id == uuid.UUID(scans[1])).values(frame=0))
-    problem = assert_problem(client.post(path(job_id, scans[1]), json={"label": "Tumor"}), 409, "WRONG_STATE")
+        model = session.scalars(select(ModelVersion.id)).one()
+        new = NewJob(TENANT, JobKind.PREDICT_BATCH, builders.LANES[JobKind.PREDICT_BATCH], model_id=model)
+        several = submit(session, new, [NewResult(uuid.UUID(scans[0]), "volume.dcm", frames=2)])
+        good = {"label": "Tumor", "confidence": 0.9, "probabilities": {"Tumor": 0.9}, "disposition": "tumor"}
+        held = builders.claim(session, builders.units_of(session, several)[0])
+        lifecycle.succeed(session, held, outcomes=[ScanOutcome(n, **good) for n in range(2)])
+        of_frames = str(several.id)
+    problem = assert_problem(client.post(path(of_frames, scans[0]), json={"label": "Tumor"}), 409, "WRONG_STATE")
     assert "holds several slices" in problem["detail"]
-    tell(client, batch, 0)
+    assert tell(client, batch, 0)["job_id"] == job_id
 
 
 def test_truths_outlive_the_results(client: FlaskClient, sessions: Sessions, batch: Told) -> None:

@@ -42,5 +42,5 @@ def _begins_as_picture(head: bytes) -> bool:
         or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0" and len(head) > 26)  # the reserved words are 0
         or head[4:12] in _BOXES
         or begins_nifti(head)
-        or head[344:348] == b"ni1\0"
+        or head[344:348] in (b"n+1\0", b"ni1\0")  # also of a damaged header
     )
