@@ -59,9 +59,14 @@ def _leading(spec: Any) -> Iterable[str]:
 
 
 def _note(experiment: str, tags: Mapping[str, str]) -> str:
-    lines = [f"[Runs with the figures that matter](#/experiments/{experiment}/runs?viewStateShareKey={VIEW})", ""]
-    for name, value in sorted(tags.items()):
-        if name.startswith(CHAMPION) and value:
-            version, run = value.split()
-            lines.append(f"- Champion of {name.removeprefix(CHAMPION)}: [version {version}](#/runs/{run})")
-    return "\n".join(lines).rstrip()
+    """The page shows its first line, and the others when it is unfolded."""
+    champions = {
+        name.removeprefix(CHAMPION): value.split() for name, value in tags.items() if name.startswith(CHAMPION)
+    }
+    lines = [
+        f"Champion of {group}: [version {found[0]}](#/runs/{found[1]})\n"
+        for group, found in sorted(champions.items())
+        if found
+    ]
+    lines += [f"[Runs with the figures that matter](#/experiments/{experiment}/runs?viewStateShareKey={VIEW})"]
+    return "\n".join(lines)
