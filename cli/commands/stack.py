@@ -11,7 +11,7 @@ import time
 import click
 
 from cli.commands.jobs import as_json, print_json, print_table
-from cli.stack.home import Home, is_free, running
+from cli.stack.home import Home, has_ended, is_free, running
 from jobs import stack_state
 from jobs.settings import Settings
 from jobs.stack_state import ServiceStatus, StackState
@@ -60,25 +60,20 @@ def _reasons(state: StackState) -> list[str]:
 
 def _show(state: StackState, reasons: list[str]) -> None:
     print_table(
-        ("process", "state", "for", "restarts", "pid", "address", "last death"),
+        ("process", "state", "for", "restarts", "pid", "address"),
         [_row(service, state.addresses.get(service.name)) for service in state.services],
     )
     address = state.addresses.get("api", f"port {state.port}")
     lines = [f"renalq up (process {state.pid}) at {address}: {'not ready' if reasons else 'ready'}"]
-    click.echo("\n".join([*lines, *(f"  {reason}" for reason in reasons), f"  logs: {state.logs}"]))
+    lines += [f"  {reason}" for reason in reasons]
+    lines += [f"  last death: {each.name} {each.last_death}" for each in state.services if each.last_death]
+    click.echo("\n".join([*lines, f"  logs: {state.logs}"]))
 
 
 def _row(service: ServiceStatus, address: str | None) -> list[object]:
     seconds = int((dt.datetime.now(dt.UTC) - service.since).total_seconds())
-    return [
-        service.name,
-        service.state,
-        dt.timedelta(seconds=seconds),
-        service.restarts,
-        service.pid,
-        address,
-        service.last_death or None,
-    ]
+    life = dt.timedelta(seconds=seconds), service.restarts, service.pid
+    return [service.name, service.state, *life, address]
 
 
 @click.command()
@@ -122,7 +117,7 @@ def _stops(home: Home, number: signal.Signals, seconds: float) -> bool:
     except ProcessLookupError:
         pass  # it has just ended
     deadline = time.monotonic() + seconds
-    while not is_free(home):
+    while not has_ended(home, pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)

@@ -137,6 +137,11 @@ def is_free(home: Home) -> bool:
         return _try_lock(stream.fileno())
 
 
+def has_ended(home: Home, pid: int | None) -> bool:
+    """Whether this `renalq up`, which gives the home free at its very end, and all its processes have ended."""
+    return is_free(home) and (pid is None or _owner(home.lock) != pid)
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +155,10 @@ def _owner(lock: Path) -> int | None:
     text = lock.read_text().strip()
     if not text.isdigit() or not psutil.pid_exists(int(text)):
         return None
-    return int(text) if psutil.Process(int(text)).status() != psutil.STATUS_ZOMBIE else None
+    try:
+        return int(text) if psutil.Process(int(text)).status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:  # it has just ended
+        return None
 
 
 def secret_file(path: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
