@@ -47,6 +47,7 @@ class Client:
     target: Target
     number: int
     small_buffer: bool = False
+    stays: bool = False
     reader: asyncio.StreamReader = field(init=False)
     writer: asyncio.StreamWriter = field(init=False)
 
@@ -112,7 +113,7 @@ async def keyless_bodies(client: Client) -> None:
 
 async def deaf_readers(client: Client) -> None:
     """A request for 1.7 MB that anybody may read, of which nothing is taken."""
-    client.small_buffer = True
+    client.small_buffer = client.stays = True
     await client.open()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await client.send(client.target.head("GET /docs/swagger-ui-bundle.js", ""))
@@ -121,6 +122,7 @@ async def deaf_readers(client: Client) -> None:
 
 async def never_closing(client: Client) -> None:
     """Whole requests that ask for the connection to be closed, and then keep it open."""
+    client.stays = True
     await client.open()
     await client.send(client.target.head("GET /health/live", "Connection: close", ""))
     await asyncio.sleep(3600)
@@ -220,10 +222,10 @@ async def _slow(how: Attack, client: Client) -> None:
 
 
 async def _until_cut_off(client: Client) -> None:
-    """Returns when the server has closed the connection."""
+    """Returns when the server has closed the connection, for those that mind."""
     while not hasattr(client, "writer"):
         await asyncio.sleep(0.1)
-    if client.small_buffer:
+    if client.stays:
         await asyncio.sleep(3600)
     with suppress(OSError):
         while await client.reader.read(2048):

@@ -1,5 +1,6 @@
 """The house rules of the API, as tests."""
 
+import mimetypes
 import subprocess
 import sys
 import uuid
@@ -114,6 +115,13 @@ def test_no_object_in_an_answer_is_without_fields(client: FlaskClient) -> None:
         "self", "events", "artifacts", "cancel", "retry", "metrics", "results", "studies", "summary", "reproduce",
         "mlflow",
     }  # fmt: skip
+
+
+def test_artifacts_declare_what_they_are(client: FlaskClient) -> None:
+    paths = client.get("/openapi.json").get_json()["paths"]
+    content = paths["/jobs/{job_id}/artifacts/{name}"]["get"]["responses"]["200"]["content"]
+    named = {mimetypes.guess_type(name)[0] for name in ("a.html", "a.pdf", "a.png", "a.json", "a.csv")}
+    assert named | {"application/octet-stream", "*/*"} <= set(content)
 
 
 def test_the_documentation_page_asks_no_other_host_for_anything(client: FlaskClient) -> None:

@@ -4,6 +4,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from api.resources import docs
 from tests.api.test_errors import assert_problem
 
 FILES = ["page.css", "page.js", "client.js", "scans.js", "card.js", "icon.svg"]
@@ -27,6 +28,27 @@ def test_the_first_page_is_html_for_browsers(anybody: FlaskClient, accept: str) 
     policy = answer.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'self'; img-src 'self' blob: data:;")
     assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize("path", ["/docs/", "/v1/docs/", "/problems/INVALID"])
+def test_every_page_has_the_policy_of_the_first(anybody: FlaskClient, path: str) -> None:
+    first, other = (anybody.get(one, headers={"Accept": "text/html"}) for one in ("/", path))
+    assert other.mimetype == "text/html"
+    names = ("Content-Security-Policy", "Referrer-Policy", "X-Frame-Options")
+    assert [other.headers[name] for name in names] == [first.headers[name] for name in names]
+    assert "<script>" not in other.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/v1/docs", "/docs/", "/openapi.json", "/nothing"])
+def test_no_answer_repeats_the_host_that_was_asked_for(anybody: FlaskClient, path: str) -> None:
+    answer = anybody.get(path, headers={"Host": "evil.example"})
+    assert "evil" not in answer.get_data(as_text=True) + str(answer.headers)
+
+
+def test_the_documents_files_are_those_of_the_page_alone(anybody: FlaskClient) -> None:
+    page = anybody.get("/docs/").get_data(as_text=True)
+    assert all(name in page and anybody.get(f"/docs/{name}").status_code == 200 for name in docs.FILES)
+    assert_problem(anybody.get("/docs/oauth2-redirect.html"), 404)
 
 
 def test_who_prefers_json_is_told_what_this_is(anybody: FlaskClient) -> None:
