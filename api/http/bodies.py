@@ -167,6 +167,7 @@ def _schema_document(kind: str, schema: Any) -> Any:
 
 
 def _body(kinds: dict[str, Declared]) -> Any:
+    cast(UploadRequest, request).tenant_id = tenant()
     if MULTIPART in kinds and request.mimetype == MULTIPART:
         parts = _parts()
         schema = _schema(kinds[MULTIPART], parts)
@@ -230,13 +231,13 @@ def _whole_body() -> tuple[IO[bytes], int]:
     size = file.seek(0, SEEK_END)
     file.seek(0)
     if size > SMALL_BYTES:
-        ours.take_turn(tenant())
+        ours.take_turn()
     return file, size
 
 
 def _parsed(text: bytes) -> Any:
     if json_text.is_costly(text):
-        cast(UploadRequest, request).take_turn(tenant())
+        cast(UploadRequest, request).take_turn()
     return json_text.parse(text)
 
 
