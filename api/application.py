@@ -1,5 +1,6 @@
 """The Flask application: blueprints, URL converters, error handlers, services."""
 
+import sys
 import uuid
 from functools import partial
 from importlib.metadata import version
@@ -74,6 +75,8 @@ class VersionConverter(BaseConverter):
 
 def build(settings: Settings) -> Flask:
     """The application with these settings."""
+    # A request waits so long for the interpreter's lock, once for each other thread that computes (Python: 5 ms).
+    sys.setswitchinterval(0.001)
     app = Renalq("api")
     app.config.update(
         MAX_CONTENT_LENGTH=settings.max_upload_bytes,

@@ -17,6 +17,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from api.http.body import json_text
 from api.http.body.content_coding import ACCEPTED
+from api.http.body.large_bodies import ServerBusy
 from api.http.body.multipart import MULTIPART
 from api.http.body.spool import JSON_BYTES, SCAN_JSON_BYTES, SMALL_BYTES, UploadRequest
 from api.http.context import tenant
@@ -168,6 +169,16 @@ def _schema_document(kind: str, schema: Any) -> Any:
 
 
 def _body(kinds: dict[str, Declared]) -> Any:
+    ours = cast(UploadRequest, request)
+    ours.tenant_id = tenant()
+    try:
+        return _loaded(kinds)
+    except (RequestEntityTooLarge, TooLarge, ServerBusy):
+        ours.discard(SCAN_JSON_BYTES)
+        raise
+
+
+def _loaded(kinds: dict[str, Declared]) -> Any:
     if MULTIPART in kinds and request.mimetype == MULTIPART:
         parts = _parts()
         schema = _schema(kinds[MULTIPART], parts)
@@ -223,21 +234,17 @@ def _json(limit: int) -> Any:
 def _whole_body() -> tuple[IO[bytes], int]:
     """The body as a file, and its size; it is a large body's turn."""
     ours = cast(UploadRequest, request)
-    try:
-        file = ours.spooled()
-    except (RequestEntityTooLarge, TooLarge):
-        ours.discard(SCAN_JSON_BYTES)
-        raise
+    file = ours.spooled()
     size = file.seek(0, SEEK_END)
     file.seek(0)
     if size > SMALL_BYTES:
-        ours.take_turn(tenant())
+        ours.take_turn()
     return file, size
 
 
 def _parsed(text: bytes) -> Any:
     if json_text.is_costly(text):
-        cast(UploadRequest, request).take_turn(tenant())
+        cast(UploadRequest, request).take_turn()
     return json_text.parse(text)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from api.http.body.json_text import LONG_STRING, MAX_DEPTH, MAX_VALUES, TEXT_BYTES, LongString, parse, parse_file
 from api.http.body.large_bodies import MOST_WAITING, OF_ONE_TENANT, LargeBodies, ServerBusy
+from api.http.body.multipart import MANY_PARTS
 from api.http.body.spool import JSON_BYTES, SMALL_BYTES, TURNS
 from jobs import keys
 from jobs.db import Sessions
@@ -195,3 +196,16 @@ def test_packed_bodies_are_counted_unpacked(client: FlaskClient) -> None:
     packed = gzip.compress(b"[" * 31_000_000)
     assert_problem(client.post("/v1/scans", data=packed, headers=headers), 413, "TOO_LARGE")
     eventually(lambda: TURNS._held.total() == 0, 5)
+
+
+def test_forms_of_many_parts_wait_for_their_turn(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.http.body.large_bodies.WAIT_SECONDS", 0.1)
+    for _ in range(OF_ONE_TENANT):
+        TURNS.enter(TENANT)
+    try:
+        for number, status in ((MANY_PARTS - 1, 422), (MANY_PARTS, 503)):
+            form = {"files": [(io.BytesIO(b""), "") for _ in range(number)], "colour": "red"}
+            assert client.post("/v1/jobs/predict/batch", data=form).status_code == status
+    finally:
+        for _ in range(OF_ONE_TENANT):
+            TURNS.leave(TENANT)

@@ -3,7 +3,7 @@
 werkzeug finds the parts, with any of the three line ends, around them preamble and epilogue, which are passed over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
 
@@ -17,15 +17,19 @@ from api.http.body.part import Part
 from jobs.errors import MalformedBody, TooLarge
 
 MULTIPART = "multipart/form-data"
-TEXT_BYTES = 32 * 1024 * 1024
-"""Most bytes of all texts of a body together: they are held in memory."""
+TEXT_BYTES = 10 * 1024 * 1024
+"""Most bytes of all texts of a body together: ten thousand custom ids fit in. They are held in memory."""
+MANY_PARTS, MANY_BYTES = 500, 1024 * 1024
+"""Parts and bytes of texts from which on a body is a large one, that waits for its turn."""
 BY_HAND = "Let your HTTP library write `Content-Type` and body together."
 NOT_CLOSED = "the closing boundary is missing, or the body was cut off"
 NO_DISPOSITION = 'has no Content-Disposition. Write `Content-Disposition: form-data; name="…"`.'
 
 
 class MultipartParser(FormDataParser):
-    """What a request parses its form with."""
+    """What a request parses its form with. `on_large` is called once a body is a large one, perhaps several times."""
+
+    on_large: Callable[[], None] = staticmethod(lambda: None)
 
     def parse(
         self, stream: IO[bytes], mimetype: str, content_length: int | None, options: dict[str, str] | None = None
@@ -45,6 +49,8 @@ class MultipartParser(FormDataParser):
         text_limit, text_bytes = self.max_form_memory_size or TEXT_BYTES, 0
         for event in reader.events():
             if isinstance(event, Field | File):
+                if reader.number >= MANY_PARTS or text_bytes > MANY_BYTES:
+                    self.on_large()
                 part = Part(reader.number, event.headers, self.stream_factory, text_limit)
             elif isinstance(event, Data):
                 part.write(event.data, last=not event.more_data)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flask import Request, current_app
+from werkzeug.formparser import FormDataParser
 from werkzeug.utils import cached_property
 
 from api.http.body.content_coding import body_stream
@@ -106,6 +107,8 @@ class UploadRequest(Request):
     max_form_parts = MAX_PARTS
     form_data_parser_class = MultipartParser
     _spool: Spool | None = None
+    tenant_id = ""
+    """Of the request's key: turns are counted by tenant."""
     _turn: str | None = None
 
     @cached_property
@@ -157,15 +160,21 @@ class UploadRequest(Request):
         section.seek(0)
         return section
 
-    def take_turn(self, tenant_id: str) -> None:
+    def make_form_data_parser(self) -> FormDataParser:
+        """One that waits for a turn once the form is a large one."""
+        parser = super().make_form_data_parser()
+        parser.on_large = self.take_turn  # type: ignore[attr-defined]
+        return parser
+
+    def take_turn(self) -> None:
         """Wait until few other requests hold the objects of a large body; the turn ends with the request at the latest.
 
         Raises:
             ServerBusy
         """
         if self._turn is None:
-            TURNS.enter(tenant_id)
-            self._turn = tenant_id
+            TURNS.enter(self.tenant_id)
+            self._turn = self.tenant_id
 
     def end_turn(self) -> None:
         """Let the next large body in, before a request waits for something else."""
