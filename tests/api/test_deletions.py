@@ -173,12 +173,12 @@ def test_a_large_batch_is_deleted_in_100_ms_and_then_in_batches(
 ) -> None:
     scans = depth(10_000, 100_000)
     with sessions.begin() as session:
-        small, large = (builders.make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, scans=1) for _ in "ab")
+        small, large = (builders.make_job(session, JobKind.PREDICT_BATCH, JobState.SUCCEEDED, scans=1).id for _ in "ab")
         for statement in MANY_SCANS, MANY_RESULTS:
-            session.execute(text(statement), {"n": scans - 2, "job": str(large.id)})
+            session.execute(text(statement), {"n": scans - 2, "job": str(large)})
     with sessions.begin() as session:
         session.execute(text("ANALYZE"))
-    of_small, of_large = asked(client, small.id), asked(client, large.id)
+    of_small, of_large = asked(client, small), asked(client, large)
     store, longest, steps = BlobStore(settings.artifacts), 0.0, 0
     more = True
     while more:

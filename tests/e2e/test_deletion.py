@@ -17,7 +17,7 @@ from cli.stack.embedded import embedded_postgres
 from jobs.db import make_engine
 from ml.synthetic import phantom_files
 from tests.e2e.conftest import PARAMS, Client
-from tests.whole_stack import running_stack
+from tests.whole_stack import RunningStack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,6 +32,16 @@ def database(tmp_path: Path) -> Iterator[str]:
     """A Postgres of its own, whose files lie beside the stack's."""
     with embedded_postgres(tmp_path / "postgres", fsync=False) as url:
         yield url
+
+
+@pytest.fixture
+def stack(tmp_path: Path, database: str) -> Iterator[RunningStack]:
+    """A whole stack on that Postgres."""
+    stack = RunningStack(tmp_path / "home", RENALQ_DATABASE_URL=database, **HASTY)
+    try:
+        yield stack.ready()
+    finally:
+        stack.end()
 
 
 def scan() -> bytes:
@@ -110,36 +120,37 @@ def rows_with_it(url: str) -> list[str]:
     return seen
 
 
-def test_nothing_of_what_was_deleted_is_found_on_disk(tmp_path: Path, database: str) -> None:
-    home = tmp_path / "home"
-    with running_stack(home, RENALQ_DATABASE_URL=database, **HASTY) as stack:
-        client = Client(stack.url, stack.key(), home)
-        trained = train(client, tmp_path)
-        job_id, scan_id = predict(client, trained["model_version"])
-        (tmp_path / "ct.zip").unlink()
-        assert len(found(home)) > 2, "the canary sings"
-        assert rows_with_it(database) != []
+def test_nothing_of_what_was_deleted_is_found_on_disk(tmp_path: Path, database: str, stack: RunningStack) -> None:
+    home = stack.home
+    client = Client(stack.url, stack.key(), home)
+    trained = train(client, tmp_path)
+    job_id, scan_id = predict(client, trained["model_version"])
+    (tmp_path / "ct.zip").unlink()
+    print("before:", found(home))
+    assert len(found(home)) > 2, "the canary sings"
+    assert rows_with_it(database) != []
 
-        of_scan = delete(client, f"/scans/{scan_id}")
-        assert of_scan["counts"]["results"] == of_scan["counts"]["scans"] == of_scan["counts"]["feedback"] == 1
-        of_job = delete(client, f"/jobs/{job_id}")
-        of_model = delete(client, f"/models/{trained['model_version']}")
-        of_dataset = delete(client, f"/datasets/{trained['dataset_id']}")
-        assert (of_scan["state"], of_job["state"], of_dataset["state"]) == ("deleted",) * 3
-        assert of_model["left"]["mlflow_runs"] == 1, "it waits until no worker can write to it"
-        with make_engine(database).begin() as connection:
-            connection.execute(text("UPDATE released_runs SET due_at = now()"))
-        deadline = time.monotonic() + 120
-        while of_model["state"] != "deleted" and time.monotonic() < deadline:
-            time.sleep(1)
-            of_model = client.get(f"/deletions/{of_model['id']}").json()
-        assert of_model["state"] == "deleted", of_model
-        assert of_model["counts"]["mlflow_runs"] == 1
+    of_scan = delete(client, f"/scans/{scan_id}")
+    assert of_scan["counts"]["results"] == of_scan["counts"]["scans"] == of_scan["counts"]["feedback"] == 1
+    of_job = delete(client, f"/jobs/{job_id}")
+    of_model = delete(client, f"/models/{trained['model_version']}")
+    of_dataset = delete(client, f"/datasets/{trained['dataset_id']}")
+    assert (of_scan["state"], of_job["state"], of_dataset["state"]) == ("deleted",) * 3
+    assert of_model["left"]["mlflow_runs"] == 1, "it waits until no worker can write to it"
+    with make_engine(database).begin() as connection:
+        connection.execute(text("UPDATE released_runs SET due_at = now()"))
+    deadline = time.monotonic() + 120
+    while of_model["state"] != "deleted" and time.monotonic() < deadline:
+        time.sleep(1)
+        of_model = client.get(f"/deletions/{of_model['id']}").json()
+    assert of_model["state"] == "deleted", of_model
+    assert of_model["counts"]["mlflow_runs"] == 1
 
-        assert [each["kind"] for each in client.get("/deletions").json()["data"]] == ["dataset", "model", "job", "scan"]
-        assert rows_with_it(database) == []
-        assert found(home) == []
-        left = [name for name in found(tmp_path / "postgres") if "pg_wal" not in name]
-        assert left == [], "in Postgres' files, beside the WAL, which is written over in time"
-        assert not any((home / "cache").glob("*" * 1)), "no pixels and no features"
-        assert list((home / "artifacts").rglob("*.safetensors")) == []
+    assert [each["kind"] for each in client.get("/deletions").json()["data"]] == ["dataset", "model", "job", "scan"]
+    assert rows_with_it(database) == []
+    assert found(home) == []
+    print("receipts:", of_scan["counts"], of_job["counts"], of_model["counts"], of_dataset["counts"])
+    left = [name for name in found(tmp_path / "postgres") if "pg_wal" not in name]
+    assert left == [], "in Postgres' files, beside the WAL, which is written over in time"
+    assert list((home / "cache").iterdir()) == [], "neither pixels nor features"
+    assert list((home / "artifacts").rglob("*.safetensors")) == []
