@@ -112,6 +112,8 @@ def flood(
     url: str, key: str, other: str, pid: int, seconds: float, connections: int, names: Iterable[str] = tuple(MAKERS)
 ) -> Measured:
     """Attack from another process, and measure from this one."""
+    for _ in range(10):  # the first requests load what all of them need
+        poll(url, other, Measured(0))
     measured, apart = Measured(memory(pid)), multiprocessing.get_context("spawn")
     told: Any = apart.Queue()
     attackers = apart.Process(target=attack_all, args=(url, key, seconds, connections, list(names), told), daemon=True)

@@ -145,7 +145,7 @@ def test_39_a_name_that_rebinds(settings: Settings, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DeliveryFailed, match="refused the connection"):
         post("http://rebinds.example/hook", b"{}", {}, settings)
     assert asked == [(PUBLIC, 80)]
-    with pytest.raises(DeliveryFailed, match="not a public one"):
+    with pytest.raises(DeliveryFailed, match="not public must be in"):
         post("http://rebinds.example/hook", b"{}", {}, settings)
     assert asked == [(PUBLIC, 80)]
 
