@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from jobs import stack_state
 from jobs.db import Sessions
+from jobs.deletions.of_jobs import delete_job
 from jobs.events import webhooks
 from jobs.events.webhooks import EventType
 from jobs.queue import processes
@@ -69,7 +70,9 @@ def test_what_belongs_to_another_tenant_answers_like_what_does_not_exist(
     with sessions.begin() as session:
         webhooks.emit(session, builders.TENANT, "event", EventType.JOB_SUCCEEDED, {})
         delivery = session.scalars(select(Delivery.id)).one()
-    ids |= {"webhook_id": webhook, "delivery_id": delivery}
+        ended = builders.make_job(session, JobKind.PREDICT, JobState.CANCELLED, scans=1)
+        deletion = delete_job(session, builders.TENANT, ended.id).id
+    ids |= {"webhook_id": webhook, "delivery_id": delivery, "deletion_id": deletion}
     unknown = {name: builders.unknown_id() for name in ids}
     for method, rule in routes_with_an_id(client.application):
         theirs, nobodys = filled(rule, ids), filled(rule, unknown)
