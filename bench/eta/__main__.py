@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scores[title] = _followed(processes, _training(processes, dataset, parsed))
         scans = _scans(processes, folder, 40 if parsed.quick else parsed.scans)
         for title in ("first batch of a cold stack", "second batch"):
-            scores[title] = _followed(processes, _batch(processes, scans))
+            scores[title] = _followed(processes, _batch(processes, scans, 8 if parsed.quick else None))
     return _report(scores, quick=parsed.quick)
 
 
@@ -129,11 +129,12 @@ def _scans(processes: Stack, folder: Path, number: int) -> list[NewResult]:
         return [NewResult(row.id) for row in rows]
 
 
-def _batch(processes: Stack, scans: Sequence[NewResult]) -> uuid.UUID:
+def _batch(processes: Stack, scans: Sequence[NewResult], chunk: int | None) -> uuid.UUID:
     with processes.sessions.begin() as session:
         version = session.scalars(select(ModelVersion).order_by(ModelVersion.version.desc()).limit(1)).one()
         new = NewJob(TENANT, JobKind.PREDICT_BATCH, Lane.BATCH, model_id=version.id, model_version=version.version)
-        return submit(session, new, scans, pace.chunk_size(session, Lane.BATCH, processes.settings)).id
+        chunk = chunk or pace.chunk_size(session, Lane.BATCH, processes.settings)
+        return submit(session, new, scans, chunk).id
 
 
 # --- asking and scoring ---
@@ -200,7 +201,7 @@ def _report(scores: dict[str, Score], quick: bool) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(), "median_error": medians, "jobs": kept}, indent=1) + "\n")
     factor = scores["first batch of a cold stack"].first_chunk
-    if factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR:
+    if not quick and (factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR):
         Console().print(f"NOT MET: the first batch's ETA was {factor} times the truth")
         return 1
     return 0

@@ -102,12 +102,11 @@ def report(
 
 SUCCEED = PreparedStatement(
     "succeed_unit",
-    "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[], float8",
+    "uuid, uuid, bigint, text, int, int, float8, jsonb, varchar[]",
     """
 WITH job AS MATERIALIZED (SELECT id FROM jobs WHERE id = $1 FOR NO KEY UPDATE),
 succeeded AS (
-    UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL,
-        warmup_seconds = $10
+    UPDATE units SET state = 'succeeded', finished_at = clock_timestamp(), lease_expires_at = NULL
     FROM job
     WHERE units.id = $2 AND fence = $3 AND worker = $4 AND state = 'running' AND units.job_id = job.id
     RETURNING units.job_id
@@ -145,8 +144,10 @@ def succeed(
     metrics_json = None if metrics is None else json.dumps(metrics)
     fence = str(claim.job_id), str(claim.unit_id), claim.fence, claim.worker
     engines = engines_of(outcomes)
-    counted = succeeded, failed, device_seconds, metrics_json, engines, warmup_seconds
-    if SUCCEED(session, *fence, *counted).first() is None:
+    if warmup_seconds is not None:  # once per network and worker
+        lock_job(session, claim.job_id)
+        update_held(session, claim, warmup_seconds=warmup_seconds)
+    if SUCCEED(session, *fence, succeeded, failed, device_seconds, metrics_json, engines).first() is None:
         raise LeaseLost
     write_outcomes(session, claim, outcomes, counted=True)
     if enqueue_explanations and (ordinal := explanations.enqueue(session, claim)) is not None:
