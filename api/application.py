@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response
 from marshmallow import fields
+from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import BaseConverter
 
 from api.http import auth, problems, request_log, responses, versioning
@@ -102,6 +103,8 @@ def build(settings: Settings) -> Flask:
     app.after_request(responses.protect_document)
     versioning.register(app)
     _register_blueprints(app)
+    if settings.proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.proxies, x_proto=0, x_host=0)  # type: ignore[method-assign]
     return app
 
 

@@ -240,6 +240,12 @@ class Settings(PolicySettings):
         description="Connections at once from one address (IPv6: one /64). 0: any number, such as behind a proxy that "
         "limits them itself.",
     )
+    proxies: int = Field(
+        0,
+        ge=0,
+        description="Proxies in front of the API, each of which writes the address of its client into "
+        "X-Forwarded-For: failed logins are counted by it. 0: the header is not believed.",
+    )
     head_seconds: float = Field(
         10, gt=0, description="The head of a request must arrive within this time, or the connection is closed (s)."
     )

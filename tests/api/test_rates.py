@@ -10,6 +10,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from api import create_app
+from api.http.context import EXTENSION
 from api.http.traffic import rates
 from api.http.traffic.rates import Counters
 from cli.stack.server_plan import free_port
@@ -66,6 +68,23 @@ def test_an_address_that_sends_invalid_keys_is_told_to_wait_and_its_valid_keys_g
     assert_problem(get(app, "rq_another", someone()), 401)
     assert client.get("/jobs", environ_base={"REMOTE_ADDR": address}).status_code == 200
     assert_problem(app.test_client().get("/jobs", environ_base={"REMOTE_ADDR": address}), 401)
+
+
+@pytest.mark.parametrize(("proxies", "statuses"), [(0, [401, 401, 401, 429]), (1, [401] * 4)])
+def test_the_address_is_the_one_that_a_trusted_proxy_tells(
+    settings: Settings, proxies: int, statuses: list[int]
+) -> None:
+    app, proxy = create_app(settings.model_copy(update={"proxies": proxies})), someone()
+
+    def status(client: str) -> int:
+        headers = {"Authorization": "Bearer wrong", "X-Forwarded-For": f"{someone()}, {client}"}
+        return app.test_client().get("/jobs", headers=headers, environ_base={"REMOTE_ADDR": proxy}).status_code
+
+    assert [status(someone()) for _ in range(4)] == statuses
+    attacker = someone()
+    assert [status(attacker) for _ in range(4)][-1] == 429, "what the client itself has put before it does not count"
+    app.extensions[EXTENSION].listener.close()
+    app.extensions[EXTENSION].sessions.kw["bind"].dispose()
 
 
 def test_a_client_with_many_ipv6_addresses_is_one_client(app: Flask) -> None:
