@@ -60,6 +60,12 @@ def store_weights(settings: Settings, sha256: str = WEIGHTS) -> Path:
     return path
 
 
+def stored_files(settings: Settings) -> list[Path]:
+    """The files in the store, but for the one of `store_weights`."""
+    found = (settings.home / "artifacts").rglob("*")
+    return [path for path in found if path.is_file() and path.name not in WEIGHTS]
+
+
 def make_scan(session: Session, tenant_id: str = TENANT, sha256: str | None = None) -> Scan:
     """A stored scan's row (no blob behind it)."""
     scan = Scan(

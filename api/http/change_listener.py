@@ -139,6 +139,8 @@ class ChangeListener:
     def _take_slot(self, holder: Holder) -> None:
         """End a subscription of the largest tenant, or of the largest key in the holder's tenant: the latest one."""
         all_ = list(self._all())
+        if not all_:
+            raise TooManyWatchers
         tenants = Counter(one.holder.tenant_id for one in all_)
         largest = max(tenants, key=lambda tenant: tenants[tenant])
         if tenants[largest] < tenants[holder.tenant_id] + 2:

@@ -21,6 +21,7 @@ from tests.api.conftest import Finish, file, png, zipped
 from tests.api.test_errors import assert_problem
 from tests.api.test_predictions import results
 from tests.api.test_uploads import uploaded
+from tests.builders import stored_files
 
 pytestmark = pytest.mark.usefixtures("champion")
 
@@ -316,7 +317,7 @@ def test_a_refused_manifest_leaves_nothing(client: FlaskClient, sessions: Sessio
     assert sent(client, "file\n2.png\n", "1.png").status_code == 422
     with sessions.begin() as session:
         assert session.scalar(select(Job).where(Job.kind == JobKind.PREDICT_BATCH)) is None
-    assert [path for path in (settings.home / "artifacts").rglob("*") if path.is_file()] == []
+    assert stored_files(settings) == []
 
 
 # --- addresses ---

@@ -13,11 +13,13 @@ from jobs.db import Sessions, listening
 from jobs.models import promotion
 from jobs.models.cards import REGISTRY_SYNC
 from jobs.models.gate import GatePolicy
+from jobs.settings import Settings
 from jobs.tables import Dataset, ModelVersion
 from tests import builders
 from tests.api.conftest import Door
 from tests.api.test_errors import assert_problem
 from tests.api.test_idempotency import left_unanswered
+from tests.builders import store_weights
 
 FULL: dict[str, Any] = {
     **builders.SCORES,
@@ -248,7 +250,8 @@ def test_weights_are_downloaded_once_and_known_by_their_hash(
     assert (again.status_code, again.data) == (304, b"")
 
 
-def test_weights_that_are_gone_are_said_to_be_gone(client: FlaskClient, champion: object) -> None:
+def test_weights_that_are_gone_are_said_to_be_gone(client: FlaskClient, champion: object, settings: Settings) -> None:
+    store_weights(settings).unlink()
     assert "no longer stored" in assert_problem(client.get("/models/1/weights"), 404)["detail"]
 
 

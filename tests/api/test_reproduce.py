@@ -99,7 +99,7 @@ def test_of_an_older_training_the_parameters_are_renamed(client: FlaskClient, se
 
 
 def test_without_its_dataset_it_is_409(client: FlaskClient, original: dict[str, Any]) -> None:
-    assert client.delete(f"/datasets/{original['dataset_id']}").status_code == 204
+    assert client.delete(f"/datasets/{original['dataset_id']}").status_code == 202
     problem = assert_problem(client.post(f"/jobs/{original['id']}/reproduce"), 409, "DATASET_GONE")
     assert "deleted" in problem["detail"]
 

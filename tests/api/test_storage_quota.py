@@ -14,6 +14,7 @@ from jobs.tables import Job, ModelVersion, Scan, StorageChange
 from tests import builders
 from tests.api.conftest import file, png, zipped
 from tests.api.test_errors import assert_problem
+from tests.builders import stored_files
 
 LIMIT = 10_000
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -84,7 +85,7 @@ def test_of_a_batch_that_does_not_fit_what_is_on_the_disk_counts(
     client: FlaskClient, sessions: Sessions, settings: Settings, champion: ModelVersion
 ) -> None:
     refused(client.post("/jobs/predict/batch", data={"files": [file(big(n), f"{n}.png") for n in range(3)]}))
-    blobs = [path.stat().st_size for path in (settings.home / "artifacts").rglob("*") if path.is_file()]
+    blobs = [path.stat().st_size for path in stored_files(settings)]
     assert sum(blobs) == used(client)["used"] == 6000
     with sessions.begin() as session:
         assert session.scalar(select(func.count()).select_from(Job).where(Job.kind == "predict_batch")) == 0
