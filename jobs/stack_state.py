@@ -66,7 +66,7 @@ def write(home: Path, state: StackState) -> None:
     """Write it completely or not at all: others read it at any time."""
     draft = home / f"{FILE}.new"
     draft.write_text(state.model_dump_json(indent=2) + "\n")
-    draft.chmod(0o644)  # the API may run as another user than `renalq up`; who may enter HOME decides
+    draft.chmod(0o600)
     draft.replace(home / FILE)
 
 

@@ -1,6 +1,7 @@
 """Deletion of runs in MLflow whose trainings were deleted: their files, their versions in its registry, the run itself.
 
-MLflow marks a run as deleted, and keeps its parameters, tags and metrics until `mlflow gc`; its files go at once.
+MLflow marks a run as deleted, and keeps its parameters, tags and metrics until `mlflow gc`; its files and its name go
+at once.
 """
 
 import uuid
@@ -80,6 +81,7 @@ def delete_run(client: Any, job_id: uuid.UUID, run_id: str) -> None:
     for found in {run.info.run_id: run for run in _runs(client, job_id, run_id)}.values():
         _delete_files(client, found.info.artifact_uri)
         if found.info.lifecycle_stage == "active":
+            client.update_run(found.info.run_id, name=str(job_id))  # a client gave it its name
             client.delete_run(found.info.run_id)
 
 
