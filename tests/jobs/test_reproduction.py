@@ -139,7 +139,7 @@ def test_lost_lease_writes_no_comparison(sessions: Sessions) -> None:
 def test_retry_of_a_reproduction_is_a_reproduction(sessions: Sessions) -> None:
     original = training(sessions, METRICS)
     with sessions.begin() as session:
-        base = builders.unknown_id()
+        base = builders.make_model(session).id
         failed = builders.make_job(session, state=JobState.FAILED, reproduction_of=original, base_model_id=base)
         again = retry(session, builders.TENANT, failed.id)
         assert (again.reproduction_of, again.base_model_id) == (original, base)

@@ -115,7 +115,7 @@ def test_a_job_tells_the_receiver_that_it_names_and_no_other_job_does(sessions: 
     with sessions.begin() as session:
         due = claimed(session)
         assert (due.url, due.secret, due.data["job_id"]) == (OWN.url, OWN.secret, job_id)
-        assert webhooks.list_webhooks(session, TENANT) == []
+        assert webhooks.list_webhooks(session, TENANT, 9).data == []
         with pytest.raises(WebhookNotFound):
             webhooks.get(session, TENANT, due.webhook_id)
 
@@ -155,7 +155,7 @@ def test_receivers_do_not_count_among_webhooks_and_go_when_nothing_refers_to_the
         assert len(own_of(session)) == len(jobs)
         webhooks.prune(session, days=0)
         assert [webhook.url for webhook in own_of(session)] == [f"{OWN.url}/0"]
-        assert len(webhooks.list_webhooks(session, TENANT)) == 1
+        assert len(webhooks.list_webhooks(session, TENANT, 9).data) == 1
 
 
 def test_webhook_receives_its_events_of_its_own_tenant(sessions: Sessions) -> None:

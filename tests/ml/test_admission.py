@@ -181,7 +181,7 @@ def test_engines_are_tried_on_validation_scans_and_never_on_test_scans(small_run
     run = Run(load_config(small_run.folder / "config.yaml"), parse_params(SMALL), lambda event: None)
     tried = []
     monkeypatch.setattr(training, "admit", lambda model, calibration, *scans: tried.append(scans))
-    training._admit(run, network.load(small_run.model_path), Calibration(threshold=0.5), None)
+    training._admit(run, network.load(small_run.model_path), Calibration(threshold=0.5), None, lambda fraction: None)
     ((pictures, labels, seen, *_),) = tried
     known = run.split.validation
     assert {each.tobytes() for each in pictures} <= {each.tobytes() for each in run.pixels[known]}

@@ -8,6 +8,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -67,7 +68,8 @@ def parse(text: bytes) -> Any:
     """
     encoding = json.detect_encoding(text)
     if not encoding.startswith("utf-8"):  # in which a byte of another character may look like a quote
-        text = text.decode(encoding, "replace").encode()
+        with _saying_what_is_no_text():
+            text = text.decode(encoding).encode()
     return _parsed(text, [])
 
 
@@ -92,10 +94,20 @@ def is_costly(text: bytes) -> bool:
 
 def _recoded(file: IO[bytes], encoding: str, target: IO[bytes]) -> IO[bytes]:
     file.seek(0)
-    reader = codecs.getreader(encoding)(file, "replace")
-    while text := reader.read(BLOCK):
-        target.write(text.encode("utf-8", "replace"))
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with _saying_what_is_no_text():
+        for block in iter(lambda: file.read(BLOCK), b""):
+            target.write(decoder.decode(block).encode())
+        target.write(decoder.decode(b"", final=True).encode())
     return target
+
+
+@contextmanager
+def _saying_what_is_no_text() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"The body is not JSON: it is not {error.encoding.upper()} to its end.") from None
 
 
 def _without_long_strings(file: IO[bytes], open_file: OpenFile) -> tuple[bytearray, list[LongString]]:
