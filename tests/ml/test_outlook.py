@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ml.image.dataset.splits import Split
-from ml.image.stages.outlook import PARTS, USUAL, Cost, Outlook, costs
+from ml.image.stages.costs import costs
+from ml.image.stages.outlook import PARTS, USUAL, Cost, Outlook
 from ml.runtime.config import parse_params
 from ml.runtime.events import Event, Progress
 

@@ -30,8 +30,8 @@ from ml.image.networks.feature_descriptor import feature_descriptors
 from ml.image.networks.network import Model
 from ml.image.networks.ood import OodDetector, UnseenDescriptors, fit_detector
 from ml.image.pixels.statistics import input_statistics
+from ml.image.stages.costs import costs
 from ml.image.stages.crossvalidation import cross_validate, folds_of, take_mean_head
-from ml.image.stages.outlook import costs
 from ml.image.stages.run import Run, train_data, write_json
 from ml.runtime.events import Resumed, Steps
 from ml.runtime.process_group import ProcessGroup
