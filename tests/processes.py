@@ -38,7 +38,7 @@ def small_settings(home: Path, database_url: str, redis_url: str) -> Settings:
         ring_again_seconds=1,
         process_seconds=0.5,
         retry_base_seconds=0.1,
-        fetch_hosts="example.org",
+        fetch_hosts="example.org,127.0.0.1:9",  # nobody answers at the second
         rate_failed_login="",  # the counters of all tests are in one Redis, and their address is the same
     )
 

@@ -261,7 +261,7 @@ MARK = """
 UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings = {rings}
 FROM (SELECT id FROM units WHERE {which} AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen
 WHERE units.id = chosen.id
-RETURNING units.id, units.lane, units.tenant_id, units.kind, units.scans
+RETURNING units.id, units.job_id, units.lane, units.tenant_id, units.kind, units.scans, explains IS NOT NULL AS explains
 """
 LISTED = "id = ANY ($1)"
 DUE = "state = 'queued' AND not_before <= clock_timestamp()"
@@ -300,7 +300,9 @@ def dispatch_new(session: Session, job_id: str, ordinal: int, lanes: Iterable[La
     row = DISPATCH_NEW(session, job_id, ordinal, _array(lanes)).first()
     if row is None:
         return None
-    return WaitingUnit(uuid.UUID(str(row.id)), Lane(row.lane), row.tenant_id, JobKind(row.kind), row.scans)
+    unit_id, job_id = uuid.UUID(str(row.id)), uuid.UUID(str(row.job_id))
+    what = row.tenant_id, JobKind(row.kind), row.scans
+    return WaitingUnit(unit_id, Lane(row.lane), *what, explains=row.explains, job_id=job_id)
 
 
 def reserve(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:

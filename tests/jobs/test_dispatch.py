@@ -122,7 +122,7 @@ def test_a_new_unit_is_dispatched_by_its_place_if_it_may_be_claimed_in_one_of_th
         assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.URGENT, Lane.TRAIN]) is None, "another lane"
         assert dispatch.dispatch_new(session, str(job.id), 1, [Lane.BATCH]) is None, "it waits for its retry"
         assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.URGENT, Lane.BATCH]) == WaitingUnit(
-            units[0].id, Lane.BATCH, job.tenant_id, JobKind.PREDICT_BATCH, 10
+            units[0].id, Lane.BATCH, job.tenant_id, JobKind.PREDICT_BATCH, 10, job_id=job.id
         )
         assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.BATCH]) is None, "it was dispatched"
         assert [unit.unit_id for unit in snapshot(session).waiting] == [units[2].id]

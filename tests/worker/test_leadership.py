@@ -28,7 +28,7 @@ class Messages:
         self.sent: list[tuple[int, str]] = []
 
     def of(self, number: int):  # type: ignore[no-untyped-def]
-        return lambda task, lane, unit_id: self.sent.append((number, unit_id))
+        return lambda task, lane, unit_id, *_: self.sent.append((number, unit_id))
 
 
 @contextmanager

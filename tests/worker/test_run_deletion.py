@@ -17,6 +17,7 @@ from jobs.tables import Deletion, Job, ReleasedRun
 from tests import builders
 from worker.execution.resources import Resources
 from worker.tracking import backfill, run_deletion, runs
+from worker.tracking.experiment import open_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +30,7 @@ def tracked(resources: Resources, mlflow_url: str) -> Resources:
 
 def make_run(client: Any, job_id: uuid.UUID, folder: Path) -> str:
     """A run with a file and a version in the registry, as a training leaves it."""
-    found = client.get_experiment_by_name(runs.EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(runs.EXPERIMENT)
-    run = client.create_run(experiment, tags={run_deletion.JOB_TAG: str(job_id)}).info
+    run = client.create_run(open_experiment(client), tags={run_deletion.JOB_TAG: str(job_id)}).info
     (folder / "report.html").write_text("pictures of kidneys")
     client.log_artifact(run.run_id, str(folder / "report.html"), "plots")
     name = f"renalq-{uuid.uuid4().hex[:8]}"

@@ -108,7 +108,8 @@ def test_a_dataset_at_an_address_is_fetched_for_the_child(
     file = training_request.write(unit, fetched, tmp_path / "own", None)
     assert TrainingJob.of(json.loads(file.read_text())).archive.read_bytes() == b"a zip"
     assert host not in file.read_text()
-    assert RunState.of(fetched).progress("data_ingestion", 0) == fetched.spec.progress("data_ingestion", 0.4)
+    state = RunState.of(fetched.spec, done=fetched.downloaded)
+    assert state.progress("data_ingestion", 0) == fetched.spec.progress("data_ingestion", 0.4)
 
 
 @pytest.mark.parametrize("hosts", ["", "scans.example"])

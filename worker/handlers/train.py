@@ -58,12 +58,10 @@ class RunState:
     """Whether the pipeline reckons its time. Then the shares that its stages have by the spec do not count."""
 
     @classmethod
-    def of(cls, request: TrainingRequest) -> "RunState":
+    def of(cls, spec: PipelineSpec, begun_at: float = 0.0, done: float = 0.0) -> "RunState":
         """Before the first event: all stages wait."""
         waiting = {"state": "queued", "started_at": None, "finished_at": None}
-        done = training_request.DOWNLOAD_SHARE if request.source else 0.0
-        stages = [{"name": stage.name, **waiting} for stage in request.spec.stages]
-        return cls(request.spec, done, stages, begun_at=request.progress)
+        return cls(spec, done, [{"name": stage.name, **waiting} for stage in spec.stages], begun_at=begun_at)
 
     def progress(self, stage: str, fraction: float, left: float | None = None) -> float | None:
         """The job's progress when so much of a stage is done; None: nobody knows it now. `left`: seconds until the
@@ -136,7 +134,7 @@ def _run_child(
 ) -> RunState:
     job = training_request.write(unit, request, folder, checkpoint)
     log_file = folder / "training.log"
-    state = RunState.of(request)
+    state = RunState.of(request.spec, request.progress, request.downloaded)
     with child(job, unit.resources.settings.cancel_grace_seconds, log_file) as process:
         unit.when_interrupted(process.stop)
         run.measure(process.pid)

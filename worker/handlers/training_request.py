@@ -58,6 +58,11 @@ class TrainingRequest:
     cache_owners: tuple[str, ...] = ()
     progress: float = 0.0
 
+    @property
+    def downloaded(self) -> float:
+        """The share of the first stage that is done before the child begins."""
+        return DOWNLOAD_SHARE if self.source else 0.0
+
 
 def read(session: Session, unit: UnitLease) -> TrainingRequest:
     """The request of the unit's job.
