@@ -2,11 +2,12 @@
 
 import datetime as dt
 import selectors
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, MetaData, create_engine, func
+from sqlalchemy import ColumnElement, CursorResult, MetaData, create_engine, exc, func
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
@@ -28,6 +29,8 @@ class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
 
 
+POOL_SECONDS = 10
+"""How long a thread waits for a connection that others use (s)."""
 TIMEOUT_OPTIONS = "-c lock_timeout=20s -c idle_in_transaction_session_timeout=60s"
 
 
@@ -60,7 +63,7 @@ def make_engine(
         pool_size=pool_size,
         max_overflow=overflow,
         pool_pre_ping=pre_ping,
-        pool_timeout=10,
+        pool_timeout=POOL_SECONDS,
         **more,
         hide_parameters=True,  # errors must not contain values of a row, such as the name of a file
         connect_args={
@@ -101,9 +104,36 @@ def async_commit_engine(url: str, application: str) -> Engine:
     return make_engine(url, 1, application, pre_ping=False, options=ASYNC_COMMIT_OPTIONS, isolation_level="AUTOCOMMIT")
 
 
-def async_commit_sessions(url: str, application: str) -> Sessions:
-    """Sessions of an `async_commit_engine`."""
-    return sessionmaker(async_commit_engine(url, application), expire_on_commit=False)
+class StandingSession:
+    """One session of an `async_commit_engine`, for several threads in turn. It keeps its connection between two uses,
+    which saves a sixth of a millisecond each; since each statement commits by itself, it holds no transaction."""
+
+    def __init__(self, url: str, application: str) -> None:
+        self._session = Session(async_commit_engine(url, application), expire_on_commit=False)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def begin(self) -> Iterator[Session]:
+        """The session, for the length of the block. After an error a lost connection is replaced.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: another thread has held it for `POOL_SECONDS`.
+        """
+        if not self._lock.acquire(timeout=POOL_SECONDS):
+            raise exc.TimeoutError("The connection is in use.")
+        try:
+            yield self._session
+        except BaseException:
+            self._session.close()
+            raise
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Close its connection; it is opened again when needed."""
+        with self._lock:
+            self._session.close()
+            self._session.get_bind().dispose()  # type: ignore[union-attr]
 
 
 class PreparedStatement:

@@ -14,16 +14,16 @@ from typing import Any
 
 from flask.testing import FlaskClient
 from sqlalchemy import text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from api import create_app
 from api.http.context import EXTENSION
 from bench.queues.databases import Backend, Statements, migrated
 from bench.queues.product import KIND, WORKERS, Planner, waiting_state
 from jobs import keys
-from jobs.db import Sessions, async_commit_sessions, session_factory
+from jobs.db import Sessions, async_commit_engine, session_factory
 from jobs.events import deliveries
-from jobs.queue import leases, lifecycle
+from jobs.queue import dispatch, leases, lifecycle
 from jobs.queue.submission import NewJob, submit
 from jobs.results import queries
 from jobs.settings import Settings
@@ -75,7 +75,8 @@ class Queue:
     def __init__(self, url: str, length: int, client: FlaskClient) -> None:
         self.url, self.length, self._client = url, length, client
         # One connection each: its process is measured, and EXPLAIN finds there what was prepared.
-        self.sessions, self.single = session_factory(url, 1, "bench"), async_commit_sessions(url, "bench")
+        self.sessions = session_factory(url, 1, "bench")
+        self.single = sessionmaker(async_commit_engine(url, "bench"), expire_on_commit=False)
         self._api: Sessions = client.application.extensions[EXTENSION].sessions
         self._backends = {id(each): Backend(each.kw["bind"]) for each in (self.sessions, self.single, self._api)}
         self.planner = Planner()
@@ -107,6 +108,8 @@ class Queue:
         """Every question once, each on its own."""
         new = NewJob(TENANT, JobKind.INGEST, Lane.BATCH)
         job_id = self.timed("submit", lambda session: submit(session, new), self.sessions).id
+        train = [Lane.TRAIN]  # not its lane: the look finds it
+        self.timed("dispatch new", lambda s: dispatch.dispatch_new(s, str(job_id), 0, train), self.single)
         self.timed("look", self.planner.look, self.single)
         with self.sessions() as session:
             unit_id = session.scalar(text("SELECT id FROM units WHERE job_id = :id"), {"id": job_id})

@@ -230,6 +230,11 @@ class QueueReader:
         self._active = {unit[0] for unit in [*(row.dispatched or ()), *(row.running or ())]}
         return _snapshot(row)
 
+    @property
+    def only_notice(self) -> tuple[str, int] | None:
+        """The job and ordinal that the notices since the last read named, if they named one place alone."""
+        return next(iter(self._noticed.items())) if len(self._noticed) == 1 else None
+
     def marked(self, unit_ids: Iterable[uuid.UUID]) -> None:
         """These units were dispatched or reserved since the last read."""
         self._active.update(map(str, unit_ids))
@@ -253,17 +258,29 @@ def _snapshot(row: Any) -> QueueSnapshot:
 
 MARK = """
 UPDATE units SET state = 'dispatched', dispatched_at = clock_timestamp(), rings = {rings}
-FROM (SELECT id FROM units WHERE id = ANY ($1) AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen
-WHERE units.id = chosen.id RETURNING units.id
+FROM (SELECT id FROM units WHERE {which} AND ({due}) IS TRUE FOR UPDATE SKIP LOCKED) AS chosen
+WHERE units.id = chosen.id
+RETURNING units.id, units.lane, units.tenant_id, units.kind, units.scans
 """
+LISTED = "id = ANY ($1)"
 DUE = "state = 'queued' AND not_before <= clock_timestamp()"
 OVERDUE = "dispatched_at < clock_timestamp() - make_interval(secs => $2 * least(power(2, rings - 1), 8))"
 DISPATCH = PreparedStatement(
     "dispatch",
     "uuid[], float8",
-    MARK.format(rings="rings + 1", due=f"({DUE} OR state = 'dispatched' AND (rings = 0 OR {OVERDUE}))"),
+    MARK.format(which=LISTED, rings="rings + 1", due=f"({DUE} OR state = 'dispatched' AND (rings = 0 OR {OVERDUE}))"),
 )
-RESERVE = PreparedStatement("reserve", "uuid[]", MARK.format(rings="0", due=DUE))
+RESERVE = PreparedStatement("reserve", "uuid[]", MARK.format(which=LISTED, rings="0", due=DUE))
+# A unit without a kind is of an older release: the next look asks its job.
+DISPATCH_NEW = PreparedStatement(
+    "dispatch_new",
+    "uuid, int, text[]",
+    MARK.format(
+        which="job_id = $1 AND ordinal = $2 AND lane = ANY ($3)",
+        rings="rings + 1",
+        due=f"{DUE} AND kind IS NOT NULL AND NOT {job_is(IS_CANCELLING, 'units')}",
+    ),
+)
 
 
 def dispatch(session: Session, unit_ids: Iterable[uuid.UUID], redispatch_seconds: float) -> set[uuid.UUID]:
@@ -274,6 +291,15 @@ def dispatch(session: Session, unit_ids: Iterable[uuid.UUID], redispatch_seconds
     dispatchers never send the same message.
     """
     return {uuid.UUID(str(row.id)) for row in DISPATCH(session, _array(unit_ids), redispatch_seconds)}
+
+
+def dispatch_new(session: Session, job_id: str, ordinal: int, lanes: Iterable[Lane]) -> WaitingUnit | None:
+    """Mark this unit as dispatched if it may be claimed and is in one of the lanes: publish its message after the
+    commit."""
+    row = DISPATCH_NEW(session, job_id, ordinal, _array(lanes)).first()
+    if row is None:
+        return None
+    return WaitingUnit(uuid.UUID(str(row.id)), Lane(row.lane), row.tenant_id, JobKind(row.kind), row.scans)
 
 
 def reserve(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:

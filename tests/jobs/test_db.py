@@ -4,11 +4,13 @@ import os
 import re
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
-from jobs.db import Sessions, async_commit_sessions, listening
+from jobs.db import Sessions, StandingSession, listening
 from jobs.events.job_events import UNITS_CHANNEL, wake_dispatcher
 from tests.processes import ROOT
 
@@ -42,15 +44,33 @@ def test_a_process_with_many_open_files_is_notified(sessions: Sessions) -> None:
 
 
 def test_statements_that_commit_without_waiting_are_planned_for_large_tables(database_url: str) -> None:
-    sessions = async_commit_sessions(database_url, "test")
+    standing = StandingSession(database_url, "test")
     settings = "synchronous_commit", "enable_seqscan", "plan_cache_mode"
-    with sessions() as session:
+    with standing.begin() as session:
         values = [session.scalar(text("SELECT current_setting(:name)"), {"name": name}) for name in settings]
         assert values == ["off", "off", "force_generic_plan"]
         session.execute(text("CREATE TABLE committed_at_once ()"))
         session.rollback()
         session.execute(text("DROP TABLE committed_at_once"))
-    sessions.kw["bind"].dispose()
+    standing.close()
+
+
+def test_a_standing_session_keeps_its_connection_until_that_is_lost(database_url: str, sessions: Sessions) -> None:
+    standing = StandingSession(database_url, "test")
+    backend = text("SELECT pg_backend_pid()")
+
+    def used() -> int | None:
+        with standing.begin() as session:
+            return session.scalar(backend)
+
+    with ThreadPoolExecutor(4) as threads:
+        (pid,) = {future.result() for future in [threads.submit(used) for _ in range(16)]}
+    with sessions.begin() as session:
+        session.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+    with pytest.raises(OperationalError):
+        used()
+    assert used() not in (None, pid)
+    standing.close()
 
 
 def test_no_time_of_a_row_comes_from_the_clock_of_a_process() -> None:

@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 from jobs.db import NOW, Sessions, listening
 from jobs.events.job_events import UNITS_CHANNEL, place
 from jobs.queue import dispatch, leases, lifecycle, pace, processes
-from jobs.queue.dispatch import QueueReader, QueueSnapshot
+from jobs.queue.dispatch import QueueReader, QueueSnapshot, WaitingUnit
 from jobs.queue.leases import Claim
 from jobs.queue.lifecycle import RetryPolicy
 from jobs.queue.processes import Heartbeat
 from jobs.settings import Settings
 from jobs.states import JobKind, Lane
-from jobs.tables import Unit
+from jobs.tables import Unit, new_id
 from tests.builders import claim, make_job, outcomes_of, units_of
 from tests.plans import pages_read
 from worker.dispatcher.leadership import planning_connection
@@ -112,6 +112,23 @@ def test_units_of_a_cancelled_job_are_not_dispatched(sessions: Sessions) -> None
         job.cancel_requested_at = session.scalar(select(NOW))
         session.flush()
         assert list(snapshot(session).waiting) == []
+
+
+def test_a_new_unit_is_dispatched_by_its_place_if_it_may_be_claimed_in_one_of_the_lanes(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        job = make_job(session, JobKind.PREDICT_BATCH, scans=30, chunk=10)
+        units = units_of(session, job)
+        lifecycle.fail(session, claim(session, units[1]), RETRYABLE, RetryPolicy(base=3600, cap=3600))
+        assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.URGENT, Lane.TRAIN]) is None, "another lane"
+        assert dispatch.dispatch_new(session, str(job.id), 1, [Lane.BATCH]) is None, "it waits for its retry"
+        assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.URGENT, Lane.BATCH]) == WaitingUnit(
+            units[0].id, Lane.BATCH, job.tenant_id, JobKind.PREDICT_BATCH, 10
+        )
+        assert dispatch.dispatch_new(session, str(job.id), 0, [Lane.BATCH]) is None, "it was dispatched"
+        assert [unit.unit_id for unit in snapshot(session).waiting] == [units[2].id]
+        job.cancel_requested_at = session.scalar(select(NOW))
+        session.flush()
+        assert dispatch.dispatch_new(session, str(job.id), 2, [Lane.BATCH]) is None, "its job is cancelled"
 
 
 def test_explanations_come_after_all_predictions_of_their_tenant(sessions: Sessions) -> None:
@@ -227,10 +244,12 @@ def test_dispatcher_queries_use_indexes(sessions: Sessions) -> None:
         snapshot(session)
         dispatch.reserve(session, [])
         dispatch.dispatch(session, [], 15)
+        dispatch.dispatch_new(session, str(new_id()), 0, [])
         leases.claim_next(session, Lane.TRAIN, "w", 45)
         questions = [
             "EXECUTE snapshot (15, 64, 15, 1, true, '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}')",
             f"EXECUTE dispatch ('{{{job.id}}}', 15)",
+            f"EXECUTE dispatch_new ('{job.id}', 0, '{{batch}}')",
             f"EXECUTE reserve ('{{{job.id}}}')",
             f"EXECUTE claim_unit ('{job.id}', 'w', 45)",
             "EXECUTE claim_next ('batch', 'w', 45)",

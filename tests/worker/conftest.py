@@ -24,8 +24,8 @@ def resources(settings: Settings) -> Iterator[Resources]:
     """A worker's."""
     opened = open_resources(settings)
     yield opened
-    for factory in (opened.sessions, opened.autocommit):
-        factory.kw["bind"].dispose()
+    opened.sessions.kw["bind"].dispose()
+    opened.autocommit.close()
 
 
 @pytest.fixture

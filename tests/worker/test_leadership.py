@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from psycopg2 import OperationalError
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from jobs.db import Sessions
@@ -14,7 +15,7 @@ from jobs.queue import processes
 from jobs.queue.processes import Heartbeat
 from jobs.settings import Settings
 from jobs.states import JobKind
-from tests.builders import make_job
+from tests.builders import make_job, units_of
 from tests.processes import eventually
 from worker.dispatcher.leadership import planning_connection
 from worker.dispatcher.loop import Dispatcher
@@ -39,6 +40,17 @@ def running(dispatcher: Dispatcher) -> Iterator[None]:
     finally:
         dispatcher.stop()
         thread.join(10)
+
+
+def has_looked(sessions: Sessions) -> bool:
+    """Whether a dispatcher has looked at the queue, and waits for notifications."""
+    waits = text(
+        "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'renalq-dispatch'"
+        " AND state = 'idle' AND query NOT LIKE 'LISTEN%' AND query NOT LIKE '%lock%'"
+        " AND state_change < clock_timestamp() - interval '0.2 seconds'"
+    )
+    with sessions() as session:
+        return session.execute(waits).first() is not None
 
 
 def test_only_one_connection_leads(settings: Settings) -> None:
@@ -80,6 +92,29 @@ def test_ten_dispatchers_send_no_more_messages_than_there_are_idle_workers(
         time.sleep(3 * settings.sweep_seconds)
     assert len(messages.sent) == len({unit for _, unit in messages.sent}) == 4, "as many as idle workers"
     assert len({number for number, _ in messages.sent}) == 1, "one of them leads"
+
+
+def test_a_unit_for_an_idle_worker_is_dispatched_before_the_next_look_and_only_one(
+    settings: Settings, sessions: Sessions
+) -> None:
+    messages = Messages()
+    settings = settings.model_copy(update={"process_seconds": 60, "sweep_seconds": 60, "ring_again_seconds": 60})
+    with sessions.begin() as session:
+        processes.register(session, Heartbeat("w@here/a", processes.WORKER, ["urgent", "batch"]))
+
+    def submit(lane: JobKind) -> str:
+        with sessions.begin() as session:
+            return str(units_of(session, make_job(session, lane, scans=1))[0].id)
+
+    with running(Dispatcher(settings, sessions, messages.of(0))), sessions.begin() as blocking:
+        eventually(lambda: has_looked(sessions), 10)
+        blocking.execute(text("LOCK TABLE processes IN ACCESS EXCLUSIVE MODE"))  # each look reads it
+        first = submit(JobKind.PREDICT)
+        eventually(lambda: messages.sent, 5)
+        submit(JobKind.PREDICT)
+        blocking.commit()
+        time.sleep(0.5)
+    assert messages.sent == [(0, first)]
 
 
 def test_another_dispatcher_leads_when_the_leader_ends(settings: Settings, sessions: Sessions) -> None:

@@ -49,6 +49,23 @@ def test_an_idle_worker_is_given_one_unit_and_no_more() -> None:
     assert len(plan.dispatch) == 1
 
 
+def test_lanes_are_idle_whose_workers_a_plan_left_without_a_unit() -> None:
+    trainer, fair = Worker("train@a", frozenset({Lane.TRAIN})), scheduler()
+    assert fair.idle_lanes == set(), "nothing is known before the first plan"
+    fair.plan(view([], (running("a"),), workers=(PREDICTOR, trainer)), {})
+    assert fair.idle_lanes == {Lane.TRAIN}
+    fair.plan(view([], dispatched={Lane.URGENT: 1}), {})
+    assert fair.idle_lanes == set(), "a message is under way to it"
+    fair.plan(view(waiting("a", 1)), {})
+    assert fair.idle_lanes == set(), "this plan sends it one"
+    fair.plan(view([]), {})
+    assert fair.idle_lanes == {Lane.URGENT, Lane.BATCH}
+    fair.dispatched(waiting("a", 1)[0])
+    assert fair.idle_lanes == set(), "it was given a unit since"
+    fair.plan(replace(view(waiting("a", 1)), workers=(PREDICTOR,) * 9, cut_off={(Lane.BATCH, "a")}), {})
+    assert fair.idle_lanes == set(), "more waits than was read"
+
+
 def test_short_units_are_reserved_for_a_worker_that_is_busy_in_their_lane() -> None:
     plan = scheduler().plan(view(waiting("a", 64), (running("a"),)), unit_seconds={Lane.BATCH: 0.01})
     assert (len(plan.dispatch), len(plan.reserve)) == (0, 25), "work of a quarter of a second"

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 
 import redis
@@ -122,6 +122,7 @@ class Dispatcher:
                         self._stop.wait(BATCHING_SECONDS)
                     payloads = notifications.wait(self._settings.sweep_seconds)
                     queue.notice(payloads)
+                    self._dispatch_new(connection.begin, queue)
                     if job_events.CANCELLATION in payloads:
                         self._urgent.hurry(job_events.CANCELLATION)
                     if REGISTRY_SYNC in payloads:
@@ -144,13 +145,30 @@ class Dispatcher:
                 again = self._settings.ring_again_seconds
                 marked = dispatch.dispatch(session, [unit.unit_id for unit in plan.dispatch], again)
                 queue.marked(marked)
-        left = [unit for unit in plan.dispatch if unit.unit_id in marked]
+        published = self._publish_all(begin, [unit for unit in plan.dispatch if unit.unit_id in marked])
+        return plan.read_more and bool(marked) and published
+
+    def _dispatch_new(self, begin: Begin, queue: QueueReader) -> None:
+        """Dispatch a unit that has just been queued, if the latest look left a worker of its lane idle: then nothing
+        waits before it. Reading the queue first would take a quarter of an urgent scan's way to its worker."""
+        if not self._scheduler.idle_lanes or queue.only_notice is None:
+            return
+        with begin() as session:
+            unit = dispatch.dispatch_new(session, *queue.only_notice, self._scheduler.idle_lanes)
+        if unit is not None:
+            self._scheduler.dispatched(unit)
+            queue.marked([unit.unit_id])
+            self._publish_all(begin, [unit])
+
+    def _publish_all(self, begin: Begin, units: Sequence[dispatch.WaitingUnit]) -> bool:
+        """Publish the messages of dispatched units. False: Redis is away, and the rest is queued again."""
+        left = list(units)
         while left and self._published(left[0]):
             left.pop(0)
         if left:
             with begin() as session:
                 dispatch.release(session, [unit.unit_id for unit in left], self._settings.sweep_seconds)
-        return plan.read_more and bool(marked) and not left
+        return not left
 
     def _prepare(self, begin: Begin, queue: QueueReader) -> bool:
         """What is done between two looks, so that no new unit waits for it: measure the duration of units, and queue

@@ -8,6 +8,7 @@ thousandth chunk.
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from jobs.queue.dispatch import QueueSnapshot, RunningUnit, WaitingUnit, Worker
@@ -112,6 +113,8 @@ class FairScheduler:
         self._workers, self._left_idle = 1, 0
         self.is_busy = False
         """Whether all workers were busy in the latest snapshot: a new unit finds none to be dispatched to."""
+        self.idle_lanes: AbstractSet[Lane] = frozenset()
+        """The lanes for which the latest plan left a worker idle, so that nothing waits in them."""
 
     def units_to_read(self, unit_seconds: Mapping[Lane, float]) -> int:
         """How many waiting units of each tenant the next snapshot should hold beside its share of the idle workers."""
@@ -137,7 +140,13 @@ class FairScheduler:
         self._remember([*dispatch, *reserve])
         # Shares were too small, since few tenants have most of the units: the next look reads more of each.
         self._left_idle = max((idle.number(lane) for lane, _ in queue.cut_off), default=0)
+        self.idle_lanes = frozenset(lane for lane in Lane if idle.number(lane) and not queue.cut_off)
         return Plan(dispatch, reserve, yields, read_more=self._left_idle > 0)
+
+    def dispatched(self, unit: WaitingUnit) -> None:
+        """This unit was dispatched without a plan to one of the workers that the latest plan left idle."""
+        self.idle_lanes = frozenset()
+        self._remember([unit])
 
     def _plan_lane(
         self, queue: QueueSnapshot, lane: Lane, idle: "IdleWorkers", unit_seconds: float | None

@@ -41,7 +41,7 @@ def take_back_lost_units(resources: Resources, holders: str) -> int:
     """
     retry, units = RetryPolicy.of(resources.settings), 0
     try:
-        with resources.autocommit() as session:
+        with resources.autocommit.begin() as session:
             held = reaping.held_by(session, holders)
         for unit_id, fence, worker in held:
             if _is_dead(worker or ""):

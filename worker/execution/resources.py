@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from jobs.db import Sessions, async_commit_sessions, session_factory
+from jobs.db import Sessions, StandingSession, session_factory
 from jobs.settings import Settings
 from jobs.storage.blobs import BlobStore
 
@@ -18,7 +18,7 @@ class Resources:
     settings: Settings
     sessions: Sessions
     """Simultaneous transactions, such as those of a training's MLflow thread, take further connections for a moment."""
-    autocommit: Sessions
+    autocommit: StandingSession
     """The connection of claims and heartbeats: a busy body must not cost the lease. Each statement commits by itself,
     in one round trip: a worker that freezes between two must not hold the unit's lock. None waits for the disk: who has
     lost a claim in a crash of Postgres can write nothing. A worker's parent process uses no other connection."""
@@ -38,7 +38,7 @@ def open_resources(settings: Settings) -> Resources:
     return Resources(
         settings=settings,
         sessions=sessions,
-        autocommit=async_commit_sessions(settings.database_url, "renalq-beat"),
+        autocommit=StandingSession(settings.database_url, "renalq-beat"),
         artifacts=BlobStore(settings.artifacts),
     )
 

@@ -55,7 +55,7 @@ def claim_unit(resources: Resources, claim: Claiming) -> Claim | None:
     """Claim. Also None while Postgres is away: the unit will be dispatched again."""
     for last in (False, True):
         try:
-            with resources.autocommit() as session:
+            with resources.autocommit.begin() as session:
                 return claim(session)
         except SQLAlchemyError as error:
             if not is_away(error):

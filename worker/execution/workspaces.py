@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from jobs.db import Sessions
+from jobs.db import StandingSession
 from jobs.states import UnitState
 from jobs.tables import Unit
 
@@ -32,7 +32,7 @@ def workspace(root: Path, unit_id: uuid.UUID, fence: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(root: Path, sessions: Sessions) -> int:
+def sweep(root: Path, sessions: StandingSession) -> int:
     """Remove the folders of ended attempts, and old logs. Returns how many folders were removed."""
     folders = {path: match for path in root.iterdir() if path.is_dir() and (match := NAME.fullmatch(path.name))}
     with sessions.begin() as session:
