@@ -44,8 +44,9 @@ def test_the_gate_blocks_the_worse_and_says_why(client: Client, trained: dict[st
     compared = client.get("/models/compare", params={"a": good["version"], "b": bad["version"]}).json()
     theirs, ours = compared["metrics"]["f1"]
     assert theirs > ours
+    figures = compared["paired"]["differences"]["f1"]
     where = f"(version {good['version']}) on the same {compared['scans']} test scans"
-    sentence = f"F1 {ours:.4f}, the champion's {theirs:.4f} {where}"
+    sentence = f"F1 by patient {figures['b']:.4f}, the champion's {figures['a']:.4f} {where}"
     assert any(reason.startswith(sentence) for reason in bad["gate"]["reasons"]), bad["gate"]
     refused = client.post(f"/models/{bad['version']}/promote", json={"reason": "let us see"})
     assert refused.status_code == 409
@@ -60,13 +61,13 @@ def test_the_gate_promotes_the_better_over_a_champion(
     good, bad = trained["model_version"], worse["model_version"]
     client.post(f"/models/{bad}/promote", json={"force": True, "reason": "a trial"})
     compared = client.get("/models/compare", params={"a": good, "b": bad}).json()
-    ours, theirs = compared["metrics"]["f1"]
+    figures = compared["paired"]["differences"]["f1"]
     promoted = client.post(f"/models/{good}/promote", json={})
     assert promoted.status_code == 200, promoted.text
     latest = client.get("/models/promotions?limit=1").json()["data"][0]
     assert (latest["how"], latest["version"], latest["replaced"]) == ("request", good, bad)
     where = f"(version {bad}) on the same {compared['scans']} test scans"
-    sentence = f"F1 {ours:.4f}, the champion's {theirs:.4f} {where}"
+    sentence = f"F1 by patient {figures['a']:.4f}, the champion's {figures['b']:.4f} {where}"
     assert any(reason.startswith(sentence) for reason in latest["verdict"]["reasons"]), latest["verdict"]
 
 
