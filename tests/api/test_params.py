@@ -41,6 +41,7 @@ NETWORK = "Must be one of: vgg16, resnet18, resnet50, inception_v3, efficientnet
 SIDE = "Must be greater than or equal to 3 and less than or equal to 1024."
 SIZE = "Must be [height, width, 3], with 32 to 1024 pixels each way."
 WEIGHTS = "Must be imagenet, none, version:N, or file:NAME with a plain name: no slash, no .., no dot in front."
+POSITIVE = "Must be the name of a class, a list of such names, or null."
 SHARE = "Must be greater than or equal to 0 and less than 1."
 RATE = "Must be greater than 0 and less than or equal to 10."
 NO_TOP = "Only ImageNet's network has a classifier to keep; set weights: imagenet."
@@ -98,6 +99,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         for text in ("imagenet21k", "imagenet\n", "version:0", "version:1 ", "file:", f"file:{'a' * 401}", "file:a\nb")
     ),
     ({"weights": 3}, {"weights": [TEXT]}),
+    # Several at once, also beside what the parameters' model alone tells apart.
+    ({"positive": -1, "test_size": None}, {"positive": [POSITIVE], "test_size": [NULL]}),
     # Names.
     ({"colour": "red"}, {"colour": [UNKNOWN]}),
     ({"held_out": 0.2}, {"held_out": ["It is called test_size now."]}),

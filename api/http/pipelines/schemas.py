@@ -24,7 +24,7 @@ def schema_of(model: type[BaseModel], renamed: Mapping[str, str] = MappingProxyT
 
     Loading checks each value alone, then the model as a whole and its `contradictions`; what was left out stays out.
     Integers, numbers, booleans, texts, words (Literal), booleans or words, lists, tuples of one kind, and all of them
-    or null have a field. A union with a `message` of its own is checked by the model alone.
+    or null have a field. The model checks a union with a `message` of its own, by itself too.
 
     Args:
         renamed: earlier names of fields; the answer to one of them gives the present name.
@@ -35,6 +35,9 @@ def schema_of(model: type[BaseModel], renamed: Mapping[str, str] = MappingProxyT
     found = model.model_json_schema()
     required = found.get("required", ())
     declared = {name: _field(name, one, name in required) for name, one in found.get("properties", {}).items()}
+    for name, field in declared.items():
+        if isinstance(field, Union):
+            field.validators.append(partial(_check_alone, model, name))
     schema = _ModelSchema.from_dict(declared, name=f"{model.__name__}Schema")
     schema._model, schema._renamed = model, renamed  # type: ignore[attr-defined]
     return schema
@@ -69,6 +72,15 @@ def _complaints(model: type[BaseModel], data: Json) -> Iterator[tuple[str, str]]
         yield from dict.fromkeys((str(next(iter(each["loc"]), "_schema")), _words_of(model, each)) for each in found)
     else:
         yield from contradictions(params)
+
+
+def _check_alone(model: type[BaseModel], name: str, value: Any) -> None:
+    try:
+        model.model_validate({name: value})
+    except ValidationError as error:
+        for each in error.errors(include_url=False, include_input=False):
+            if each["loc"][:1] == (name,):
+                raise ma.ValidationError(_words_of(model, each)) from None
 
 
 def _words_of(model: type[BaseModel], error: ErrorDetails) -> str:
