@@ -67,9 +67,7 @@ def _complaints(model: type[BaseModel], data: Json) -> Iterator[tuple[str, str]]
     try:
         params = model.model_validate(data)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        # Of a union each kind has an error of its own, and one message stands for all of them.
-        yield from dict.fromkeys((str(next(iter(each["loc"]), "_schema")), _words_of(model, each)) for each in found)
+        yield from _refusals(model, error)
     else:
         yield from contradictions(params)
 
@@ -78,9 +76,15 @@ def _check_alone(model: type[BaseModel], name: str, value: Any) -> None:
     try:
         model.model_validate({name: value})
     except ValidationError as error:
-        for each in error.errors(include_url=False, include_input=False):
-            if each["loc"][:1] == (name,):
-                raise ma.ValidationError(_words_of(model, each)) from None
+        if message := dict(_refusals(model, error)).get(name):
+            raise ma.ValidationError(message) from None
+
+
+def _refusals(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Names and what is wrong with them. Of a union each kind has an error of its own, and one message stands for all
+    of them."""
+    found = error.errors(include_url=False, include_input=False)
+    yield from dict.fromkeys((str(next(iter(each["loc"]), "_schema")), _words_of(model, each)) for each in found)
 
 
 def _words_of(model: type[BaseModel], error: ErrorDetails) -> str:
