@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def whole(value: Any) -> Any:
     return [whole(one) for one in value] if isinstance(value, list) else value
 
 
+LONGER = "A" * (LONG_STRING + 1)
 LETTERS = st.sampled_from(list('"\\/\naéuN'))
 LONG = st.builds(lambda text, times: text * times, st.text(LETTERS, min_size=1, max_size=9), st.integers(1, 9000))
 VALUES = st.recursive(
@@ -52,6 +54,15 @@ def test_what_is_read_from_disk_is_what_json_reads(value: Any) -> None:
     text = json.dumps(value).encode()
     assert whole(parse_file(io.BytesIO(text), io.BytesIO)) == value
     assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    "value", [{"image": LONGER}, {"a": "b", "c": [1, LONGER, LONGER], "d": ""}, [LONGER + "é\\"], LONGER]
+)
+def test_every_long_string_stays_on_disk(value: Any) -> None:
+    found = parse_file(io.BytesIO(json.dumps(value).encode()), io.BytesIO)
+    assert not re.search("A{99}", repr(found))
+    assert whole(found) == value
 
 
 @given(st.text(st.sampled_from(list('[]{}",:\\ 1aN')), max_size=40), st.integers(0, 2))

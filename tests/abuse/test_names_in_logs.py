@@ -213,7 +213,7 @@ def junk() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_no_way_in_leaves_a_name_in_a_log(settings: Settings, sessions: Sessions, tmp_path: Path, junk: int) -> None:
     settings.fetch_hosts, settings.log_level = f"127.0.0.1:{junk}", "DEBUG"

@@ -154,6 +154,7 @@ def test_who_waits_holds_no_image(
         eventually(lambda: app.extensions[EXTENSION].listener.waiting, 20)
         held.append(tracemalloc.get_traced_memory()[0])
 
+    client.post(path, json=body_of(path, b"no scan"))  # imports what the first request imports
     tracemalloc.start()
     try:
         with worker(sessions, before=look):

@@ -171,6 +171,7 @@ def _after_kill_9_the_next_up_starts_with_the_same_key_and_addresses(stack: Runn
 KILLED = ("mlflow", "flower", "api", "redis", "dispatcher", "postgres", "worker-predict", "worker-train")
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_jobs_go_on_while_one_process_after_another_is_killed(home: Path, start: Any) -> None:
     stack = start(home, RENALQ_DEV_FSYNC="on").ready()  # without, a killed Postgres loses its last commits

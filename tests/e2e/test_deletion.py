@@ -19,7 +19,7 @@ from ml.synthetic import phantom_files
 from tests.e2e.conftest import PARAMS, Client
 from tests.whole_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 CANARY = "zaunkoenig"
 """In names, ids, labels, pixels' files and metadata of what is deleted, and in nothing else."""

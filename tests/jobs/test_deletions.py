@@ -57,7 +57,8 @@ from tests.builders import TENANT
 
 GRACE = 1e-6
 STAYS = {
-    "deletions", "api_keys", "tenant_loads", "webhooks", "alembic_version", "job_counts", "unit_counts", "storage_changes",
+    "deletions", "api_keys", "tenant_loads", "webhooks", "alembic_version", "job_counts", "unit_counts",
+    "storage_changes",
 }  # fmt: skip
 
 
@@ -622,6 +623,6 @@ def test_every_table_that_refers_to_what_can_be_deleted_is_known_here() -> None:
     keys = [key for table in Base.metadata.tables.values() for key in table.foreign_keys]
     referring = {key.parent.table.name for key in keys if key.column.table.name in deletable}
     assert referring == {
-        "artifacts", "checkpoints", "job_events", "jobs", "model_evaluations", "model_versions", "prediction_counts",
-        "scan_results", "study_counts", "truths", "units",
+        "artifacts", "checkpoints", "job_events", "job_webhooks", "jobs", "model_evaluations", "model_versions",
+        "prediction_counts", "scan_results", "study_counts", "truths", "units",
     }  # fmt: skip

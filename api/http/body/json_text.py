@@ -28,10 +28,11 @@ r"""Most bytes of an escape that a block cuts off: `\u123`."""
 QUOTE = ord('"')
 LONG = "NaN"
 """Stands for a long string while the rest is parsed. A client cannot write it: JSON has no such word."""
-_INSIDE = rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+'
+# Atomic groups, not `++` and `*+`: before Python 3.11.5 these keep what a failed turn of a group has read.
+_INSIDE = rb'(?>(?:(?>[^"\\\x00-\x1f]+)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*)'
 _STRING_CONTENT = re.compile(_INSIDE)
-_WHOLE_STRINGS = re.compile(rb'(?:[^"]++|"' + _INSIDE + rb'")*+')
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
+_WHOLE_STRINGS = re.compile(rb'(?>(?:(?>[^"]+)|"' + _INSIDE + rb'")*)')
+_TOKENS = re.compile(rb'"(?>(?:(?>[^"\\]+)|\\.)*)"?|[\[\]{},]', re.DOTALL)
 
 OpenFile = Callable[[], IO[bytes]]
 
