@@ -34,9 +34,9 @@ def test_epochs_are_visible_while_it_runs(client: Client, trained: dict[str, Any
     assert {"epoch", "train_loss", "val_accuracy", "seconds"} <= set(metrics["epochs"][0])
 
 
-def test_a_training_worker_stays_under_4_gb_and_the_api_under_130_mb(client: Client, trained: dict[str, Any]) -> None:
+def test_a_training_worker_stays_under_4_gb_and_the_api_under_140_mb(client: Client, trained: dict[str, Any]) -> None:
     assert 0.5e9 < max(event["memory"] for event in trained["seen"]) < 4e9, "the whole tree, shared pages counted twice"
-    assert client.memory("api", largest=True) < 130e6
+    assert client.memory("api", largest=True) < 140e6
 
 
 def test_the_network_is_champion_and_its_run_is_in_mlflow(client: Client, trained: dict[str, Any]) -> None:
