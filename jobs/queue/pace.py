@@ -75,14 +75,14 @@ MEAN_UNIT_SECONDS = """
 SELECT lanes.name, avg(extract(epoch FROM finished_at - started_at) - coalesce(warmup_seconds, 0))::float
 FROM unnest(CAST(:lanes AS text[])) AS lanes(name) CROSS JOIN LATERAL (
     SELECT started_at, finished_at, warmup_seconds FROM units
-    WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL AND kind IS DISTINCT FROM 'ingest'
+    WHERE units.lane = lanes.name AND state = 'succeeded' AND explains IS NULL
     ORDER BY finished_at DESC LIMIT 20) AS latest
 GROUP BY lanes.name
 """
 
 
 def mean_unit_seconds(session: Session) -> dict[Lane, float]:
-    """Mean duration (s) of each lane's latest predicting units. Lanes without any are left out."""
+    """Mean duration (s) of each lane's latest units, explanations aside. Lanes without any are left out."""
     rows = session.execute(text(MEAN_UNIT_SECONDS), {"lanes": [str(lane) for lane in Lane]})
     return {Lane(lane): mean for lane, mean in rows}
 
