@@ -59,6 +59,14 @@ def test_parts_that_tell_nothing_go_on_by_the_clock(outlook: Outlook, heard: lis
     assert fractions == sorted(fractions)
 
 
+def test_a_part_that_begins_with_its_stage_begins_once(heard: list[Event], clock: Clock) -> None:
+    outlook = Outlook(heard.append, clock)
+    with outlook.following("evaluation"):
+        before = last(heard).left
+        outlook.begin("test")
+        assert last(heard).left == before, "it has measured nothing"
+
+
 def test_a_part_that_tells_how_far_it_is_goes_by_its_own_pace(
     outlook: Outlook, heard: list[Event], clock: Clock
 ) -> None:

@@ -33,7 +33,7 @@ from worker.tracking.runs import describe
 
 log = structlog.get_logger()
 
-END_SECONDS = 3.0
+END_SECONDS = 1.0
 """What the end takes when the child is done: its files go into the store and to MLflow."""
 CREEP = 0.005
 """The share of the rest by which progress grows at least with each report."""

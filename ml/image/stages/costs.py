@@ -22,6 +22,6 @@ def costs(params: Params, split: Split, has_champion: bool) -> dict[str, Cost]:
         "folds": Cost(passes=params.folds * heads),
         "fit": Cost(USUAL["fit"].seconds, 64 if changes or params.fine_tune_epochs else 0),
         "test": Cost(passes=tested),
-        "champion": Cost(4.0, 2 * tested) if has_champion else Cost(),
+        "champion": Cost(1.0, tested) if has_champion else Cost(),
     }
     return {**found, "report": Cost(USUAL["report"].seconds + (2.0 if params.folds else 0.0))}

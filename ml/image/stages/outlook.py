@@ -38,17 +38,17 @@ class Cost:
 
 
 USUAL: Mapping[str, Cost] = {
-    "decode": Cost(5.0),
+    "decode": Cost(3.0),
     "build": Cost(2.0),
     "learn": Cost(passes=400),
     "folds": Cost(),
-    "fit": Cost(1.0),
-    "admit": Cost(8.0),
-    "save": Cost(1.5),
+    "fit": Cost(0.3),
+    "admit": Cost(0.7, passes=50),
+    "save": Cost(0.7),
     "test": Cost(passes=50),
-    "scores": Cost(2.0),
+    "scores": Cost(0.1),
     "champion": Cost(),
-    "report": Cost(5.0),
+    "report": Cost(4.0),
 }
 """Until the dataset is known."""
 
@@ -71,10 +71,12 @@ class Outlook:
             self._costs |= found
 
     def begin(self, part: str) -> Callable[[float], None]:
-        """The part before is over, and this one begins. Returns a function to tell the fraction done, 0 to 1."""
+        """The part before is over, and this one begins, if it has not. Returns a function to tell the fraction done, 0
+        to 1."""
         with self._lock:
-            self._end_part()
-            self._part, self._began, self._fraction, self._first = part, self._clock(), 0.0, None
+            if part != self._part:
+                self._end_part()
+                self._part, self._began, self._fraction, self._first = part, self._clock(), 0.0, None
         self.tell()
         return self._done
 
