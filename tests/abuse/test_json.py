@@ -187,7 +187,7 @@ def test_few_wait_for_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     turns.enter("elsewhere")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_worst_bodies_take_no_memory_and_little_time_of_others(server: Server, sessions: Sessions) -> None:
     """For some seconds; `python -m tests.abuse.flood` does it for as long as one likes."""
     with sessions.begin() as session:

@@ -14,7 +14,7 @@ from ml.synthetic import phantom_files
 from ml.synthetic.phantom import generate
 from tests.e2e.conftest import PARAMS, Client
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -489,7 +489,7 @@ def test_a_child_that_gets_a_foreign_checkpoint_says_so(small_run, tmp_path):
     assert (failed.code, failed.retryable, child.returncode) == ("BAD_CHECKPOINT", False, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigterm_while_a_checkpoint_is_written_leaves_nothing_half_written(small_run, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()

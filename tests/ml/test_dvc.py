@@ -121,7 +121,7 @@ def stages_to_run(folder: Path, **changed: object) -> set[str]:
     return set(found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_dvc_runs_all_stages_and_then_only_what_has_changed(tmp_path):
     for name in ("ml", "config"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

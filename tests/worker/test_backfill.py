@@ -1,5 +1,7 @@
 """Backfill of MLflow: each training for itself, on a real server from which runs are deleted."""
 
+import socket
+import time
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -108,6 +110,15 @@ def test_waits_grow_and_the_training_that_failed_least_is_next(sessions: Session
         assert session.scalars(backfill._due_jobs()).all() == [other, one]
 
 
+def test_an_mlflow_that_takes_connections_and_answers_none_is_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        assert not runs.answers(runs.connect(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        assert time.monotonic() - began < 10, "MLflow's client alone tries three times, each for 20 s"
+
+
+@pytest.mark.full
 def test_an_mlflow_that_is_away_is_no_failure_of_a_training(sessions: Sessions, resources: Resources) -> None:
     job_id = make_training(sessions)
     away = at(f"http://127.0.0.1:{free_port()}", resources)

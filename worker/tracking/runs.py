@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import requests
+
 from jobs.tables import Json
 from ml.runtime.events import Steps
 from ml.spec.pipeline import PipelineSpec
@@ -22,6 +24,8 @@ METRICS_AT_ONCE = 1000
 """MLflow's limit per call."""
 DIGEST_LENGTH = 36
 """MLflow's limit for a dataset's digest; the whole digest is a tag."""
+ANSWER_SECONDS = 5.0
+"""How long MLflow may take to say that it is there."""
 NOT_A_METRIC = ("epoch", "epochs", "attempt")
 
 
@@ -79,8 +83,11 @@ def connect(url: str) -> Any:
 
 
 def answers(client: Any) -> bool:
-    """Whether MLflow answers: what failed then failed for a reason of its own."""
+    """Whether MLflow answers: what failed then failed for a reason of its own. A server that takes connections and
+    answers none is given up after `ANSWER_SECONDS`, not after the client's retries: trainings wait meanwhile."""
     try:
+        if client.tracking_uri.startswith("http"):
+            requests.get(f"{client.tracking_uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
         client.get_experiment_by_name(experiment.NAME)
     except Exception:
         return False
