@@ -300,9 +300,9 @@ def dispatch_new(session: Session, job_id: str, ordinal: int, lanes: Iterable[La
     row = DISPATCH_NEW(session, job_id, ordinal, _array(lanes)).first()
     if row is None:
         return None
-    unit_id, job_id = uuid.UUID(str(row.id)), uuid.UUID(str(row.job_id))
     what = row.tenant_id, JobKind(row.kind), row.scans
-    return WaitingUnit(unit_id, Lane(row.lane), *what, explains=row.explains, job_id=job_id)
+    unit_id, its_job = uuid.UUID(str(row.id)), uuid.UUID(str(row.job_id))
+    return WaitingUnit(unit_id, Lane(row.lane), *what, explains=row.explains, job_id=its_job)
 
 
 def reserve(session: Session, unit_ids: Iterable[uuid.UUID]) -> None:
