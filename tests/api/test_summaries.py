@@ -62,6 +62,7 @@ def test_a_summary_counts_classes_confidences_errors_and_what_was_cached(
     good = outcomes(*CONFIDENCES)
     known = [replace(each, ordinal=6 + each.ordinal) for each in outcomes(0.7, label="Normal", cached=True)]
     hand_in(sessions, batch, *good, *known, ScanOutcome(7, error=builders.BROKEN))
+    pace = client.get(f"/jobs/{batch.job_id}").get_json()["scans_per_second"]
     found = client.get(path(batch)).get_json()
     assert found["counts"] == {"total": 9, "succeeded": 7, "failed": 1, "cancelled": 0, "pending": 1}
     assert found["classes"] == {"Normal": 1, "Tumor": 6}
@@ -70,9 +71,8 @@ def test_a_summary_counts_classes_confidences_errors_and_what_was_cached(
     assert {number: scans for number, scans in enumerate(tumor) if scans} == {0: 1, 10: 1, 18: 1, 19: 3}
     assert sum(found["confidence"]["counts"]["Normal"]) == 1
     assert (found["errors"], found["cached"]) == ({"BROKEN": 1}, 1)
-    assert found["scans_per_second"] == pytest.approx(
-        client.get(f"/jobs/{batch.job_id}").get_json()["scans_per_second"], rel=1
-    )
+    later = client.get(f"/jobs/{batch.job_id}").get_json()["scans_per_second"]
+    assert pace >= found["scans_per_second"] >= later > 0, "the same figure, at three times"
 
 
 def test_a_summary_counts_what_may_be_done_with_the_scans(
