@@ -218,7 +218,7 @@ def test_forms_of_many_parts_wait_for_their_turn(client: FlaskClient, monkeypatc
         TURNS.enter(TENANT)
     try:
         for number, status in ((MANY_PARTS - 1, 422), (MANY_PARTS, 503)):
-            form = {"files": [(io.BytesIO(b""), "") for _ in range(number - 1)], "colour": "red"}
+            form = {"files": [(io.BytesIO(b"x"), "x") for _ in range(number - 1)], "colour": "red"}
             assert client.post("/v1/jobs/predict/batch", data=form).status_code == status
     finally:
         for _ in range(OF_ONE_TENANT):

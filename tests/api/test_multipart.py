@@ -3,9 +3,11 @@
 import base64
 import binascii
 import hashlib
+import io
 import json
 import re
 import tracemalloc
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -150,6 +152,19 @@ def test_files_under_one_name_keep_their_order(client: FlaskClient, champion: ob
     answer = client.post("/jobs/predict/batch", data=b"".join([ids[0], *files, *ids[1:], END]), content_type=TYPE)
     found = client.get(f"/jobs/{answer.get_json()['id']}/results?state=pending").get_json()["data"]
     assert [(one["name"], one["custom_id"]) for one in found] == [(f"{n}.png", f"id-{n}") for n in range(3)]
+
+
+@pytest.mark.parametrize("boundary", [b"b", b"----b", b"b--"])
+@pytest.mark.parametrize("content", [b"", b"a", b"a-", b"--", b"a\r\n", b"\r\n--x"])
+def test_files_are_the_same_wherever_a_block_ends(boundary: bytes, content: bytes, monkeypatch: Any) -> None:
+    head = b'--%b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' % boundary
+    body = (head + content + b"\r\n") * 2 + b"--%b--\r\n" % boundary
+    for size in range(1, len(body) + 1):
+        monkeypatch.setattr(multipart, "BLOCK", size)
+        _, _, files = multipart.MultipartParser(lambda *_: io.BytesIO()).parse(
+            io.BytesIO(body), multipart.MULTIPART, len(body), {"boundary": boundary.decode()}
+        )
+        assert [file.read() for file in files.getlist("files")] == [content] * 2, size
 
 
 def test_a_manifest_names_files_with_their_folders_but_no_drive(client: FlaskClient, champion: object) -> None:

@@ -4,7 +4,6 @@ werkzeug finds the parts, with any of the three line ends, around them preamble 
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import IO, Any
 
 from werkzeug.datastructures import FileStorage
@@ -19,6 +18,8 @@ from jobs.errors import MalformedBody, TooLarge
 MULTIPART = "multipart/form-data"
 TEXT_BYTES = 10 * 1024 * 1024
 """Most bytes of all texts of a body together: ten thousand custom ids fit in. They are held in memory."""
+LONGEST_BOUNDARY = 70
+"""Characters (RFC 2046, section 5.1.1)."""
 MANY_PARTS, MANY_BYTES = 500, 1024 * 1024
 """Parts and bytes of texts from which on a body is a large one, that waits for its turn."""
 BY_HAND = "Let your HTTP library write `Content-Type` and body together."
@@ -84,11 +85,23 @@ class _Reader:
         Raises:
             MalformedBody, TooLarge
         """
-        for block in iter(partial(self._stream.read, BLOCK), b""):
+        for block in iter(self._block, b""):
             if self._decoder.state is not State.EPILOGUE:
                 yield from self._events_of(block)
         if self._decoder.state is not State.EPILOGUE:
             raise self._unparsed()
+
+    def _block(self) -> bytes:
+        """The next bytes. They do not end between the two dashes that close the body: werkzeug 3.1 takes the line break
+        before that boundary for content then."""
+        block = self._stream.read(BLOCK)
+        for _ in range(LONGEST_BOUNDARY):
+            if not block.endswith(b"-"):
+                break
+            block += (more := self._stream.read(1))
+            if not more:
+                break
+        return block
 
     def _events_of(self, block: bytes) -> Iterator[Event]:
         try:
