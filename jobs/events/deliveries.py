@@ -185,13 +185,15 @@ def prune(session: Session, days: float, limit: int = PRUNED_AT_ONCE) -> int:
 
 def delete_of_job(session: Session, job_id: uuid.UUID, limit: int) -> int:
     """Delete up to `limit` deliveries of a job's events, and return how many. Those that are being sent are skipped."""
-    mine = Delivery.data.has_key("job_id"), Delivery.data["job_id"].astext == str(job_id)
-    some = select(Delivery.id).where(*mine).limit(limit).with_for_update(skip_locked=True)
+    some = select(Delivery.id).where(*_of_job(job_id)).limit(limit).with_for_update(skip_locked=True)
     gone = delete(Delivery).where(Delivery.id.in_(some)).execution_options(synchronize_session=False)
     return int(session.execute(gone).rowcount)  # type: ignore[attr-defined]
 
 
 def has_some(session: Session, job_id: uuid.UUID) -> bool:
     """Whether deliveries of the job's events are left."""
-    mine = Delivery.data.has_key("job_id"), Delivery.data["job_id"].astext == str(job_id)
-    return session.scalar(select(Delivery.id).where(*mine).limit(1)) is not None
+    return session.scalar(select(Delivery.id).where(*_of_job(job_id)).limit(1)) is not None
+
+
+def _of_job(job_id: uuid.UUID) -> tuple[ColumnElement[bool], ...]:
+    return Delivery.data.has_key("job_id"), Delivery.data["job_id"].astext == str(job_id)

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from tests.abuse.flood import memory
+
 PATIENCE_SECONDS = 10.0
 """How long an honest client waits for an answer."""
 PAUSE_SECONDS = 0.2
@@ -240,8 +242,7 @@ def _memory_mb(pid: int | None) -> float:
     if pid is None:
         return 0.0
     with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        return round(sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 1e6, 1)
+        return round(memory(pid) / 1e6, 1)
     return 0.0
 
 
